@@ -1,0 +1,250 @@
+"""Typed configuration, read once from YAML (and `--set key=value`).
+
+The YAML files of the AMC release load as they are; every key beyond them has the published value as its default. An
+unknown or missing key, or a value of the wrong type, is a `ConfigError` that names the file, the key and the nearest
+known key. Sizes live here and nowhere else: a small model is only another config.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+from utils import UserError
+
+
+class ConfigError(UserError):
+    """A configuration file that cannot be used as it is; the message names the file, the key and the remedy."""
+
+
+class Section(BaseModel):
+    """A group of keys. Lax about types the way YAML is (`"1e-5"` is a number), strict about names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OptimizerConfig(Section):
+    """Keys of `optimizer:`. `opt` is any timm optimizer name, case-insensitive."""
+
+    opt: str = "adamW"
+    lr: float = Field(1e-5, gt=0)
+    weight_decay: float = Field(0.02, ge=0)
+
+
+class ScheduleConfig(Section):
+    """Keys of `schedular:` (the release's spelling); time is counted as in `scheduler.epoch_time`."""
+
+    sched: str = "cosine"
+    lr: float = Field(1e-5, gt=0)  # a copy of optimizer.lr in the released files; the optimizer's is the one used
+    epochs: int = Field(30, ge=1)
+    min_lr: float = Field(1e-6, ge=0)
+    decay_rate: float = 1
+    warmup_lr: float = Field(1e-6, ge=0)
+    warmup_epochs: int = Field(20, ge=0)
+    cooldown_epochs: int = 0
+    warmup_interval: int = Field(100, ge=1)  # iterations of epoch 0 that count as one warm-up "epoch"
+
+
+class AMCConfig(Section):
+    """Attention Mask Consistency (AMC, section 3.2): which attention, which margins, which weights."""
+
+    layer: int = Field(8, ge=0)  # BERT layer index whose cross-attention is explained; must be a fusion layer
+    margin_mean: float = 0.1
+    margin_max: float = 0.5
+    weight_mean: float = 0.2
+    weight_max: float = 0.8
+    # release: "batch", one mean over the pixels of all samples; "sample": a hinge per sample, then averaged, so that
+    # a large box does not outweigh a small one.
+    mean_over: Literal["batch", "sample"] = "batch"
+    # release: "zero_mask", an entry with only an empty box trains against an all-zero mask; "no_box" treats it as an
+    # entry without a box.
+    empty_box: Literal["zero_mask", "no_box"] = "zero_mask"
+
+
+class AugmentConfig(Section):
+    """Training augmentation (SPEC: the release's values are the defaults)."""
+
+    flip_prob: float = Field(0.5, ge=0, le=1)
+    # release: "keep" leaves "left" and "right" in the caption of a flipped image; "swap" exchanges them, so that a
+    # spatial phrase stays true.
+    flip_words: Literal["keep", "swap"] = "keep"
+    grayscale_prob: float = Field(0.2, ge=0, le=1)
+    jitter_prob: float = Field(0.5, ge=0, le=1)
+    # release: saturation always rises by 153..357 of 255; "standard" is torchvision's ColorJitter at equal strengths.
+    jitter: Literal["release", "standard"] = "release"
+    # The next two are used without AMC only (`add_gcam: False`): ALBEF's random resized crop and RandAugment.
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    randaugment: bool = True
+
+
+class ModelConfig(Section):
+    """What decides the model's shapes; shared by training and evaluation."""
+
+    bert_config: str = "configs/config_bert.json"
+    image_res: int = Field(256, ge=1)
+    patch_size: int = Field(16, ge=1)
+    vision_width: int = Field(768, ge=1)
+    vision_depth: int = Field(12, ge=1)
+    vision_heads: int = Field(12, ge=1)
+    vision_mlp_ratio: float = 4.0
+    embed_dim: int = Field(256, ge=1)
+    temp: float = 0.07
+    queue_size: int = Field(65536, ge=1)
+    momentum: float = Field(0.995, ge=0, le=1)
+    alpha: float = Field(0.4, ge=0, le=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedular: ScheduleConfig = ScheduleConfig()
+
+
+class PretrainConfig(ModelConfig):
+    """Pretrain.yaml."""
+
+    train_file: list[str]
+    image_root: str
+    vit_init: str | None = None  # a DeiT-B/16 state dict to start the image encoder from; never downloaded
+    batch_size: int = Field(64, ge=2)  # per process; 2 at least, for a hard negative must exist
+    mlm_probability: float = Field(0.15, ge=0, le=1)
+    # release: "sequence", the student's log-softmax of the distillation term runs over the positions; "vocabulary" is
+    # ALBEF's later correction.
+    mlm_distill_axis: Literal["sequence", "vocabulary"] = "sequence"
+    phrase_input: bool = True  # one (caption, box) drawn per entry; False: captions of whole images, without boxes
+    mask_all: bool = False  # the mask is the union of the entry's boxes
+    max_words: int = Field(50, ge=1)
+    max_tokens: int = Field(25, ge=1)
+    add_gcam: bool = True  # False: plain ALBEF, with ALBEF's augmentation
+    mask_size: int = Field(256, ge=1)
+    amc: AMCConfig = AMCConfig()
+    augment: AugmentConfig = AugmentConfig()
+
+
+class GroundingConfig(ModelConfig):
+    """Grounding_*.yaml. Which of the data keys are needed is the benchmark's business (`require`)."""
+
+    image_root: str
+    batch_size: int = Field(8, ge=1)
+    test_file: list[str] = []
+    refcoco_data: str | None = None
+    det_file: str | None = None
+    image_ids_file: list[str] = []
+    phrase_box_file: list[str] = []
+    sentences_file: list[str] = []
+    # Training keys of the released files that evaluation accepts and ignores.
+    on_bbox: bool = False
+    distill: bool = True
+    warm_up: bool = True
+
+    def require(self, *keys: str) -> None:
+        """Raise `ConfigError` naming the first of `keys` that the file left out."""
+        for key in keys:
+            if not getattr(self, key):
+                raise ConfigError(f"the config lacks '{key}', which this benchmark needs")
+
+
+class BertConfig(BaseModel):
+    """config_bert.json: transformers' keys for BERT and ALBEF's two, `fusion_layer` and `encoder_width`.
+
+    The file belongs to transformers, which adds keys freely; those that do not concern us are ignored.
+    """
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    fusion_layer: int = Field(ge=0)
+    encoder_width: int = Field(ge=1)
+    vocab_size: int = 30522
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: Literal["gelu"] = "gelu"
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    initializer_range: float = 0.02
+    layer_norm_eps: float = 1e-12
+    pad_token_id: int = 0
+
+
+AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
+
+
+def load_config(path: str | Path, kind: type[AnyConfig], overrides: list[str] | None = None) -> AnyConfig:
+    """Read a YAML file as `kind` (say `PretrainConfig`), with `overrides` such as `"amc.layer=3"` laid over it.
+
+    Raises:
+        ConfigError: the file is missing or not YAML, or a key is unknown, missing or of the wrong type.
+    """
+    try:
+        values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from error
+    except YAMLError as error:
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
+    for item in overrides or []:
+        _override(values, item)
+    return _validate(path, kind, values)
+
+
+def load_bert_config(path: str | Path) -> BertConfig:
+    """Read config_bert.json; raises `ConfigError` naming the file and the key."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read bert_config ({error.strerror})") from error
+    except json.JSONDecodeError as error:
+        raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    return _validate(path, BertConfig, values)
+
+
+def save_config(config: BaseModel, path: str | Path) -> None:
+    """Write the whole configuration, defaults included, as YAML that `load_config` reads back."""
+    with open(path, "w", encoding="utf-8") as file:
+        YAML(typ="safe", pure=True).dump(config.model_dump(mode="json"), file)
+
+
+def _override(values: dict[str, Any], item: str) -> None:
+    key, equals, text = item.partition("=")
+    if not equals:
+        raise ConfigError(f"--set {item}: write key=value, for instance --set optimizer.lr=1e-4")
+    *sections, last = key.strip().split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+        if not isinstance(values, dict):
+            raise ConfigError(f"--set {item}: '{section}' is a single value, not a section")
+    values[last] = YAML(typ="safe", pure=True).load(text) if text else None
+
+
+def _validate(path: str | Path, kind: type[AnyConfig], values: Any) -> AnyConfig:
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(kind, detail["loc"], detail["type"], detail["msg"]) for detail in error.errors()]
+        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
+
+
+def _explain(kind: type[BaseModel], location: tuple[int | str, ...], error: str, message: str) -> str:
+    key = ".".join(map(str, location))
+    if error == "missing":
+        return f"key '{key}' is missing"
+    if error != "extra_forbidden":
+        return f"key '{key}': {message}"
+    known = _known_keys(kind)
+    nearest = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
+        str(location[-1]), [name.rpartition(".")[2] for name in known], n=1
+    )
+    return f"unknown key '{key}'" + (f"; did you mean '{nearest[0]}'?" if nearest else "")
+
+
+def _known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in kind.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

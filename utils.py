@@ -1,0 +1,220 @@
+"""Processes, devices, seeds, meters and safe writing: the small things every program here needs."""
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class UserError(ValueError):
+    """Something the user can put right: a config, a file, an option. Programs print it without a traceback."""
+
+
+def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
+    """Run a program: a `UserError` becomes one message and exit status 1; the process group is left in any case."""
+    try:
+        main(args)
+    except UserError as error:
+        # A loader's worker wraps the message in its traceback; the message is what comes last.
+        text = str(error)
+        text = text.rpartition("Error: ")[2] if "Original Traceback" in text else text
+        sys.exit(f"error: {text.strip()}")
+    finally:
+        shutdown_distributed()
+
+
+# ---- processes
+
+
+def init_distributed(device: torch.device, dist_url: str = "env://") -> None:
+    """Join the process group that torchrun or torch.distributed.launch set up; without one, stay a single process."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, init_method=dist_url, timeout=datetime.timedelta(minutes=60))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def shutdown_distributed() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def all_gather(tensor: Tensor) -> Tensor:
+    """Concatenate a tensor of equal shape from all processes along dim 0, in rank order; no gradient flows."""
+    if world_size() == 1:
+        return tensor.detach()
+    parts = [torch.empty_like(tensor) for _ in range(world_size())]
+    dist.all_gather(parts, tensor.detach().contiguous())
+    return torch.cat(parts)
+
+
+def log(message: str) -> None:
+    """Print, from rank 0 only."""
+    if rank() == 0:
+        print(message, flush=True)
+
+
+# ---- command line
+
+
+def boolean(text: str) -> bool:
+    """A true boolean for argparse: `--resume False` means False."""
+    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
+    if text.lower() not in known:
+        raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
+    return known[text.lower()]
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device asked for, or else the GPU if there is one (this process's, by its local rank) and the CPU if not.
+
+    Raises:
+        UserError: a GPU is asked for where there is none.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu" and int(os.environ.get("RANK", 0)) == 0:
+            print("No GPU found: running on the CPU.", flush=True)
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"--device {name}: this machine has no CUDA device that PyTorch can use; try --device cpu")
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return device
+
+
+def seed_everything(*key: int) -> None:
+    """Seed Python, NumPy and PyTorch from a key such as (seed, rank, epoch)."""
+    state = np.random.SeedSequence(key).generate_state(1, np.uint64)[0]
+    random.seed(int(state))
+    np.random.seed(int(state % 2**32))  # noqa: NPY002 - libraries may draw from the global generator
+    torch.manual_seed(int(state))
+
+
+# ---- meters
+
+
+class Meters:
+    """Running means of named scalars, kept on their device, so that counting a step does not wait for it."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+
+    def update(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            total = self.sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
+            total += value.detach()
+            self.counts[name] = self.counts.get(name, 0) + 1
+
+    def local_averages(self) -> dict[str, float]:
+        """Means over this process's updates; waits for the device."""
+        return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
+
+    def averages(self) -> dict[str, float]:
+        """Means over the updates of all processes, equally often updated (a collective call)."""
+        means = self.local_averages()
+        if world_size() > 1:
+            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+            packed = torch.tensor(list(means.values()), dtype=torch.float64, device=device)
+            dist.all_reduce(packed)
+            means = dict(zip(means, (packed / world_size()).tolist(), strict=True))
+        return means
+
+
+# ---- files
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it when the block ends well: a reader never sees half a file."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log.txt, one JSON object each; a line cut off by an interruption is left out."""
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def write_provenance(path: Path, seed: int, **more: Any) -> None:
+    """Leave command, versions, git commit and seed beside a run's results."""
+    libraries = (
+        "torch",
+        "torchvision",
+        "timm",
+        "transformers",
+        "numpy",
+        "opencv-python",
+        "opencv-python-headless",
+        "pillow",
+    )
+    versions = {name: _or_none(importlib.metadata.version, name) for name in libraries}
+    record = {
+        "command": sys.argv,
+        "seed": seed,
+        "world_size": world_size(),
+        "python": sys.version.split()[0],
+        "versions": {name: version for name, version in versions.items() if version},
+        "git_commit": _git_commit(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **more,
+    }
+    write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def _or_none(function: Callable[[str], str], name: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return function(name)
+    return None
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError):
+        found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        return found.stdout.strip() or None
+    return None
