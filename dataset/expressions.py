@@ -1,0 +1,119 @@
+"""The common form of a benchmark's items: an image, an expression, its boxes; and the checks that readers share.
+
+Boxes are [x, y, w, h] in pixels of the original image everywhere in evaluation, in float64: REFER's own form, whose
+width must not be recovered from x + w (it rounds), while Flickr30k's integer corners lose nothing in x2 - x1.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dataset.reading import DataError
+from dataset.text import clean_caption
+
+SHOWN_PROBLEMS = 5  # of each kind, in one message
+
+
+@dataclass(frozen=True, eq=False)
+class Expression:
+    """One item of a benchmark.
+
+    Args:
+        image: path of the image file; it exists.
+        text: the cleaned expression; not empty.
+        ref_id: REFER's ref_id, or the index of the phrase in Flickr30k's evaluation order.
+        split: the split it counts for, in the reader's terms ("val", "testA", "test", ...).
+        boxes: (n, 4) float64 [x, y, w, h], n >= 1; any of them is right.
+        record: what a result file holds beside ref_id and pred.
+        detections: (k, 4) float64 [x, y, w, h] of a detector in this image; None where the benchmark has none.
+        size: (height, width) that the annotations state for the image, if they do.
+    """
+
+    image: Path
+    text: str
+    ref_id: int
+    split: str
+    boxes: np.ndarray
+    record: dict[str, Any] = field(default_factory=dict)
+    detections: np.ndarray | None = None
+    size: tuple[int, int] | None = None
+
+
+class EntryProblem(Exception):
+    """One entry that cannot be used: the kind of problem with its remedy, and what the entry holds."""
+
+    def __init__(self, kind: str, detail: str = "") -> None:
+        super().__init__(kind, detail)
+        self.kind = kind
+        self.detail = detail
+
+
+class Problems:
+    """Problems gathered over all entries, so that one message shows every kind instead of the first case."""
+
+    def __init__(self) -> None:
+        self.cases: dict[str, list[str]] = {}
+
+    def add(self, where: str, problem: EntryProblem) -> None:
+        self.cases.setdefault(problem.kind, []).append(where + (f" ({problem.detail})" if problem.detail else ""))
+
+    def check(self) -> None:
+        """Raise `DataError` if there are any: a paragraph a kind, with its count and the first `SHOWN_PROBLEMS`."""
+        paragraphs = []
+        for kind, cases in self.cases.items():
+            shown = cases[:SHOWN_PROBLEMS]
+            if len(cases) > len(shown):
+                shown.append(f"and {len(cases) - len(shown)} more")
+            paragraphs.append("\n  ".join([f"{kind} - {len(cases)} found:", *shown]))
+        if paragraphs:
+            raise DataError("\n".join(paragraphs))
+
+
+def require(row: Any, key: str, kind: type) -> Any:
+    """`row[key]`, of exactly the JSON type `kind` (a boolean is no integer); raises `EntryProblem` otherwise."""
+    if not isinstance(row, dict):
+        raise EntryProblem("an entry must be an object {key: value}", f"found a {type(row).__name__}")
+    if key not in row:
+        raise EntryProblem(f"key '{key}' is missing")
+    if type(row[key]) is not kind:
+        raise EntryProblem(f"key '{key}' must be of type {kind.__name__}", f"found {row[key]!r:.60}")
+    return row[key]
+
+
+def clean_text(text: str, max_words: int) -> str:
+    """`clean_caption`, raising `EntryProblem` when nothing is left of the text."""
+    cleaned = clean_caption(text, max_words)
+    if not cleaned.strip():
+        raise EntryProblem("the expression is empty once cleaned; correct or leave out the entry", repr(text)[:60])
+    return cleaned
+
+
+def parse_boxes(value: Any, what: str) -> np.ndarray:
+    """A list of boxes, each four finite numbers or more (a detection's score follows), as float64 (n, 4).
+
+    Raises:
+        EntryProblem: it is something else; `what` says what should have been there.
+    """
+    if not isinstance(value, list) or not all(_is_box(box) for box in value):
+        raise EntryProblem(f"{what} must be a list of boxes, each four finite numbers", f"found {value!r:.60}")
+    return np.array([box[:4] for box in value], dtype=np.float64).reshape(-1, 4)
+
+
+def _is_box(value: Any) -> bool:
+    if not isinstance(value, list) or len(value) < 4:
+        return False
+    return all(type(number) in (int, float) and math.isfinite(number) for number in value[:4])
+
+
+def check_images(images: Iterable[tuple[Path, str]], problems: Problems) -> None:
+    """Note each image file that does not exist, at the first entry that names it; looks once per image."""
+    first: dict[Path, str] = {}
+    for image, where in images:
+        first.setdefault(image, where)
+    for image, where in first.items():
+        if not image.is_file():
+            problems.add(where, EntryProblem("the image file does not exist; check image_root", str(image)))

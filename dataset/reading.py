@@ -1,0 +1,37 @@
+"""Reading files with errors that say which file, which entry, and what to do."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, UnidentifiedImageError
+
+from utils import UserError
+
+
+class DataError(UserError):
+    """A data file or entry that cannot be used; the message names the file, the entry and the remedy."""
+
+
+def load_json(path: str | Path, kind: type) -> Any:
+    """Read a JSON file whose top level is a `kind` (list or dict); raises `DataError`."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path in the config") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
+    if not isinstance(value, kind):
+        raise DataError(f"{path}: expected a JSON {kind.__name__}, found a {type(value).__name__}")
+    return value
+
+
+def read_image(path: str | Path, source: str) -> Image.Image:
+    """Decode an image fully, as RGB; raises `DataError` naming it and its entry (`source`) when missing or broken."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise DataError(f"{source}: image {path} does not exist; check image_root") from None
+    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise DataError(f"{source}: image {path} cannot be decoded ({error}); is the download complete?") from error

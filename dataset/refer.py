@@ -1,0 +1,223 @@
+"""RefCOCO+ and RefCLEF in REFER's format (Yu et al., ECCV 2016; Kazemzadeh et al., EMNLP 2014; SPEC sections 3 and 4).
+
+A test file lists {image, text, ref_id}; `<refer_root>/<dataset>/` holds refs(SPLIT_BY).p, where a ref_id names an
+annotation, an image id and a split, and instances.json, where an annotation has its box [x, y, w, h].
+"""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dataset.expressions import EntryProblem, Expression, Problems, check_images, clean_text, parse_boxes, require
+from dataset.reading import DataError, load_json
+
+# What refs(SPLIT).p may name besides the literals of the pickle format; Python 2 called the module __builtin__.
+SAFE_GLOBALS = {
+    (module, name)
+    for module in ("builtins", "__builtin__")
+    for name in ("list", "tuple", "dict", "set", "frozenset", "str", "bytes", "int", "float", "bool")
+}
+
+
+class Refer(NamedTuple):
+    """One REFER data set, rows as they stand in the files: refs by ref_id, annotations and images by id."""
+
+    refs: dict[int, dict[str, Any]]
+    annotations: dict[int, dict[str, Any]]
+    images: dict[int, dict[str, Any]]
+    refs_file: Path
+    instances_file: Path
+
+
+class _Reading(NamedTuple):
+    """How to read the entries of the test files; see `load_expressions`."""
+
+    image_root: Path
+    refer: Refer
+    det_file: str | None
+    detections: dict[str, Any]
+    max_words: int
+    entry_split: bool
+
+
+def load_expressions(
+    *,
+    test_file: list[str],
+    image_root: str,
+    refer_root: str,
+    dataset: str,
+    split_by: str = "unc",
+    det_file: str | None = None,
+    max_words: int = 30,
+    entry_split: bool = False,
+) -> list[Expression]:
+    """Read and check the expressions of the test files, in their order.
+
+    The image is the entry's own `image` under image_root: the file names in refs(SPLIT).p are unreliable.
+
+    Args:
+        test_file: JSON lists of {"image", "text", "ref_id"}.
+        refer_root: the config's refcoco_data, the folder that holds the folder `dataset`.
+        dataset: "refcoco+" or "refclef".
+        det_file: JSON of {"<image_id>": [[x, y, w, h, ...], ...]}; None: the expressions have no detections.
+        entry_split: RefCLEF: the split is the entry's own key `split`, and any that contains 'test' counts as "test".
+            Otherwise, RefCOCO+: it is that of the ref in refs(SPLIT).p.
+
+    Raises:
+        DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
+    """
+    files = _Reading(
+        image_root=Path(image_root),
+        refer=load_refer(Path(refer_root) / dataset, split_by),
+        det_file=det_file,
+        detections=load_json(det_file, dict) if det_file else {},
+        max_words=max_words,
+        entry_split=entry_split,
+    )
+    found: list[tuple[Expression, str]] = []
+    problems = Problems()
+    for file in test_file:
+        for index, row in enumerate(load_json(file, list)):
+            where = f"{file}: entry {index}"
+            try:
+                found.append((_expression(row, files), where))
+            except EntryProblem as problem:
+                problems.add(where, problem)
+    check_images(((expression.image, where) for expression, where in found), problems)
+    problems.check()
+    if not found:
+        raise DataError(f"{', '.join(test_file) or 'test_file'}: holds no entries")
+    return [expression for expression, _ in found]
+
+
+def _expression(row: Any, files: _Reading) -> Expression:
+    image = files.image_root / require(row, "image", str)
+    text = clean_text(require(row, "text", str), files.max_words)
+    ref_id = require(row, "ref_id", int)
+    ref = files.refer.refs.get(ref_id)
+    if ref is None:
+        raise EntryProblem(
+            f"ref_id is not in {files.refer.refs_file}; check that refcoco_data belongs to the test file",
+            f"ref_id {ref_id}",
+        )
+    record: dict[str, Any] = {"image_path": str(image)}
+    split = ref["split"]
+    if files.entry_split:
+        record["split"] = require(row, "split", str)
+        split = "test" if "test" in record["split"] else record["split"]
+    return Expression(
+        image=image,
+        text=text,
+        ref_id=ref_id,
+        split=split,
+        boxes=_reference_box(ref, files.refer),
+        record=record,
+        detections=_detections(ref["image_id"], files) if files.det_file else None,
+        size=_stated_size(files.refer.images.get(ref["image_id"], {})),
+    )
+
+
+def _reference_box(ref: dict[str, Any], refer: Refer) -> np.ndarray:
+    """The box (1, 4) [x, y, w, h] of a ref's annotation."""
+    annotation = refer.annotations.get(ref["ann_id"])
+    if annotation is None:
+        raise EntryProblem(
+            f"the ref's annotation is not in {refer.instances_file}; it must belong to {refer.refs_file.name}",
+            f"ref_id {ref['ref_id']}, ann_id {ref['ann_id']}",
+        )
+    return parse_boxes([annotation.get("bbox")], f"{refer.instances_file}: 'bbox' of the ref's annotation")
+
+
+def _detections(image_id: int, files: _Reading) -> np.ndarray:
+    """The detections (k, 4) [x, y, w, h] of an image; an empty list is one, in which nothing was detected."""
+    key = str(image_id)
+    if key not in files.detections:
+        raise EntryProblem(
+            f"the image has no detections in {files.det_file}; check that det_file belongs to the test file",
+            f"image_id {image_id}",
+        )
+    return parse_boxes(files.detections[key], f"{files.det_file}: the image's detections")
+
+
+def _stated_size(image: dict[str, Any]) -> tuple[int, int] | None:
+    height, width = image.get("height"), image.get("width")
+    return (height, width) if type(height) is int and type(width) is int else None
+
+
+def load_refer(folder: Path, split_by: str) -> Refer:
+    """Read `<folder>/refs(<split_by>).p` and instances.json; raises `DataError` naming the file and the entry."""
+    refs_file, instances_file = folder / f"refs({split_by}).p", folder / "instances.json"
+    refs = _by_id(load_refs(refs_file), "ref_id", f"{refs_file}: ref")
+    instances = load_json(instances_file, dict)
+    tables = {}
+    for key in ("annotations", "images"):
+        if not isinstance(instances.get(key), list):
+            raise DataError(f"{instances_file}: key '{key}' must be a list; is this REFER's instances.json?")
+        tables[key] = _by_id(instances[key], "id", f"{instances_file}: {key} entry")
+    return Refer(refs, tables["annotations"], tables["images"], refs_file, instances_file)
+
+
+def _by_id(rows: list[Any], key: str, source: str) -> dict[int, dict[str, Any]]:
+    problems = Problems()
+    table = {}
+    for index, row in enumerate(rows):
+        try:
+            table[require(row, key, int)] = row
+        except EntryProblem as problem:
+            problems.add(f"{source} {index}", problem)
+    problems.check()
+    return table
+
+
+def load_refs(path: Path) -> list[dict[str, Any]]:
+    """Read refs(SPLIT).p: a pickled list of {ref_id, ann_id, image_id, split, sentences, ...}, of Python 2 or 3.
+
+    Nothing in the pickle is executed: it may hold plain values and containers only.
+
+    Raises:
+        DataError: the file is missing or no such pickle, names anything else, or a ref lacks one of these keys.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check refcoco_data in the config") from error
+    refs = _unpickle(data, path)
+    if not isinstance(refs, list):
+        raise DataError(f"{path}: expected a pickled list of refs, found a {type(refs).__name__}")
+    problems = Problems()
+    for index, ref in enumerate(refs):
+        try:
+            for key, kind in (("ref_id", int), ("ann_id", int), ("image_id", int), ("split", str)):
+                require(ref, key, kind)
+        except EntryProblem as problem:
+            problems.add(f"{path}: ref {index}", problem)
+    problems.check()
+    return refs
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """An unpickler of plain values: a pickle that names any other global is refused, before it could be called."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in SAFE_GLOBALS:
+            raise DataError(f"names the global {module}.{name}")
+        return super().find_class(module, name)
+
+
+def _unpickle(data: bytes, path: Path) -> Any:
+    """Unpickle plain values. Python 2's byte strings become str: UTF-8, or else Latin-1."""
+    try:
+        try:
+            return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
+        except UnicodeDecodeError:
+            return _PlainUnpickler(io.BytesIO(data), encoding="latin1").load()
+    except DataError as error:
+        raise DataError(
+            f"{path}: {error}, but REFER's refs hold plain values only; it is not loaded, since it could run code: "
+            "download it anew from a source that you trust"
+        ) from None
+    except Exception as error:  # a broken pickle can raise anything
+        raise DataError(f"{path}: not a readable pickle ({error}); is the download complete?") from error

@@ -1,0 +1,155 @@
+"""Captions: cleaning them, mirroring them, turning them into token ids (SPEC section 2; ALBEF, arXiv 2107.07651)."""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import tokenizers
+import torch
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from torch import Tensor
+
+from utils import UserError
+
+DELETED = ",.'!?\"()*#:;~"
+CHARACTERS = str.maketrans("-/", "  ", DELETED)
+MIRRORED = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
+VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")  # in order of preference
+
+
+def clean_caption(text: str, max_words: int) -> str:
+    """Clean a caption as the released checkpoints saw it; may come out empty.
+
+    Lower case; the characters of `DELETED` go, hyphen and slash become a space; `<person>` becomes `person`; two or
+    more white-space characters become one space (a single tab or newline inside stays, as in the release); outer
+    newlines and spaces go; at most `max_words` words, counted between spaces.
+    """
+    text = text.lower().translate(CHARACTERS).replace("<person>", "person")
+    text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
+    return " ".join(text.split(" ")[:max_words])
+
+
+def swap_left_right(text: str) -> str:
+    """Mirror the caption of a flipped image: left and right change places, as do leftmost and rightmost."""
+    return re.sub(r"\b(left|right)(most)?\b", lambda match: MIRRORED[match.group()], text)
+
+
+class Tokens(NamedTuple):
+    """A batch of token ids. Both are int64 (N, longest); the mask is 1 on [CLS] and word pieces, 0 on padding."""
+
+    input_ids: Tensor
+    attention_mask: Tensor
+
+
+class Tokenizer:
+    """Lower-case WordPiece giving [CLS] and the pieces, **without a closing [SEP]**, as AMC's checkpoints were trained.
+
+    Args:
+        pieces: the WordPiece model with its normaliser; its own special-token template and padding are not used.
+        source: the file it came from, for messages.
+
+    Raises:
+        UserError: [CLS], [PAD], [UNK] or [MASK] is missing, or words of the vocabulary do not tokenise to themselves.
+    """
+
+    def __init__(self, pieces: tokenizers.Tokenizer, source: str) -> None:
+        self.pieces = pieces
+        self.source = source
+        self.vocab_size = pieces.get_vocab_size()
+        self.pad_id = self._special("[PAD]")
+        self.cls_id = self._special("[CLS]")
+        self.mask_id = self._special("[MASK]")
+        self._check_known_words(self._special("[UNK]"))
+
+    def __call__(self, texts: list[str], max_tokens: int | None = None) -> Tokens:
+        """Tokenise cleaned captions, padded to the longest.
+
+        Args:
+            max_tokens: cut to this many ids, [CLS] included (25 in training); None, as in evaluation, cuts nothing.
+        """
+        # One text at a time: encode_batch starts threads, which a data loader's worker must not inherit.
+        rows = [[self.cls_id, *self._encode(text)][:max_tokens] for text in texts]
+        input_ids = torch.full((len(rows), max(map(len, rows), default=0)), self.pad_id)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.tensor(row)
+            attention_mask[i, : len(row)] = 1
+        return Tokens(input_ids, attention_mask)
+
+    def words(self, ids: Tensor) -> list[str]:
+        """The word pieces of one row of ids (T,), for showing."""
+        return [self.pieces.id_to_token(int(i)) or "[UNK]" for i in ids]
+
+    def _encode(self, text: str) -> list[int]:
+        return self.pieces.encode(text, add_special_tokens=False).ids
+
+    def _special(self, token: str) -> int:
+        index = self.pieces.token_to_id(token)
+        if index is None:
+            raise UserError(f"{self.source}: holds no {token}; it must be the vocabulary of BERT-base-uncased")
+        return index
+
+    def _check_known_words(self, unknown_id: int) -> None:
+        """Words of the vocabulary must come back as their own ids: a broken tokenizer says [UNK] silently."""
+        known = {word: i for word, i in self.pieces.get_vocab().items() if re.fullmatch("[a-z]+", word)}
+        found = self._encode(" ".join(known))
+        if not known or found != list(known.values()):
+            lost = found.count(unknown_id) if known else 0
+            raise UserError(
+                f"{self.source}: the tokenizer maps known words to [UNK] or to other ids ({lost} of {len(known)} to "
+                "[UNK]), which would change every map; give --text_encoder a folder with the vocab.txt of "
+                "BERT-base-uncased and no other tokenizer files"
+            )
+
+
+def load_tokenizer(text_encoder: str) -> Tokenizer:
+    """The tokenizer of `--text_encoder`: a folder holding vocab.txt (or else tokenizer.json), or a Hugging Face name.
+
+    Raises:
+        UserError: there is no vocabulary there, or it fails the check of `Tokenizer`.
+    """
+    path = _find_vocabulary(text_encoder)
+    try:
+        return Tokenizer(_word_pieces(path), str(path))
+    except UserError:
+        raise
+    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
+        raise UserError(f"{path}: cannot be read as a vocabulary ({error}); is the file complete?") from error
+
+
+def _word_pieces(path: Path) -> tokenizers.Tokenizer:
+    if path.suffix == ".json":
+        pieces = tokenizers.Tokenizer.from_file(str(path))
+        pieces.no_truncation()
+        pieces.no_padding()
+        return pieces
+    with open(path, encoding="utf-8") as file:
+        vocabulary = {line.rstrip("\n"): index for index, line in enumerate(file)}
+    pieces = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
+    pieces.normalizer = BertNormalizer(lowercase=True)
+    pieces.pre_tokenizer = BertPreTokenizer()
+    return pieces
+
+
+def _find_vocabulary(text_encoder: str) -> Path:
+    folder = Path(text_encoder)
+    if folder.is_dir():
+        for name in VOCABULARY_FILES:
+            if (folder / name).is_file():
+                return folder / name
+        raise UserError(f"--text_encoder {folder}: the folder holds no {' and no '.join(VOCABULARY_FILES)}")
+    from transformers.utils.hub import cached_file  # seconds to import, and a folder does not need it
+
+    for local_files_only in (True, False):
+        try:
+            found = cached_file(text_encoder, "vocab.txt", local_files_only=local_files_only)
+        except (OSError, ValueError):  # not in the cache; no network, no such name
+            continue
+        if found is not None:
+            return Path(found)
+    raise UserError(
+        f"--text_encoder {text_encoder}: no such folder, and its vocab.txt is neither in the local Hugging Face cache "
+        "nor can it be downloaded; pass a folder that holds BERT-base-uncased's vocab.txt"
+    )

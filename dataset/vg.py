@@ -1,0 +1,194 @@
+"""AMC training data: JSON entries {"image", "caption", "bbox"} -> samples -> batches (Visual Genome in the paper)."""
+
+import math
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.random import Generator
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from config import PretrainConfig
+from dataset.reading import DataError, load_json, read_image
+from dataset.text import Tokenizer, clean_caption
+from dataset.transforms import augment_for_albef, augment_for_amc, normalise
+
+
+class Sample(NamedTuple):
+    """image: (3, r, r) float32; mask: (s, s) float32 in {0, 1}; rng: where the sample's later draws come from."""
+
+    image: Tensor
+    caption: str
+    mask: Tensor
+    has_box: bool
+    rng: Generator
+
+
+class Entry(NamedTuple):
+    """One training entry; `source` names its file and index in messages. Boxes are [x1, y1, x2, y2] in pixels."""
+
+    image: Path
+    captions: list[str]
+    boxes: list[list[float]]
+    source: str
+
+
+class TrainingData(Dataset[Sample]):
+    """Entries of the config's train files, drawn and augmented anew each epoch from (seed, epoch, index) alone.
+
+    Args:
+        skip_broken: replace an unreadable image by another sample and count it in `broken`, instead of stopping.
+
+    Raises:
+        DataError: a file or entry that cannot be used; all entries are checked here, before training starts.
+    """
+
+    def __init__(self, config: PretrainConfig, seed: int, skip_broken: bool = False) -> None:
+        self.config = config
+        self.seed = seed
+        self.epoch = 0
+        self.skip_broken = skip_broken
+        self.entries = [entry for file in config.train_file for entry in load_entries(file, config)]
+        if not skip_broken:
+            _check_images(self.entries)
+        # One flag an entry, in shared memory: the loader's workers set them, the training process counts them.
+        self.broken = torch.zeros(len(self.entries), dtype=torch.bool).share_memory_()
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> Sample:
+        rng = np.random.default_rng([self.seed, self.epoch, index])
+        while True:
+            try:
+                return self._sample(self.entries[index], rng)
+            except DataError:
+                if not self.skip_broken:
+                    raise
+                self.broken[index] = True
+                if self.broken.all():
+                    raise DataError(f"none of the {len(self)} training images can be read") from None
+                index = int(rng.integers(len(self)))
+
+    def _sample(self, entry: Entry, rng: Generator) -> Sample:
+        config = self.config
+        image = np.asarray(read_image(entry.image, entry.source))
+        caption = entry.captions[int(rng.integers(len(entry.captions)))]
+        size = config.mask_size
+        if not config.add_gcam:
+            image, caption = augment_for_albef(image, caption, config.augment, config.image_res, rng)
+            return Sample(normalise(image), caption, torch.zeros(size, size), False, rng)
+        mask, has_box = self._mask(entry, image.shape[0], image.shape[1], rng)
+        image, mask, caption = augment_for_amc(image, mask, caption, config.augment, config.image_res, size, rng)
+        return Sample(normalise(image), caption, torch.from_numpy(mask.astype(np.float32)), has_box, rng)
+
+    def _mask(self, entry: Entry, height: int, width: int, rng: Generator) -> tuple[np.ndarray, bool]:
+        """The mask (h, w) of a drawn box, or of all boxes, and whether there is one."""
+        mask = np.zeros((height, width), np.uint8)
+        if not entry.boxes or not (self.config.phrase_input or self.config.mask_all):
+            return mask, False
+        boxes = [box for box in (clip_box(box, height, width) for box in entry.boxes) if box is not None]
+        if not boxes:
+            warnings.warn(f"{entry.source}: no box covers a pixel of the {width}x{height} image", stacklevel=2)
+            return mask, self.config.amc.empty_box == "zero_mask"
+        if not self.config.mask_all:
+            boxes = [boxes[int(rng.integers(len(boxes)))]]
+        for x1, y1, x2, y2 in boxes:
+            mask[y1:y2, x1:x2] = 1
+        return mask, True
+
+
+def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, int, int] | None:
+    """Clip [x1, y1, x2, y2] to the image and truncate to int; None when nothing is left of it."""
+    x1, x2 = (int(min(max(x, 0), width)) for x in (box[0], box[2]))
+    y1, y2 = (int(min(max(y, 0), height)) for y in (box[1], box[3]))
+    return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def load_entries(file: str | Path, config: PretrainConfig) -> list[Entry]:
+    """Read and check one training JSON; captions come back cleaned. Raises `DataError` naming file, entry and key."""
+    rows = load_json(file, list)
+    if not rows:
+        raise DataError(f"{file}: holds no entries")
+    root = Path(config.image_root)
+    return [_entry(row, f"{file}: entry {index}", root, config.max_words) for index, row in enumerate(rows)]
+
+
+def _entry(row: Any, source: str, root: Path, max_words: int) -> Entry:
+    if not isinstance(row, dict):
+        raise DataError(f"{source}: expected an object with image, caption and bbox, found {type(row).__name__}")
+    for key, kinds, wanted in (("image", str, "a string"), ("caption", (str, list), "a string or a list of strings")):
+        if not isinstance(row.get(key), kinds):
+            found = type(row[key]).__name__ if key in row else "nothing"
+            raise DataError(f"{source}: key '{key}' must be {wanted}, found {found}")
+    texts = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+    if not texts or not all(isinstance(text, str) for text in texts):
+        raise DataError(f"{source} ({row['image']}): key 'caption' must hold at least one string, and nothing else")
+    captions = [clean_caption(text, max_words) for text in texts]
+    if not all(captions):
+        raise DataError(f"{source} ({row['image']}): a caption is empty once cleaned: {texts[captions.index('')]!r}")
+    boxes = row.get("bbox", [])
+    if not isinstance(boxes, list) or not all(_is_box(box) for box in boxes):
+        raise DataError(f"{source} ({row['image']}): key 'bbox' must be a list of [x1, y1, x2, y2], not {boxes!s:.80}")
+    return Entry(root / row["image"], captions, boxes, f"{source} ({row['image']})")
+
+
+def _is_box(box: Any) -> bool:
+    if not isinstance(box, list) or len(box) != 4:
+        return False
+    return all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in box)
+
+
+def _check_images(entries: list[Entry]) -> None:
+    first = {entry.image: entry.source for entry in reversed(entries)}
+    missing = [source for image, source in first.items() if not image.is_file()]
+    if missing:
+        raise DataError(
+            f"{len(missing)} of {len(first)} training images are missing, the first at {missing[-1]}: "
+            "check image_root, or pass --skip_broken to train without them"
+        )
+
+
+class Masked(NamedTuple):
+    """ids: (T,) with masked tokens replaced; labels: (T,) original ids at targets, -100 elsewhere."""
+
+    ids: np.ndarray
+    labels: np.ndarray
+
+
+def mask_tokens(ids: np.ndarray, tokenizer: Tokenizer, probability: float, rng: Generator) -> Masked:
+    """Draw MLM targets among the tokens (T,) other than PAD and CLS: 80% [MASK], 10% a random id, 10% unchanged."""
+    candidates = (ids != tokenizer.pad_id) & (ids != tokenizer.cls_id)
+    target = candidates & (rng.random(len(ids)) < probability)
+    kind = rng.random(len(ids))
+    random_ids = rng.integers(tokenizer.vocab_size, size=len(ids))
+    replaced = np.select([kind < 0.8, kind < 0.9], [tokenizer.mask_id, random_ids], ids)
+    return Masked(np.where(target, replaced, ids), np.where(target, ids, -100))
+
+
+class Collate:
+    """Samples -> the tensors of `models.pretrain.Batch`, in its order."""
+
+    def __init__(self, tokenizer: Tokenizer, config: PretrainConfig) -> None:
+        self.tokenizer = tokenizer
+        self.config = config
+
+    def __call__(self, samples: list[Sample]) -> tuple[Tensor, ...]:
+        tokens = self.tokenizer([sample.caption for sample in samples], self.config.max_tokens)
+        masked = [
+            mask_tokens(ids, self.tokenizer, self.config.mlm_probability, sample.rng)
+            for ids, sample in zip(tokens.input_ids.numpy(), samples, strict=True)
+        ]
+        return (
+            torch.stack([sample.image for sample in samples]),
+            tokens.input_ids,
+            tokens.attention_mask,
+            torch.from_numpy(np.stack([m.ids for m in masked])),
+            torch.from_numpy(np.stack([m.labels for m in masked])),
+            torch.stack([sample.mask for sample in samples]),
+            torch.tensor([sample.has_box for sample in samples]),
+        )
