@@ -1,0 +1,277 @@
+"""Train ALBEF with Attention Mask Consistency.
+
+    python Pretrain.py --config configs/Pretrain.yaml --output_dir OUT --checkpoint ALBEF.pth
+    torchrun --nproc_per_node=8 Pretrain.py ...
+    python -m torch.distributed.launch --nproc_per_node=8 --use_env Pretrain.py ...
+
+Leaves OUT/checkpoint_%02d.pth and a line of OUT/log.txt per epoch, OUT/config.yaml and OUT/run.json (versions, git
+commit, seed). `--resume` continues from the newest checkpoint of OUT, or from `--checkpoint`; each epoch is seeded by
+(seed, rank, epoch), so that a resumed run repeats an uninterrupted one.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, DistributedSampler
+from tqdm import tqdm
+
+import utils
+from config import ConfigError, PretrainConfig, load_config, save_config
+from dataset.reading import DataError
+from dataset.text import Tokenizer, load_tokenizer
+from dataset.vg import Collate, TrainingData
+from models.checkpoint import (
+    CheckpointError,
+    init_image_encoder,
+    init_text_encoder,
+    load_weights,
+    read_checkpoint,
+    save_checkpoint,
+)
+from models.pretrain import Batch, PretrainModel
+from optim import create_optimizer
+from scheduler import create_scheduler, epoch_time, iteration_time
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+CHECK_INTERVAL = 20  # steps between looks at the meters, which wait for the device
+
+
+class TrainingError(utils.UserError):
+    """Training that cannot go on."""
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train ALBEF with Attention Mask Consistency.")
+    parser.add_argument("--config", default="./configs/Pretrain.yaml")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    parser.add_argument("--checkpoint", default="", help="weights to start from, for instance ALBEF.pth")
+    parser.add_argument("--resume", type=utils.boolean, nargs="?", const=True, default=False, help="continue a run")
+    parser.add_argument("--output_dir", default="Pretrain/")
+    parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
+    parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
+    parser.add_argument("--seed", default=42, type=int)
+    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
+    parser.add_argument("--accum_steps", default=1, type=int, help="batches per optimizer step")
+    parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
+    parser.add_argument("--num_workers", default=4, type=int, help="data loading processes per training process")
+    parser.add_argument("--max_steps", default=None, type=int, help="stop after this many optimizer steps in all")
+    parser.add_argument("--skip_broken", action="store_true", help="replace unreadable images and count them")
+    launch = parser.add_argument_group("process group", "read from the launcher's environment")
+    launch.add_argument("--world_size", default=1, type=int)
+    launch.add_argument("--dist_url", default="env://")
+    launch.add_argument("--distributed", default=True, type=utils.boolean)
+    launch.add_argument("--local_rank", "--local-rank", default=0, type=int)
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    config = load_config(args.config, PretrainConfig, args.set)
+    device = utils.choose_device(args.device)
+    if args.distributed:
+        utils.init_distributed(device, args.dist_url)
+    run = Run(args, config, device)
+    step_limit = args.max_steps or sys.maxsize
+    for epoch in range(run.start_epoch, config.schedular.epochs):
+        steps = min(run.steps_per_epoch, step_limit - epoch * run.steps_per_epoch)
+        if steps <= 0:
+            break
+        run.finish_epoch(epoch, run.train_epoch(epoch, steps))
+    if run.data.broken.any():
+        utils.log(f"{int(run.data.broken.sum())} unreadable images were replaced by others")
+    utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
+
+
+class Run:
+    """One training run: data, model, optimizer and schedule, ready for its first epoch or the one to resume with."""
+
+    def __init__(self, args: argparse.Namespace, config: PretrainConfig, device: torch.device) -> None:
+        self.args, self.config, self.device = args, config, device
+        self.output = Path(args.output_dir)
+        tokenizer = load_tokenizer(args.text_encoder)
+        self.data = TrainingData(config, args.seed, args.skip_broken)
+        self.loader = build_loader(self.data, tokenizer, config, args)
+        self.steps_per_epoch = len(self.loader) // args.accum_steps
+        if self.steps_per_epoch == 0:
+            needed = config.batch_size * utils.world_size() * args.accum_steps
+            raise DataError(f"{len(self.data)} training entries do not fill one step of {needed}; lower batch_size")
+
+        utils.seed_everything(args.seed)
+        self.model = PretrainModel(config)
+        check_vocabulary(tokenizer, self.model)
+        resumed = initialise(self.model, config, args)
+        self.model.checkpoint_activations(args.grad_checkpointing)
+        self.model.to(device)
+        self.optimizer = create_optimizer(config.optimizer, self.model)
+        self.schedule = create_scheduler(config.schedular, self.optimizer)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+        self.start_epoch = self.restore(resumed) if resumed else 0
+        self.parallel: nn.Module = self.model
+        if utils.world_size() > 1:
+            # The queues are equal on all processes by construction: nothing to broadcast at each step.
+            self.parallel = DistributedDataParallel(
+                self.model,
+                device_ids=[device] if device.type == "cuda" else None,
+                broadcast_buffers=False,
+                gradient_as_bucket_view=True,
+            )
+        self.describe()
+
+    def restore(self, checkpoint: dict[str, Any]) -> int:
+        """Put optimizer, schedule and loss scale back; returns the epoch to go on with."""
+        self.optimizer.load_state_dict(checkpoint["optimizer"])
+        self.schedule.load_state_dict(checkpoint["lr_scheduler"])
+        if checkpoint.get("scaler"):
+            self.scaler.load_state_dict(checkpoint["scaler"])
+        return int(checkpoint["epoch"]) + 1
+
+    def describe(self) -> None:
+        """Say what is about to run, and leave it beside the results."""
+        if utils.rank() != 0:
+            return
+        start_log(self.output, self.start_epoch)
+        save_config(self.config, self.output / "config.yaml")
+        utils.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
+        samples = f"{self.config.batch_size * self.args.accum_steps} x {utils.world_size()}"
+        utils.log(
+            f"{len(self.data)} entries, {self.steps_per_epoch} steps of {samples} samples an epoch, {self.device}"
+        )
+        utils.log(f"epochs {self.start_epoch} to {self.config.schedular.epochs - 1}, {self.args.precision}")
+
+    def train_epoch(self, epoch: int, steps: int) -> dict[str, float]:
+        """Train for `steps` optimizer steps; returns means over them, over all processes, for the log."""
+        utils.seed_everything(self.args.seed, utils.rank(), epoch)
+        self.data.epoch = epoch
+        self.loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.parallel.train()
+        schedular = self.config.schedular
+        self.schedule.step(epoch_time(schedular, epoch))
+        meters, batches, started = utils.Meters(), iter(self.loader), time.monotonic()
+        bar = tqdm(range(steps), desc=f"epoch {epoch}", unit="step", disable=None if utils.rank() == 0 else True)
+        for step in bar:
+            alpha = self.config.alpha * (1.0 if epoch > 0 else min(1.0, step / self.steps_per_epoch))
+            meters.update({"lr": torch.tensor(self.optimizer.param_groups[0]["lr"])})
+            for micro in range(self.args.accum_steps):
+                batch = Batch(*next(batches)).to(self.device)
+                meters.update(self.backward(batch, alpha, micro))
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            now = iteration_time(schedular, epoch, step)
+            if now is not None:
+                self.schedule.step(now)
+            if step % CHECK_INTERVAL == 0 or step == steps - 1:
+                bar.set_postfix({name: f"{value:.3f}" for name, value in check_finite(meters, epoch, step).items()})
+        seconds = time.monotonic() - started
+        return meters.averages() | {"steps": steps, "seconds": round(seconds, 2)}
+
+    def backward(self, batch: Batch, alpha: float, micro: int) -> dict[str, Tensor]:
+        """Forward and backward of one batch, the `micro`-th of its optimizer step; returns the named losses."""
+        last = micro == self.args.accum_steps - 1
+        parallel = self.parallel
+        alone = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
+        precision = PRECISIONS[self.args.precision]
+        with alone:
+            with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
+                losses = parallel(batch, alpha, update_teacher=micro == 0)
+            total = sum(weight * losses[name] for name, weight in self.model.loss_weights.items())
+            self.scaler.scale(total / self.args.accum_steps).backward()
+        return losses
+
+    def finish_epoch(self, epoch: int, stats: dict[str, float]) -> None:
+        """Append the epoch's log line and write its checkpoint."""
+        if utils.rank() == 0:
+            plain = {"steps", "seconds"}
+            row = {name if name in plain else f"train_{name}": value for name, value in stats.items()}
+            row |= {"epoch": epoch, "broken_images": int(self.data.broken.sum())}
+            # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
+            with (self.output / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            content = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "config": self.config.model_dump(mode="json"),
+                "epoch": epoch,
+            }
+            save_checkpoint(self.output / f"checkpoint_{epoch:02d}.pth", content)
+            shown = " ".join(f"{name} {value:.4g}" for name, value in stats.items())
+            utils.log(f"epoch {epoch}: {shown}")
+        utils.barrier()
+
+
+def build_loader(
+    data: TrainingData, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
+) -> DataLoader[Any]:
+    sampler: DistributedSampler[Any] = DistributedSampler(data, utils.world_size(), utils.rank(), seed=args.seed)
+    return DataLoader(
+        data,
+        batch_size=config.batch_size,
+        sampler=sampler,
+        num_workers=args.num_workers,
+        collate_fn=Collate(tokenizer, config),
+        pin_memory=torch.cuda.is_available(),
+        drop_last=True,
+    )
+
+
+def check_vocabulary(tokenizer: Tokenizer, model: PretrainModel) -> None:
+    size = model.text_encoder.config.vocab_size
+    if tokenizer.vocab_size > size:
+        raise ConfigError(f"--text_encoder has {tokenizer.vocab_size} words, bert_config's vocab_size is {size}")
+
+
+def initialise(model: PretrainModel, config: PretrainConfig, args: argparse.Namespace) -> dict[str, Any] | None:
+    """Load the weights to start from; returns the checkpoint when its run is to be continued."""
+    path = args.checkpoint
+    if args.resume and not path:
+        path = max(Path(args.output_dir).glob("checkpoint_*.pth"), default="")
+        if not path:
+            utils.log(f"--resume: {args.output_dir} holds no checkpoint yet, starting from the beginning")
+    if not path:
+        if config.vit_init:
+            utils.log(str(init_image_encoder(model.visual_encoder, config.vit_init)))
+        utils.log(str(init_text_encoder(model.text_encoder, args.text_encoder)))
+        model.copy_teacher()
+        return None
+    checkpoint = read_checkpoint(path)
+    utils.log(str(load_weights(model, checkpoint["model"], path)))
+    if not args.resume:
+        return None
+    if lacking := [key for key in ("optimizer", "lr_scheduler", "epoch") if key not in checkpoint]:
+        raise CheckpointError(f"{path}: cannot resume, it lacks {', '.join(lacking)}; drop --resume to use its weights")
+    return checkpoint
+
+
+def start_log(output: Path, start_epoch: int) -> None:
+    """log.txt keeps the lines of epochs before `start_epoch` only; the log of an earlier run is set aside."""
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / "log.txt"
+    if start_epoch == 0 and path.exists() and path.stat().st_size:
+        path.rename(output / f"log.{len(list(output.glob('log.*.txt'))) + 1}.txt")
+    kept = [row for row in utils.read_log(path) if row.get("epoch", start_epoch) < start_epoch]
+    utils.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def check_finite(meters: utils.Meters, epoch: int, step: int) -> dict[str, float]:
+    """This process's means so far; raises `TrainingError` naming a loss that has become NaN or infinite."""
+    means = meters.local_averages()
+    if broken := [name for name, value in means.items() if not math.isfinite(value)]:
+        raise TrainingError(
+            f"{' and '.join(broken)} became NaN or infinite in epoch {epoch}, at or shortly before step {step}; "
+            "the last checkpoint is intact: try a lower optimizer.lr, or --precision fp32, and --resume"
+        )
+    return means
+
+
+if __name__ == "__main__":
+    utils.run(main, parse_args())

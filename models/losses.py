@@ -1,0 +1,99 @@
+"""ALBEF's three objectives as pure functions of tensors (Li et al., NeurIPS 2021, arXiv 2107.07651, section 3.2-3.3).
+
+Shapes: B samples, E embedding size, Q queue length, T tokens, V vocabulary size.
+"""
+
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class ContrastiveOutput(NamedTuple):
+    """loss: scalar; sim_i2t, sim_t2i: (B, B) student similarities over temperature within the batch, detached."""
+
+    loss: Tensor
+    sim_i2t: Tensor
+    sim_t2i: Tensor
+
+
+def contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    image_teacher: Tensor,
+    text_teacher: Tensor,
+    image_queue: Tensor,
+    text_queue: Tensor,
+    temp: Tensor,
+    alpha: float,
+) -> ContrastiveOutput:
+    """Image-text contrast with soft targets from the momentum teacher (ITC; ALBEF, equations 1, 2 and 6).
+
+    Args:
+        image, text, image_teacher, text_teacher: (B, E), L2-normalised.
+        image_queue, text_queue: (E, Q), columns L2-normalised.
+        temp: scalar temperature.
+        alpha: weight of the teacher's distribution against the one-hot target.
+    """
+    with torch.no_grad():
+        image_keys = torch.cat([image_teacher.t(), image_queue], dim=1)
+        text_keys = torch.cat([text_teacher.t(), text_queue], dim=1)
+        one_hot = torch.eye(len(image), image_keys.shape[1], device=image.device)
+        i2t_target = alpha * (image_teacher @ text_keys / temp).softmax(dim=1) + (1 - alpha) * one_hot
+        t2i_target = alpha * (text_teacher @ image_keys / temp).softmax(dim=1) + (1 - alpha) * one_hot
+    i2t = image @ text_keys / temp
+    t2i = text @ image_keys / temp
+    loss = (F.cross_entropy(i2t, i2t_target) + F.cross_entropy(t2i, t2i_target)) / 2
+    batch = len(image)
+    return ContrastiveOutput(loss, i2t[:, :batch].detach(), t2i[:, :batch].detach())
+
+
+def hard_negatives(similarity: Tensor) -> Tensor:
+    """Draw for each row one column other than the diagonal, likelier the more similar it is.
+
+    The weights are softmax(row) with the diagonal set to 0. Leaving the diagonal out before the softmax gives the same
+    distribution, and weights that cannot all underflow to 0.
+
+    Args:
+        similarity: (B, B) over temperature, finite.
+
+    Returns:
+        (B,) int64 column indices.
+
+    Raises:
+        ValueError: B = 1, where there is no negative to draw.
+    """
+    if len(similarity) < 2:
+        raise ValueError("image-text matching needs a hard negative: use a batch of at least 2 samples per process")
+    return torch.multinomial(similarity.float().fill_diagonal_(-torch.inf).softmax(dim=1), 1)[:, 0]
+
+
+def matching_loss(logits: Tensor, positives: int) -> Tensor:
+    """Image-text matching (ITM; ALBEF, equation 4): cross entropy over logits (3B, 2) whose first B rows match."""
+    labels = torch.zeros(len(logits), dtype=torch.long, device=logits.device)
+    labels[:positives] = 1
+    return F.cross_entropy(logits.float(), labels)
+
+
+def mlm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    teacher_logits: Tensor,
+    alpha: float,
+    axis: Literal["sequence", "vocabulary"] = "sequence",
+) -> Tensor:
+    """Masked language modelling with distillation (MLM; ALBEF, equations 3 and 7), averaged over target positions.
+
+    Args:
+        logits, teacher_logits: (B, T, V) of student and teacher.
+        labels: (B, T) token ids, -100 where there is no target.
+        axis: what the student's log-softmax of the distillation term runs over. "sequence" is the release's,
+            "vocabulary" the later correction of ALBEF.
+    """
+    target = labels != -100
+    count = target.sum().clamp(min=1)
+    hard = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    student = logits.float().log_softmax(dim=1 if axis == "sequence" else 2)[target]
+    soft = -(teacher_logits[target].float().softmax(dim=-1) * student).sum()
+    return ((1 - alpha) * hard + alpha * soft) / count

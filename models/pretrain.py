@@ -1,0 +1,203 @@
+"""ALBEF in training: momentum teacher, feature queues, and the losses of one step.
+
+ALBEF: Li et al., NeurIPS 2021, arXiv 2107.07651. AMC: Yang et al., CVPR 2023, arXiv 2206.15462.
+"""
+
+import copy
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from config import ConfigError, PretrainConfig
+from models import amc, losses
+from models.albef import ALBEF, build_encoders
+from models.vit import VisionTransformer
+from models.xbert import KeyValue, TextEncoder
+from utils import all_gather
+
+
+class Batch(NamedTuple):
+    """One step's input: B samples of T tokens.
+
+    image: (B, 3, r, r); input_ids, attention_mask: (B, T); mlm_input_ids: (B, T), masked; mlm_labels: (B, T), the
+    original id at targets and -100 elsewhere; box_mask: (B, s, s) in [0, 1]; has_box: (B,) bool.
+    """
+
+    image: Tensor
+    input_ids: Tensor
+    attention_mask: Tensor
+    mlm_input_ids: Tensor
+    mlm_labels: Tensor
+    box_mask: Tensor
+    has_box: Tensor
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+STUDENT_AND_TEACHER = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
+
+
+class PretrainModel(ALBEF):
+    """ALBEF with its teacher and queues; `forward` gives the named losses of one step.
+
+    The losses are `loss_mlm`, `loss_ita`, `loss_itm`, `loss_cam1` (AMC, mean term) and `loss_cam2` (AMC, max term); the
+    AMC terms are 0 without AMC and in a batch without boxes. `loss_weights` says how they add up.
+    """
+
+    image_queue: Tensor
+    text_queue: Tensor
+    queue_ptr_img: Tensor
+    queue_ptr_txt: Tensor
+    visual_encoder_m: VisionTransformer
+    text_encoder_m: TextEncoder
+    vision_proj_m: nn.Linear
+    text_proj_m: nn.Linear
+
+    def __init__(self, config: PretrainConfig) -> None:
+        super().__init__(*build_encoders(config, mlm_head=True), config.embed_dim, config.temp)
+        self.config = config
+        if config.add_gcam and config.amc.layer not in self.text_encoder.fusion_layers:
+            fusion = self.text_encoder.fusion_layers
+            raise ConfigError(f"amc.layer is {config.amc.layer}; the fusion layers are {fusion.start} to {fusion[-1]}")
+        for name in STUDENT_AND_TEACHER:
+            setattr(self, f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
+        for name in ("image_queue", "text_queue"):
+            self.register_buffer(name, F.normalize(torch.randn(config.embed_dim, config.queue_size), dim=0))
+        for name in ("queue_ptr_img", "queue_ptr_txt"):
+            self.register_buffer(name, torch.zeros(1, dtype=torch.long))
+
+    @property
+    def loss_weights(self) -> dict[str, float]:
+        """Factor of each named loss in the total."""
+        amc_config = self.config.amc
+        weights = {"loss_mlm": 1.0, "loss_ita": 1.0, "loss_itm": 1.0}
+        return weights | {"loss_cam1": amc_config.weight_mean, "loss_cam2": amc_config.weight_max}
+
+    def checkpoint_activations(self, enable: bool = True) -> None:
+        """Recompute the student's activations in the backward pass; the twice-differentiated layers keep theirs."""
+        self.visual_encoder.checkpoint_activations = enable
+        self.text_encoder.checkpoint_activations = enable
+
+    def forward(self, batch: Batch, alpha: float, update_teacher: bool = True) -> dict[str, Tensor]:
+        """Losses of one step.
+
+        Args:
+            alpha: weight of the teacher's targets, ramped from 0 in epoch 0.
+            update_teacher: move teacher towards student first; False in all but the first micro-batch of a step.
+        """
+        with torch.no_grad():
+            self.temp.clamp_(0.001, 0.5)
+        if update_teacher:
+            self.update_teacher()
+
+        image_tokens = self.encode_image(batch.image)
+        text_tokens = self.encode_text(batch.input_ids, batch.attention_mask)
+        images = self.text_encoder.image_keys_values(image_tokens)
+        with torch.no_grad():
+            teacher_image_tokens = self.visual_encoder_m(batch.image)
+            teacher_text_tokens = self.text_encoder_m(batch.input_ids, batch.attention_mask)
+            teacher_image = F.normalize(self.vision_proj_m(teacher_image_tokens[:, 0]), dim=-1)
+            teacher_text = F.normalize(self.text_proj_m(teacher_text_tokens[:, 0]), dim=-1)
+
+        contrast = losses.contrastive_loss(
+            self.image_feature(image_tokens),
+            self.text_feature(text_tokens),
+            teacher_image,
+            teacher_text,
+            self.image_queue,
+            self.text_queue,
+            self.temp,
+            alpha,
+        )
+        self.enqueue(all_gather(teacher_image), all_gather(teacher_text))
+
+        match_logits, cam_losses = self._positives(text_tokens, images, batch)
+        mismatch_logits = self._negatives(text_tokens, images, batch.attention_mask, contrast)
+        logits = torch.cat([match_logits, mismatch_logits])
+        return {
+            "loss_mlm": self._mlm(images, teacher_image_tokens, batch, alpha),
+            "loss_ita": contrast.loss,
+            "loss_itm": losses.matching_loss(logits, positives=len(match_logits)),
+            **cam_losses,
+        }
+
+    def _positives(self, text_tokens: Tensor, images: list[KeyValue], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Match logits (B, 2) of the true pairs, and the AMC terms on their GradCAM maps."""
+        options = self.config.amc
+        if not self.config.add_gcam:
+            fused = self.text_encoder.fuse(text_tokens, batch.attention_mask, images)
+            zero = torch.zeros((), device=text_tokens.device)
+            return self.match_logits(fused.tokens), {"loss_cam1": zero, "loss_cam2": zero}
+        # fp32 whatever the rest runs in: these gradients are tiny, and maps are divided by their maximum.
+        with torch.autocast(text_tokens.device.type, enabled=False):
+            fused = self.text_encoder.fuse(
+                text_tokens.float(),
+                batch.attention_mask,
+                [image.to(torch.float32) for image in images],
+                attention_layer=options.layer,
+                twice_differentiable=True,
+            )
+            logits = self.match_logits(fused.tokens)
+            cam = self.training_gradcam(logits, fused.attention, batch.attention_mask)
+            cam = amc.resize(amc.normalise(cam), batch.box_mask.shape[-1])
+            mask, has_box = batch.box_mask.float(), batch.has_box
+            return logits, {
+                "loss_cam1": amc.mean_margin_loss(cam, mask, has_box, options.margin_mean, options.mean_over),
+                "loss_cam2": amc.max_margin_loss(cam, mask, has_box, options.margin_max),
+            }
+
+    def training_gradcam(self, logits: Tensor, attention: Tensor | None, attention_mask: Tensor) -> Tensor:
+        """GradCAM (B, h, w) of the match logits by `attention`, itself differentiable (AMC, equation 3)."""
+        assert attention is not None
+        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), attention, create_graph=True)
+        return amc.gradcam(attention, gradient, attention_mask, self.visual_encoder.grid)
+
+    def _negatives(
+        self, text_tokens: Tensor, images: list[KeyValue], attention_mask: Tensor, contrast: losses.ContrastiveOutput
+    ) -> Tensor:
+        """Match logits (2B, 2): each text with a hard image, then each image with a hard text."""
+        own = torch.arange(len(text_tokens), device=text_tokens.device)
+        image_index = torch.cat([losses.hard_negatives(contrast.sim_t2i), own])
+        text_index = torch.cat([own, losses.hard_negatives(contrast.sim_i2t)])
+        fused = self.text_encoder.fuse(text_tokens[text_index], attention_mask[text_index], images, image_index)
+        return self.match_logits(fused.tokens)
+
+    def _mlm(self, images: list[KeyValue], teacher_image_tokens: Tensor, batch: Batch, alpha: float) -> Tensor:
+        masked, mask = batch.mlm_input_ids, batch.attention_mask
+        fused = self.text_encoder.fuse(self.text_encoder(masked, mask), mask, images)
+        with torch.no_grad():
+            teacher = self.text_encoder_m
+            teacher_images = teacher.image_keys_values(teacher_image_tokens)
+            teacher_fused = teacher.fuse(teacher(masked, mask), mask, teacher_images)
+            teacher_logits = teacher.mlm_logits(teacher_fused.tokens)
+        logits = self.text_encoder.mlm_logits(fused.tokens)
+        return losses.mlm_loss(logits, batch.mlm_labels, teacher_logits, alpha, self.config.mlm_distill_axis)
+
+    @torch.no_grad()
+    def update_teacher(self) -> None:
+        """p_m = momentum * p_m + (1 - momentum) * p, for every parameter of the teacher (ALBEF, section 3.3)."""
+        for name in STUDENT_AND_TEACHER:
+            student, teacher = getattr(self, name), getattr(self, f"{name}_m")
+            torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - self.config.momentum)
+
+    @torch.no_grad()
+    def copy_teacher(self) -> None:
+        """Start the teacher as a copy of the student."""
+        for name in STUDENT_AND_TEACHER:
+            getattr(self, f"{name}_m").load_state_dict(getattr(self, name).state_dict())
+
+    @torch.no_grad()
+    def enqueue(self, image_features: Tensor, text_features: Tensor) -> None:
+        """Put features (n, E) of all processes into the queues, over the oldest, wrapping at the end."""
+        size = self.image_queue.shape[1]
+        offsets = torch.arange(len(image_features), device=image_features.device)[-size:]
+        pairs = (
+            (self.image_queue, self.queue_ptr_img, image_features),
+            (self.text_queue, self.queue_ptr_txt, text_features),
+        )
+        for queue, pointer, features in pairs:
+            queue[:, (pointer + offsets) % size] = features[-size:].t().to(queue.dtype)
+            pointer.copy_((pointer + len(features)) % size)

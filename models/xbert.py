@@ -1,0 +1,332 @@
+"""Text and fusion encoder: BERT whose upper layers also attend to the image (ALBEF, section 3.1).
+
+Layers below `fusion_layer` read the text alone; from there on each layer has, between self-attention and MLP, a
+cross-attention whose keys and values are the image tokens. Parameter names are those of the released checkpoints
+(BERT's own, with `crossattention` beside `attention`).
+
+Three things here are not in BERT. The keys and values of an image are computed once (`image_keys_values`) and shared by
+every pass and every text that looks at the image. The attention a GradCAM map needs is returned by the call that
+computes it. And attention is a fused kernel except where a map needs the probabilities, or a second derivative.
+
+Shapes: B texts, T tokens, N images, S image tokens, W hidden size, H heads, D = W / H.
+"""
+
+import math
+from typing import NamedTuple, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from config import BertConfig
+
+
+class KeyValue(NamedTuple):
+    """Keys and values of N images for one fusion layer, each (N, H, S, D)."""
+
+    key: Tensor
+    value: Tensor
+
+    def select(self, index: Tensor) -> "KeyValue":
+        """Row b holds image `index[b]`."""
+        return KeyValue(self.key[index], self.value[index])
+
+    def to(self, dtype: torch.dtype) -> "KeyValue":
+        return KeyValue(self.key.to(dtype), self.value.to(dtype))
+
+
+class FusionOutput(NamedTuple):
+    """tokens: (B, T, W), CLS first; attention: (B, H, T, S) of the layer asked for, before dropout, else None."""
+
+    tokens: Tensor
+    attention: Tensor | None
+
+
+class Projections(nn.Module):
+    """query, key and value of an attention block."""
+
+    def __init__(self, width: int, source_width: int) -> None:
+        super().__init__()
+        self.query = nn.Linear(width, width)
+        self.key = nn.Linear(source_width, width)
+        self.value = nn.Linear(source_width, width)
+
+
+class ResidualOutput(nn.Module):
+    """LayerNorm(residual + dropout(Linear(x))): how every BERT sub-layer ends."""
+
+    def __init__(self, config: BertConfig, inner_width: int) -> None:
+        super().__init__()
+        self.dense = nn.Linear(inner_width, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, inner: Tensor, residual: Tensor) -> Tensor:
+        return self.LayerNorm(residual + self.dropout(self.dense(inner)))
+
+
+class Attention(nn.Module):
+    """Multi-head attention of the text over itself or over image tokens."""
+
+    def __init__(self, config: BertConfig, source_width: int) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.dropout_prob = config.attention_probs_dropout_prob
+        self.self = Projections(config.hidden_size, source_width)
+        self.output = ResidualOutput(config, config.hidden_size)
+
+    def keys_values(self, source: Tensor) -> KeyValue:
+        """(N, S, source width) -> keys and values, (N, H, S, D) each."""
+        return KeyValue(self._split_heads(self.self.key(source)), self._split_heads(self.self.value(source)))
+
+    def forward(
+        self, hidden: Tensor, source: KeyValue, bias: Tensor | None = None, explicit: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend from `hidden` to `source`, one row of it per text or a single row shared by all texts.
+
+        Args:
+            hidden: (B, T, W).
+            bias: (B, 1, 1, S), added to the scores (0, or -10000 where there is nothing to see).
+            explicit: compute the probabilities as a tensor: they are returned, and can be differentiated twice.
+
+        Returns:
+            the new hidden states (B, T, W) and the probabilities (B, H, T, S) before dropout, None unless `explicit`.
+        """
+        query = self._split_heads(self.self.query(hidden))
+        dropout = self.dropout_prob if self.training else 0.0
+        attention = None
+        if explicit:
+            scores = _matmul(query, source.key.transpose(-2, -1)) / math.sqrt(query.shape[-1])
+            attention = (scores if bias is None else scores + bias).softmax(dim=-1)
+            if torch.is_grad_enabled() and not attention.requires_grad:
+                attention.requires_grad_()  # evaluation: the graph of a map begins here
+            mixed = _matmul(F.dropout(attention, dropout), source.value)
+        elif len(source.key) == 1 < len(query):
+            folded = query.transpose(0, 1).flatten(1, 2)[None]
+            mixed = F.scaled_dot_product_attention(folded, *source, dropout_p=dropout)
+            mixed = mixed[0].unflatten(1, (len(query), -1)).transpose(0, 1)
+        else:
+            mask = None if bias is None else bias.to(query.dtype)
+            mixed = F.scaled_dot_product_attention(query, *source, attn_mask=mask, dropout_p=dropout)
+        return self.output(mixed.transpose(1, 2).flatten(2), hidden), attention
+
+    def _split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+
+
+def _matmul(rows: Tensor, shared: Tensor) -> Tensor:
+    """(B, H, T, X) @ (B or 1, H, X, Y); with one shared matrix, no copy of it per row is made."""
+    if len(shared) != 1 or len(rows) == 1:
+        return rows @ shared
+    folded = rows.transpose(0, 1).flatten(1, 2) @ shared[0]
+    return folded.unflatten(1, (len(rows), -1)).transpose(0, 1)
+
+
+class Intermediate(nn.Module):
+    """The MLP's first half."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return F.gelu(self.dense(hidden))
+
+
+class Layer(nn.Module):
+    """Self-attention, cross-attention in fusion layers, MLP."""
+
+    def __init__(self, config: BertConfig, fusion: bool) -> None:
+        super().__init__()
+        self.attention = Attention(config, config.hidden_size)
+        if fusion:
+            self.crossattention = Attention(config, config.encoder_width)
+        self.intermediate = Intermediate(config)
+        self.output = ResidualOutput(config, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden: Tensor,
+        text_bias: Tensor,
+        image: KeyValue | None = None,
+        explicit_self: bool = False,
+        explicit_cross: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(B, T, W) -> (B, T, W) and, if `explicit_cross`, the cross-attention (B, H, T, S)."""
+        hidden, _ = self.attention(hidden, self.attention.keys_values(hidden), text_bias, explicit_self)
+        attention = None
+        if image is not None:
+            hidden, attention = self.crossattention(hidden, image, explicit=explicit_cross)
+        return self.output(self.intermediate(hidden), hidden), attention
+
+
+class Embeddings(nn.Module):
+    """Word, position and segment embeddings."""
+
+    position_ids: Tensor
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=config.pad_token_id)
+        self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.register_buffer("position_ids", torch.arange(config.max_position_embeddings)[None])
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        positions = self.position_ids[:, : input_ids.shape[1]]
+        segment = self.token_type_embeddings.weight[0]
+        embedded = self.word_embeddings(input_ids) + self.position_embeddings(positions) + segment
+        return self.dropout(self.LayerNorm(embedded))
+
+
+class LayerStack(nn.Module):
+    """BERT's `encoder`: a holder of layers."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.layer = nn.ModuleList(
+            Layer(config, fusion=index >= config.fusion_layer) for index in range(config.num_hidden_layers)
+        )
+
+
+class Bert(nn.Module):
+    """Embeddings and layers."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = LayerStack(config)
+
+
+class Transform(nn.Module):
+    """The MLM head's hidden layer."""
+
+    def __init__(self, config: BertConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.LayerNorm(F.gelu(self.dense(hidden)))
+
+
+class Predictions(nn.Module):
+    """BERT's MLM head; its decoder is the word embedding, its bias stands in the checkpoint under two names."""
+
+    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        self.transform = Transform(config)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.decoder.weight = word_embeddings.weight
+        self.decoder.bias = self.bias
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """(..., W) -> vocabulary logits (..., V)."""
+        return self.decoder(self.transform(hidden))
+
+
+class MLMHead(nn.Module):
+    """Holder of `predictions`, for the checkpoint's names."""
+
+    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
+        super().__init__()
+        self.predictions = Predictions(config, word_embeddings)
+
+
+class TextEncoder(nn.Module):
+    """BERT in two halves: `forward` reads the text, `fuse` reads the text with an image; `mlm_logits` on request.
+
+    Raises:
+        ValueError: from `fuse`, when `attention_layer` is not a fusion layer.
+    """
+
+    def __init__(self, config: BertConfig, mlm_head: bool) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        self.bert = Bert(config)
+        self.cls = MLMHead(config, self.bert.embeddings.word_embeddings) if mlm_head else None
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+    @property
+    def layers(self) -> list[Layer]:
+        """BERT's layers, by index."""
+        return cast(list[Layer], list(self.bert.encoder.layer))
+
+    @property
+    def fusion_layers(self) -> range:
+        """Indices of the layers with cross-attention."""
+        return range(self.config.fusion_layer, self.config.num_hidden_layers)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) ids and mask (1 word, 0 padding) -> text tokens (B, T, W), from the layers without image."""
+        hidden, bias = self.bert.embeddings(input_ids), _additive(attention_mask)
+        for layer in self.layers[: self.config.fusion_layer]:
+            hidden, _ = self._run(layer, hidden, bias)
+        return hidden
+
+    def image_keys_values(self, image_tokens: Tensor) -> list[KeyValue]:
+        """(N, S, encoder width) -> keys and values of every fusion layer, for any number of `fuse` calls."""
+        return [self.layers[index].crossattention.keys_values(image_tokens) for index in self.fusion_layers]
+
+    def fuse(
+        self,
+        text_tokens: Tensor,
+        attention_mask: Tensor,
+        images: list[KeyValue],
+        image_index: Tensor | None = None,
+        attention_layer: int | None = None,
+        twice_differentiable: bool = False,
+    ) -> FusionOutput:
+        """Read texts together with images.
+
+        Args:
+            text_tokens: (B, T, W), from `forward`.
+            images: from `image_keys_values`, of B images, or of one image that all texts share.
+            image_index: (B,), which image each text looks at, where that is neither of the two.
+            attention_layer: return the cross-attention of this BERT layer.
+            twice_differentiable: the graph from that attention to the output has second derivatives, which fused
+                attention kernels lack.
+        """
+        if attention_layer is not None and attention_layer not in self.fusion_layers:
+            known = f"{self.fusion_layers.start} to {self.fusion_layers.stop - 1}"
+            raise ValueError(f"layer {attention_layer} has no cross-attention; the fusion layers are {known}")
+        hidden, bias, seen = text_tokens, _additive(attention_mask), None
+        for index, image in zip(self.fusion_layers, images, strict=True):
+            image = image if image_index is None else image.select(image_index)
+            above = twice_differentiable and attention_layer is not None and index > attention_layer
+            explicit = above or index == attention_layer
+            layer = self.layers[index]
+            if explicit:
+                hidden, attention = layer(hidden, bias, image, explicit_self=above, explicit_cross=True)
+                seen = attention if index == attention_layer else seen
+            else:
+                hidden, _ = self._run(layer, hidden, bias, image)
+        return FusionOutput(hidden, seen)
+
+    def mlm_logits(self, hidden: Tensor) -> Tensor:
+        """(..., W) -> (..., V); only of an encoder built with its MLM head."""
+        assert self.cls is not None, "this text encoder was built without its MLM head"
+        return self.cls.predictions(hidden)
+
+    def _run(self, layer: Layer, *inputs: Tensor | KeyValue) -> tuple[Tensor, Tensor | None]:
+        if self.checkpoint_activations and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+
+def _additive(attention_mask: Tensor) -> Tensor:
+    """(B, T) of ones and zeros -> (B, 1, 1, T), 0 or -10000, to be added to attention scores."""
+    return (1.0 - attention_mask[:, None, None, :].float()) * -10000.0
