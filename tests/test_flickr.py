@@ -1,0 +1,187 @@
+"""Reading Flickr30k Entities in info-ground's form: order, boxes, splits, and what each broken file says."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from dataset.expressions import Expression
+from dataset.flickr import load_expressions, load_ids, split_of
+from dataset.reading import DataError
+
+BOXES = {
+    "11": {
+        "boxes": {"1": [[0, 1, 20, 31]], "2": [[5, 5, 10, 10], [7, 7, 30, 20]], "4": []},
+        "scene": ["3"],
+        "nobox": [],
+        "width": 64,
+        "height": 48,
+        "depth": 3,
+    }
+}
+
+
+def phrase(text: str, phrase_id: Any) -> dict[str, Any]:
+    return {"phrase": text, "phrase_id": phrase_id, "first_word_index": 0, "phrase_type": ["people"]}
+
+
+SENTENCES = {
+    "11": [
+        {"sentence": "s", "phrases": [phrase("Two Men,", "2"), phrase("a street", "3")]},
+        {"sentence": "t", "phrases": [phrase("the dog", "1"), phrase("nothing", "4"), phrase("they", "2")]},
+    ]
+}
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """The three files of a split and an image."""
+    (tmp_path / "test.txt").write_text("11\n\n")
+    (tmp_path / "boxes.json").write_text(json.dumps(BOXES))
+    (tmp_path / "sentences.json").write_text(json.dumps(SENTENCES))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "11.jpg").touch()
+    return tmp_path
+
+
+def load(root: Path, ids: tuple[str, ...] = ("test.txt",)) -> list[Expression]:
+    return load_expressions(
+        image_ids_file=[str(root / name) for name in ids],
+        phrase_box_file=[str(root / "boxes.json")] * len(ids),
+        sentences_file=[str(root / "sentences.json")] * len(ids),
+        image_root=str(root / "images"),
+    )
+
+
+def test_every_phrase_with_boxes_in_order(root: Path) -> None:
+    expressions = load(root)
+    assert [expression.text for expression in expressions] == ["two men", "the dog", "they"]
+    assert [expression.ref_id for expression in expressions] == [0, 1, 2]
+    assert expressions[0].boxes.dtype == np.float64
+    assert expressions[0].boxes.tolist() == [[5, 5, 5, 5], [7, 7, 23, 13]]
+    assert expressions[1].boxes.tolist() == [[0, 1, 20, 30]]
+    for expression in expressions:
+        assert expression.image == root / "images" / "11.jpg"
+        assert expression.record == {"image_height": 48, "image_width": 64, "split": "test"}
+        assert (expression.split, expression.size, expression.detections) == ("test", (48, 64), None)
+
+
+def test_ref_ids_run_on_over_the_files(root: Path) -> None:
+    (root / "val.txt").write_text("11\n")
+    expressions = load(root, ("val.txt", "test.txt"))
+    assert [expression.ref_id for expression in expressions] == [0, 1, 2, 3, 4, 5]
+    assert [expression.split for expression in expressions] == ["val"] * 3 + ["test"] * 3
+
+
+def test_golden_order(golden_data: Path) -> None:
+    folder = golden_data / "flickr"
+    expressions = load_expressions(
+        image_ids_file=[str(folder / "val.txt"), str(folder / "test.txt")],
+        phrase_box_file=[str(folder / "bounding_boxes_val.json"), str(folder / "bounding_boxes_test.json")],
+        sentences_file=[str(folder / "sentences_val.json"), str(folder / "sentences_test.json")],
+        image_root=str(golden_data / "images"),
+    )
+    assert [expression.ref_id for expression in expressions] == list(range(24))
+    assert [expression.image.stem for expression in expressions] == [str(1000 + i) for i in range(8) for _ in range(3)]
+
+
+def test_phrases_are_cut_to_fifty_words(root: Path) -> None:
+    (root / "sentences.json").write_text(json.dumps({"11": [{"phrases": [phrase("a " * 51, "1")]}]}))
+    assert load(root)[0].text == " ".join(["a"] * 50)
+
+
+@pytest.mark.parametrize(
+    ("path", "split", "warning"),
+    [
+        ("flickr/val.txt", "val", None),
+        ("flickr/test.txt", "test", None),
+        ("val/my_val_ids.txt", "val", None),
+        (
+            "eval/test.txt",
+            "test",
+            "eval/test.txt counts as test, by its file name; the release would count it as val",
+        ),
+    ],
+)
+def test_the_split_is_that_of_the_file_name(
+    capsys: pytest.CaptureFixture[str], path: str, split: str, warning: str | None
+) -> None:
+    assert split_of(path) == split
+    printed = capsys.readouterr().out
+    assert printed == "" if warning is None else warning in printed
+
+
+def test_lists_of_unequal_length(root: Path) -> None:
+    with pytest.raises(DataError, match=r"must be lists of equal length.*they have 1, 0 and 2 entries"):
+        load_expressions(image_ids_file=["a"], phrase_box_file=[], sentences_file=["b", "c"], image_root="")
+    with pytest.raises(DataError, match=r"image_ids_file: no phrase has boxes"):
+        load_expressions(image_ids_file=[], phrase_box_file=[], sentences_file=[], image_root="")
+
+
+IMAGE = BOXES["11"]
+
+
+@pytest.mark.parametrize(
+    ("boxes", "message"),
+    [
+        ({}, r"the image id has no entry; check that phrase_box_file .*\n.*boxes\.json: image 11"),
+        ({"11": {"boxes": {}, "height": 48}}, r"key 'width' is missing - 1 found:\n.*boxes\.json: image 11"),
+        ({"11": {**IMAGE, "height": "48"}}, r"key 'height' must be of type int.*\n.*\(found '48'\)"),
+        ({"11": {**IMAGE, "boxes": [1]}}, r"key 'boxes' must be of type dict"),
+        ({"11": {**IMAGE, "boxes": {"1": [1, 2, 3, 4]}}}, r"boxes of a phrase id must be a list of boxes"),
+        ({"11": {**IMAGE, "boxes": {}}}, r"test\.txt: no phrase has boxes; do the files match\?"),
+        ([], r"boxes\.json: expected a JSON dict, found a list"),
+    ],
+)
+def test_broken_boxes(root: Path, boxes: Any, message: str) -> None:
+    (root / "boxes.json").write_text(json.dumps(boxes))
+    with pytest.raises(DataError, match=message):
+        load(root)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "message"),
+    [
+        ({}, r"the image id has no list of sentences; check that sentences_file .*\n.*sentences\.json: image 11"),
+        ({"11": [{"phrases": []}, {}]}, r"key 'phrases' is missing - 1 found:\n.*image 11, sentence 1"),
+        (
+            {"11": [{"phrases": [phrase("a", "1"), phrase("b", 1)]}]},
+            r"'phrase_id' must be of type str.*\n.*phrase 1 ",
+        ),
+        (
+            {"11": [{"phrases": [phrase("...", "1")]}]},
+            r"empty once cleaned.*\n.*sentence 0, phrase 0 \('\.\.\.'",
+        ),
+        ({"11": [{"phrases": [{"phrase_id": "1"}]}]}, r"key 'phrase' is missing"),
+        ({"11": ["cat"]}, r"an entry must be an object.*\n.*image 11, sentence 0 \(found a str\)"),
+    ],
+)
+def test_broken_sentences(root: Path, sentences: Any, message: str) -> None:
+    (root / "sentences.json").write_text(json.dumps(sentences))
+    with pytest.raises(DataError, match=message):
+        load(root)
+
+
+def test_a_missing_image_is_named_once(root: Path) -> None:
+    (root / "images" / "11.jpg").unlink()
+    with pytest.raises(
+        DataError, match=r"image file does not exist; check image_root - 1 found:\n.*test\.txt: image 11"
+    ):
+        load(root)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\n \n", r"ids\.txt: lists no image ids"), (b"\xff\xfe\x00", r"ids\.txt: not a text file")],
+)
+def test_broken_ids(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "ids.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        load_ids(str(tmp_path / "ids.txt"))
+
+
+def test_missing_ids(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"no\.txt: cannot be read .*check image_ids_file in the config"):
+        load_ids(str(tmp_path / "no.txt"))

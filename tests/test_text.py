@@ -1,0 +1,148 @@
+"""Captions and tokens, against the ids and strings that the released checkpoints were trained with."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+from tokenizers.models import WordPiece
+
+from dataset.text import Tokenizer, clean_caption, load_tokenizer, swap_left_right
+from utils import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(bert_vocab: Path, tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    folder = tmp_path_factory.mktemp("text_encoder")
+    (folder / "vocab.txt").write_bytes(bert_vocab.read_bytes())
+    return load_tokenizer(str(folder))
+
+
+def test_golden_captions(golden_metrics: dict[str, Any]) -> None:
+    cases = golden_metrics["captions"]
+    assert [clean_caption(text, max_words) for text, max_words, _ in cases] == [cleaned for *_, cleaned in cases]
+
+
+@pytest.mark.parametrize(
+    ("text", "cleaned"),
+    [
+        ("a \n\t b", "a b"),
+        ("a\tb", "a\tb"),
+        ("Left-most/dog.\n", "left most dog"),
+        ("a - b", "a b"),
+        ("'\"!?()*#:;~,.", ""),
+        ("one two three four", "one two three"),
+    ],
+)
+def test_clean_caption(text: str, cleaned: str) -> None:
+    assert clean_caption(text, 3) == cleaned
+
+
+@pytest.mark.parametrize(
+    ("text", "mirrored"),
+    [
+        ("the man on the left", "the man on the right"),
+        ("rightmost of the two left cups", "leftmost of the two right cups"),
+        ("leftover food is alright and bright", "leftover food is alright and bright"),
+        ("", ""),
+    ],
+)
+def test_swap_left_right(text: str, mirrored: str) -> None:
+    assert swap_left_right(text) == mirrored
+    assert swap_left_right(mirrored) == text
+
+
+def test_golden_tokens(tokenizer: Tokenizer, golden_metrics: dict[str, Any]) -> None:
+    for text, evaluation, training in golden_metrics["tokens"]:
+        assert tokenizer([text]).input_ids.tolist() == [evaluation]
+        assert tokenizer([text], max_tokens=25).input_ids.tolist() == [training]
+
+
+def test_tokens_are_padded_to_the_longest_and_masked(tokenizer: Tokenizer) -> None:
+    tokens = tokenizer(["two dogs", "", "a"])
+    assert tokens.input_ids.tolist() == [[101, 2048, 6077], [101, 0, 0], [101, 1037, 0]]
+    assert tokens.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
+    assert tokens.input_ids.dtype == tokens.attention_mask.dtype == torch.int64
+    assert tokenizer(["two dogs", "a"], max_tokens=2).input_ids.tolist() == [[101, 2048], [101, 1037]]
+    assert tokenizer([]).input_ids.shape == (0, 0)
+
+
+def test_special_ids_and_size(tokenizer: Tokenizer) -> None:
+    assert (tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id, tokenizer.vocab_size) == (0, 101, 103, 30522)
+    assert tokenizer.words(torch.tensor([101, 4100, 25778, 2239, 0])) == ["[CLS]", "semi", "##col", "##on", "[PAD]"]
+
+
+def test_unknown_characters_become_unk(tokenizer: Tokenizer) -> None:
+    assert tokenizer(["a \u2603 cat"]).input_ids.tolist() == [[101, 1037, 100, 4937]]
+
+
+def test_a_folder_with_tokenizer_json_alone(bert_vocab: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
+    # This file asks for truncation, padding and a closing [SEP]; none of them is ours.
+    (tmp_path / "tokenizer.json").write_bytes((bert_vocab.parent / "tokenizer.json").read_bytes())
+    texts = ["two dogs", "the mans red hat on near the left " * 30]
+    ours, theirs = tokenizer(texts), load_tokenizer(str(tmp_path))(texts)
+    assert torch.equal(ours.input_ids, theirs.input_ids)
+    assert torch.equal(ours.attention_mask, theirs.attention_mask)
+
+
+def test_a_name_is_looked_up_in_the_cache_first(
+    bert_vocab: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    calls = []
+
+    def cached_file(name: str, file: str, local_files_only: bool) -> str:
+        calls.append((name, file, local_files_only))
+        if local_files_only and name == "to-download":
+            raise OSError("not in the cache")
+        return str(bert_vocab)
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    assert load_tokenizer("bert-base-uncased").vocab_size == 30522
+    assert calls == [("bert-base-uncased", "vocab.txt", True)]
+    calls.clear()
+    assert load_tokenizer("to-download").vocab_size == 30522
+    assert calls == [("to-download", "vocab.txt", True), ("to-download", "vocab.txt", False)]
+
+
+def test_a_name_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+    def cached_file(name: str, file: str, local_files_only: bool) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
+    with pytest.raises(UserError, match=r"no-such-encoder: no such folder.* pass a folder that holds BERT-base"):
+        load_tokenizer("no-such-encoder")
+
+
+def test_a_folder_without_vocabulary(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"the folder holds no vocab\.txt and no tokenizer\.json"):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("vocab.txt", "[PAD]\n[UNK]\n[MASK]\ncat\n", r"vocab\.txt: holds no \[CLS\]"),
+        ("vocab.txt", "", r"vocab\.txt: holds no \[PAD\]"),
+        ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[MASK]\n##cat\n", r"\(0 of 0 to \[UNK\]\)"),
+        ("tokenizer.json", "{", r"tokenizer\.json: cannot be read as a vocabulary"),
+    ],
+)
+def test_a_broken_vocabulary(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=message):
+        load_tokenizer(str(tmp_path))
+
+
+def test_a_vocabulary_that_is_not_text(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes(b"[PAD]\n\xff\xfe\n")
+    with pytest.raises(UserError, match=r"vocab\.txt: cannot be read as a vocabulary"):
+        load_tokenizer(str(tmp_path))
+
+
+def test_known_words_mapped_to_unk_are_an_error() -> None:
+    vocabulary = {token: i for i, token in enumerate(["[PAD]", "[UNK]", "[CLS]", "[MASK]", "cat", "dog"])}
+    pieces = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))  # without BERT's splitting at spaces
+    with pytest.raises(UserError, match=r"broken: the tokenizer maps known words to \[UNK\].*\(1 of 2 to \[UNK\]\)"):
+        Tokenizer(pieces, "broken")
