@@ -132,6 +132,8 @@ class GroundingConfig(ModelConfig):
     image_ids_file: list[str] = []
     phrase_box_file: list[str] = []
     sentences_file: list[str] = []
+    block_num: int = Field(8, ge=0)  # the layer whose attention is explained; --block_num overrides it
+    matching_file: list[str] = []  # balanced pairs (dataset/matching.py) on which matching accuracy is measured as well
     # Training keys of the released files that evaluation accepts and ignores.
     on_bbox: bool = False
     distill: bool = True

@@ -35,3 +35,9 @@ def read_image(path: str | Path, source: str) -> Image.Image:
         raise DataError(f"{source}: image {path} does not exist; check image_root") from None
     except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{source}: image {path} cannot be decoded ({error}); is the download complete?") from error
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) of an image file, from its header."""
+    with Image.open(path) as image:
+        return image.height, image.width

@@ -33,6 +33,11 @@ def resize_bicubic(image: Image.Image, size: int) -> np.ndarray:
     return np.asarray(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC))
 
 
+def resize_bilinear_image(image: Image.Image, size: int) -> np.ndarray:
+    """`resize_bilinear` of a PIL image, as RGB."""
+    return resize_bilinear(np.asarray(image.convert("RGB")), size)
+
+
 def resize_bilinear(image: np.ndarray, size: int) -> np.ndarray:
     """OpenCV's bilinear resize (no antialiasing): AMC training and Flickr30k evaluation."""
     return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)

@@ -1,0 +1,89 @@
+"""The three benchmarks: what each reads, how it resizes an image, which splits and metrics it reports."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from config import GroundingConfig
+from dataset import flickr, refer
+from dataset.expressions import Expression
+from dataset.transforms import resize_bicubic, resize_bilinear_image
+
+
+class Benchmark(NamedTuple):
+    """One benchmark.
+
+    Args:
+        config: the config file that is used unless another is named.
+        load: reads and checks its expressions, in the order of the result file.
+        resize: (image, side) -> uint8 (side, side, 3).
+        splits: split -> the name it is reported under.
+        metrics: "box" and "point", in the order of the log lines.
+    """
+
+    name: str
+    config: str
+    load: Callable[[GroundingConfig], list[Expression]]
+    resize: Callable[[Image.Image, int], np.ndarray]
+    splits: dict[str, str]
+    metrics: tuple[str, ...]
+
+
+def _load_refcoco(config: GroundingConfig) -> list[Expression]:
+    config.require("test_file", "refcoco_data", "det_file")
+    return refer.load_expressions(
+        test_file=config.test_file,
+        image_root=config.image_root,
+        refer_root=str(config.refcoco_data),
+        dataset="refcoco+",
+        det_file=config.det_file,
+    )
+
+
+def _load_refclef(config: GroundingConfig) -> list[Expression]:
+    config.require("test_file", "refcoco_data")
+    return refer.load_expressions(
+        test_file=config.test_file,
+        image_root=config.image_root,
+        refer_root=str(config.refcoco_data),
+        dataset="refclef",
+        entry_split=True,
+    )
+
+
+def _load_flickr(config: GroundingConfig) -> list[Expression]:
+    config.require("image_ids_file", "phrase_box_file", "sentences_file")
+    return flickr.load_expressions(
+        image_ids_file=config.image_ids_file,
+        phrase_box_file=config.phrase_box_file,
+        sentences_file=config.sentences_file,
+        image_root=config.image_root,
+    )
+
+
+REFCOCO = Benchmark(
+    "RefCOCO+",
+    "./configs/Grounding_refcoco.yaml",
+    _load_refcoco,
+    resize_bicubic,
+    {"val": "val_d", "testA": "testA_d", "testB": "testB_d"},
+    ("box", "point"),
+)
+REFCLEF = Benchmark(
+    "RefCLEF",
+    "./configs/Grounding_refclef.yaml",
+    _load_refclef,
+    resize_bicubic,
+    {"val": "val_d", "test": "test"},
+    ("point",),
+)
+FLICKR = Benchmark(
+    "Flickr30k",
+    "./configs/Grounding_flickr.yaml",
+    _load_flickr,
+    resize_bilinear_image,
+    {"val": "val_d", "test": "test"},
+    ("point",),
+)

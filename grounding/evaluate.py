@@ -1,0 +1,209 @@
+"""The evaluation program that the three scripts share: checkpoints -> maps -> metrics -> results (SPEC section 3)."""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch import Tensor
+
+import utils
+from config import GroundingConfig, load_config, save_config
+from dataset.expressions import Expression
+from dataset.matching import load_pairs
+from dataset.reading import image_size
+from dataset.text import load_tokenizer
+from dataset.transforms import resize_bilinear_image
+from grounding import metrics
+from grounding.benchmarks import Benchmark
+from grounding.predict import Explainer, ImageData, ask, distinct, load_images
+from grounding.results import ResultFolder, Row, percent
+from models.albef import build_albef
+from models.checkpoint import load_weights, read_checkpoint
+
+Line = dict[str, float | None]
+
+
+class EvaluationError(utils.UserError):
+    """An evaluation that cannot be done as asked."""
+
+
+def parse_args(benchmark: Benchmark, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=f"Evaluate visual grounding on {benchmark.name}.")
+    parser.add_argument("--config", default=benchmark.config)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
+    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a folder of them (every *.pth)")
+    parser.add_argument("--output_dir", default="output/grounding")
+    parser.add_argument("--gradcam_mode", choices=("itm", "itc"), default="itm", help="what the map explains")
+    parser.add_argument("--block_num", type=int, default=None, help="layer to explain (default: the config's, 8)")
+    parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
+    parser.add_argument("--evaluate", type=utils.boolean, nargs="?", const=True, default=True, help="has no effect")
+    parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
+    parser.add_argument("--seed", type=int, default=42)
+    parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images")
+    parser.add_argument("--skip_broken", action="store_true", help="leave out unreadable images and count them")
+    launch = parser.add_argument_group("process group", "accepted; evaluation runs in one process")
+    launch.add_argument("--world_size", default=1, type=int)
+    launch.add_argument("--dist_url", default="env://")
+    launch.add_argument("--distributed", default=True, type=utils.boolean)
+    return parser.parse_args(argv)
+
+
+def program(benchmark: Benchmark) -> None:
+    """What each evaluation script is."""
+    utils.run(lambda args: evaluate(benchmark, args), parse_args(benchmark))
+
+
+def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
+    """Evaluate every checkpoint that has no complete result yet, then print all of them as a table."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise EvaluationError("evaluation runs in one process: start the script with python, not with torchrun")
+    utils.seed_everything(args.seed)
+    checkpoints = find_checkpoints(args.checkpoint)
+    evaluation = Evaluation(benchmark, load_config(args.config, GroundingConfig, args.set), args)
+    for epoch, path in checkpoints.items():
+        evaluation.run(epoch, path)
+    decisive = (benchmark.metrics[-1], next(iter(benchmark.splits.values())))
+    print(evaluation.results.table(evaluation.line_names, decisive))
+    print(f"Results and log.txt are in {evaluation.results.folder}")
+
+
+def find_checkpoints(checkpoint: str) -> dict[str, Path]:
+    """Two-character epoch -> file. A single file is "00"; in a folder it is the end of each name.
+
+    Raises:
+        EvaluationError: there is none, or two of a folder would have the same results.
+    """
+    path = Path(checkpoint)
+    if path.is_file():
+        return {"00": path}
+    if not path.is_dir():
+        raise EvaluationError(f"--checkpoint {checkpoint}: no such file or folder")
+    found: dict[str, Path] = {}
+    for file in sorted(path.glob("*.pth")):
+        epoch = file.stem[-2:]
+        if epoch in found:
+            raise EvaluationError(
+                f"{found[epoch]} and {file.name} end alike, so both results would be named epoch{epoch}: rename one, "
+                "or evaluate them one at a time"
+            )
+        found[epoch] = file
+    if not found:
+        raise EvaluationError(f"--checkpoint {checkpoint}: the folder holds no *.pth")
+    return found
+
+
+class Evaluation:
+    """A benchmark's data, read and checked before anything is computed, and the folder its results go to."""
+
+    def __init__(self, benchmark: Benchmark, config: GroundingConfig, args: argparse.Namespace) -> None:
+        self.benchmark, self.config, self.args = benchmark, config, args
+        self.block = config.block_num if args.block_num is None else args.block_num
+        self.expressions = benchmark.load(config)
+        self.pairs = {Path(file).stem: load_pairs(file, config.image_root) for file in config.matching_file}
+        self.line_names = [*benchmark.metrics, *self.pairs]
+        self.tokenizer = load_tokenizer(args.text_encoder)
+        self.device = utils.choose_device(args.device)
+        self.images = distinct(expression.image for expression in self.expressions)
+        count = len(self.expressions)
+        print(f"{benchmark.name}: {count} expressions of {len(self.images)} images, on {self.device}")
+        output = Path(args.output_dir)
+        self.results = ResultFolder(output / "result")
+        output.mkdir(parents=True, exist_ok=True)
+        save_config(config, output / "config.yaml")
+        utils.write_provenance(output / "run.json", args.seed, options=vars(args))
+
+    def run(self, epoch: str, path: Path) -> None:
+        """Evaluate one checkpoint, or only what an interrupted run of it lacks."""
+        origin = {
+            "checkpoint": str(path.resolve()),
+            "checkpoint_bytes": path.stat().st_size,
+            "gradcam_mode": self.args.gradcam_mode,
+            "block_num": self.block,
+        }
+        self.results.check_origin(epoch, origin)
+        earlier = self.results.read(epoch, [expression.ref_id for expression in self.expressions])
+        if earlier is not None and len(self.results.lines(epoch)) == len(self.line_names):
+            print(f"epoch {epoch}: already evaluated, skipped ({path})")
+            return
+        explainer = None
+        if earlier is None or self.pairs:
+            explainer = self.load(path)
+        if earlier is None:
+            assert explainer is not None
+            earlier = self.predict(explainer)
+            self.results.write(epoch, *earlier, origin)
+        lines = self.accuracies(*earlier)
+        if explainer is not None:
+            lines += [self.matching(explainer, name) for name in self.pairs]
+        self.results.write_lines(epoch, lines)
+        for name, line in zip(self.line_names, lines, strict=True):
+            print(f"epoch {epoch} {name}: " + ", ".join(f"{key} {percent(value)}" for key, value in line.items()))
+
+    def load(self, path: Path) -> Explainer:
+        """The model of a checkpoint, ready to be asked."""
+        model = build_albef(self.config)
+        mode, layers = self.args.gradcam_mode, model.text_encoder.fusion_layers
+        known = layers if mode == "itm" else range(len(model.visual_encoder.blocks))
+        if self.block not in known:
+            what = "fusion layers" if mode == "itm" else "image encoder's blocks"
+            raise EvaluationError(f"--block_num {self.block}: the {what} are {known.start} to {known.stop - 1}")
+        print(load_weights(model, read_checkpoint(path)["model"], path))
+        model.requires_grad_(False).eval().to(self.device)
+        return Explainer(model, self.tokenizer, self.device, mode, self.block)
+
+    def predict(self, explainer: Explainer) -> tuple[list[Row], list[int]]:
+        """One record an expression, in their order; and the positions of those whose image could not be read."""
+        config, args = self.config, self.args
+        data = ImageData(self.images, self.benchmark.resize, config.image_res, args.skip_broken)
+        batches = load_images(data, config.batch_size, args.num_workers)
+        asked = [(expression.image, expression.text) for expression in self.expressions]
+        maps = dict(ask(explainer.maps, asked, batches))
+        skipped = [position for position in range(len(asked)) if position not in maps]
+        if skipped:
+            print(f"{len(skipped)} expressions of unreadable images are left out of results and metrics")
+        records = [
+            {"ref_id": expression.ref_id, "pred": maps[position], **expression.record}
+            for position, expression in enumerate(self.expressions)
+            if position in maps
+        ]
+        return records, skipped
+
+    def accuracies(self, records: list[Row], skipped: list[int]) -> list[Line]:
+        """A log line for each metric of the benchmark: reported split -> accuracy."""
+        left_out = set(skipped)
+        kept = [expression for position, expression in enumerate(self.expressions) if position not in left_out]
+        scores = [self.score(expression, record["pred"]) for expression, record in zip(kept, records, strict=True)]
+        splits = [expression.split for expression in kept]
+        return [
+            metrics.split_accuracies([score[metric] for score in scores], splits, self.benchmark.splits)
+            for metric in self.benchmark.metrics
+        ]
+
+    def score(self, expression: Expression, pred: Tensor) -> dict[str, bool]:
+        """Whether a map (h, w) grounds an expression, by each of the benchmark's metrics."""
+        cam = metrics.resize_map(pred, *self.size(expression))
+        score = {"point": metrics.point_correct(cam, expression.boxes)}
+        if "box" in self.benchmark.metrics:
+            assert expression.detections is not None
+            score["box"] = metrics.box_correct(cam, expression.detections, expression.boxes[0])
+        return score
+
+    def size(self, expression: Expression) -> tuple[int, int]:
+        """(height, width) in pixels that its boxes refer to: as annotated in Flickr30k, else the image's own."""
+        if "image_height" in expression.record:
+            return expression.record["image_height"], expression.record["image_width"]
+        return image_size(expression.image)
+
+    def matching(self, explainer: Explainer, name: str) -> Line:
+        """A log line: accuracy of the model's match decision on balanced pairs, over all and by kind of text."""
+        pairs, config = self.pairs[name], self.config
+        images = distinct(pair.image for pair in pairs)
+        data = ImageData(images, resize_bilinear_image, config.image_res, self.args.skip_broken)
+        batches = load_images(data, config.batch_size, self.args.num_workers)
+        answers = dict(ask(explainer.matches, [(pair.image, pair.text) for pair in pairs], batches))
+        correct = {position: bool(answer) == pairs[position].match for position, answer in answers.items()}
+        line = {name: metrics.accuracy(list(correct.values()))}
+        for kind in sorted({pair.kind for pair in pairs}):
+            line[f"{name}_{kind}"] = metrics.accuracy([right for i, right in correct.items() if pairs[i].kind == kind])
+        return line

@@ -1,0 +1,152 @@
+"""From images and texts to GradCAM maps and match decisions: the evaluation's path through the model.
+
+Every image is decoded and encoded once, whatever the number of texts about it; so are its keys and values for the
+fusion layers. Equal texts of one image share a map. Maps leave the device as soon as they are computed.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from dataset.reading import DataError, read_image
+from dataset.text import Tokenizer
+from dataset.transforms import normalise
+from models.albef import ALBEF
+from utils import log
+
+MAX_PAIRS = 32  # (image, text) pairs in one pass of the fusion layers; each holds a copy of its image's keys and values
+
+Pair = tuple[Path, str]
+Resize = Callable[[Image.Image, int], np.ndarray]
+
+
+class Explainer(NamedTuple):
+    """A model with what it takes to ask it: tokenizer, device, and which attention to explain.
+
+    mode "itm": cross-attention of BERT layer `block`, by the match logit; "itc": self-attention of image block `block`,
+    by the image-text similarity.
+    """
+
+    model: ALBEF
+    tokenizer: Tokenizer
+    device: torch.device
+    mode: str
+    block: int
+
+    @torch.no_grad()
+    def maps(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
+        """GradCAM maps, one for each text.
+
+        Args:
+            images: (N, 3, r, r), normalised.
+            index: for each text, its image among the N.
+
+        Returns:
+            float32 (len(texts), h, w) on the CPU, at least 0, each up to a positive factor.
+        """
+        images = images.to(self.device)
+        maps = []
+        if self.mode == "itm":
+            keys_values = self.model.text_encoder.image_keys_values(self.model.encode_image(images))
+            for chosen, ids, mask in self._chunks(index, texts):
+                cam, _ = self.model.match_gradcam(keys_values, ids, mask, self.block, chosen)
+                maps.append(cam.cpu())
+        else:
+            tokens = self.model.visual_encoder.tokens_before(images, self.block)
+            for chosen, ids, mask in self._chunks(index, texts):
+                cam, _ = self.model.contrast_gradcam(tokens[chosen], ids, mask, self.block)
+                maps.append(cam.cpu())
+        return torch.cat(maps)
+
+    @torch.no_grad()
+    def matches(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
+        """Whether the model says that each text matches its image: bool (len(texts),). Arguments as in `maps`."""
+        keys_values = self.model.text_encoder.image_keys_values(self.model.encode_image(images.to(self.device)))
+        found = []
+        for chosen, ids, mask in self._chunks(index, texts):
+            tokens = self.model.encode_text(ids, mask)
+            logits = self.model.match_logits(self.model.text_encoder.fuse(tokens, mask, keys_values, chosen).tokens)
+            found.append(logits.argmax(dim=1).bool().cpu())
+        return torch.cat(found)
+
+    def _chunks(self, index: list[int], texts: list[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Image index (n,), token ids (n, T) and mask (n, T) of up to `MAX_PAIRS` texts at a time."""
+        for start in range(0, len(texts), MAX_PAIRS):
+            tokens = self.tokenizer(texts[start : start + MAX_PAIRS])
+            chosen = torch.tensor(index[start : start + MAX_PAIRS])
+            yield chosen.to(self.device), tokens.input_ids.to(self.device), tokens.attention_mask.to(self.device)
+
+
+class Loaded(NamedTuple):
+    """An image ready for the model, (3, r, r); None when it could not be read, and why."""
+
+    path: Path
+    pixels: Tensor | None
+    problem: str = ""
+
+
+class ImageData(Dataset[Loaded]):
+    """Images resized to `image_res` and normalised; an unreadable one raises `DataError` unless `skip_broken`."""
+
+    def __init__(self, paths: Sequence[Path], resize: Resize, image_res: int, skip_broken: bool) -> None:
+        self.paths, self.resize, self.image_res, self.skip_broken = paths, resize, image_res, skip_broken
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Loaded:
+        path = self.paths[index]
+        try:
+            image = read_image(path, f"image {index} of {len(self)}")
+        except DataError as error:
+            if not self.skip_broken:
+                raise
+            return Loaded(path, None, str(error))
+        return Loaded(path, normalise(self.resize(image, self.image_res)))
+
+
+def load_images(data: ImageData, batch_size: int, workers: int) -> Iterator[list[Loaded]]:
+    """Batches of images, decoded by `workers` processes while the model computes; shows progress on a terminal."""
+    loader: Iterable[list[Loaded]] = DataLoader(data, batch_size, num_workers=workers, collate_fn=list)
+    with tqdm(total=len(data), unit="image", disable=None) as bar:
+        for batch in loader:
+            for broken in (image for image in batch if image.pixels is None):
+                log(f"skipped: {broken.problem}")
+            yield [image for image in batch if image.pixels is not None]
+            bar.update(len(batch))
+
+
+def ask(
+    function: Callable[[Tensor, list[int], list[str]], Tensor],
+    pairs: Sequence[Pair],
+    batches: Iterable[list[Loaded]],
+) -> Iterator[tuple[int, Tensor]]:
+    """Call `Explainer.maps` or `.matches` for (image, text) pairs, image by image, each different pair once.
+
+    Yields:
+        the position of a pair and its row of the answer; pairs of images that `batches` lacks are left out.
+    """
+    positions: dict[Path, dict[str, list[int]]] = {}
+    for position, (path, text) in enumerate(pairs):
+        positions.setdefault(path, {}).setdefault(text, []).append(position)
+    for batch in batches:
+        if not batch:
+            continue
+        asked = [(row, text) for row, image in enumerate(batch) for text in positions[image.path]]
+        pixels = torch.stack([image.pixels for image in batch if image.pixels is not None])
+        answers = function(pixels, [row for row, _ in asked], [text for _, text in asked])
+        for (row, text), answer in zip(asked, answers, strict=True):
+            for position in positions[batch[row].path][text]:
+                yield position, answer.clone()
+
+
+def distinct(paths: Iterable[Path]) -> list[Path]:
+    """The different paths, in order of first appearance."""
+    return list(dict.fromkeys(paths))

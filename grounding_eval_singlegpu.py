@@ -1,0 +1,12 @@
+"""RefCOCO+: box and point accuracy of a checkpoint, or of every one in a folder.
+
+    python grounding_eval_singlegpu.py --checkpoint FILE_OR_FOLDER --output_dir OUT
+
+The data that it reads: configs/Grounding_refcoco.yaml, or another --config.
+"""
+
+from grounding.benchmarks import REFCOCO
+from grounding.evaluate import program
+
+if __name__ == "__main__":
+    program(REFCOCO)
