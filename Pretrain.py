@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 Pretrain.py ...
     python -m torch.distributed.launch --nproc_per_node=8 --use_env Pretrain.py ...
 
-Leaves OUT/checkpoint_%02d.pth and a line of OUT/log.txt per epoch, OUT/config.yaml and OUT/run.json (versions, git
-commit, seed). `--resume` continues from the newest checkpoint of OUT, or from `--checkpoint`; each epoch is seeded by
-(seed, rank, epoch), so that a resumed run repeats an uninterrupted one.
+Leaves in OUT: checkpoint_%02d.pth and a line of log.txt per epoch, a line of steps.jsonl every 20 steps, config.yaml
+and run.json (options, versions, git commit, seed). `--resume` continues from the newest checkpoint of OUT, or from
+`--checkpoint`; each epoch is seeded by (seed, rank, epoch), so that a resumed run repeats an uninterrupted one.
 """
 
 import argparse
@@ -43,6 +43,7 @@ from scheduler import create_scheduler, epoch_time, iteration_time
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_INTERVAL = 20  # steps between looks at the meters, which wait for the device
+EPOCHS_LOG, STEPS_LOG = "log.txt", "steps.jsonl"
 
 
 class TrainingError(utils.UserError):
@@ -137,7 +138,8 @@ class Run:
         """Say what is about to run, and leave it beside the results."""
         if utils.rank() != 0:
             return
-        start_log(self.output, self.start_epoch)
+        for name in (EPOCHS_LOG, STEPS_LOG):
+            start_log(self.output / name, self.start_epoch)
         save_config(self.config, self.output / "config.yaml")
         utils.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
         samples = f"{self.config.batch_size * self.args.accum_steps} x {utils.world_size()}"
@@ -154,22 +156,28 @@ class Run:
         self.parallel.train()
         schedular = self.config.schedular
         self.schedule.step(epoch_time(schedular, epoch))
-        meters, batches, started = utils.Meters(), iter(self.loader), time.monotonic()
+        meters, recent, batches, started = utils.Meters(), utils.Meters(), iter(self.loader), time.monotonic()
         bar = tqdm(range(steps), desc=f"epoch {epoch}", unit="step", disable=None if utils.rank() == 0 else True)
         for step in bar:
             alpha = self.config.alpha * (1.0 if epoch > 0 else min(1.0, step / self.steps_per_epoch))
-            meters.update({"lr": torch.tensor(self.optimizer.param_groups[0]["lr"])})
+            counted = [{"lr": torch.tensor(self.optimizer.param_groups[0]["lr"], dtype=torch.float64)}]
             for micro in range(self.args.accum_steps):
                 batch = Batch(*next(batches)).to(self.device)
-                meters.update(self.backward(batch, alpha, micro))
+                counted.append(self.backward(batch, alpha, micro))
+            for values in counted:
+                meters.update(values)
+                recent.update(values)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
             now = iteration_time(schedular, epoch, step)
             if now is not None:
                 self.schedule.step(now)
-            if step % CHECK_INTERVAL == 0 or step == steps - 1:
-                bar.set_postfix({name: f"{value:.3f}" for name, value in check_finite(meters, epoch, step).items()})
+            if (step + 1) % CHECK_INTERVAL == 0 or step == steps - 1:
+                means = check_finite(recent, epoch, step)
+                bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
+                self.log_line(STEPS_LOG, {"epoch": epoch, "step": step, **means})
+                recent = utils.Meters()
         seconds = time.monotonic() - started
         return meters.averages() | {"steps": steps, "seconds": round(seconds, 2)}
 
@@ -186,6 +194,12 @@ class Run:
             self.scaler.scale(total / self.args.accum_steps).backward()
         return losses
 
+    def log_line(self, name: str, row: dict[str, Any]) -> None:
+        """Append a line to one of the run's logs; rank 0 alone writes."""
+        if utils.rank() == 0:
+            with (self.output / name).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
     def finish_epoch(self, epoch: int, stats: dict[str, float]) -> None:
         """Append the epoch's log line and write its checkpoint."""
         if utils.rank() == 0:
@@ -193,8 +207,7 @@ class Run:
             row = {name if name in plain else f"train_{name}": value for name, value in stats.items()}
             row |= {"epoch": epoch, "broken_images": int(self.data.broken.sum())}
             # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
-            with (self.output / "log.txt").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            self.log_line(EPOCHS_LOG, row)
             content = {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -234,7 +247,7 @@ def initialise(model: PretrainModel, config: PretrainConfig, args: argparse.Name
     """Load the weights to start from; returns the checkpoint when its run is to be continued."""
     path = args.checkpoint
     if args.resume and not path:
-        path = max(Path(args.output_dir).glob("checkpoint_*.pth"), default="")
+        path = max(Path(args.output_dir).glob("checkpoint_*.pth"), key=lambda p: (len(p.name), p.name), default="")
         if not path:
             utils.log(f"--resume: {args.output_dir} holds no checkpoint yet, starting from the beginning")
     if not path:
@@ -252,18 +265,18 @@ def initialise(model: PretrainModel, config: PretrainConfig, args: argparse.Name
     return checkpoint
 
 
-def start_log(output: Path, start_epoch: int) -> None:
-    """log.txt keeps the lines of epochs before `start_epoch` only; the log of an earlier run is set aside."""
-    output.mkdir(parents=True, exist_ok=True)
-    path = output / "log.txt"
+def start_log(path: Path, start_epoch: int) -> None:
+    """Keep a log's lines of epochs before `start_epoch` only; an earlier run's log is set aside under a number."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     if start_epoch == 0 and path.exists() and path.stat().st_size:
-        path.rename(output / f"log.{len(list(output.glob('log.*.txt'))) + 1}.txt")
+        number = len(list(path.parent.glob(f"{path.stem}.*{path.suffix}"))) + 1
+        path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
     kept = [row for row in utils.read_log(path) if row.get("epoch", start_epoch) < start_epoch]
     utils.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def check_finite(meters: utils.Meters, epoch: int, step: int) -> dict[str, float]:
-    """This process's means so far; raises `TrainingError` naming a loss that has become NaN or infinite."""
+    """This process's means; raises `TrainingError` naming a loss that has become NaN or infinite."""
     means = meters.local_averages()
     if broken := [name for name, value in means.items() if not math.isfinite(value)]:
         raise TrainingError(

@@ -111,6 +111,9 @@ class PretrainConfig(ModelConfig):
     # release: "sequence", the student's log-softmax of the distillation term runs over the positions; "vocabulary" is
     # ALBEF's later correction.
     mlm_distill_axis: Literal["sequence", "vocabulary"] = "sequence"
+    # Hard negatives for matching are drawn from softmax(sharpness * similarity / temp); 1 is ALBEF's. Lower it where
+    # many texts of a batch are true of several of its images: the hardest negatives are false ones there.
+    negative_sharpness: float = Field(1.0, ge=0)
     phrase_input: bool = True  # one (caption, box) drawn per entry; False: captions of whole images, without boxes
     mask_all: bool = False  # the mask is the union of the entry's boxes
     max_words: int = Field(50, ge=1)

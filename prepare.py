@@ -18,7 +18,8 @@ from dataset import scenes_files
 
 def prepare_scenes(args: argparse.Namespace) -> None:
     """Write the embedded data set, unless it is there already."""
-    wanted = scenes_files.parameters(args.seed, args.train, args.eval, args.size)
+    args.annotated = min(args.annotated, args.train)
+    wanted = scenes_files.parameters(args.seed, args.train, args.annotated, args.eval, args.size)
     manifest = scenes_files.read_manifest(args.out)
     if manifest and manifest.get("parameters") == wanted and not args.force:
         print(f"{args.out} already holds this data set, complete; --force writes it anew")
@@ -30,7 +31,7 @@ def prepare_scenes(args: argparse.Namespace) -> None:
         )
     total = args.train + 3 * args.eval
     with tqdm(total=total, desc="scenes", unit="image", disable=None) as bar:
-        scenes_files.generate(args.out, args.seed, args.train, args.eval, args.size, bar.update)
+        scenes_files.generate(args.out, args.seed, args.train, args.annotated, args.eval, args.size, bar.update)
     counts = (scenes_files.read_manifest(args.out) or {})["counts"]
     listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
     print(f"wrote {total} images and their annotations ({listed}) to {args.out}")
@@ -58,7 +59,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("out", type=Path, help="folder to write to")
     count = integer(1, scenes_files.IDS_PER_SPLIT)
     command.add_argument("--seed", type=integer(0), default=0, help="equal seeds give equal files (default: 0)")
-    command.add_argument("--train", type=count, default=6000, metavar="N", help="training scenes (default: 6000)")
+    command.add_argument("--train", type=count, default=12000, metavar="N", help="training scenes (default: 12000)")
+    command.add_argument(
+        "--annotated", type=count, default=1500, metavar="N", help="of them, scenes with boxes (default: 1500)"
+    )
     command.add_argument(
         "--eval", type=count, default=250, metavar="N", help="scenes each of val, testA and testB (default: 250)"
     )

@@ -19,7 +19,7 @@ from PIL import Image
 from dataset import scenes
 from dataset import scenes_phrases as phrases
 from dataset.scenes import Scene, draw_scene, pick, shuffled
-from dataset.scenes_phrases import CAPTION_STYLES, KINDS, Spec, compose, describe, matches, nouns, text
+from dataset.scenes_phrases import CAPTION_STYLES, KINDS, Spec, compose, compose_part, describe, matches, nouns, text
 
 VERSION = 1
 SPLITS = ("train", "val", "testA", "testB")
@@ -44,9 +44,16 @@ class Drawn(NamedTuple):
         return f"{self.image_id:06d}.jpg"
 
 
-def parameters(seed: int, train: int, evaluation: int, size: int) -> Row:
+def parameters(seed: int, train: int, annotated: int, evaluation: int, size: int) -> Row:
     """What a folder's content depends on."""
-    return {"version": VERSION, "seed": seed, "train": train, "evaluation": evaluation, "size": size}
+    return {
+        "version": VERSION,
+        "seed": seed,
+        "train": train,
+        "annotated": annotated,
+        "evaluation": evaluation,
+        "size": size,
+    }
 
 
 def read_manifest(out: Path) -> Row | None:
@@ -60,7 +67,8 @@ def read_manifest(out: Path) -> Row | None:
 def generate(
     out: Path,
     seed: int = 0,
-    train: int = 6000,
+    train: int = 12000,
+    annotated: int = 1500,
     evaluation: int = 250,
     size: int = scenes.REFERENCE,
     progress: Callable[[int], object] = lambda count: None,
@@ -68,13 +76,17 @@ def generate(
     """Write the data set; equal arguments give equal bytes, and a scene does not depend on how many there are.
 
     Args:
-        train: number of training scenes.
+        train: number of training scenes, each with captions.
+        annotated: the first so many of them have region phrases with boxes as well.
         evaluation: number of scenes of each of val, testA and testB; testB's refer to combinations never trained on.
         size: mean side of the images in pixels.
         progress: called with 1 after each image.
     """
-    if not (0 < train <= IDS_PER_SPLIT and 0 < evaluation <= IDS_PER_SPLIT and size >= SMALLEST_SIZE):
-        raise ValueError(f"train and evaluation must be 1 to {IDS_PER_SPLIT}, size at least {SMALLEST_SIZE} pixels")
+    if not (0 < annotated <= train <= IDS_PER_SPLIT and 0 < evaluation <= IDS_PER_SPLIT and size >= SMALLEST_SIZE):
+        raise ValueError(
+            f"train and evaluation must be 1 to {IDS_PER_SPLIT}, annotated at most train, size at least "
+            f"{SMALLEST_SIZE} pixels"
+        )
     (out / MANIFEST).unlink(missing_ok=True)
     (out / "images").mkdir(parents=True, exist_ok=True)
     caption_rows: list[Row] = []
@@ -88,7 +100,8 @@ def generate(
             image.save(out / "images" / one.name, quality=95, subsampling=0)
             if split == "train":
                 caption_rows.append(_caption_row(one))
-                phrase_rows += _phrase_rows(one)
+                if i < annotated:
+                    phrase_rows += _phrase_rows(one)
             else:
                 drawn[split].append(one)
             progress(1)
@@ -106,7 +119,7 @@ def generate(
         counts[f"matching_{split}.json"] = len(rows)
         _write_json(out / f"matching_{split}.json", rows)
     _write_bytes(out / "text_encoder" / "vocab.txt", ("\n".join(vocabulary()) + "\n").encode())
-    manifest = {"parameters": parameters(seed, train, evaluation, size), "counts": counts}
+    manifest = {"parameters": parameters(seed, train, annotated, evaluation, size), "counts": counts}
     _write_json(out / MANIFEST, manifest, indent=2)
 
 
@@ -121,7 +134,11 @@ def vocabulary() -> list[str]:
 
 
 def _caption_row(one: Drawn) -> Row:
+    """Captions of the whole scene in every style, as many of a part of it, and a phrase about a single object."""
     texts = [compose(one.scene, one.rng, style).text for style in CAPTION_STYLES]
+    texts += [compose_part(one.scene, one.rng).text for _ in CAPTION_STYLES]
+    target = int(one.rng.integers(len(one.scene.things)))
+    texts += [text(spec, one.rng) for spec in _paraphrases(one.scene, target, one.rng, 1, KINDS[1:])]
     return {"image": one.name, "caption": texts, "bbox": []}
 
 

@@ -267,6 +267,33 @@ def compose(scene: Scene, rng: Generator, style: str, limit: int = CAPTION_WORDS
     return _say(specs, start, rng)
 
 
+def compose_part(scene: Scene, rng: Generator, limit: int = CAPTION_WORDS) -> Caption:
+    """A caption of one to three of the objects, in detail: it leaves objects out, and still is rarely true elsewhere.
+
+    One object alone is described in full; of several, each may lack its colour or its shape.
+    """
+    order = shuffled(rng, range(len(scene.things)))[: pick(rng, (1, 2, 2, 3))]
+    spare = limit - 3 * len(order) - 1
+    specs = []
+    for i in order:
+        full, *parts = nouns(scene.things[i])
+        specs.append(pick(rng, parts) if len(order) > 1 and rng.random() < 0.4 else full)
+    if len(order) > 1 and rng.random() < 0.3:
+        _relate(specs, order, scene)
+    for k, i in enumerate(order):
+        if len(order) == 1 or rng.random() < 0.6:
+            specs[k] = specs[k]._replace(size=scene.things[i].size)
+            spare -= 1
+    for k, i in enumerate(order):
+        related_here = specs[k].relation or (k and specs[k - 1].relation)
+        places = [place for place in PLACES if in_place(place, scene.things[i], scene)]
+        cost = max(len(PLACES[place][0].split()) - 1 for place in places) if places else limit
+        if cost <= spare and not related_here and (len(order) == 1 or rng.random() < 0.7):
+            specs[k] = specs[k]._replace(place=pick(rng, places))
+            spare -= cost
+    return _say(specs, "", rng)
+
+
 def _relate(specs: list[Spec], order: list[int], scene: Scene) -> None:
     """Let one object be described by its direction from the next in the list, if one clearly is in a direction."""
     for k in range(len(order) - 1):
@@ -279,7 +306,7 @@ def _relate(specs: list[Spec], order: list[int], scene: Scene) -> None:
 def _say(specs: list[Spec], start: str, rng: Generator) -> Caption:
     """Words for a list of objects; one with a relation is followed by its anchor."""
     caption = Caption(start.split(), [])
-    last = len(specs) - (2 if specs[-2].relation else 1)
+    last = len(specs) - (2 if len(specs) > 1 and specs[-2].relation else 1)
     for k, spec in enumerate(specs):
         before = specs[k - 1].relation if k else None
         if before:

@@ -91,7 +91,8 @@ def augment_for_albef(
     """Random resized crop, flip, RandAugment(2, 7): ALBEF's pretraining augmentation."""
     picture = Image.fromarray(image)
     top, left, height, width = crop_window(image.shape[0], image.shape[1], options.crop_scale, rng)
-    picture = picture.resize((size, size), Image.Resampling.BICUBIC, (left, top, left + width, top + height))
+    # Not resize's own `box`: that one lets pixels around the crop bleed into its border.
+    picture = picture.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
     if rng.random() < options.flip_prob:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         caption = flip_caption(caption, options)

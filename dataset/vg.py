@@ -144,11 +144,13 @@ def _is_box(box: Any) -> bool:
 
 
 def _check_images(entries: list[Entry]) -> None:
-    first = {entry.image: entry.source for entry in reversed(entries)}
+    first: dict[Path, str] = {}
+    for entry in entries:
+        first.setdefault(entry.image, entry.source)
     missing = [source for image, source in first.items() if not image.is_file()]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(first)} training images are missing, the first at {missing[-1]}: "
+            f"{len(missing)} of {len(first)} training images are missing, the first at {missing[0]}: "
             "check image_root, or pass --skip_broken to train without them"
         )
 

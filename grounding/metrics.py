@@ -78,16 +78,31 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     return float(intersection / (aw * ah + bw * bh - intersection))
 
 
-def accuracy(correct: Sequence[bool]) -> float | None:
+def point_chance(boxes: np.ndarray, height: int, width: int) -> float:
+    """The part of an image's pixels that `point_correct` would count as right, in 0..1."""
+    y, x = np.mgrid[:height, :width]
+    inside = np.zeros((height, width), bool)
+    for bx, by, w, h in boxes.tolist():
+        inside |= (bx < x) & (x < bx + w) & (by < y) & (y < by + h)
+    return float(inside.mean())
+
+
+def box_chance(detections: np.ndarray, box: np.ndarray) -> float:
+    """The part of (k, 4) detections that `box_correct` would count as right, in 0..1."""
+    right = [iou(detection, box.tolist()) >= IOU_THRESHOLD for detection in detections.tolist()]
+    return sum(right) / len(right) if right else 0.0
+
+
+def accuracy(correct: Sequence[float]) -> float | None:
     """The part that is correct, in 0..1; None for a split without expressions."""
     return sum(correct) / len(correct) if len(correct) else None
 
 
-def split_accuracies(correct: Sequence[bool], splits: Sequence[str], names: dict[str, str]) -> dict[str, float | None]:
+def split_accuracies(correct: Sequence[float], splits: Sequence[str], names: dict[str, str]) -> dict[str, float | None]:
     """Accuracy of each split that is reported.
 
     Args:
-        correct, splits: one value an expression, in the same order.
+        correct, splits: one value an expression, in the same order; `correct` is a bool, or a chance in 0..1.
         names: split -> the name it is reported under, in the order of the report; e.g. {"val": "val_d"}.
     """
     pairs = list(zip(correct, splits, strict=True))

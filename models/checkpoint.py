@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from models.vit import VisionTransformer
@@ -27,6 +28,8 @@ QUEUE = re.compile(r"^(image_queue|text_queue|queue_ptr|queue_ptr_img|queue_ptr_
 MLM_HEAD = re.compile(r"^text_encoder\.cls\.")
 POSITION_EMBEDDING = re.compile(r"^visual_encoder(_m)?\.pos_embed$")
 POSITION_IDS = re.compile(r"embeddings\.position_ids$")
+
+UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, SafetensorError, pickle.UnpicklingError)
 
 
 class CheckpointError(UserError):
@@ -61,19 +64,34 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
         if path.suffix == ".safetensors":
-            return {"model": load_file(path)}
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=_zip_format(path))
-    except pickle.UnpicklingError as error:
-        reason = str(error).split("\n")[0]
-        raise CheckpointError(f"{path}: refused, it holds more than tensors and plain values ({reason})") from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: not a readable checkpoint ({error}); is the download complete?") from error
+            content: Any = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_zip_format(path))
+    except UNREADABLE as error:
+        if call := _refused_call(error):
+            raise CheckpointError(f"{path}: refused, it holds more than tensors and plain values ({call})") from error
+        raise CheckpointError(
+            f"{path}: not a readable checkpoint ({_reason(error)}); is the download complete?"
+        ) from error
     content = content if isinstance(content, dict) and "model" in content else {"model": content}
     model = content["model"]
     if not isinstance(model, dict) or not model or not all(isinstance(value, Tensor) for value in model.values()):
         raise CheckpointError(f"{path}: no state dict found, neither under 'model' nor at the top level")
     content["model"] = {key.removeprefix("module."): value for key, value in model.items()}
     return content
+
+
+def _refused_call(error: Exception) -> str | None:
+    """What a pickle wanted to call, if that is why it was not read."""
+    found = re.search(r"\bGLOBAL (\S+)", str(error))
+    return found[1] if found else None
+
+
+def _reason(error: Exception) -> str:
+    """A reader's own words, in one line; not PyTorch's advice to read unsafely what it cannot read safely."""
+    if isinstance(error, pickle.UnpicklingError):
+        return "not a file that PyTorch writes"
+    return str(error).split("\n")[0] or type(error).__name__
 
 
 def _zip_format(path: Path) -> bool:
@@ -85,6 +103,15 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint under a temporary name, then rename it."""
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
+
+
+def export_student(checkpoint: str | Path, out: str | Path) -> None:
+    """Write a checkpoint's student alone, in half precision, as safetensors: what to start another training from."""
+    state = read_checkpoint(checkpoint)["model"]
+    left_out = (TEACHER, QUEUE, POSITION_IDS)
+    kept = {key: value for key, value in state.items() if not any(pattern.search(key) for pattern in left_out)}
+    with atomic_path(out) as temporary:
+        save_file({key: value.half().contiguous().clone() for key, value in kept.items()}, temporary)
 
 
 def load_weights(model: nn.Module, state: State, path: str | Path) -> LoadReport:
@@ -209,12 +236,16 @@ def init_text_encoder(encoder: TextEncoder, text_encoder: str) -> LoadReport:
     from transformers import BertForMaskedLM
 
     try:
-        state = BertForMaskedLM.from_pretrained(text_encoder).state_dict()
-    except OSError as error:
+        loaded: Any = BertForMaskedLM.from_pretrained(text_encoder, output_loading_info=True)
+    except UNREADABLE as error:
         raise CheckpointError(
-            f"--text_encoder {text_encoder}: no BERT weights there ({str(error).splitlines()[0]}); give a local "
-            "folder, or start from a --checkpoint, which holds them"
+            f"--text_encoder {text_encoder}: no BERT weights there ({_refused_call(error) or _reason(error)}); give a "
+            "local folder, or start from a --checkpoint, which holds them"
         ) from error
+    bert, found = loaded
+    if absent := sorted(found["missing_keys"]):
+        report.fresh.append(f"WARNING: {_listing(absent)} (random: the folder holds no such weights)")
+    state = bert.state_dict()
     target = encoder.state_dict()
     fresh = _new_to_bert(target, state)
     if fresh:

@@ -49,7 +49,7 @@ def contrastive_loss(
     return ContrastiveOutput(loss, i2t[:, :batch].detach(), t2i[:, :batch].detach())
 
 
-def hard_negatives(similarity: Tensor) -> Tensor:
+def hard_negatives(similarity: Tensor, sharpness: float = 1.0) -> Tensor:
     """Draw for each row one column other than the diagonal, likelier the more similar it is.
 
     The weights are softmax(row) with the diagonal set to 0. Leaving the diagonal out before the softmax gives the same
@@ -57,6 +57,7 @@ def hard_negatives(similarity: Tensor) -> Tensor:
 
     Args:
         similarity: (B, B) over temperature, finite.
+        sharpness: factor on the similarities; 1 is ALBEF's, 0 draws every other column alike.
 
     Returns:
         (B,) int64 column indices.
@@ -66,7 +67,9 @@ def hard_negatives(similarity: Tensor) -> Tensor:
     """
     if len(similarity) < 2:
         raise ValueError("image-text matching needs a hard negative: use a batch of at least 2 samples per process")
-    return torch.multinomial(similarity.float().fill_diagonal_(-torch.inf).softmax(dim=1), 1)[:, 0]
+    diagonal = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
+    scores = (sharpness * similarity.float()).masked_fill(diagonal, -torch.inf)
+    return torch.multinomial(scores.softmax(dim=1), 1)[:, 0]
 
 
 def matching_loss(logits: Tensor, positives: int) -> Tensor:

@@ -160,8 +160,9 @@ class PretrainModel(ALBEF):
     ) -> Tensor:
         """Match logits (2B, 2): each text with a hard image, then each image with a hard text."""
         own = torch.arange(len(text_tokens), device=text_tokens.device)
-        image_index = torch.cat([losses.hard_negatives(contrast.sim_t2i), own])
-        text_index = torch.cat([own, losses.hard_negatives(contrast.sim_i2t)])
+        sharpness = self.config.negative_sharpness
+        image_index = torch.cat([losses.hard_negatives(contrast.sim_t2i, sharpness), own])
+        text_index = torch.cat([own, losses.hard_negatives(contrast.sim_i2t, sharpness)])
         fused = self.text_encoder.fuse(text_tokens[text_index], attention_mask[text_index], images, image_index)
         return self.match_logits(fused.tokens)
 

@@ -27,7 +27,7 @@ REFER = ("refcoco+", "refclef")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small data set. Do not write into it."""
     out = tmp_path_factory.mktemp("scenes")
-    scenes_files.generate(out, SEED, TRAIN, EVALUATION)
+    scenes_files.generate(out, SEED, TRAIN, TRAIN, EVALUATION)
     return out
 
 
@@ -125,12 +125,12 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def test_equal_seeds_give_equal_files(folder: Path, tmp_path: Path) -> None:
-    scenes_files.generate(tmp_path, SEED, TRAIN, EVALUATION)
+    scenes_files.generate(tmp_path, SEED, TRAIN, TRAIN, EVALUATION)
     assert contents(tmp_path) == contents(folder)
 
 
 def test_another_seed_gives_other_files(folder: Path, tmp_path: Path) -> None:
-    scenes_files.generate(tmp_path, SEED + 1, TRAIN, EVALUATION)
+    scenes_files.generate(tmp_path, SEED + 1, TRAIN, TRAIN, EVALUATION)
     ours, other = contents(folder), contents(tmp_path)
     assert ours.keys() == other.keys()
     same = {name for name in ours if ours[name] == other[name]}
@@ -138,7 +138,7 @@ def test_another_seed_gives_other_files(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_scene_does_not_depend_on_how_many_there_are(folder: Path, tmp_path: Path) -> None:
-    scenes_files.generate(tmp_path, SEED, 5, 2)
+    scenes_files.generate(tmp_path, SEED, 5, 5, 2)
     for path in (tmp_path / "images").iterdir():
         assert path.read_bytes() == (folder / "images" / path.name).read_bytes()
     few, many = load(tmp_path, "train_phrases.json"), load(folder, "train_phrases.json")

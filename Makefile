@@ -1,0 +1,31 @@
+# The two commands of the README are `make demo` and `make test`; each sets up everything that it needs in .venv.
+
+VENV := .venv
+PYTHON := $(VENV)/bin/python
+SYSTEM_PYTHON ?= python3
+READY := $(VENV)/.ready
+
+.PHONY: demo demo-full test check clean
+
+demo: $(READY)
+	$(PYTHON) scenes_demo.py
+
+demo-full: $(READY)
+	$(PYTHON) scenes_demo.py --full --output_dir output/scenes_full
+
+test: check
+	$(PYTHON) -m pytest
+	@echo "make test: format, lint, types and all tests passed; nothing is left behind"
+
+check: $(READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/mypy .
+
+$(READY): requirements.txt requirements-dev.txt
+	$(SYSTEM_PYTHON) -m venv $(VENV)
+	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $(READY)
+
+clean:
+	rm -rf $(VENV) data/scenes output .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,114 @@
+"""Pictures of a run: heat maps over images, contact sheets of several models, curves of the losses."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from torch import Tensor
+
+from dataset.expressions import Expression
+from dataset.reading import read_image
+from grounding import metrics
+from utils import atomic_path
+
+RIGHT, WRONG, TRUTH = "#22c55e", "#ef4444", "#ffffff"
+LOSS_NAMES = {
+    "loss_mlm": "MLM",
+    "loss_ita": "ITC",
+    "loss_itm": "ITM",
+    "loss_cam1": "AMC, mean term",
+    "loss_cam2": "AMC, max term",
+}
+
+
+class Case(NamedTuple):
+    """An expression and, from each model to compare, its map (h, w)."""
+
+    expression: Expression
+    maps: Sequence[Tensor]
+
+
+def blend(image: np.ndarray, cam: np.ndarray, strength: float = 0.6) -> np.ndarray:
+    """A heat map over an image.
+
+    Args:
+        image: uint8 (height, width, 3).
+        cam: float (height, width), any scale; its range is stretched to [0, 1].
+        strength: opacity where the map is highest.
+
+    Returns:
+        uint8 (height, width, 3).
+    """
+    spread = float(cam.max() - cam.min())
+    heat = (cam - cam.min()) / spread if spread > 0 else np.zeros_like(cam)
+    colours = matplotlib.colormaps["turbo"](heat)[..., :3] * 255
+    opacity = strength * heat[..., None]
+    return (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
+
+
+def contact_sheet(cases: Sequence[Case], models: Sequence[str], path: Path) -> None:
+    """A PNG with a row per case: the image with its true boxes, then each model's heat map and the point it chooses."""
+    figure = Figure(figsize=(2.2 * (len(models) + 1), 2.2 * len(cases) + 0.4), layout="constrained")
+    grid = figure.subplots(len(cases), len(models) + 1, squeeze=False)
+    for row, case in zip(grid, cases, strict=True):
+        image = np.asarray(read_image(case.expression.image, case.expression.text))
+        _panel(row[0], image, case.expression)
+        row[0].set_title(case.expression.text, fontsize=8, loc="left", wrap=True)
+        for axes, pred in zip(row[1:], case.maps, strict=True):
+            cam = metrics.resize_map(pred, *image.shape[:2])
+            _panel(axes, blend(image, cam.numpy()), case.expression)
+            right = metrics.point_correct(cam, case.expression.boxes)
+            axes.plot(*metrics.point(cam), "o", ms=6, mfc=RIGHT if right else WRONG, mec="black", mew=1)
+    for axes, name in zip(grid[0, 1:], models, strict=True):
+        axes.set_title(name, fontsize=9, fontweight="bold")
+    _save(figure, path)
+
+
+def _panel(axes: Axes, image: np.ndarray, expression: Expression) -> None:
+    axes.imshow(image)
+    axes.set_axis_off()
+    for x, y, w, h in expression.boxes.tolist():
+        for colour, width in (("black", 2.6), (TRUTH, 1.2)):
+            axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, ec=colour, lw=width))
+
+
+def loss_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
+    """A PNG with a panel per loss and a line per run.
+
+    Args:
+        runs: the rows of each run's steps.jsonl.
+    """
+    shown = [name for name in LOSS_NAMES if any(row.get(name) for rows in runs.values() for row in rows)]
+    figure = Figure(figsize=(3.2 * len(shown), 3), layout="constrained")
+    for axes, loss in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+        for run, rows in runs.items():
+            values = [row[loss] for row in rows]
+            if any(values):
+                axes.plot(_steps(rows), values, label=run)
+        axes.set_title(LOSS_NAMES[loss], fontsize=10)
+        axes.set_xlabel("steps")
+        axes.grid(alpha=0.3)
+    for axes in figure.axes[:1]:
+        axes.legend(fontsize=8)
+    _save(figure, path)
+
+
+def _steps(rows: list[dict[str, Any]]) -> list[int]:
+    """Steps taken at each row, counted through epochs; an epoch's last row tells its length."""
+    taken, before, epoch, last = [], 0, None, 0
+    for row in rows:
+        if epoch is not None and row["epoch"] != epoch:
+            before += last
+        epoch, last = row["epoch"], row["step"] + 1
+        taken.append(before + last)
+    return taken
+
+
+def _save(figure: Figure, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
