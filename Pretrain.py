@@ -61,10 +61,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
     parser.add_argument("--seed", default=42, type=int)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
-    parser.add_argument("--accum_steps", default=1, type=int, help="batches per optimizer step")
+    parser.add_argument("--accum_steps", default=1, type=utils.positive, help="batches per optimizer step")
     parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
     parser.add_argument("--num_workers", default=4, type=int, help="data loading processes per training process")
-    parser.add_argument("--max_steps", default=None, type=int, help="stop after this many optimizer steps in all")
+    parser.add_argument(
+        "--max_steps", default=None, type=utils.positive, help="stop after this many optimizer steps in all"
+    )
     parser.add_argument("--skip_broken", action="store_true", help="replace unreadable images and count them")
     launch = parser.add_argument_group("process group", "read from the launcher's environment")
     launch.add_argument("--world_size", default=1, type=int)
@@ -138,8 +140,7 @@ class Run:
         """Say what is about to run, and leave it beside the results."""
         if utils.rank() != 0:
             return
-        for name in (EPOCHS_LOG, STEPS_LOG):
-            start_log(self.output / name, self.start_epoch)
+        prepare_output(self.output, self.start_epoch)
         save_config(self.config, self.output / "config.yaml")
         utils.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
         samples = f"{self.config.batch_size * self.args.accum_steps} x {utils.world_size()}"
@@ -265,14 +266,20 @@ def initialise(model: PretrainModel, config: PretrainConfig, args: argparse.Name
     return checkpoint
 
 
-def start_log(path: Path, start_epoch: int) -> None:
-    """Keep a log's lines of epochs before `start_epoch` only; an earlier run's log is set aside under a number."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if start_epoch == 0 and path.exists() and path.stat().st_size:
-        number = len(list(path.parent.glob(f"{path.stem}.*{path.suffix}"))) + 1
-        path.rename(path.with_name(f"{path.stem}.{number}{path.suffix}"))
-    kept = [row for row in utils.read_log(path) if row.get("epoch", start_epoch) < start_epoch]
-    utils.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+def prepare_output(output: Path, start_epoch: int) -> None:
+    """Make the folder ready: logs lose the lines of epochs to come; an earlier run's files move to `earlier_N/`."""
+    output.mkdir(parents=True, exist_ok=True)
+    own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, "config.yaml", "run.json")
+    earlier = [path for pattern in own for path in output.glob(pattern)]
+    if start_epoch == 0 and earlier:
+        aside = output / f"earlier_{len(list(output.glob('earlier_*'))) + 1}"
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        utils.log(f"{output} holds an earlier run, which is now in {aside}")
+    for path in (output / EPOCHS_LOG, output / STEPS_LOG):
+        kept = [row for row in utils.read_log(path) if row.get("epoch", start_epoch) < start_epoch]
+        utils.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
 def check_finite(meters: utils.Meters, epoch: int, step: int) -> dict[str, float]:

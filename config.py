@@ -187,6 +187,8 @@ def load_config(path: str | Path, kind: type[AnyConfig], overrides: list[str] | 
         values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file ({error})") from error
     except YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
@@ -202,6 +204,8 @@ def load_bert_config(path: str | Path) -> BertConfig:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read bert_config ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not a text file ({error})") from error
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     return _validate(path, BertConfig, values)
@@ -222,7 +226,10 @@ def _override(values: dict[str, Any], item: str) -> None:
         values = values.setdefault(section, {})
         if not isinstance(values, dict):
             raise ConfigError(f"--set {item}: '{section}' is a single value, not a section")
-    values[last] = YAML(typ="safe", pure=True).load(text) if text else None
+    try:
+        values[last] = YAML(typ="safe", pure=True).load(text) if text else None
+    except YAMLError as error:
+        raise ConfigError(f"--set {item}: not a valid YAML value ({str(error).splitlines()[0]})") from error
 
 
 def _validate(path: str | Path, kind: type[AnyConfig], values: Any) -> AnyConfig:

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     run_step("scenes", ["prepare.py", "scenes", str(DATA)])
     stage1 = train_stage1(output) if args.full else SHIPPED
     checkpoints = {"stage1": stage1}
-    for name, config in (("control", "Pretrain_control.yaml"), ("amc", "Pretrain.yaml")):
+    for name, config in (("amc", "Pretrain.yaml"), ("control", "Pretrain_control.yaml")):
         checkpoints[name] = train(output / name, CONFIGS / config, ["--checkpoint", str(stage1)], processes=2)
     for name, checkpoint in checkpoints.items():
         for benchmark, script in SCRIPTS.items():

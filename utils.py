@@ -93,6 +93,14 @@ def boolean(text: str) -> bool:
     return known[text.lower()]
 
 
+def positive(text: str) -> int:
+    """An integer of at least 1, for argparse."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
+    return value
+
+
 def choose_device(name: str | None) -> torch.device:
     """The device asked for, or else the GPU if there is one (this process's, by its local rank) and the CPU if not.
 

@@ -68,7 +68,7 @@ def generate(
     out: Path,
     seed: int = 0,
     train: int = 12000,
-    annotated: int = 1500,
+    annotated: int = 2000,
     evaluation: int = 250,
     size: int = scenes.REFERENCE,
     progress: Callable[[int], object] = lambda count: None,

@@ -66,14 +66,17 @@ class Explainer(NamedTuple):
         return torch.cat(maps)
 
     @torch.no_grad()
-    def matches(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
-        """Whether the model says that each text matches its image: bool (len(texts),). Arguments as in `maps`."""
+    def match_probabilities(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
+        """How likely the model finds it that each text matches its image: (len(texts),) in [0, 1], on the CPU.
+
+        Arguments as in `maps`.
+        """
         keys_values = self.model.text_encoder.image_keys_values(self.model.encode_image(images.to(self.device)))
         found = []
         for chosen, ids, mask in self._chunks(index, texts):
             tokens = self.model.encode_text(ids, mask)
             logits = self.model.match_logits(self.model.text_encoder.fuse(tokens, mask, keys_values, chosen).tokens)
-            found.append(logits.argmax(dim=1).bool().cpu())
+            found.append(logits.softmax(dim=1)[:, 1].cpu())
         return torch.cat(found)
 
     def _chunks(self, index: list[int], texts: list[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -128,7 +131,7 @@ def ask(
     pairs: Sequence[Pair],
     batches: Iterable[list[Loaded]],
 ) -> Iterator[tuple[int, Tensor]]:
-    """Call `Explainer.maps` or `.matches` for (image, text) pairs, image by image, each different pair once.
+    """Call a method of `Explainer` for (image, text) pairs, image by image, each different pair once.
 
     Yields:
         the position of a pair and its row of the answer; pairs of images that `batches` lacks are left out.

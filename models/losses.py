@@ -56,7 +56,7 @@ def hard_negatives(similarity: Tensor, sharpness: float = 1.0) -> Tensor:
     distribution, and weights that cannot all underflow to 0.
 
     Args:
-        similarity: (B, B) over temperature, finite.
+        similarity: (B, B) over temperature.
         sharpness: factor on the similarities; 1 is ALBEF's, 0 draws every other column alike.
 
     Returns:
@@ -69,7 +69,8 @@ def hard_negatives(similarity: Tensor, sharpness: float = 1.0) -> Tensor:
         raise ValueError("image-text matching needs a hard negative: use a batch of at least 2 samples per process")
     diagonal = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     scores = (sharpness * similarity.float()).masked_fill(diagonal, -torch.inf)
-    return torch.multinomial(scores.softmax(dim=1), 1)[:, 0]
+    # A NaN is for the training loop to report, with the loss's name: here it would be an assertion on the device.
+    return torch.multinomial(scores.softmax(dim=1).nan_to_num(nan=1.0), 1)[:, 0]
 
 
 def matching_loss(logits: Tensor, positives: int) -> Tensor:

@@ -3,11 +3,15 @@
 import importlib.util
 import json
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from config import ModelConfig, PretrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -45,3 +49,69 @@ def golden_data(golden_fixture: ModuleType, tmp_path_factory: pytest.TempPathFac
 def golden_metrics() -> dict[str, Any]:
     """metrics.json: see golden/README.md."""
     return json.loads((GOLDEN / "metrics.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="session")
+def golden_checkpoint(golden_fixture: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The full-size checkpoint (2 GB) that fixture.py draws from seed 1, in the released format. Do not write to it."""
+    path = tmp_path_factory.mktemp("golden_checkpoint") / "ckpt" / "checkpoint_00.pth"
+    path.parent.mkdir()
+    torch.save(golden_fixture.checkpoint(1), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def golden_text_encoder(bert_vocab: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text-encoder folder that holds BERT's vocabulary and no weights."""
+    folder = tmp_path_factory.mktemp("golden_text_encoder")
+    (folder / "vocab.txt").write_bytes(bert_vocab.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Tiny tensors: threads that wait for each other would take most of the time, above all on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def tiny_config(tmp_path: Path) -> Callable[..., Any]:
+    """`tiny_config(PretrainConfig, {BERT keys}, **keys)`: a config of a model with a few thousand weights, no dropout.
+
+    8 px images in patches of 4 (5 tokens), two image blocks; three BERT layers, of which 1 and 2 see the image.
+    """
+
+    def make(kind: type[ModelConfig] = PretrainConfig, bert: dict[str, Any] | None = None, **keys: Any) -> ModelConfig:
+        bert_keys = {
+            "fusion_layer": 1,
+            "encoder_width": 8,
+            "vocab_size": 30,
+            "hidden_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "intermediate_size": 24,
+            "hidden_dropout_prob": 0.0,
+            "attention_probs_dropout_prob": 0.0,
+            "max_position_embeddings": 12,
+        }
+        path = tmp_path / f"config_bert_{len(list(tmp_path.glob('config_bert_*')))}.json"
+        path.write_text(json.dumps(bert_keys | (bert or {})), encoding="utf-8")
+        sizes = {
+            "bert_config": str(path),
+            "image_res": 8,
+            "patch_size": 4,
+            "vision_width": 8,
+            "vision_depth": 2,
+            "vision_heads": 2,
+            "embed_dim": 4,
+            "queue_size": 6,
+            "image_root": "",
+        }
+        if kind is PretrainConfig:
+            sizes |= {"train_file": [], "mask_size": 8, "amc": {"layer": 1}}
+        return kind.model_validate(sizes | keys)
+
+    return make

@@ -1,0 +1,566 @@
+"""Checkpoints: what is refused, what is converted, and that the report and the errors say so."""
+
+import argparse
+import os
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from config import GroundingConfig, load_bert_config
+from models.albef import ALBEF, build_albef
+from models.checkpoint import (
+    CheckpointError,
+    LoadReport,
+    init_image_encoder,
+    init_text_encoder,
+    load_weights,
+    read_checkpoint,
+    resize_position_embedding,
+    save_checkpoint,
+)
+from models.pretrain import PretrainModel
+from models.vit import VisionTransformer
+from models.xbert import TextEncoder
+
+TinyConfig = Callable[..., Any]
+State = dict[str, Tensor]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def state_of(model: nn.Module, seed: int = 1) -> State:
+    """A state dict of the model's shapes with other values than the model's."""
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for key, value in model.state_dict().items():
+        drawn = torch.randn(value.shape, generator=generator)
+        state[key] = drawn if value.is_floating_point() else value.clone()
+    tied = "text_encoder.cls.predictions.decoder.weight"
+    for suffix in ("", "_m"):
+        key = tied.replace("text_encoder", f"text_encoder{suffix}")
+        if key in state:
+            state[key] = state[key.replace("cls.predictions.decoder", "bert.embeddings.word_embeddings")]
+            bias = key.replace("decoder.weight", "bias")
+            state[key.replace("weight", "bias")] = state[bias]
+    return state
+
+
+def assert_holds(model: nn.Module, state: State) -> None:
+    own = model.state_dict()
+    assert own.keys() == state.keys()
+    for key, value in own.items():
+        assert torch.equal(value, state[key]), key
+
+
+@pytest.fixture
+def training(tiny_config: TinyConfig) -> PretrainModel:
+    return PretrainModel(tiny_config())
+
+
+@pytest.fixture
+def evaluation(tiny_config: TinyConfig) -> ALBEF:
+    return build_albef(tiny_config(GroundingConfig))
+
+
+# ---- reading
+
+
+class Payload:
+    """Pickles to a call that leaves a file behind."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, (str(self.marker),)
+
+
+def write_zip(content: Any, path: Path) -> None:
+    torch.save(content, path)
+
+
+def write_legacy(content: Any, path: Path) -> None:
+    torch.save(content, path, _use_new_zipfile_serialization=False)
+
+
+def write_pickle(content: Any, path: Path) -> None:
+    path.write_bytes(pickle.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (write_zip, r"refused, .*\.mkdir\)$"),
+        (write_legacy, r"refused, .*\.mkdir\)$"),
+        (write_pickle, r"not a readable checkpoint \(not a file that PyTorch writes\)"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+def test_a_function_call_in_a_checkpoint_is_refused_and_not_made(
+    tmp_path: Path, write: Callable[[Any, Path], None], message: str
+) -> None:
+    marker, path = tmp_path / "marker", tmp_path / "evil.pth"
+    write({"model": {"temp": torch.ones(())}, "epoch": Payload(marker)}, path)
+    with pytest.raises(CheckpointError, match=r"evil\.pth: " + message) as error:
+        read_checkpoint(path)
+    assert "weights_only" not in str(error.value)  # PyTorch's message advises to read it unsafely
+    assert not marker.exists()
+    # The file is what it claims to be: an unsafe reader makes the call.
+    if write is write_pickle:
+        pickle.loads(path.read_bytes())
+    else:
+        torch.load(path, weights_only=False)
+    assert marker.exists()
+
+
+def test_other_objects_in_a_checkpoint_are_refused_by_name(tmp_path: Path) -> None:
+    torch.save({"model": {"a": torch.ones(1)}, "args": argparse.Namespace(lr=1)}, tmp_path / "args.pth")
+    with pytest.raises(CheckpointError, match=r"args\.pth: refused.*\(argparse\.Namespace\)$"):
+        read_checkpoint(tmp_path / "args.pth")
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+def test_checkpoint_reads_back(tmp_path: Path, write: Callable[[Any, Path], None]) -> None:
+    path = tmp_path / "good.pth"
+    content = {"model": {"a": torch.arange(3.0)}, "epoch": 4, "config": {"lr": [1e-5]}, "optimizer": {"state": {}}}
+    write(content, path)
+    found = read_checkpoint(path)
+    assert torch.equal(found.pop("model")["a"], torch.arange(3.0))
+    assert found == {"epoch": 4, "config": {"lr": [1e-5]}, "optimizer": {"state": {}}}
+
+
+@pytest.mark.parametrize("write", [write_zip, write_legacy])
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_truncated_checkpoint(tmp_path: Path, write: Callable[[Any, Path], None], share: float) -> None:
+    path = tmp_path / "cut.pth"
+    write({"model": {"a": torch.ones(2000)}}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(CheckpointError, match=r"cut\.pth: not a readable checkpoint"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_truncated_safetensors(tmp_path: Path, share: float) -> None:
+    path = tmp_path / "cut.safetensors"
+    save_file({"a": torch.ones(2000)}, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * share)])
+    with pytest.raises(CheckpointError, match=r"cut\.safetensors: not a readable checkpoint"):
+        read_checkpoint(path)
+
+
+def test_web_page_saved_as_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "page.pth"
+    path.write_text("<!DOCTYPE html><html>Quota exceeded</html>")
+    with pytest.raises(CheckpointError, match=r"page\.pth: not a readable checkpoint") as error:
+        read_checkpoint(path)
+    assert "weights_only" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["none.pth", "none.safetensors", "."])
+def test_missing_checkpoint(tmp_path: Path, name: str) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint"):
+        read_checkpoint(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [{"epoch": 1}, {}, {"model": {}}, {"model": torch.ones(2)}, {"model": {"a": 1}}, [torch.ones(2)], torch.ones(2)],
+)
+def test_checkpoint_without_a_state_dict(tmp_path: Path, content: Any) -> None:
+    torch.save(content, tmp_path / "odd.pth")
+    with pytest.raises(CheckpointError, match=r"odd\.pth: no state dict found"):
+        read_checkpoint(tmp_path / "odd.pth")
+
+
+def test_state_dict_at_the_top_level(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "bare.pth")
+    assert read_checkpoint(tmp_path / "bare.pth")["model"]["a"].tolist() == [1, 1]
+
+
+def test_prefix_of_data_parallel_models_goes(tmp_path: Path) -> None:
+    torch.save({"model": {"module.a": torch.ones(1), "b.module.c": torch.ones(1)}}, tmp_path / "ddp.pth")
+    assert set(read_checkpoint(tmp_path / "ddp.pth")["model"]) == {"a", "b.module.c"}
+
+
+def test_safetensors(tmp_path: Path, evaluation: ALBEF) -> None:
+    state = state_of(evaluation)
+    save_file({f"module.{key}": value for key, value in state.items()}, tmp_path / "weights.safetensors")
+    load_weights(evaluation, read_checkpoint(tmp_path / "weights.safetensors")["model"], "weights.safetensors")
+    assert_holds(evaluation, state)
+
+
+# ---- writing
+
+
+def test_saved_checkpoint_reads_back_into_a_model(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    first, second = PretrainModel(tiny_config()), PretrainModel(tiny_config())
+    path = tmp_path / "new folder" / "checkpoint_00.pth"
+    save_checkpoint(path, {"model": first.state_dict(), "epoch": 0})
+    report = load_weights(second, read_checkpoint(path)["model"], path)
+    assert_holds(second, first.state_dict())
+    assert report.loaded == len(first.state_dict())
+    assert str(report) == f"{path}: {report.loaded} tensors loaded"  # and nothing more to say
+    assert [file.name for file in path.parent.iterdir()] == ["checkpoint_00.pth"]
+
+
+def test_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint_00.pth"
+    save_checkpoint(path, {"model": {"a": torch.ones(1)}, "epoch": 7})
+    before = path.read_bytes()
+
+    def full_disk(content: Any, file: Path) -> None:
+        Path(file).write_bytes(b"half of")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        save_checkpoint(path, {"model": {"a": torch.zeros(1)}, "epoch": 8})
+    assert path.read_bytes() == before
+    assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_00.pth"]
+
+
+# ---- position embeddings
+
+
+@pytest.mark.parametrize(("old", "new"), [(2, 4), (4, 3)])
+def test_position_embedding_is_resized_bicubically_on_the_grid(old: int, new: int) -> None:
+    grid = torch.randn(1, 3, old, old, generator=torch.Generator().manual_seed(0))
+    cls = torch.tensor([[[7.0, 8.0, 9.0]]])
+    tokens = torch.stack([grid[0, :, row, column] for row in range(old) for column in range(old)])[None]
+    resized = resize_position_embedding(torch.cat([cls, tokens], dim=1), 1 + new * new)
+    expected = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
+    assert torch.equal(resized[:, :1], cls)
+    for row in range(new):
+        for column in range(new):
+            torch.testing.assert_close(resized[0, 1 + row * new + column], expected[0, :, row, column])
+
+
+def test_position_embedding_must_be_a_square_grid() -> None:
+    with pytest.raises(CheckpointError, match="6 tokens"):
+        resize_position_embedding(torch.zeros(1, 6, 2), 5)
+    with pytest.raises(CheckpointError, match="5 tokens"):
+        resize_position_embedding(torch.zeros(1, 5, 2), 7)
+
+
+def test_checkpoint_of_another_resolution(tiny_config: TinyConfig) -> None:
+    state = state_of(PretrainModel(tiny_config()))
+    model = PretrainModel(tiny_config(image_res=16))
+    report = load_weights(model, state, "small.pth")
+    for name in ("visual_encoder", "visual_encoder_m"):
+        key = f"{name}.pos_embed"
+        assert torch.equal(model.state_dict()[key], resize_position_embedding(state[key], 17))
+        assert f"{key}, 5 to 17 tokens" in report.resized
+    assert len(report.resized) == 2
+    assert "resized: visual_encoder.pos_embed, 5 to 17 tokens" in str(report)
+
+
+# ---- queues and teacher
+
+
+def test_one_pointer_serves_both_queues(training: PretrainModel) -> None:
+    state = state_of(training)
+    del state["queue_ptr_img"], state["queue_ptr_txt"]
+    state["queue_ptr"] = torch.tensor([4])
+    report = load_weights(training, state, "ALBEF.pth")
+    assert training.queue_ptr_img.tolist() == training.queue_ptr_txt.tolist() == [4]
+    assert torch.equal(training.image_queue, state["image_queue"])
+    assert not report.fresh
+    training.queue_ptr_img += 1  # they are two tensors
+    assert training.queue_ptr_txt.tolist() == [4]
+
+
+def test_queue_of_another_length_starts_afresh(tiny_config: TinyConfig) -> None:
+    state = state_of(PretrainModel(tiny_config(queue_size=10)))
+    state["queue_ptr_img"] = state["queue_ptr_txt"] = torch.tensor([8])
+    model = PretrainModel(tiny_config())
+    queues = model.image_queue.clone(), model.text_queue.clone()
+    report = load_weights(model, state, "long.pth")
+    assert torch.equal(model.image_queue, queues[0])
+    assert torch.equal(model.text_queue, queues[1])
+    assert model.queue_ptr_img.tolist() == model.queue_ptr_txt.tolist() == [0]
+    assert report.fresh == ["queues (of length 10 in the file, 6 here)"]
+    assert "fresh: queues (of length 10 in the file, 6 here)" in str(report)
+    assert torch.equal(model.state_dict()["temp"], state["temp"])
+
+
+def test_checkpoint_without_queues_or_teacher_starts_them(tiny_config: TinyConfig) -> None:
+    model = PretrainModel(tiny_config())
+    everything = state_of(model)
+    student = {key: value for key, value in everything.items() if "_m." not in key and "queue" not in key}
+    report = load_weights(model, student, "student.pth")
+    for name in ("visual_encoder", "vision_proj", "text_encoder", "text_proj"):
+        own, teacher = getattr(model, name).state_dict(), getattr(model, f"{name}_m").state_dict()
+        assert own.keys() == teacher.keys()
+        assert all(torch.equal(own[key], teacher[key]) for key in own)
+        assert all(torch.equal(own[key], student[f"{name}.{key}"]) for key in own)
+    assert report.fresh == [
+        "queues (missing in the file, 6 here)",
+        "teacher (copied from the student; the file has none)",
+    ]
+
+
+def test_teacher_of_the_file_is_kept(training: PretrainModel) -> None:
+    state = state_of(training)
+    assert not torch.equal(state["vision_proj.weight"], state["vision_proj_m.weight"])
+    load_weights(training, state, "both.pth")
+    assert_holds(training, state)
+
+
+def test_teacher_in_part_is_an_error(training: PretrainModel) -> None:
+    state = state_of(training)
+    del state["vision_proj_m.weight"]
+    with pytest.raises(CheckpointError, match=r"missing: vision_proj_m\.weight$"):
+        load_weights(training, state, "part.pth")
+
+
+def test_evaluation_leaves_the_training_parts_out(training: PretrainModel, evaluation: ALBEF) -> None:
+    state = state_of(training)
+    report = load_weights(evaluation, state, "train.pth")
+    assert_holds(evaluation, {key: state[key] for key in evaluation.state_dict()})
+    teacher = sum("_m." in key for key in state)
+    head = sum(key.startswith("text_encoder.cls.") for key in state)
+    assert report.ignored == [f"teacher, {teacher} tensors", "queues, 4 tensors", f"MLM head, {head} tensors"]
+    assert report.loaded + teacher + 4 + head == len(state)
+    text = str(report)
+    assert text.startswith(f"train.pth: {report.loaded} tensors loaded\n")
+    assert f"ignored on purpose: teacher, {teacher} tensors" in text
+
+
+def test_evaluation_leaves_the_single_pointer_out(training: PretrainModel, evaluation: ALBEF) -> None:
+    state = state_of(training)
+    del state["queue_ptr_img"], state["queue_ptr_txt"]
+    state["queue_ptr"] = torch.tensor([4])
+    assert "queues, 3 tensors" in load_weights(evaluation, state, "ALBEF.pth").ignored
+
+
+def test_position_ids_may_be_absent(training: PretrainModel) -> None:
+    state = state_of(training)
+    for key in [key for key in state if key.endswith("position_ids")]:
+        del state[key]
+    load_weights(training, state, "new.pth")
+    assert training.text_encoder.bert.embeddings.position_ids.tolist() == [list(range(12))]
+
+
+# ---- what does not fit
+
+
+def test_missing_key_is_an_error(evaluation: ALBEF) -> None:
+    state = state_of(evaluation)
+    del state["itm_head.bias"], state["temp"]
+    with pytest.raises(CheckpointError, match=r"lacking\.pth: does not fit .*\n  missing: temp, itm_head\.bias$"):
+        load_weights(evaluation, state, "lacking.pth")
+
+
+def test_unexpected_key_is_an_error(evaluation: ALBEF) -> None:
+    state = state_of(evaluation) | {"itm_head.extra": torch.ones(1)}
+    with pytest.raises(CheckpointError, match=r"\n  unexpected: itm_head\.extra$"):
+        load_weights(evaluation, state, "more.pth")
+
+
+def test_other_shape_is_an_error(evaluation: ALBEF) -> None:
+    state = state_of(evaluation) | {"vision_proj.weight": torch.ones(4, 9)}
+    with pytest.raises(CheckpointError, match=r"vision_proj\.weight is \[4, 9\], the model has \[4, 8\]"):
+        load_weights(evaluation, state, "wide.pth")
+
+
+def test_every_kind_of_misfit_is_said_at_once_and_nothing_is_loaded(evaluation: ALBEF) -> None:
+    before = {key: value.clone() for key, value in evaluation.state_dict().items()}
+    state = state_of(evaluation) | {"vision_proj.bias": torch.ones(5), "stray": torch.ones(1)}
+    for key in [key for key in state if key.startswith("visual_encoder.blocks")]:
+        del state[key]
+    with pytest.raises(CheckpointError) as error:
+        load_weights(evaluation, state, "odd.pth")
+    blocks = sum(key.startswith("visual_encoder.blocks") for key in before)
+    assert f", and {blocks - 5} more" in str(error.value)
+    assert "unexpected: stray" in str(error.value)
+    assert "vision_proj.bias is [5], the model has [4]" in str(error.value)
+    assert_holds(evaluation, before)
+
+
+def test_loading_does_not_change_the_state_it_is_given(training: PretrainModel, evaluation: ALBEF) -> None:
+    state = state_of(training)
+    keys = set(state)
+    load_weights(evaluation, state, "train.pth")
+    assert set(state) == keys
+
+
+# ---- starting the image encoder
+
+
+def image_encoder(image_res: int = 8) -> VisionTransformer:
+    return VisionTransformer(image_res, patch_size=4, width=8, depth=2, heads=2, mlp_ratio=4)
+
+
+def test_image_encoder_starts_from_a_classifier(tmp_path: Path) -> None:
+    state = state_of(image_encoder(16))
+    head = {"head.weight": torch.ones(1000, 8), "head.bias": torch.ones(1000)}
+    torch.save({"model": state | head}, tmp_path / "deit.pth")
+    encoder = image_encoder(8)
+    report = init_image_encoder(encoder, tmp_path / "deit.pth")
+    assert_holds(encoder, state | {"pos_embed": resize_position_embedding(state["pos_embed"], 5)})
+    assert report.ignored == ["classifier, 2 tensors"]
+    assert report.resized == ["pos_embed, 17 to 5 tokens"]
+    assert report.loaded == len(state)
+
+
+def test_image_encoder_of_another_kind_is_an_error(tmp_path: Path) -> None:
+    state = state_of(image_encoder())
+    del state["norm.weight"]
+    torch.save(state | {"blocks.2.norm1.weight": torch.ones(8)}, tmp_path / "vit.pth")
+    with pytest.raises(CheckpointError, match=r"missing: norm\.weight\n  unexpected: blocks\.2\.norm1\.weight"):
+        init_image_encoder(image_encoder(), tmp_path / "vit.pth")
+
+
+# ---- starting the text encoder
+
+
+def tiny_bert(**changes: int) -> Any:
+    """transformers' BERT, for the config below, with weights that are far from their start."""
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {
+        "vocab_size": 30,
+        "hidden_size": 16,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": 12,
+    }
+    bert = BertForMaskedLM(BertConfig(**(sizes | changes))).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in bert.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
+    return bert
+
+
+def text_encoder(tiny_config: TinyConfig, fusion_layer: int = 1, mlm_head: bool = True) -> TextEncoder:
+    config = tiny_config(GroundingConfig, {"fusion_layer": fusion_layer})
+    return TextEncoder(load_bert_config(config.bert_config), mlm_head).eval()
+
+
+def test_folder_without_weights_leaves_the_text_encoder_random(
+    golden_text_encoder: Path, tiny_config: TinyConfig
+) -> None:
+    encoder = text_encoder(tiny_config)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    report = init_text_encoder(encoder, str(golden_text_encoder))
+    assert report.loaded == 0
+    assert len(report.fresh) == 1
+    assert "WARNING" in str(report)
+    assert "random" in str(report)
+    assert_holds(encoder, before)
+
+
+@pytest.mark.parametrize("fusion_layer", [0, 1, 3])
+def test_text_encoder_starts_from_bert_and_computes_what_bert_does(
+    tmp_path: Path, tiny_config: TinyConfig, fusion_layer: int
+) -> None:
+    bert, folder = tiny_bert(), tmp_path / "bert"
+    bert.save_pretrained(folder)
+    encoder = text_encoder(tiny_config, fusion_layer)
+    before = {key: value.clone() for key, value in encoder.state_dict().items()}
+    report = init_text_encoder(encoder, str(folder))
+    cross = {key for key in before if ".crossattention." in key}
+    own = encoder.state_dict()
+    assert bool(cross) == (fusion_layer < 3)
+    assert all(torch.equal(own[key], before[key]) for key in cross)
+    for key, value in bert.state_dict().items():
+        assert torch.equal(own[key], value), key
+    if cross:
+        assert len(report.fresh) == 1
+        assert "cross-attention" in report.fresh[0]
+
+    ids = torch.tensor([[1, 7, 8, 9, 10], [1, 11, 12, 0, 0]])
+    mask = (ids > 0).long()
+    with torch.no_grad():
+        out = bert(input_ids=ids, attention_mask=mask, output_hidden_states=True)
+        tokens = encoder(ids, mask)
+        for row, length in enumerate((5, 3)):  # what stands at padding is nobody's business
+            expected = out.hidden_states[fusion_layer][row, :length]
+            torch.testing.assert_close(tokens[row, :length], expected, rtol=1e-4, atol=1e-5)
+        logits = encoder.mlm_logits(out.hidden_states[-1])
+    torch.testing.assert_close(logits, out.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_tied_decoder_stays_tied_after_loading(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    tiny_bert().save_pretrained(tmp_path / "bert")
+    encoder = text_encoder(tiny_config)
+    init_text_encoder(encoder, str(tmp_path / "bert"))
+    assert encoder.cls is not None
+    predictions = encoder.cls.predictions
+    assert predictions.decoder.weight is encoder.bert.embeddings.word_embeddings.weight
+    assert predictions.decoder.bias is predictions.bias
+
+
+def test_bert_of_another_size_is_an_error(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    tiny_bert(intermediate_size=32).save_pretrained(tmp_path / "bert")
+    with pytest.raises(CheckpointError, match=r"intermediate\.dense\.weight is \[32, 16\], the model has \[24, 16\]"):
+        init_text_encoder(text_encoder(tiny_config), str(tmp_path / "bert"))
+
+
+def test_bert_of_other_depth_is_an_error(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    tiny_bert(num_hidden_layers=2).save_pretrained(tmp_path / "bert")
+    with pytest.raises(CheckpointError, match=r"missing: bert\.encoder\.layer\.2\.attention"):
+        init_text_encoder(text_encoder(tiny_config), str(tmp_path / "bert"))
+
+
+def test_absent_text_encoder_is_an_error(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    with pytest.raises(CheckpointError, match="no BERT weights there"):
+        init_text_encoder(text_encoder(tiny_config), str(tmp_path / "nothing"))
+
+
+def write_cut_safetensors(folder: Path, bert: Any) -> None:
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def write_cut_bin(folder: Path, bert: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    path = folder / "pytorch_model.bin"
+    torch.save(bert.state_dict(), path)
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def write_evil_bin(folder: Path, bert: Any) -> None:
+    (folder / "model.safetensors").unlink()
+    torch.save({"a": Payload(folder / "marker")}, folder / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("damage", [write_cut_safetensors, write_cut_bin, write_evil_bin])
+def test_damaged_weights_of_the_text_encoder_are_an_error(
+    tmp_path: Path, tiny_config: TinyConfig, damage: Callable[[Path, Any], None]
+) -> None:
+    bert, folder = tiny_bert(), tmp_path / "bert"
+    bert.save_pretrained(folder)
+    damage(folder, bert)
+    with pytest.raises(CheckpointError, match="no BERT weights there"):
+        init_text_encoder(text_encoder(tiny_config), str(folder))
+    assert not (folder / "marker").exists()
+
+
+def test_bert_without_its_mlm_head_is_reported(tmp_path: Path, tiny_config: TinyConfig) -> None:
+    # transformers fills what a folder lacks with random weights, and only logs it.
+    tiny_bert().bert.save_pretrained(tmp_path / "bert")
+    report = init_text_encoder(text_encoder(tiny_config), str(tmp_path / "bert"))
+    assert "WARNING" in str(report)
+    assert "cls.predictions" in str(report)
+
+
+def test_report_lists_what_happened() -> None:
+    report = LoadReport("a.pth", loaded=3, resized=["x"], fresh=["y", "z"], ignored=["w"])
+    assert str(report).splitlines() == [
+        "a.pth: 3 tensors loaded",
+        "  resized: x",
+        "  fresh: y",
+        "  fresh: z",
+        "  ignored on purpose: w",
+    ]

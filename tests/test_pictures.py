@@ -1,0 +1,108 @@
+"""Heat maps, contact sheets, curves and the table of the demo: what a person sees of a run."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scenes_demo
+from dataset.expressions import Expression
+from grounding import metrics
+from grounding.visualize import Case, _steps, blend, contact_sheet, loss_curves
+
+
+def test_blend_leaves_the_cold_parts_alone() -> None:
+    image = np.full((4, 6, 3), 100, np.uint8)
+    cam = np.zeros((4, 6), np.float32)
+    cam[1, 2] = 5.0
+    shown = blend(image, cam, strength=0.5)
+    hottest = np.array([122.4, 4.4, 2.7])  # the end of matplotlib's turbo
+    assert shown[1, 2] == pytest.approx(100 * 0.5 + hottest * 0.5, abs=2)
+    shown[1, 2] = 100
+    assert (shown == 100).all()
+    assert (blend(image, np.ones((4, 6), np.float32)) == image).all()  # a flat map says nothing
+
+
+@pytest.fixture
+def expression(tmp_path: Path) -> Expression:
+    Image.new("RGB", (60, 40), "gray").save(tmp_path / "a.png")
+    return Expression(tmp_path / "a.png", "a thing", 0, "val", np.array([[5.0, 5.0, 20.0, 10.0]]))
+
+
+def test_contact_sheet(expression: Expression, tmp_path: Path) -> None:
+    right, wrong = torch.zeros(4, 6), torch.zeros(4, 6)
+    right[1, 1], wrong[3, 5] = 1.0, 1.0
+    sheets = {}
+    for name, cam in (("right", right), ("wrong", wrong)):
+        path = tmp_path / f"{name}.png"
+        contact_sheet([Case(expression, [cam]), Case(expression, [cam])], ["model"], path)
+        sheets[name] = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).tolist()
+    green, red = [0x22, 0xC5, 0x5E], [0xEF, 0x44, 0x44]
+    assert green in sheets["right"]
+    assert red not in sheets["right"]
+    assert red in sheets["wrong"]
+    assert green not in sheets["wrong"]
+
+
+def test_loss_curves(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"epoch": 0, "step": 19, "loss_itm": 0.6, "loss_mlm": 3.0, "loss_ita": 2.0, "loss_cam1": 0.0, "loss_cam2": 0.0},
+        {"epoch": 0, "step": 24, "loss_itm": 0.5, "loss_mlm": 2.5, "loss_ita": 1.5, "loss_cam1": 0.0, "loss_cam2": 0.0},
+        {"epoch": 1, "step": 19, "loss_itm": 0.4, "loss_mlm": 2.0, "loss_ita": 1.0, "loss_cam1": 0.0, "loss_cam2": 0.0},
+    ]
+    assert _steps(rows) == [20, 25, 45]
+    loss_curves({"control": rows}, tmp_path / "three.png")
+    loss_curves({"control": rows, "AMC": [{**row, "loss_cam2": 0.3} for row in rows]}, tmp_path / "four.png")
+    three, four = (Image.open(tmp_path / f"{name}.png").width for name in ("three", "four"))
+    assert four == pytest.approx(three * 4 / 3, rel=0.02)  # a panel more: losses that are always 0 have none
+
+
+def test_chance_of_a_random_pixel() -> None:
+    boxes = np.array([[2.0, 1.0, 4.0, 3.0]])  # strictly inside: x 3..5, y 2..3
+    assert metrics.point_chance(boxes, 10, 10) == pytest.approx(6 / 100)
+    two = np.array([[2.0, 1.0, 4.0, 3.0], [2.0, 1.0, 4.0, 3.0]])
+    assert metrics.point_chance(two, 10, 10) == pytest.approx(6 / 100)  # a pixel counts once
+    cam = torch.zeros(10, 10)
+    hits = 0
+    for y in range(10):
+        for x in range(10):
+            cam.zero_()
+            cam[y, x] = 1
+            hits += metrics.point_correct(cam, boxes)
+    assert hits == 6
+
+
+def test_chance_of_a_random_detection() -> None:
+    box = np.array([0.0, 0.0, 10.0, 10.0])
+    detections = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 4, 4], [50, 50, 9, 9.0]])
+    assert metrics.box_chance(detections, box) == 0.5
+    assert metrics.box_chance(np.zeros((0, 4)), box) == 0.0
+
+
+def test_the_table_has_a_line_per_split_and_a_column_per_model() -> None:
+    table: scenes_demo.Table = {"chance": {"point val_d": 0.0625}, "AMC": {"point val_d": 0.875, "box val_d": None}}
+    assert scenes_demo.markdown(table).splitlines() == [
+        "| | chance | AMC |",
+        "|---|---:|---:|",
+        "| point val_d | 6.25 | 87.50 |",
+        "| box val_d | - | - |",
+    ]
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(scenes_demo, "run_step", lambda name, words, processes: calls.append(words))
+    config = Path("configs/scenes/Pretrain.yaml")
+    start = ["--checkpoint", "stage1"]
+    last = scenes_demo.train(tmp_path, config, start)
+    assert last.name == "checkpoint_02.pth"
+    assert calls[0][-2:] == start
+    (tmp_path / "checkpoint_00.pth").touch()
+    scenes_demo.train(tmp_path, config, start)
+    assert calls[1][-1] == "--resume"
+    last.touch()
+    scenes_demo.train(tmp_path, config, start)
+    assert len(calls) == 2

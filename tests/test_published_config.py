@@ -1,0 +1,110 @@
+"""The published configuration itself: steps of full-size training on scenes rendered larger, then the three scripts."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import PretrainConfig, load_config
+from dataset import scenes_files
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Scenes of 256 pixels, as large as training sees them."""
+    folder = tmp_path_factory.mktemp("large_scenes")
+    scenes_files.generate(folder, seed=2, train=4, annotated=4, evaluation=1, size=256)
+    return folder
+
+
+def run(*words: str, processes: int = 1) -> str:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if processes > 1 else []
+    environment = os.environ | {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // processes))}
+    line = [sys.executable, *launcher, *words, "--device", "cpu", "--num_workers", "0"]
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def options(keys: dict[str, object]) -> list[str]:
+    return [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
+def trained(
+    request: pytest.FixtureRequest,
+    scenes: Path,
+    golden_text_encoder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Path]:
+    """The output of a step of Pretrain.py; its 3 GB checkpoint goes when the tests are done with it."""
+    output = tmp_path_factory.mktemp("published")
+    keys = {"train_file": [str(scenes / "train_phrases.json")], "image_root": scenes / "images", "batch_size": 2}
+    words = ["--config", "configs/Pretrain.yaml", "--output_dir", str(output), "--max_steps", "1"]
+    words += ["--text_encoder", str(golden_text_encoder), *options(keys)]
+    run("Pretrain.py", *words, processes=request.param)
+    yield output
+    (output / "checkpoint_00.pth").unlink()
+
+
+def test_a_step_of_training(trained: Path) -> None:
+    row = json.loads((trained / "log.txt").read_text())
+    assert row["train_lr"] == pytest.approx(1e-6)  # the first step of the warm-up
+    assert all(row[f"train_loss_{name}"] > 0 for name in ("mlm", "ita", "itm", "cam1", "cam2"))
+    config = load_config(trained / "config.yaml", PretrainConfig)
+    published = load_config(ROOT / "configs" / "Pretrain.yaml", PretrainConfig)
+    assert {key for key, value in config if value != getattr(published, key)} == {
+        "train_file",
+        "image_root",
+        "batch_size",
+    }
+    checkpoint = torch.load(trained / "checkpoint_00.pth", weights_only=True, mmap=True)
+    assert checkpoint.keys() >= {"model", "optimizer", "lr_scheduler", "config", "epoch"}
+    expected = json.loads((ROOT / "tests" / "golden" / "state_dict_keys.json").read_text())
+    found = {key: [list(v.shape), str(v.dtype).removeprefix("torch.")] for key, v in checkpoint["model"].items()}
+    assert found == expected
+
+
+@pytest.mark.parametrize("trained", [1], indirect=True, ids=["one process"])
+def test_its_checkpoint_is_evaluated(trained: Path, scenes: Path, golden_text_encoder: Path, tmp_path: Path) -> None:
+    refer = {"refcoco_data": scenes / "refer"}
+    for suffix, name, dataset in (("", "refcoco", "refcoco+"), ("_refclef", "refclef", "refclef")):
+        files = [str(scenes / "refer" / dataset / f"{dataset}_{part}.json") for part in ("val", "test")]
+        keys = {**refer, "test_file": files, "det_file": scenes / "refer" / "refcoco+" / "dets.json"}
+        evaluate(suffix, name, trained, keys, scenes, golden_text_encoder, tmp_path)
+    flickr = scenes / "flickr"
+    evaluate(
+        "_flickr",
+        "flickr",
+        trained,
+        {
+            "image_ids_file": [str(flickr / f"{part}.txt") for part in ("val", "test")],
+            "phrase_box_file": [str(flickr / f"bounding_boxes_{part}.json") for part in ("val", "test")],
+            "sentences_file": [str(flickr / f"sentences_{part}.json") for part in ("val", "test")],
+        },
+        scenes,
+        golden_text_encoder,
+        tmp_path,
+    )
+    side = {"refcoco": 24, "refclef": 24, "flickr": 16}
+    for name, patches in side.items():
+        records = torch.load(tmp_path / name / "result" / "epoch00.pth", weights_only=True)
+        assert records
+        assert all(record["pred"].shape == (patches, patches) for record in records)
+
+
+def evaluate(
+    suffix: str, name: str, trained: Path, keys: dict[str, object], scenes: Path, text_encoder: Path, tmp_path: Path
+) -> None:
+    """One script, with the published config but for paths."""
+    words = ["--config", f"configs/Grounding_{name}.yaml", "--checkpoint", str(trained)]
+    words += ["--output_dir", str(tmp_path / name), "--text_encoder", str(text_encoder)]
+    printed = run(f"grounding_eval_singlegpu{suffix}.py", *words, *options({**keys, "image_root": scenes / "images"}))
+    assert "ignored on purpose: MLM head" in printed
