@@ -10,6 +10,7 @@ and run.json (options, versions, git commit, seed). `--resume` continues from th
 """
 
 import argparse
+import inspect
 import json
 import math
 import sys
@@ -123,7 +124,7 @@ class Run:
             self.parallel = DistributedDataParallel(
                 self.model,
                 device_ids=[device] if device.type == "cuda" else None,
-                broadcast_buffers=False,
+                **without_buffer_broadcast(),
                 gradient_as_bucket_view=True,
             )
         self.describe()
@@ -221,6 +222,12 @@ class Run:
             shown = " ".join(f"{name} {value:.4g}" for name, value in stats.items())
             utils.log(f"epoch {epoch}: {shown}")
         utils.barrier()
+
+
+def without_buffer_broadcast() -> dict[str, Any]:
+    """DistributedDataParallel's option for it, whose name newer versions of PyTorch have changed."""
+    known = inspect.signature(DistributedDataParallel).parameters
+    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
 
 
 def build_loader(
