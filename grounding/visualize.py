@@ -86,10 +86,10 @@ def loss_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
     shown = [name for name in LOSS_NAMES if any(row.get(name) for rows in runs.values() for row in rows)]
     figure = Figure(figsize=(3.2 * len(shown), 3), layout="constrained")
     for axes, loss in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
-        for run, rows in runs.items():
+        for index, (run, rows) in enumerate(runs.items()):
             values = [row[loss] for row in rows]
             if any(values):
-                axes.plot(_steps(rows), values, label=run)
+                axes.plot(_steps(rows), values, f"C{index}", label=run)
         axes.set_title(LOSS_NAMES[loss], fontsize=10)
         axes.set_xlabel("steps")
         axes.grid(alpha=0.3)
