@@ -18,6 +18,7 @@ from models.albef import ALBEF, build_albef
 from models.checkpoint import (
     CheckpointError,
     LoadReport,
+    export_student,
     init_image_encoder,
     init_text_encoder,
     load_weights,
@@ -305,6 +306,21 @@ def test_checkpoint_without_queues_or_teacher_starts_them(tiny_config: TinyConfi
         "queues (missing in the file, 6 here)",
         "teacher (copied from the student; the file has none)",
     ]
+
+
+def test_exported_student_starts_another_training(training: PretrainModel, tmp_path: Path) -> None:
+    state = state_of(training)
+    save_checkpoint(tmp_path / "trained.pth", {"model": state, "epoch": 0})
+    export_student(tmp_path / "trained.pth", tmp_path / "student.safetensors")
+    exported = read_checkpoint(tmp_path / "student.safetensors")["model"]
+    assert not [key for key in exported if "_m." in key or "queue" in key]
+    assert {value.dtype for value in exported.values()} == {torch.float16}
+    report = load_weights(training, exported, "student.safetensors")
+    assert len(report.fresh) == 2  # queues and teacher
+    for key, value in training.state_dict().items():
+        if key in exported:
+            assert torch.equal(value, state[key].half().float()), key
+    assert torch.equal(training.vision_proj_m.weight, training.vision_proj.weight)
 
 
 def test_teacher_of_the_file_is_kept(training: PretrainModel) -> None:

@@ -316,6 +316,25 @@ def target_boxes(image: str, text: str) -> list[list[int]]:
     return [list(scene.things[i].box) for i in matches(parse(text), scene)]
 
 
+def test_captions_of_a_part_are_true_and_short() -> None:
+    mentioned, said = Counter(), Counter()
+    for i, scene in enumerate(some_scenes(120)):
+        caption = phrases.compose_part(scene, np.random.default_rng(i))
+        assert len(caption.text.replace(",", "").split()) <= phrases.CAPTION_WORDS
+        for mention in caption.mentions:
+            assert matches(mention.spec, scene)
+            assert caption.tokens[mention.first :][: len(mention.phrase.split())] == mention.phrase.split()
+            said.update(name for name in ("size", "place", "relation") if getattr(mention.spec, name))
+        if len(caption.mentions) == 1:  # one object alone is described in full
+            (spec,) = (mention.spec for mention in caption.mentions)
+            assert spec.colour
+            assert spec.shape
+            assert spec.size
+        mentioned[len(caption.mentions)] += 1
+    assert set(mentioned) == {1, 2, 3}
+    assert set(said) == {"size", "place", "relation"}
+
+
 def test_training_files(folder: Path) -> None:
     config: Any = SimpleNamespace(image_root=folder / "images", max_words=50)
     captions = vg.load_entries(folder / "train_captions.json", config)
