@@ -143,16 +143,15 @@ def accuracies(benchmark: Benchmark, config: GroundingConfig, folders: dict[str,
         row = table.setdefault(model, {})
         for name, line in zip(names, folder.lines("00"), strict=True):
             for key, value in line.items():
-                if name not in benchmark.metrics:
-                    row[key.replace("_", " ")] = value
-                elif key != "epoch":
-                    row[f"{benchmark.name} {name} {key}"] = value
+                if key != "epoch":
+                    column = f"{benchmark.name} {name} {key}" if name in benchmark.metrics else key.replace("_", " ")
+                    row[column] = value
     return table
 
 
 def markdown(table: Table) -> str:
     """The table turned on its side: a line per benchmark and split, a column per model."""
-    keys = list(dict.fromkeys(key for row in table.values() for key in row if key != "epoch"))
+    keys = list(dict.fromkeys(key for row in table.values() for key in row))
     lines = ["| | " + " | ".join(table) + " |", "|---|" + "---:|" * len(table)]
     lines += [f"| {key} | " + " | ".join(percent(row.get(key)) for row in table.values()) + " |" for key in keys]
     return "\n".join(lines) + "\n"

@@ -64,7 +64,8 @@ class ResultFolder:
             print(f"{path} cannot be read, perhaps because its run was interrupted: evaluating again")
             return None
         skipped = self._origin(epoch).get("skipped", [])
-        if found != [ref_id for position, ref_id in enumerate(ref_ids) if position not in set(skipped)]:
+        left_out = set(skipped)
+        if found != [ref_id for position, ref_id in enumerate(ref_ids) if position not in left_out]:
             raise ResultError(
                 f"{path} holds {len(found)} records, not those of the {len(ref_ids)} expressions of this config; "
                 "choose another --output_dir, or delete that file"

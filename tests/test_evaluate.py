@@ -350,6 +350,34 @@ def test_matching_accuracy(place: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("of_true", "of_false", "decided", "argmax"),
+    [(0.4, 0.3, 1.0, 0.5), (0.6, 0.4, 0.5, 1.0), (0.3, 0.4, 0.0, 0.5)],
+)
+def test_matching_is_decided_at_the_prior(
+    of_true: float,
+    of_false: float,
+    decided: float,
+    argmax: float,
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Given probabilities of true and of false pairs: right at p > 1/3, and, reported beside it, at p > 1/2."""
+    file = place / "data" / "matching_val.json"
+    matches = [row["match"] for row in json.loads(file.read_text())]
+
+    def answer(function: Any, asked: Any, batches: Any) -> Any:
+        if function.__name__ == "maps":
+            return ask(function, asked, batches)
+        return ((i, of_true if match else of_false) for i, match in enumerate(matches))
+
+    monkeypatch.setattr(program, "ask", answer)
+    evaluate(REFCLEF, place, tmp_path, "--set", f"matching_file=[{file}]", checkpoint=ONE)
+    line = log(tmp_path)[1]
+    assert (line["matching_val"], line["matching_val_argmax"]) == (decided, argmax)
+
+
+@pytest.mark.parametrize(
     ("rows", "message"),
     [
         ([{"image": "a.jpg", "text": "cat", "match": 2}], r"must be 0 or 1.*\n.*pairs\.json: entry 0 \(found 2"),
