@@ -9,8 +9,11 @@ import torch
 from PIL import Image
 
 import scenes_demo
+from config import GroundingConfig
 from dataset.expressions import Expression
 from grounding import metrics
+from grounding.benchmarks import REFCOCO
+from grounding.results import ResultFolder
 from grounding.visualize import Case, _steps, blend, contact_sheet, loss_curves
 
 
@@ -90,6 +93,20 @@ def test_the_table_has_a_line_per_split_and_a_column_per_model() -> None:
         "| point val_d | 6.25 | 87.50 |",
         "| box val_d | - | - |",
     ]
+
+
+def test_the_table_is_read_from_the_logs(tmp_path: Path) -> None:
+    folder = ResultFolder(tmp_path)
+    folder.write_lines("00", [{"val_d": 0.1}, {"val_d": 0.2}, {"matching_val": 0.3, "matching_val_argmax": 0.4}])
+    config = GroundingConfig(image_root="", matching_file=["somewhere/matching_val.json"])
+    assert scenes_demo.accuracies(REFCOCO, config, {"AMC": folder}) == {
+        "AMC": {
+            "RefCOCO+ box val_d": 0.1,
+            "RefCOCO+ point val_d": 0.2,
+            "matching val": 0.3,
+            "matching val argmax": 0.4,
+        }
+    }
 
 
 def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
