@@ -91,6 +91,7 @@ class ModelConfig(Section):
     vision_depth: int = Field(12, ge=1)
     vision_heads: int = Field(12, ge=1)
     vision_mlp_ratio: float = 4.0
+    vision_initializer_range: float = Field(0.02, gt=0)  # std of the linear layers' first weights, as BERT's key says
     embed_dim: int = Field(256, ge=1)
     temp: float = 0.07
     queue_size: int = Field(65536, ge=1)

@@ -61,7 +61,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("--seed", type=integer(0), default=0, help="equal seeds give equal files (default: 0)")
     command.add_argument("--train", type=count, default=12000, metavar="N", help="training scenes (default: 12000)")
     command.add_argument(
-        "--annotated", type=count, default=2000, metavar="N", help="of them, scenes with boxes (default: 2000)"
+        "--annotated", type=count, default=4000, metavar="N", help="of them, scenes with boxes (default: 4000)"
     )
     command.add_argument(
         "--eval", type=count, default=250, metavar="N", help="scenes each of val, testA and testB (default: 250)"

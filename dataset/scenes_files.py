@@ -21,7 +21,7 @@ from dataset import scenes_phrases as phrases
 from dataset.scenes import Scene, draw_scene, pick, shuffled
 from dataset.scenes_phrases import CAPTION_STYLES, KINDS, Spec, compose, compose_part, describe, matches, nouns, text
 
-VERSION = 1
+VERSION = 2
 SPLITS = ("train", "val", "testA", "testB")
 MANIFEST = "scenes.json"
 IDS_PER_SPLIT = 100_000
@@ -68,7 +68,7 @@ def generate(
     out: Path,
     seed: int = 0,
     train: int = 12000,
-    annotated: int = 2000,
+    annotated: int = 4000,
     evaluation: int = 250,
     size: int = scenes.REFERENCE,
     progress: Callable[[int], object] = lambda count: None,
@@ -110,7 +110,8 @@ def generate(
     counts = {"train_captions.json": len(caption_rows), "train_phrases.json": len(phrase_rows)}
     _write_json(out / "train_captions.json", caption_rows)
     _write_json(out / "train_phrases.json", phrase_rows)
-    counts["refcoco+"] = _write_refer(out / "refer", "refcoco+", evaluated, ("attribute", "size", "relation"))
+    # RefCOCO+ has no words of location.
+    counts["refcoco+"] = _write_refer(out / "refer", "refcoco+", evaluated, ("attribute", "size"))
     counts["refclef"] = _write_refer(out / "refer", "refclef", evaluated, KINDS)
     for split, ones in (("val", drawn["val"]), ("test", drawn["testA"] + drawn["testB"])):
         counts[f"flickr {split}"] = _write_flickr(out / "flickr", split, ones)

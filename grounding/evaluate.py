@@ -196,16 +196,15 @@ class Evaluation:
         return image_size(expression.image)
 
     def matching(self, explainer: Explainer, name: str) -> Line:
-        """A log line: how often the model is right about balanced pairs, over all, by kind of text, and at p = 1/2."""
+        """A log line: how often the model is right about balanced pairs, over all and by kind of text."""
         pairs, config = self.pairs[name], self.config
         images = distinct(pair.image for pair in pairs)
         data = ImageData(images, resize_bilinear_image, config.image_res, self.args.skip_broken)
         batches = load_images(data, config.batch_size, self.args.num_workers)
         asked = [(pair.image, pair.text) for pair in pairs]
         answers = [(pairs[i], float(p)) for i, p in ask(explainer.match_probabilities, asked, batches)]
-        right = [(pair.kind, (p > metrics.MATCH_PRIOR) == pair.match) for pair, p in answers]
+        right = [(pair.kind, (p > 0.5) == pair.match) for pair, p in answers]
         line = {name: metrics.accuracy([correct for _, correct in right])}
         for kind in sorted({pair.kind for pair in pairs}):
             line[f"{name}_{kind}"] = metrics.accuracy([correct for of, correct in right if of == kind])
-        line[f"{name}_argmax"] = metrics.accuracy([(p > 0.5) == pair.match for pair, p in answers])
         return line

@@ -12,9 +12,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IOU_THRESHOLD = 0.5
-# ITM trains on two false pairs for each true one, so that a calibrated model says 1/3 of a pair that it knows nothing
-# about. On balanced pairs that is where the decision belongs (Bayes' rule); at 1/2 it answers "no" too often.
-MATCH_PRIOR = 1 / 3
 AREA_EXPONENT = 0.5  # of the box score's denominator; the constant of the published evaluation, not the config's alpha
 
 

@@ -115,6 +115,7 @@ def build_encoders(config: ModelConfig, mlm_head: bool) -> tuple[VisionTransform
         depth=config.vision_depth,
         heads=config.vision_heads,
         mlp_ratio=config.vision_mlp_ratio,
+        initializer_range=config.vision_initializer_range,
     )
     bert_config: BertConfig = load_bert_config(config.bert_config)
     return visual_encoder, TextEncoder(bert_config, mlm_head)

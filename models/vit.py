@@ -18,7 +18,16 @@ class VisionTransformer(TimmVisionTransformer):
     cls_token: nn.Parameter
     pos_embed: nn.Parameter
 
-    def __init__(self, image_res: int, patch_size: int, width: int, depth: int, heads: int, mlp_ratio: float) -> None:
+    def __init__(
+        self,
+        image_res: int,
+        patch_size: int,
+        width: int,
+        depth: int,
+        heads: int,
+        mlp_ratio: float,
+        initializer_range: float = 0.02,
+    ) -> None:
         super().__init__(
             img_size=image_res,
             patch_size=patch_size,
@@ -31,6 +40,9 @@ class VisionTransformer(TimmVisionTransformer):
             global_pool="token",
         )
         self.checkpoint_activations = False
+        for module in self.blocks.modules():  # timm's 0.02 is right for a width of 768, too small for 128
+            if isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, std=initializer_range)
 
     @property
     def grid(self) -> tuple[int, int]:

@@ -322,6 +322,15 @@ def test_maps_do_not_depend_on_what_ran_before(model: ALBEF) -> None:
 # ---- building
 
 
+@pytest.mark.parametrize("spread", [0.02, 0.1])
+def test_image_encoder_starts_with_the_configured_spread(tiny_config: TinyConfig, spread: float) -> None:
+    torch.manual_seed(0)
+    encoder = build_albef(tiny_config(GroundingConfig, vision_initializer_range=spread)).visual_encoder
+    weights = [module.weight.flatten() for module in encoder.blocks.modules() if isinstance(module, nn.Linear)]
+    assert len(weights) == 4 * len(encoder.blocks)
+    assert torch.cat(weights).std().item() == pytest.approx(spread, rel=0.1)
+
+
 def test_vision_width_must_be_the_encoder_width(tiny_config: TinyConfig) -> None:
     with pytest.raises(ConfigError, match="vision_width is 8 but bert_config has encoder_width 16"):
         build_albef(tiny_config(GroundingConfig, {"encoder_width": 16}))

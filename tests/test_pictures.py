@@ -97,14 +97,14 @@ def test_the_table_has_a_line_per_split_and_a_column_per_model() -> None:
 
 def test_the_table_is_read_from_the_logs(tmp_path: Path) -> None:
     folder = ResultFolder(tmp_path)
-    folder.write_lines("00", [{"val_d": 0.1}, {"val_d": 0.2}, {"matching_val": 0.3, "matching_val_argmax": 0.4}])
+    folder.write_lines("00", [{"val_d": 0.1}, {"val_d": 0.2}, {"matching_val": 0.3, "matching_val_phrase": 0.4}])
     config = GroundingConfig(image_root="", matching_file=["somewhere/matching_val.json"])
     assert scenes_demo.accuracies(REFCOCO, config, {"AMC": folder}) == {
         "AMC": {
             "RefCOCO+ box val_d": 0.1,
             "RefCOCO+ point val_d": 0.2,
             "matching val": 0.3,
-            "matching val argmax": 0.4,
+            "matching val phrase": 0.4,
         }
     }
 

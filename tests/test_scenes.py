@@ -161,7 +161,7 @@ def test_boxes_hold_the_drawn_pixels_tightly() -> None:
             inside = difference[y1:y2, x1:x2]
             assert inside.shape == (y2 - y1, x2 - x1)
             assert inside.sum() == difference.sum()
-            assert min(inside[0].max(), inside[-1].max(), inside[:, 0].max(), inside[:, -1].max()) > 40
+            assert min(inside[0].max(), inside[-1].max(), inside[:, 0].max(), inside[:, -1].max()) > 10  # 25% of 20%
 
 
 def test_objects_do_not_touch() -> None:
@@ -180,8 +180,33 @@ def test_colours_are_nameable() -> None:
         pixels = render(scene, np.random.default_rng(1))
         for thing in scene.things:
             x1, y1, x2, y2 = thing.box
-            mean = pixels[y1:y2, x1:x2][shape_mask(thing.shape, thing.side, thing.angle) == 1].mean(0)
+            plain = scenes.pattern(thing.shape, y2 - y1, x2 - x1, scenes.STRIPE * scene.scale) == 0
+            solid = shape_mask(thing.shape, thing.side, thing.angle) == 1
+            mean = pixels[y1:y2, x1:x2][plain & solid].mean(0)
             assert list(scenes.COLOURS)[int(np.abs(named - mean).sum(1).argmin())] == thing.colour
+
+
+def test_patterns() -> None:
+    on, off = [0.8] * 3, [0.0] * 3
+    expected = {
+        "circle": [off + off] * 6,
+        "square": [[-value for value in on + off]] * 6,
+        "triangle": [on + on] * 3 + [off + off] * 3,
+        "star": [on + off] * 3 + [off + on] * 3,
+        "cross": [[-value for value in on + off]] * 3 + [[-value for value in off + on]] * 3,
+    }
+    assert set(expected) == set(scenes.SHAPES)
+    for shape, values in expected.items():
+        np.testing.assert_allclose(scenes.pattern(shape, 6, 6, 3), values, atol=1e-6)
+
+
+def test_patterns_scale_with_the_image() -> None:
+    assert Scene(96, 96, ()).scale == 1
+    assert Scene(224, 168, ()).scale == pytest.approx(2, rel=0.03)
+    for shape in scenes.SHAPES:
+        small, large = scenes.pattern(shape, 30, 30, 3), scenes.pattern(shape, 60, 60, 6)
+        shrunk = large.reshape(30, 2, 30, 2).mean((1, 3))
+        np.testing.assert_allclose(shrunk, small, atol=0.25)
 
 
 def test_sizes_scale_with_the_image() -> None:
@@ -210,7 +235,7 @@ SCENE = Scene(
     (
         thing("red", "circle", "small", 14, 15, 20),
         thing("red", "circle", "big", 34, 40, 75),
-        thing("blue", "square", "medium", 24, 80, 22),
+        thing("blue", "square", "big", 24, 80, 22),
         thing("green", "star", "small", 16, 84, 60),
     ),
 )
