@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,14 @@ def main(args: argparse.Namespace) -> None:
     checkpoints = {"stage1": stage1}
     for name, config in (("amc", "Pretrain.yaml"), ("control", "Pretrain_control.yaml")):
         checkpoints[name] = train(output / name, CONFIGS / config, ["--checkpoint", str(stage1)], processes=2)
+    steps = {}
     for name, checkpoint in checkpoints.items():
         for benchmark, script in SCRIPTS.items():
             words = ["--checkpoint", str(checkpoint), "--output_dir", str(output / name / benchmark)]
             words += ["--config", str(CONFIGS / f"Grounding_{benchmark}.yaml"), "--text_encoder", str(TEXT_ENCODER)]
             words += ["--device", "cpu", "--num_workers", "0"]
-            run_step(f"{name} on {benchmark}", [f"grounding_eval_singlegpu{script}.py", *words])
+            steps[f"{name} on {benchmark}"] = [f"grounding_eval_singlegpu{script}.py", *words]
+    run_side_by_side(steps)
     report(output, time.monotonic() - started)
 
 
@@ -66,6 +69,22 @@ def run_step(name: str, words: list[str], processes: int = 1) -> None:
     status = subprocess.run([sys.executable, *launcher, *words], env=environment, check=False).returncode
     if status:
         raise utils.UserError(f"'{name}' failed with exit status {status}; its message stands above")
+
+
+def run_side_by_side(steps: dict[str, list[str]]) -> None:
+    """Run several programs, one to a core; what each says is shown when it ends."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+    def run(words: list[str]) -> subprocess.CompletedProcess[str]:
+        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        return subprocess.run([sys.executable, *words], env=environment, text=True, check=False, **both)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for (name, words), done in zip(steps.items(), pool.map(run, steps.values()), strict=True):
+            print(f"\n== {name}: python {' '.join(words)}\n{done.stdout}", end="", flush=True)
+            if done.returncode:
+                pool.shutdown(cancel_futures=True)
+                raise utils.UserError(f"'{name}' failed with exit status {done.returncode}; its message stands above")
 
 
 def train(output: Path, config: Path, start: list[str], processes: int = 1) -> Path:

@@ -24,7 +24,7 @@ COLOURS = {
     "orange": (248, 134, 24),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIDES = {"small": (18, 22), "big": (32, 40)}  # long side in pixels, for scenes of REFERENCE pixels
+SIDES = {"small": (16, 20), "big": (32, 40)}  # long side in pixels, for scenes of REFERENCE pixels
 REFERENCE = 96
 # Each shape has its own pattern, as kinds of real objects have: a small ViT learns patterns in a hundred steps, and
 # outlines hardly at all (README).

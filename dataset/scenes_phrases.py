@@ -141,7 +141,7 @@ def direction(thing: Thing, anchor: Thing) -> str | None:
 def _extreme(extreme: str, among: list[int], scene: Scene, lenient: bool) -> list[int]:
     """The objects among some that lead all the others by a margin; lenient: that none of the others leads by it."""
     if extreme in ("biggest", "smallest"):
-        margin, values = math.log(1.4), {i: math.log(scene.things[i].side) for i in among}
+        margin, values = math.log(1.15), {i: math.log(scene.things[i].side) for i in among}
     else:
         margin, values = 0.08, {i: scene.things[i].centre[0] / scene.width for i in among}
     sign = 1 if extreme in ("biggest", "rightmost") else -1
