@@ -76,8 +76,14 @@ def run_side_by_side(steps: dict[str, list[str]]) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
 
     def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-        both = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        return subprocess.run([sys.executable, *words], env=environment, text=True, check=False, **both)
+        return subprocess.run(
+            [sys.executable, *words],
+            env=environment,
+            text=True,
+            check=False,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for (name, words), done in zip(steps.items(), pool.map(run, steps.values()), strict=True):

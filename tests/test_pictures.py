@@ -1,5 +1,6 @@
 """Heat maps, contact sheets, curves and the table of the demo: what a person sees of a run."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from grounding import metrics
 from grounding.benchmarks import REFCOCO
 from grounding.results import ResultFolder
 from grounding.visualize import Case, _steps, blend, contact_sheet, loss_curves
+from utils import UserError
 
 
 def test_blend_leaves_the_cold_parts_alone() -> None:
@@ -123,3 +125,15 @@ def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.M
     last.touch()
     scenes_demo.train(tmp_path, config, start)
     assert len(calls) == 2
+
+
+def test_programs_side_by_side_are_shown_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    scenes_demo.run_side_by_side({"slow": ["-c", "import time; time.sleep(0.3); print(1)"], "fast": ["-c", "print(2)"]})
+    shown = capsys.readouterr().out
+    assert re.findall(r"^== (\w+)|^(\d)$", shown, re.M) == [("slow", ""), ("", "1"), ("fast", ""), ("", "2")]
+
+
+def test_a_failing_program_ends_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="'bad' failed with exit status 3; its message stands above"):
+        scenes_demo.run_side_by_side({"bad": ["-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"]})
+    assert "why" in capsys.readouterr().out
