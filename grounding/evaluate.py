@@ -1,10 +1,10 @@
 """The evaluation program that the three scripts share: checkpoints -> maps -> metrics -> results (SPEC section 3)."""
 
 import argparse
-import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 import utils
@@ -21,6 +21,7 @@ from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
 from models.checkpoint import load_weights, read_checkpoint
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Line = dict[str, float | None]
 
 
@@ -39,10 +40,13 @@ def parse_args(benchmark: Benchmark, argv: Sequence[str] | None = None) -> argpa
     parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
     parser.add_argument("--evaluate", type=utils.boolean, nargs="?", const=True, default=True, help="has no effect")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default="fp32", help="of the image encoder; maps are computed in fp32"
+    )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images")
     parser.add_argument("--skip_broken", action="store_true", help="leave out unreadable images and count them")
-    launch = parser.add_argument_group("process group", "accepted; evaluation runs in one process")
+    launch = parser.add_argument_group("process group", "read from the launcher's environment")
     launch.add_argument("--world_size", default=1, type=int)
     launch.add_argument("--dist_url", default="env://")
     launch.add_argument("--distributed", default=True, type=utils.boolean)
@@ -56,16 +60,17 @@ def program(benchmark: Benchmark) -> None:
 
 def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
     """Evaluate every checkpoint that has no complete result yet, then print all of them as a table."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise EvaluationError("evaluation runs in one process: start the script with python, not with torchrun")
     utils.seed_everything(args.seed)
+    device = utils.choose_device(args.device)
+    if args.distributed:
+        utils.init_distributed(device, args.dist_url)
     checkpoints = find_checkpoints(args.checkpoint)
-    evaluation = Evaluation(benchmark, load_config(args.config, GroundingConfig, args.set), args)
+    evaluation = Evaluation(benchmark, load_config(args.config, GroundingConfig, args.set), args, device)
     for epoch, path in checkpoints.items():
         evaluation.run(epoch, path)
     decisive = (benchmark.metrics[-1], next(iter(benchmark.splits.values())))
-    print(evaluation.results.table(evaluation.line_names, decisive))
-    print(f"Results and log.txt are in {evaluation.results.folder}")
+    utils.log(evaluation.results.table(evaluation.line_names, decisive))
+    utils.log(f"Results and log.txt are in {evaluation.results.folder}")
 
 
 def find_checkpoints(checkpoint: str) -> dict[str, Path]:
@@ -96,49 +101,57 @@ def find_checkpoints(checkpoint: str) -> dict[str, Path]:
 class Evaluation:
     """A benchmark's data, read and checked before anything is computed, and the folder its results go to."""
 
-    def __init__(self, benchmark: Benchmark, config: GroundingConfig, args: argparse.Namespace) -> None:
-        self.benchmark, self.config, self.args = benchmark, config, args
+    def __init__(
+        self, benchmark: Benchmark, config: GroundingConfig, args: argparse.Namespace, device: torch.device
+    ) -> None:
+        self.benchmark, self.config, self.args, self.device = benchmark, config, args, device
         self.block = config.block_num if args.block_num is None else args.block_num
         self.expressions = benchmark.load(config)
         self.pairs = {Path(file).stem: load_pairs(file, config.image_root) for file in config.matching_file}
         self.line_names = [*benchmark.metrics, *self.pairs]
         self.tokenizer = load_tokenizer(args.text_encoder)
-        self.device = utils.choose_device(args.device)
         self.images = distinct(expression.image for expression in self.expressions)
         count = len(self.expressions)
-        print(f"{benchmark.name}: {count} expressions of {len(self.images)} images, on {self.device}")
+        utils.log(f"{benchmark.name}: {count} expressions of {len(self.images)} images, on {self.device}")
         output = Path(args.output_dir)
         self.results = ResultFolder(output / "result")
-        output.mkdir(parents=True, exist_ok=True)
-        save_config(config, output / "config.yaml")
-        utils.write_provenance(output / "run.json", args.seed, options=vars(args))
+        if utils.rank() == 0:
+            output.mkdir(parents=True, exist_ok=True)
+            save_config(config, output / "config.yaml")
+            utils.write_provenance(output / "run.json", args.seed, options=vars(args))
 
     def run(self, epoch: str, path: Path) -> None:
-        """Evaluate one checkpoint, or only what an interrupted run of it lacks."""
+        """Evaluate one checkpoint, or only what an interrupted run of it lacks. All processes call it together."""
         origin = {
             "checkpoint": str(path.resolve()),
             "checkpoint_bytes": path.stat().st_size,
             "gradcam_mode": self.args.gradcam_mode,
             "block_num": self.block,
+            "precision": self.args.precision,
         }
-        self.results.check_origin(epoch, origin)
-        earlier = self.results.read(epoch, [expression.ref_id for expression in self.expressions])
-        if earlier is not None and len(self.results.lines(epoch)) == len(self.line_names):
-            print(f"epoch {epoch}: already evaluated, skipped ({path})")
+        stored, complete = None, False
+        if utils.rank() == 0:
+            self.results.check_origin(epoch, origin)
+            stored = self.results.read(epoch, [expression.ref_id for expression in self.expressions])
+            complete = stored is not None and len(self.results.lines(epoch)) == len(self.line_names)
+        has_records, complete = utils.gather_objects((stored is not None, complete))[0]
+        if complete:
+            utils.log(f"epoch {epoch}: already evaluated, skipped ({path})")
             return
-        explainer = None
-        if earlier is None or self.pairs:
+        matching: list[Line] = []
+        if not has_records or self.pairs:
             explainer = self.load(path)
-        if earlier is None:
-            assert explainer is not None
-            earlier = self.predict(explainer)
-            self.results.write(epoch, *earlier, origin)
-        lines = self.accuracies(*earlier)
-        if explainer is not None:
-            lines += [self.matching(explainer, name) for name in self.pairs]
-        self.results.write_lines(epoch, lines)
-        for name, line in zip(self.line_names, lines, strict=True):
-            print(f"epoch {epoch} {name}: " + ", ".join(f"{key} {percent(value)}" for key, value in line.items()))
+            if not has_records:
+                stored = self.predict(explainer)
+                if utils.rank() == 0:
+                    self.results.write(epoch, *stored, origin)
+            matching = [self.matching(explainer, name) for name in self.pairs]
+        if utils.rank() == 0:
+            assert stored is not None
+            lines = [*self.accuracies(*stored), *matching]
+            self.results.write_lines(epoch, lines)
+            for name, line in zip(self.line_names, lines, strict=True):
+                print(f"epoch {epoch} {name}: " + ", ".join(f"{key} {percent(value)}" for key, value in line.items()))
 
     def load(self, path: Path) -> Explainer:
         """The model of a checkpoint, ready to be asked."""
@@ -148,9 +161,9 @@ class Evaluation:
         if self.block not in known:
             what = "fusion layers" if mode == "itm" else "image encoder's blocks"
             raise EvaluationError(f"--block_num {self.block}: the {what} are {known.start} to {known.stop - 1}")
-        print(load_weights(model, read_checkpoint(path)["model"], path))
+        utils.log(str(load_weights(model, read_checkpoint(path)["model"], path)))
         model.requires_grad_(False).eval().to(self.device)
-        return Explainer(model, self.tokenizer, self.device, mode, self.block)
+        return Explainer(model, self.tokenizer, self.device, mode, self.block, PRECISIONS[self.args.precision])
 
     def predict(self, explainer: Explainer) -> tuple[list[Row], list[int]]:
         """One record an expression, in their order; and the positions of those whose image could not be read."""
@@ -158,10 +171,10 @@ class Evaluation:
         data = ImageData(self.images, self.benchmark.resize, config.image_res, args.skip_broken)
         batches = load_images(data, config.batch_size, args.num_workers)
         asked = [(expression.image, expression.text) for expression in self.expressions]
-        maps = dict(ask(explainer.maps, asked, batches))
+        maps = merged(ask(explainer.maps, asked, batches))
         skipped = [position for position in range(len(asked)) if position not in maps]
         if skipped:
-            print(f"{len(skipped)} expressions of unreadable images are left out of results and metrics")
+            utils.log(f"{len(skipped)} expressions of unreadable images are left out of results and metrics")
         records = [
             {"ref_id": expression.ref_id, "pred": maps[position], **expression.record}
             for position, expression in enumerate(self.expressions)
@@ -182,7 +195,7 @@ class Evaluation:
 
     def score(self, expression: Expression, pred: Tensor) -> dict[str, bool]:
         """Whether a map (h, w) grounds an expression, by each of the benchmark's metrics."""
-        cam = metrics.resize_map(pred, *self.size(expression))
+        cam = metrics.ResizedMap(pred, *self.size(expression))
         score = {"point": metrics.point_correct(cam, expression.boxes)}
         if "box" in self.benchmark.metrics:
             assert expression.detections is not None
@@ -202,9 +215,16 @@ class Evaluation:
         data = ImageData(images, resize_bilinear_image, config.image_res, self.args.skip_broken)
         batches = load_images(data, config.batch_size, self.args.num_workers)
         asked = [(pair.image, pair.text) for pair in pairs]
-        answers = [(pairs[i], float(p)) for i, p in ask(explainer.match_probabilities, asked, batches)]
+        found = merged(ask(explainer.match_probabilities, asked, batches))
+        answers = [(pairs[position], float(p)) for position, p in found.items()]
         right = [(pair.kind, (p > 0.5) == pair.match) for pair, p in answers]
         line = {name: metrics.accuracy([correct for _, correct in right])}
         for kind in sorted({pair.kind for pair in pairs}):
             line[f"{name}_{kind}"] = metrics.accuracy([correct for of, correct in right if of == kind])
         return line
+
+
+def merged(answers: Iterable[tuple[int, Tensor]]) -> dict[int, Tensor]:
+    """The (position, answer) pairs of all processes, by position."""
+    parts = utils.gather_objects(dict(answers))
+    return {position: answer for part in parts for position, answer in part.items()}

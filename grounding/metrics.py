@@ -4,6 +4,7 @@ Boxes are [x, y, w, h] in pixels of the original image. A map is defined up to a
 which changes no metric. `cam` is a map resized to its image, float32 (height, width).
 """
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,58 +13,111 @@ from torch import Tensor
 from torch.nn import functional as F
 
 IOU_THRESHOLD = 0.5
+ROUNDING = 1e-5  # two scores closer than this, relative to the largest, are compared by the published arithmetic
 AREA_EXPONENT = 0.5  # of the box score's denominator; the constant of the published evaluation, not the config's alpha
 
 
-def resize_map(pred: Tensor, height: int, width: int) -> Tensor:
-    """Resize a map (h, w) to the image's own (height, width): float32, bicubic, align_corners False."""
-    return F.interpolate(pred[None, None].float(), (height, width), mode="bicubic", align_corners=False)[0, 0]
+class ResizedMap:
+    """A map as the published evaluation resizes it to its image: float32, bicubic, align_corners False.
+
+    The resize is linear, rows @ map @ columns^T. A sum over a box is therefore a weighted sum of the small map, and all
+    pixels are two small products. These round otherwise than the library's resize; where that could decide between two
+    pixels or two boxes, `pixels` decides, so that the choice is the published one.
+
+    Args:
+        pred: (h, w).
+        height, width: of the image, in pixels.
+    """
+
+    def __init__(self, pred: Tensor, height: int, width: int) -> None:
+        self.pred = pred.float()
+        self.height, self.width = height, width
+
+    @functools.cached_property
+    def pixels(self) -> Tensor:
+        """The resized map itself, float32 (height, width)."""
+        size = (self.height, self.width)
+        return F.interpolate(self.pred[None, None], size, mode="bicubic", align_corners=False)[0, 0]
+
+    def point(self) -> tuple[int, int]:
+        """The (x, y) of the first maximum, in row-major order."""
+        rows, columns = (resize_weights(*sizes) for sizes in self._sizes)
+        cam = (rows @ self.pred @ columns.T).flatten()
+        values, indices = cam.topk(min(2, len(cam)))
+        unclear = len(values) == 2 and values[0] - values[1] <= ROUNDING * self.pred.abs().max()
+        y, x = divmod(int(self.pixels.argmax() if unclear else indices[0]), self.width)
+        return x, y
+
+    def sums(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+        """Sums over k boxes, rows[k, 0]:rows[k, 1] and columns[k, 0]:columns[k, 1] inside the image; float64 (k,)."""
+        weights = [
+            summed_weights(*sizes)[ends.clip(0, sizes[1])]
+            for ends, sizes in zip((rows, columns), self._sizes, strict=True)
+        ]
+        down, across = (ends[:, 1] - ends[:, 0] for ends in weights)
+        return ((down @ self.pred.double().numpy()) * across).sum(axis=1)
+
+    @property
+    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """(map's, image's) length of a column, and of a row."""
+        return (self.pred.shape[0], self.height), (self.pred.shape[1], self.width)
 
 
-def point(cam: Tensor) -> tuple[int, int]:
-    """The (x, y) of the first maximum, in row-major order, of a map (height, width)."""
-    y, x = divmod(int(cam.argmax()), cam.shape[1])
-    return x, y
+@functools.lru_cache(maxsize=1024)
+def resize_weights(source: int, target: int) -> Tensor:
+    """The bicubic resize of `source` values to `target` values as a matrix, float32 (target, source)."""
+    return F.interpolate(torch.eye(source)[None, None], (target, source), mode="bicubic", align_corners=False)[0, 0]
 
 
-def point_correct(cam: Tensor, boxes: np.ndarray) -> bool:
+@functools.lru_cache(maxsize=1024)
+def summed_weights(source: int, target: int) -> np.ndarray:
+    """Sums of the first k rows of `resize_weights`, k = 0 to target: float64 (target + 1, source)."""
+    return np.concatenate([np.zeros((1, source)), resize_weights(source, target).numpy().cumsum(0, np.float64)])
+
+
+def point_correct(cam: ResizedMap, boxes: np.ndarray) -> bool:
     """Pointing game: the maximum of a resized map lies strictly inside any box of (n, 4) [x, y, w, h]."""
-    x, y = point(cam)
+    x, y = cam.point()
     return any(bx < x < bx + w and by < y < by + h for bx, by, w, h in boxes.tolist())
 
 
-def box_scores(cam: Tensor, detections: np.ndarray) -> Tensor:
+def box_scores(cam: ResizedMap, detections: np.ndarray) -> np.ndarray:
     """Score (k, 4) detections: sum of the map over rows int(y):int(y+h), columns int(x):int(x+w), divided by sqrt(w*h).
 
     Parts of a detection outside the image count nothing; one without an area scores 0.
 
     Returns:
-        float32 (k,).
+        float64 (k,).
     """
-    return torch.stack([_box_score(cam, *detection) for detection in detections.tolist()])
+    x, y, w, h = np.asarray(detections, np.float64).T
+    sums = cam.sums(*(np.stack([start, start + length], axis=1).astype(int) for start, length in ((y, h), (x, w))))
+    real = (w > 0) & (h > 0)
+    return np.where(real, sums, 0) / np.where(real, w * h, 1) ** AREA_EXPONENT
 
 
-def _box_score(cam: Tensor, x: float, y: float, w: float, h: float) -> Tensor:
-    if w <= 0 or h <= 0:
-        return cam.new_zeros(())
-    rows = slice(max(int(y), 0), max(int(y + h), 0))
-    columns = slice(max(int(x), 0), max(int(x + w), 0))
-    return cam[rows, columns].sum() / (w * h) ** AREA_EXPONENT
-
-
-def best_detection(cam: Tensor, detections: np.ndarray) -> np.ndarray | None:
-    """The first best-scored of (k, 4) detections, as (4,); None when none scores above 0 (the release would reuse
+def best_detection(cam: ResizedMap, detections: np.ndarray) -> int | None:
+    """The index of the first best-scored of (k, 4) detections; None when none scores above 0 (the release would reuse
     the previous expression's box)."""
-    if len(detections) == 0:
+    scores = box_scores(cam, detections)
+    best = scores.max(initial=0.0)
+    if best <= 0:
         return None
-    score, index = box_scores(cam, detections).max(0)
-    return detections[int(index)] if score > 0 else None
+    close = np.flatnonzero(scores >= best * (1 - ROUNDING)).tolist()
+    return (
+        close[0] if len(close) == 1 else max(close, key=lambda k: _published_score(cam.pixels, *detections[k].tolist()))
+    )
 
 
-def box_correct(cam: Tensor, detections: np.ndarray, box: np.ndarray) -> bool:
+def _published_score(pixels: Tensor, x: float, y: float, w: float, h: float) -> float:
+    """`box_scores` of one box with an area, rounded as the published evaluation rounds."""
+    rows, columns = (slice(max(int(v), 0), max(int(v + length), 0)) for v, length in ((y, h), (x, w)))
+    return float(pixels[rows, columns].sum() / (w * h) ** AREA_EXPONENT)
+
+
+def box_correct(cam: ResizedMap, detections: np.ndarray, box: np.ndarray) -> bool:
     """The best detection for a resized map overlaps the box (4,) with IoU >= 0.5; no prediction is wrong."""
-    predicted = best_detection(cam, detections)
-    return predicted is not None and iou(predicted.tolist(), box.tolist()) >= IOU_THRESHOLD
+    index = best_detection(cam, detections)
+    return index is not None and iou(detections[index].tolist(), box.tolist()) >= IOU_THRESHOLD
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:

@@ -19,7 +19,8 @@ from dataset.reading import DataError, read_image
 from dataset.text import Tokenizer
 from dataset.transforms import normalise
 from models.albef import ALBEF
-from utils import log
+from models.xbert import KeyValue
+from utils import rank, world_size
 
 MAX_PAIRS = 32  # (image, text) pairs in one pass of the fusion layers; each holds a copy of its image's keys and values
 
@@ -31,7 +32,7 @@ class Explainer(NamedTuple):
     """A model with what it takes to ask it: tokenizer, device, and which attention to explain.
 
     mode "itm": cross-attention of BERT layer `block`, by the match logit; "itc": self-attention of image block `block`,
-    by the image-text similarity.
+    by the image-text similarity. precision: of the image encoder up to the part that is explained; all else is fp32.
     """
 
     model: ALBEF
@@ -39,6 +40,7 @@ class Explainer(NamedTuple):
     device: torch.device
     mode: str
     block: int
+    precision: torch.dtype = torch.float32
 
     @torch.no_grad()
     def maps(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
@@ -51,18 +53,21 @@ class Explainer(NamedTuple):
         Returns:
             float32 (len(texts), h, w) on the CPU, at least 0, each up to a positive factor.
         """
-        images = images.to(self.device)
+        images = images.to(self.device, non_blocking=True)
         maps = []
         if self.mode == "itm":
-            keys_values = self.model.text_encoder.image_keys_values(self.model.encode_image(images))
+            keys_values = self._keys_values(images)
             for chosen, ids, mask in self._chunks(index, texts):
                 cam, _ = self.model.match_gradcam(keys_values, ids, mask, self.block, chosen)
                 maps.append(cam.cpu())
         else:
-            tokens = self.model.visual_encoder.tokens_before(images, self.block)
-            for chosen, ids, mask in self._chunks(index, texts):
-                cam, _ = self.model.contrast_gradcam(tokens[chosen], ids, mask, self.block)
-                maps.append(cam.cpu())
+            with self._reduced_precision():
+                tokens = self.model.visual_encoder.tokens_before(images, self.block)
+            tokens = tokens.float()
+            ids, mask = (tensor.to(self.device) for tensor in self.tokenizer(texts))
+            chosen = torch.tensor(index, device=self.device)
+            cam, _ = self.model.contrast_gradcam(tokens, ids, mask, self.block, chosen)
+            maps.append(cam.cpu())
         return torch.cat(maps)
 
     @torch.no_grad()
@@ -71,13 +76,21 @@ class Explainer(NamedTuple):
 
         Arguments as in `maps`.
         """
-        keys_values = self.model.text_encoder.image_keys_values(self.model.encode_image(images.to(self.device)))
+        keys_values = self._keys_values(images.to(self.device))
         found = []
         for chosen, ids, mask in self._chunks(index, texts):
             tokens = self.model.encode_text(ids, mask)
             logits = self.model.match_logits(self.model.text_encoder.fuse(tokens, mask, keys_values, chosen).tokens)
             found.append(logits.softmax(dim=1)[:, 1].cpu())
         return torch.cat(found)
+
+    def _keys_values(self, images: Tensor) -> list[KeyValue]:
+        with self._reduced_precision():
+            tokens = self.model.encode_image(images)
+        return self.model.text_encoder.image_keys_values(tokens.float())
+
+    def _reduced_precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def _chunks(self, index: list[int], texts: list[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Image index (n,), token ids (n, T) and mask (n, T) of up to `MAX_PAIRS` texts at a time."""
@@ -116,12 +129,19 @@ class ImageData(Dataset[Loaded]):
 
 
 def load_images(data: ImageData, batch_size: int, workers: int) -> Iterator[list[Loaded]]:
-    """Batches of images, decoded by `workers` processes while the model computes; shows progress on a terminal."""
-    loader: Iterable[list[Loaded]] = DataLoader(data, batch_size, num_workers=workers, collate_fn=list)
-    with tqdm(total=len(data), unit="image", disable=None) as bar:
+    """This process's batches of images, decoded by `workers` processes while the model computes.
+
+    Batches are dealt out to the processes whole, so that what is computed does not depend on how many there are. Shows
+    progress on a terminal.
+    """
+    indices = list(range(len(data)))
+    batches = [indices[start : start + batch_size] for start in range(0, len(data), batch_size)]
+    mine = batches[rank() :: world_size()]
+    loader: Iterable[list[Loaded]] = DataLoader(data, batch_sampler=mine, num_workers=workers, collate_fn=list)
+    with tqdm(total=sum(map(len, mine)), unit="image", disable=None if rank() == 0 else True) as bar:
         for batch in loader:
             for broken in (image for image in batch if image.pixels is None):
-                log(f"skipped: {broken.problem}")
+                print(f"skipped: {broken.problem}", flush=True)
             yield [image for image in batch if image.pixels is not None]
             bar.update(len(batch))
 

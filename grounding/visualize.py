@@ -60,10 +60,10 @@ def contact_sheet(cases: Sequence[Case], models: Sequence[str], path: Path) -> N
         _panel(row[0], image, case.expression)
         row[0].set_title(case.expression.text, fontsize=8, loc="left", wrap=True)
         for axes, pred in zip(row[1:], case.maps, strict=True):
-            cam = metrics.resize_map(pred, *image.shape[:2])
-            _panel(axes, blend(image, cam.numpy()), case.expression)
+            cam = metrics.ResizedMap(pred, *image.shape[:2])
+            _panel(axes, blend(image, cam.pixels.numpy()), case.expression)
             right = metrics.point_correct(cam, case.expression.boxes)
-            axes.plot(*metrics.point(cam), "o", ms=6, mfc=RIGHT if right else WRONG, mec="black", mew=1)
+            axes.plot(*cam.point(), "o", ms=6, mfc=RIGHT if right else WRONG, mec="black", mew=1)
     for axes, name in zip(grid[0, 1:], models, strict=True):
         axes.set_title(name, fontsize=9, fontweight="bold")
     _save(figure, path)

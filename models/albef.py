@@ -85,25 +85,53 @@ class ALBEF(nn.Module):
         return cam, logits.detach()
 
     def contrast_gradcam(
-        self, block_tokens: Tensor, input_ids: Tensor, attention_mask: Tensor, block: int
+        self,
+        block_tokens: Tensor,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        block: int,
+        image_index: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """GradCAM of the image-text similarity on self-attention of image block `block`: its CLS row, patch columns.
 
+        The image's way through the model does not depend on the text: it is computed once, a text adds a backward pass.
+
         Args:
-            block_tokens: (B, S, W), each text's image as it enters that block (`visual_encoder.tokens_before`).
+            block_tokens: (N, S, W), the images as they enter that block (`visual_encoder.tokens_before`).
+            image_index: (B,), which image each text is compared with; left out where text b goes with image b.
 
         Returns:
             maps (B, h, w) and similarities over temperature (B,), both detached.
         """
+        if image_index is None:
+            image_index = torch.arange(len(input_ids), device=input_ids.device)
         with torch.no_grad():
             text = self.text_feature(self.encode_text(input_ids, attention_mask))
         with torch.enable_grad():
             tokens, attention = self.visual_encoder.forward_from(block_tokens, block)
-            similarity = (self.image_feature(tokens) * text).sum(dim=1) / self.temp
-            (gradient,) = torch.autograd.grad(similarity.sum(), attention)
-        one_token = torch.ones_like(attention_mask[:, :1])
-        cls_attention, cls_gradient = attention.detach()[:, :, :1], gradient[:, :, :1]
-        return gradcam(cls_attention, cls_gradient, one_token, self.visual_encoder.grid), similarity.detach()
+            similarity = (self.image_feature(tokens)[image_index] * text).sum(dim=1) / self.temp
+        cams = attention.new_empty(len(text), *self.visual_encoder.grid)
+        for rows in _one_text_per_image(image_index):
+            chosen = torch.zeros_like(similarity).index_fill(0, rows, 1.0)
+            (gradient,) = torch.autograd.grad(similarity, attention, chosen, retain_graph=True)
+            seen = image_index[rows]
+            cls_attention, cls_gradient = attention.detach()[seen, :, :1], gradient[seen, :, :1]
+            one_token = torch.ones_like(attention_mask[rows, :1])
+            cams[rows] = gradcam(cls_attention, cls_gradient, one_token, self.visual_encoder.grid)
+        return cams, similarity.detach()
+
+
+def _one_text_per_image(image_index: Tensor) -> list[Tensor]:
+    """Rows of texts in groups that name no image twice: each group's gradients do not mix."""
+    groups: list[list[int]] = []
+    count: dict[int, int] = {}
+    for row, image in enumerate(image_index.tolist()):
+        turn = count.get(image, 0)
+        count[image] = turn + 1
+        if turn == len(groups):
+            groups.append([])
+        groups[turn].append(row)
+    return [torch.tensor(group, device=image_index.device) for group in groups]
 
 
 def build_encoders(config: ModelConfig, mlm_head: bool) -> tuple[VisionTransformer, TextEncoder]:

@@ -302,6 +302,20 @@ def test_contrast_gradcam_equals_autograd_through_the_whole_model(model: ALBEF, 
     close(similarity, expected_similarity.detach())
 
 
+@pytest.mark.parametrize("block", [0, 1])
+def test_contrast_gradcam_of_indexed_images(model: ALBEF, block: int) -> None:
+    """Several texts of an image share its way through the model, and have the maps that each has alone."""
+    index, order = torch.tensor([1, 1, 0, 1, 2, 0]), torch.tensor([0, 1, 2, 2, 0, 1])
+    with torch.no_grad():
+        before = model.visual_encoder.tokens_before(images(3), block)
+    cam, similarity = model.contrast_gradcam(before, IDS[order], MASK[order], block, index)
+    for row in range(6):
+        text = order[row : row + 1]
+        alone, own = model.contrast_gradcam(before[index[row]][None], IDS[text], MASK[text], block)
+        torch.testing.assert_close(cam[row], alone[0], rtol=1e-3, atol=1e-8)
+        close(similarity[row], own[0])
+
+
 def test_maps_do_not_depend_on_what_ran_before(model: ALBEF) -> None:
     pictures = model.text_encoder.image_keys_values(model.encode_image(images(3)))
     before = model.visual_encoder.tokens_before(images(3), 1)

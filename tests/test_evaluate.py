@@ -1,7 +1,9 @@
 """The evaluation program on a tiny model and tiny scenes: files, order, interruptions, options, messages."""
 
 import json
+import os
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -129,6 +131,7 @@ def test_maps_are_those_of_each_pair_alone(mode: str, place: Path, tmp_path: Pat
     model.load_state_dict(torch.load(place / ONE, weights_only=True)["model"])
     model.requires_grad_(False).eval()
     tokenizer = program.load_tokenizer(str(place / "data" / "text_encoder"))
+    compared = 0
     for expression, record in list(zip(REFCOCO.load(config), results(tmp_path), strict=True))[::5]:
         image = normalise(REFCOCO.resize(read_image(expression.image, ""), config.image_res))[None]
         ids, mask = tokenizer([expression.text])
@@ -137,7 +140,10 @@ def test_maps_are_those_of_each_pair_alone(mode: str, place: Path, tmp_path: Pat
             cam, _ = model.match_gradcam(keys_values, ids, mask, block)
         else:
             cam, _ = model.contrast_gradcam(model.visual_encoder.tokens_before(image, block), ids, mask, block)
-        assert torch.allclose(record["pred"] / record["pred"].max(), cam[0] / cam.max(), atol=1e-4)
+        assert (record["pred"].max() > 0) == (cam.max() > 0)
+        compared += int(cam.max() > 0)  # the tiny random model gives some maps that are 0 everywhere
+        assert torch.allclose(record["pred"] / (record["pred"].max() + 1e-12), cam[0] / (cam.max() + 1e-12), atol=1e-4)
+    assert compared >= 3
 
 
 def test_accuracies_are_those_of_the_maps(place: Path, tmp_path: Path) -> None:
@@ -287,10 +293,49 @@ def test_broken_images_are_skipped_on_request(
     assert "already evaluated" in capsys.readouterr().out
 
 
+# ---- several processes, reduced precision
+
+
+def test_two_processes_write_the_files_of_one(place: Path, tmp_path: Path, one_thread: None) -> None:
+    """Five images a split in batches of two: the processes have unequally many, and the last batch is short."""
+    options = ["--set", f"matching_file=[{place / 'data' / 'matching_val.json'}]", "--set", "batch_size=2"]
+    evaluate(REFCOCO, place, tmp_path / "one", *options)
+    words = ["--config", str(place / "refcoco.yaml"), "--checkpoint", str(place / "ckpt"), "--device", "cpu"]
+    words += ["--output_dir", str(tmp_path / "two"), "--text_encoder", str(place / "data" / "text_encoder")]
+    repository = Path(program.__file__).parents[1]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(repository / "grounding_eval_singlegpu.py"), *words, "--num_workers", "0", *options]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=repository, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("epoch 02 point: ") == 1  # one process speaks
+    logs = [(tmp_path / name / "result" / "log.txt").read_bytes() for name in ("one", "two")]
+    assert logs[0] == logs[1]
+    for epoch in ("00", "01", "02"):
+        one, two = results(tmp_path / "one", epoch), results(tmp_path / "two", epoch)
+        assert len(one) == len(two)
+        for a, b in zip(one, two, strict=True):
+            assert torch.equal(a.pop("pred"), b.pop("pred"))
+            assert a == b
+
+
+@pytest.mark.parametrize("mode", ["itm", "itc"])
+def test_image_encoder_in_bfloat16(mode: str, place: Path, tmp_path: Path) -> None:
+    block = ("--gradcam_mode", mode, "--block_num", "2" if mode == "itm" else "1")
+    evaluate(REFCOCO, place, tmp_path / "fp32", *block, checkpoint=ONE)
+    evaluate(REFCOCO, place, tmp_path / "bf16", *block, "--precision", "bf16", checkpoint=ONE)
+    with pytest.raises(ResultError, match=r"precision bf16 \(asked for now: fp32\)"):
+        evaluate(REFCOCO, place, tmp_path / "bf16", *block, checkpoint=ONE)
+    exact, rounded = (torch.stack([row["pred"] for row in results(tmp_path / name)]) for name in ("fp32", "bf16"))
+    assert not torch.equal(exact, rounded)
+    assert rounded.dtype == torch.float32
+    assert (exact - rounded).abs().max() < 0.1 * exact.max()
+
+
 # ---- what cannot be done
 
 
-def test_clear_messages_before_anything_is_computed(place: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_clear_messages_before_anything_is_computed(place: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no such file or folder"):
         evaluate(REFCOCO, place, tmp_path, checkpoint="nowhere.pth")
     (tmp_path / "empty").mkdir()
@@ -308,9 +353,6 @@ def test_clear_messages_before_anything_is_computed(place: Path, tmp_path: Path,
         evaluate(REFCOCO, place, tmp_path, "--set", "embed_dim=4", checkpoint=ONE)
     with pytest.raises(Exception, match="lacks 'det_file'"):
         evaluate(REFCOCO, place, tmp_path, "--set", "det_file=", checkpoint=ONE)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(EvaluationError, match="runs in one process"):
-        evaluate(REFCOCO, place, tmp_path, checkpoint=ONE)
 
 
 def test_the_program_prints_one_message(monkeypatch: pytest.MonkeyPatch) -> None:

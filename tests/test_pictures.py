@@ -76,7 +76,7 @@ def test_chance_of_a_random_pixel() -> None:
         for x in range(10):
             cam.zero_()
             cam[y, x] = 1
-            hits += metrics.point_correct(cam, boxes)
+            hits += metrics.point_correct(metrics.ResizedMap(cam, 10, 10), boxes)
     assert hits == 6
 
 

@@ -47,6 +47,7 @@ def trained(
     """The output of a step of Pretrain.py; its 3 GB checkpoint goes when the tests are done with it."""
     output = tmp_path_factory.mktemp("published")
     keys = {"train_file": [str(scenes / "train_phrases.json")], "image_root": scenes / "images", "batch_size": 2}
+    keys["mlm_probability"] = 0.5  # two short phrases at 15% have often no masked word at all
     words = ["--config", "configs/Pretrain.yaml", "--output_dir", str(output), "--max_steps", "1"]
     words += ["--text_encoder", str(golden_text_encoder), *options(keys)]
     run("Pretrain.py", *words, processes=request.param)
@@ -57,14 +58,15 @@ def trained(
 def test_a_step_of_training(trained: Path) -> None:
     row = json.loads((trained / "log.txt").read_text())
     assert row["train_lr"] == pytest.approx(1e-6)  # the first step of the warm-up
-    assert all(0 < row[f"train_loss_{name}"] < 100 for name in ("mlm", "ita", "itm", "cam2"))
-    assert 0 <= row["train_loss_cam1"] < 2  # a hinge that may be satisfied already
+    assert all(0 < row[f"train_loss_{name}"] < 100 for name in ("mlm", "ita", "itm"))
+    assert all(0 <= row[f"train_loss_{name}"] < 2 for name in ("cam1", "cam2"))  # hinges that may be satisfied already
     config = load_config(trained / "config.yaml", PretrainConfig)
     published = load_config(ROOT / "configs" / "Pretrain.yaml", PretrainConfig)
     assert {key for key, value in config if value != getattr(published, key)} == {
         "train_file",
         "image_root",
         "batch_size",
+        "mlm_probability",
     }
     checkpoint = torch.load(trained / "checkpoint_00.pth", weights_only=True, mmap=True)
     assert checkpoint.keys() >= {"model", "optimizer", "lr_scheduler", "config", "epoch"}
