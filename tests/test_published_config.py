@@ -58,8 +58,8 @@ def trained(
 def test_a_step_of_training(trained: Path) -> None:
     row = json.loads((trained / "log.txt").read_text())
     assert row["train_lr"] == pytest.approx(1e-6)  # the first step of the warm-up
-    assert all(0 < row[f"train_loss_{name}"] < 100 for name in ("mlm", "ita", "itm"))
-    assert all(0 <= row[f"train_loss_{name}"] < 2 for name in ("cam1", "cam2"))  # hinges that may be satisfied already
+    assert all(0 < row[f"train_loss_{name}"] < 100 for name in ("mlm", "ita", "itm", "cam2"))
+    assert 0 <= row["train_loss_cam1"] < 2  # a hinge that may be satisfied already
     config = load_config(trained / "config.yaml", PretrainConfig)
     published = load_config(ROOT / "configs" / "Pretrain.yaml", PretrainConfig)
     assert {key for key, value in config if value != getattr(published, key)} == {
