@@ -173,9 +173,14 @@ class PretrainModel(ALBEF):
             teacher = self.text_encoder_m
             teacher_images = teacher.image_keys_values(teacher_image_tokens)
             teacher_fused = teacher.fuse(teacher(masked, mask), mask, teacher_images)
-            teacher_logits = teacher.mlm_logits(teacher_fused.tokens)
-        logits = self.text_encoder.mlm_logits(fused.tokens)
-        return losses.mlm_loss(logits, batch.mlm_labels, teacher_logits, alpha, self.config.mlm_distill_axis)
+        tokens, teacher_tokens, labels = fused.tokens, teacher_fused.tokens, batch.mlm_labels
+        axis = self.config.mlm_distill_axis
+        if axis == "vocabulary":  # needs no other position than the targets; "sequence" normalises over all of them
+            target = labels != -100
+            tokens, teacher_tokens, labels = (x[target][None] for x in (tokens, teacher_tokens, labels))
+        with torch.no_grad():
+            teacher_logits = teacher.mlm_logits(teacher_tokens)
+        return losses.mlm_loss(self.text_encoder.mlm_logits(tokens), labels, teacher_logits, alpha, axis)
 
     @torch.no_grad()
     def update_teacher(self) -> None:

@@ -1,5 +1,7 @@
 """Optimisers by the config's names, with ALBEF's two parameter groups."""
 
+from typing import Any
+
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.optim import Optimizer
@@ -18,9 +20,11 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 def create_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
-    """timm's optimizer of that name; raises `ConfigError` for an unknown one."""
+    """timm's optimizer of that name, AdamW with its fused kernel; raises `ConfigError` for an unknown one."""
+    name = config.opt.lower()
+    fused: dict[str, Any] = {"fused": True} if name == "adamw" else {}
     groups = parameter_groups(model, config.weight_decay)
     try:
-        return create_optimizer_v2(groups, opt=config.opt.lower(), lr=config.lr, weight_decay=config.weight_decay)
+        return create_optimizer_v2(groups, opt=name, lr=config.lr, weight_decay=config.weight_decay, **fused)
     except (AssertionError, ValueError, KeyError) as error:
         raise ConfigError(f"optimizer.opt: timm has no optimizer named '{config.opt}'") from error
