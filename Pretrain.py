@@ -172,7 +172,7 @@ class Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-            now = iteration_time(schedular, epoch, step)
+            now = iteration_time(schedular, epoch, step, self.steps_per_epoch)
             if now is not None:
                 self.schedule.step(now)
             if (step + 1) % CHECK_INTERVAL == 0 or step == steps - 1:

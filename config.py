@@ -47,6 +47,7 @@ class ScheduleConfig(Section):
     warmup_epochs: int = Field(20, ge=0)
     cooldown_epochs: int = 0
     warmup_interval: int = Field(100, ge=1)  # iterations of epoch 0 that count as one warm-up "epoch"
+    interval: Literal["epoch", "iteration"] = "epoch"  # when the rate changes after the warm-up; release: "epoch"
 
 
 class AMCConfig(Section):

@@ -32,12 +32,15 @@ def epoch_time(config: ScheduleConfig, epoch: int) -> int:
     return epoch + config.warmup_epochs if epoch > 0 else 0
 
 
-def iteration_time(config: ScheduleConfig, epoch: int, iteration: int) -> int | None:
-    """The schedule's time after an iteration; None where it does not change.
+def iteration_time(config: ScheduleConfig, epoch: int, iteration: int, iterations: int) -> float | None:
+    """The schedule's time after an iteration of an epoch that has `iterations`; None where it does not change.
 
-    The release warms up by iterations of epoch 0, every `warmup_interval` (100) of them one unit of time.
+    The release warms up by iterations of epoch 0, every `warmup_interval` (100) of them one unit of time, and then
+    changes the rate between epochs alone. With `interval: iteration` time also runs on within an epoch.
     """
     last = config.warmup_epochs * config.warmup_interval
-    if epoch == 0 and iteration % config.warmup_interval == 0 and iteration <= last:
-        return iteration // config.warmup_interval
+    if epoch == 0 and iteration <= last:
+        return iteration // config.warmup_interval if iteration % config.warmup_interval == 0 else None
+    if config.interval == "iteration":
+        return config.warmup_epochs + epoch + (iteration + 1) / iterations
     return None

@@ -1,6 +1,7 @@
 """Parameter groups, and the learning rate as the training loop drives it."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -87,7 +88,7 @@ def drive(config: ScheduleConfig, lr: float, iterations: int) -> list[tuple[str,
         if epoch > 0:
             note(f"epoch {epoch}")
         for iteration in range(iterations):
-            time = iteration_time(config, epoch, iteration)
+            time = iteration_time(config, epoch, iteration, iterations)
             if time is not None:
                 schedule.step(time)
                 note(f"epoch {epoch}, after iteration {iteration}")
@@ -120,6 +121,28 @@ def test_learning_rate_by_hand() -> None:
     assert [lr for _, lr in found] == pytest.approx([lr for _, lr in expected])
 
 
+def test_learning_rate_that_changes_every_iteration() -> None:
+    config = ScheduleConfig(
+        epochs=2, warmup_epochs=1, warmup_interval=2, warmup_lr=0.1, min_lr=0.1, interval="iteration"
+    )
+    # Four iterations an epoch: warm-up until iteration 2 of epoch 0, then eighths of half a cosine from 0.5 to 0.1.
+    cosine = {eighth: 0.3 + 0.2 * math.cos(math.pi * eighth / 8) for eighth in range(9)}
+    expected = [
+        ("start", 0.1),
+        ("epoch 0, after iteration 0", 0.1),
+        ("epoch 0, after iteration 2", 0.5),
+        ("epoch 0, after iteration 3", cosine[4]),
+        ("epoch 1", cosine[4]),
+        ("epoch 1, after iteration 0", cosine[5]),
+        ("epoch 1, after iteration 1", cosine[6]),
+        ("epoch 1, after iteration 2", cosine[7]),
+        ("epoch 1, after iteration 3", 0.1),
+    ]
+    found = drive(config, 0.5, iterations=4)
+    assert [when for when, _ in found] == [when for when, _ in expected]
+    assert [lr for _, lr in found] == pytest.approx([lr for _, lr in expected])
+
+
 def test_short_first_epoch_stops_warming_up() -> None:
     config = ScheduleConfig(epochs=2, warmup_epochs=2, warmup_interval=3, warmup_lr=0.1, min_lr=0.1)
     assert [lr for _, lr in drive(config, 0.5, iterations=5)] == pytest.approx([0.1, 0.1, 0.3, 0.3])
@@ -134,8 +157,8 @@ def test_times() -> None:
     config = ScheduleConfig()  # the published one
     assert [epoch_time(config, epoch) for epoch in (0, 1, 2, 29)] == [0, 21, 22, 49]
     within = {0: 0, 1: None, 99: None, 100: 1, 1999: None, 2000: 20, 2100: None}
-    assert {iteration: iteration_time(config, 0, iteration) for iteration in within} == within
-    assert [iteration_time(config, 1, i) for i in (0, 100, 2000)] == [None] * 3
+    assert {iteration: iteration_time(config, 0, iteration, 2350) for iteration in within} == within
+    assert [iteration_time(config, 1, i, 2350) for i in (0, 100, 2000)] == [None] * 3
 
 
 @pytest.mark.parametrize("name", ["cosine", "Cosine", "COSINE"])
