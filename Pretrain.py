@@ -38,6 +38,7 @@ from models.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
+from models.onednn import fast_linears
 from models.pretrain import Batch, PretrainModel
 from optim import create_optimizer
 from scheduler import create_scheduler, epoch_time, iteration_time
@@ -174,7 +175,7 @@ class Run:
             self.optimizer.zero_grad(set_to_none=True)
             now = iteration_time(schedular, epoch, step, self.steps_per_epoch)
             if now is not None:
-                self.schedule.step(now)
+                self.schedule.step(now)  # type: ignore[arg-type]  # timm counts in fractions of epochs as well
             if (step + 1) % CHECK_INTERVAL == 0 or step == steps - 1:
                 means = check_finite(recent, epoch, step)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
@@ -189,7 +190,7 @@ class Run:
         parallel = self.parallel
         alone = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
         precision = PRECISIONS[self.args.precision]
-        with alone:
+        with alone, fast_linears(self.device):
             with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
                 losses = parallel(batch, alpha, update_teacher=micro == 0)
             total = sum(weight * losses[name] for name, weight in self.model.loss_weights.items())

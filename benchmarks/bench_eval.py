@@ -168,7 +168,7 @@ def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
             with clock.measure("text"):
                 encoded = model.encode_text(*tokens)
         with clock.measure("fusion, forward"):
-            fused = encoder.fuse(encoded, tokens.attention_mask, images, attention_layer=layer)
+            fused = encoder.fuse(encoded, tokens.attention_mask, images, attention_layer=layer, cls_only=True)
             score = model.match_logits(fused.tokens)[:, 1].sum()
         assert fused.attention is not None
         with clock.measure("fusion, backward"):

@@ -80,8 +80,8 @@ class Explainer(NamedTuple):
         found = []
         for chosen, ids, mask in self._chunks(index, texts):
             tokens = self.model.encode_text(ids, mask)
-            logits = self.model.match_logits(self.model.text_encoder.fuse(tokens, mask, keys_values, chosen).tokens)
-            found.append(logits.softmax(dim=1)[:, 1].cpu())
+            fused = self.model.text_encoder.fuse(tokens, mask, keys_values, chosen, cls_only=True)
+            found.append(self.model.match_logits(fused.tokens).softmax(dim=1)[:, 1].cpu())
         return torch.cat(found)
 
     def _keys_values(self, images: Tensor) -> list[KeyValue]:

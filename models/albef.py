@@ -77,7 +77,9 @@ class ALBEF(nn.Module):
         with torch.no_grad():
             text = self.encode_text(input_ids, attention_mask)
         with torch.enable_grad():
-            fused = self.text_encoder.fuse(text, attention_mask, images, image_index, attention_layer=layer)
+            fused = self.text_encoder.fuse(
+                text, attention_mask, images, image_index, attention_layer=layer, cls_only=True
+            )
             logits = self.match_logits(fused.tokens)
             assert fused.attention is not None
             (gradient,) = torch.autograd.grad(logits[:, 1].sum(), fused.attention)

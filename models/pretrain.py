@@ -128,7 +128,7 @@ class PretrainModel(ALBEF):
         """Match logits (B, 2) of the true pairs, and the AMC terms on their GradCAM maps."""
         options = self.config.amc
         if not self.config.add_gcam:
-            fused = self.text_encoder.fuse(text_tokens, batch.attention_mask, images)
+            fused = self.text_encoder.fuse(text_tokens, batch.attention_mask, images, cls_only=True)
             zero = torch.zeros((), device=text_tokens.device)
             return self.match_logits(fused.tokens), {"loss_cam1": zero, "loss_cam2": zero}
         # fp32 whatever the rest runs in: these gradients are tiny, and maps are divided by their maximum.
@@ -139,6 +139,7 @@ class PretrainModel(ALBEF):
                 [image.to(torch.float32) for image in images],
                 attention_layer=options.layer,
                 twice_differentiable=True,
+                cls_only=True,
             )
             logits = self.match_logits(fused.tokens)
             cam = self.training_gradcam(logits, fused.attention, batch.attention_mask)
@@ -163,7 +164,8 @@ class PretrainModel(ALBEF):
         sharpness = self.config.negative_sharpness
         image_index = torch.cat([losses.hard_negatives(contrast.sim_t2i, sharpness), own])
         text_index = torch.cat([own, losses.hard_negatives(contrast.sim_i2t, sharpness)])
-        fused = self.text_encoder.fuse(text_tokens[text_index], attention_mask[text_index], images, image_index)
+        texts, mask = text_tokens[text_index], attention_mask[text_index]
+        fused = self.text_encoder.fuse(texts, mask, images, image_index, cls_only=True)
         return self.match_logits(fused.tokens)
 
     def _mlm(self, images: list[KeyValue], teacher_image_tokens: Tensor, batch: Batch, alpha: float) -> Tensor:

@@ -37,7 +37,7 @@ class KeyValue(NamedTuple):
 
 
 class FusionOutput(NamedTuple):
-    """tokens: (B, T, W), CLS first; attention: (B, H, T, S) of the layer asked for, before dropout, else None."""
+    """tokens: (B, T, W), CLS first, or (B, 1, W); attention: (B, H, T, S) of the layer asked for, before dropout."""
 
     tokens: Tensor
     attention: Tensor | None
@@ -152,9 +152,11 @@ class Layer(nn.Module):
         image: KeyValue | None = None,
         explicit_self: bool = False,
         explicit_cross: bool = False,
+        cls_only: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, W) -> (B, T, W) and, if `explicit_cross`, the cross-attention (B, H, T, S)."""
-        hidden, _ = self.attention(hidden, self.attention.keys_values(hidden), text_bias, explicit_self)
+        """(B, T, W) -> (B, T, W) and, if `explicit_cross`, the cross-attention (B, H, T, S); T = 1 if `cls_only`."""
+        source = self.attention.keys_values(hidden)
+        hidden, _ = self.attention(hidden[:, :1] if cls_only else hidden, source, text_bias, explicit_self)
         attention = None
         if image is not None:
             hidden, attention = self.crossattention(hidden, image, explicit=explicit_cross)
@@ -289,6 +291,7 @@ class TextEncoder(nn.Module):
         image_index: Tensor | None = None,
         attention_layer: int | None = None,
         twice_differentiable: bool = False,
+        cls_only: bool = False,
     ) -> FusionOutput:
         """Read texts together with images.
 
@@ -299,6 +302,8 @@ class TextEncoder(nn.Module):
             attention_layer: return the cross-attention of this BERT layer.
             twice_differentiable: the graph from that attention to the output has second derivatives, which fused
                 attention kernels lack.
+            cls_only: the tokens of the result are (B, 1, W), the CLS token alone. The last layer then computes nothing
+                for the others, which see the image no more; an attention asked for in the last layer is whole still.
         """
         if attention_layer is not None and attention_layer not in self.fusion_layers:
             known = f"{self.fusion_layers.start} to {self.fusion_layers.stop - 1}"
@@ -307,21 +312,21 @@ class TextEncoder(nn.Module):
         for index, image in zip(self.fusion_layers, images, strict=True):
             image = image if image_index is None else image.select(image_index)
             above = twice_differentiable and attention_layer is not None and index > attention_layer
-            explicit = above or index == attention_layer
-            layer = self.layers[index]
-            if explicit:
-                hidden, attention = layer(hidden, bias, image, explicit_self=above, explicit_cross=True)
-                seen = attention if index == attention_layer else seen
+            asked = index == attention_layer
+            first = cls_only and index == self.fusion_layers[-1] and not asked
+            if above or asked:
+                hidden, attention = self.layers[index](hidden, bias, image, above, True, first)
+                seen = attention if asked else seen
             else:
-                hidden, _ = self._run(layer, hidden, bias, image)
-        return FusionOutput(hidden, seen)
+                hidden, _ = self._run(self.layers[index], hidden, bias, image, False, False, first)
+        return FusionOutput(hidden[:, :1] if cls_only else hidden, seen)
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
         """(..., W) -> (..., V); only of an encoder built with its MLM head."""
         assert self.cls is not None, "this text encoder was built without its MLM head"
         return self.cls.predictions(hidden)
 
-    def _run(self, layer: Layer, *inputs: Tensor | KeyValue) -> tuple[Tensor, Tensor | None]:
+    def _run(self, layer: Layer, *inputs: Tensor | KeyValue | bool) -> tuple[Tensor, Tensor | None]:
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)

@@ -138,6 +138,29 @@ def test_fused_kernel_equals_explicit_attention(model: ALBEF) -> None:
 
 
 @pytest.mark.parametrize("layer", [None, 1, 2])
+@pytest.mark.parametrize("twice", [False, True])
+def test_cls_only_leaves_out_what_the_cls_token_does_not_need(model: ALBEF, layer: int | None, twice: bool) -> None:
+    encoder = model.text_encoder
+    text, pictures = encoder(IDS, MASK), encoder.image_keys_values(model.encode_image(images(3)))
+    computed: list[int] = []
+    handle = encoder.layers[2].intermediate.register_forward_hook(lambda *args: computed.append(args[1][0].shape[1]))
+    whole, part = (encoder.fuse(text, MASK, pictures, None, layer, twice, cls_only) for cls_only in (False, True))
+    handle.remove()
+    assert part.tokens.shape == (3, 1, whole.tokens.shape[2])
+    assert computed == [5, 5 if layer == 2 else 1]
+    close(part.tokens, whole.tokens[:, :1])
+    if layer is not None:
+        assert whole.attention is not None
+        assert part.attention is not None
+        close(part.attention, whole.attention)
+        gradients = [
+            torch.autograd.grad(model.match_logits(fused.tokens)[:, 1].sum(), fused.attention)[0]
+            for fused in (whole, part)
+        ]
+        close(gradients[1], gradients[0])
+
+
+@pytest.mark.parametrize("layer", [None, 1, 2])
 def test_image_index_equals_repeated_images(model: ALBEF, layer: int | None) -> None:
     encoder = model.text_encoder
     image_tokens, text = model.encode_image(images(2)), encoder(IDS, MASK)
