@@ -62,10 +62,10 @@ TEST = [
     entry(COCO[581857], "blue", 9, "testA"),
 ]
 TABLE = """split            refs    sentences     repeated        empty  expressions
-testB               1            5            2            0            3
 train               1            1            0            0            1
-testA               2            5            0            2            3
 val                 1            2            0            0            2
+testA               2            5            0            2            3
+testB               1            5            2            0            3
 testC               1            1            0            1            0
 """
 
@@ -94,8 +94,8 @@ def make(root: Path, dataset: str, *words: object) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize(("dataset", "split_by"), [("refcoco+", "unc"), ("refcocog", "umd")])
-def test_lists_of_coco_images(root: Path, dataset: str, split_by: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_lists_of_coco_images(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    dataset, split_by = "refcoco+", "unc"
     assert make(root, dataset) == {"train": TRAIN, "val": VAL, "test": TEST}
     assert list(json.loads((root / "out" / f"{dataset}_val.json").read_text())[0]) == [
         "image",
@@ -106,6 +106,14 @@ def test_lists_of_coco_images(root: Path, dataset: str, split_by: str, capsys: p
     files = f"{dataset}_train.json: 1, {dataset}_val.json: 2, {dataset}_test.json: 6"
     last = f"wrote the expressions of {dataset}, split by {split_by}, to {root / 'out'} ({files})\n"
     assert capsys.readouterr().out == TABLE + last
+
+
+def test_splits_that_a_data_set_should_not_have_are_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert make(root, "refcocog") == {"train": TRAIN, "val": VAL, "test": TEST}
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in printed[1:-1]] == ["train", "val", "test", "testB", "testA", "testC"]
+    assert printed[3].split()[1:] == ["0"] * 5
+    assert printed[-1].startswith("wrote the expressions of refcocog, split by umd, to ")
 
 
 def test_lists_of_saiapr_images(root: Path) -> None:

@@ -41,7 +41,7 @@ class Count:
 
 @dataclass
 class Lists:
-    """The entries of each of `PARTS`, and by split, in the order of their appearance, what they were made of."""
+    """The entries of each of `PARTS`, and by split what they were made of."""
 
     parts: dict[str, list[Row]] = field(default_factory=lambda: {part: [] for part in PARTS})
     counts: dict[str, Count] = field(default_factory=dict)
@@ -82,7 +82,7 @@ def make_lists(
     Raises:
         DataError: files that cannot be used; all kinds of problems of the refs in one message.
     """
-    splits_of(dataset, split_by)
+    lists = Lists(counts={split: Count() for split in splits_of(dataset, split_by)})
     for name in (f"refs({split_by}).p", "instances.json"):
         if not (folder / dataset / name).is_file():
             raise DataError(
@@ -95,7 +95,6 @@ def make_lists(
         on_disk=None if image_root is None else find_images(image_root),
         keep_repeated=keep_repeated,
     )
-    lists = Lists()
     problems = Problems()
     for index, ref in enumerate(making.refer.refs.values()):
         try:
