@@ -44,7 +44,7 @@ LINES_11 = (
     "At [/EN#4/scene night ] [/EN#1/people they] sit [ together ]\n"
     "No entity here .\n"
 )
-LINES_5 = "A dog .\n"
+LINES_5 = "A dog\u2028here .\n"  # a line separator ends no line
 BOXES_11 = {
     "boxes": {
         "6": [[0, 1, 20, 31]],
@@ -80,7 +80,7 @@ SENTENCES_11 = [
     },
     {"sentence": "No entity here .", "phrases": []},
 ]
-SENTENCES_5 = [{"sentence": "A dog .", "phrases": []}]
+SENTENCES_5 = [{"sentence": "A dog here .", "phrases": []}]
 
 
 @pytest.fixture
@@ -91,7 +91,7 @@ def raw(tmp_path: Path) -> Path:
         (folder / name).mkdir(parents=True)
         for file, text in files.items():
             (folder / name / file).write_bytes(text.encode())
-    (folder / "Sentences" / "5.txt").write_text(LINES_5)
+    (folder / "Sentences" / "5.txt").write_text(LINES_5, encoding="utf-8")
     for split, ids in (("train", "5"), ("val", "11\n\n5"), ("test", "11\n")):
         (folder / f"{split}.txt").write_text(ids)
     return folder

@@ -137,7 +137,15 @@ def test_another_split_and_a_part_that_it_lacks(root: Path) -> None:
 
 
 def test_images_are_looked_for_on_disk(root: Path) -> None:
-    files = ("7.jpg", "00/images/7.jpg", "00/segmented_images/lies.jpg", "01/images/lies.jpg", "00/12.jpg", "02/12.jpg")
+    files = (
+        "7.jpg",
+        "00/7.jpg",
+        "00/images/7.jpg",
+        "00/segmented_images/lies.jpg",
+        "01/images/lies.jpg",
+        "00/12.jpg",
+        "02/12.jpg",
+    )
     for name in files:
         (root / "saiapr" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "saiapr" / name).touch()
