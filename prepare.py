@@ -135,7 +135,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command = commands.add_parser(
         "refer",
         help="RefCOCO, RefCOCO+, RefCOCOg, RefCLEF -> lists of expressions",
-        description="Writes <dataset>_{train,val,test}.json; test has testA, testB and testC too, entries their split.",
+        description="Writes <dataset>_{train,val,test}.json; test has testA, testB, testC too, with their names.",
     )
     command.add_argument(
         "folder", type=Path, help="folder that holds the data sets' folders, refcoco_data of the configs"
