@@ -28,4 +28,4 @@ $(READY): requirements.txt requirements-dev.txt
 	@touch $(READY)
 
 clean:
-	rm -rf $(VENV) data/scenes output .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) data/scenes output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -133,6 +133,8 @@ class GroundingConfig(ModelConfig):
     batch_size: int = Field(8, ge=1)
     test_file: list[str] = []
     refcoco_data: str | None = None
+    refer_dataset: Literal["refcoco", "refcoco+", "refcocog"] = "refcoco+"  # what grounding_eval_singlegpu.py evaluates
+    refer_split: Literal["unc", "google", "umd", "berkeley"] = "unc"  # whose split: refs(unc).p, ...; RefCLEF's as well
     det_file: str | None = None
     image_ids_file: list[str] = []
     phrase_box_file: list[str] = []

@@ -1,11 +1,17 @@
 """Makes the JSON files that training and evaluation read.
 
     python prepare.py scenes data/scenes
+    python prepare.py flickr flickr30k_entities --out data/flickr30k
+    python prepare.py refer data/refer --dataset refcoco+ --out data/refcoco+
+    python prepare.py detections mattnet_dets.json --out data/refcoco+/dets.json
 
 `scenes` draws the embedded data set: synthetic scenes in the real formats, for trying everything without a download.
+`flickr` converts Flickr30k Entities' annotations. `refer` makes the lists of expressions of one of REFER's data sets,
+`detections` groups what MAttNet detected in its images. docs/data.md says where to get the files.
 """
 
 import argparse
+import json
 import math
 import sys
 from collections.abc import Callable, Sequence
@@ -13,7 +19,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+import utils
 from dataset import scenes_files
+from dataset.raw import flickr_entities
+from dataset.raw import refer as raw_refer
+from dataset.refer import SPLITS
 
 
 def prepare_scenes(args: argparse.Namespace) -> None:
@@ -35,6 +45,36 @@ def prepare_scenes(args: argparse.Namespace) -> None:
     counts = (scenes_files.read_manifest(args.out) or {})["counts"]
     listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
     print(f"wrote {total} images and their annotations ({listed}) to {args.out}")
+
+
+def prepare_flickr(args: argparse.Namespace) -> None:
+    """Write info-ground's three files for each split of Flickr30k Entities."""
+    folder = args.source if args.source.is_dir() else args.source.parent
+    ids_files = args.ids or [folder / name for name in flickr_entities.SPLIT_FILES]
+    with tqdm(desc="flickr", unit="image", disable=None) as bar:
+        splits = flickr_entities.convert(args.source, ids_files, bar.update)
+    flickr_entities.write(args.out, splits)
+    for name, split in splits.items():
+        print(f"{name}: {split.summary()}")
+    print(f"wrote <split>.txt, bounding_boxes_<split>.json and sentences_<split>.json to {args.out}")
+
+
+def prepare_refer(args: argparse.Namespace) -> None:
+    """Write the lists of expressions of one of REFER's data sets."""
+    split_by = args.split_by or next(iter(SPLITS[args.dataset]))
+    lists = raw_refer.make_lists(args.folder, args.dataset, split_by, args.image_root, args.keep_repeated)
+    raw_refer.write_lists(args.out, args.dataset, lists)
+    print(lists.table())
+    files = ", ".join(f"{args.dataset}_{part}.json: {len(rows)}" for part, rows in lists.parts.items())
+    print(f"wrote the expressions of {args.dataset}, split by {split_by}, to {args.out} ({files})")
+
+
+def prepare_detections(args: argparse.Namespace) -> None:
+    """Write MAttNet's detections by image."""
+    grouped = raw_refer.group_detections(args.file, args.instances)
+    utils.write_text(args.out, json.dumps(grouped) + "\n")
+    count, empty = sum(map(len, grouped.values())), sum(not boxes for boxes in grouped.values())
+    print(f"wrote {count} detections in {len(grouped)} images, {empty} of them without any, to {args.out}")
 
 
 def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
@@ -70,9 +110,72 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("--size", type=side, default=96, help="mean side of an image in pixels (default: 96)")
     command.add_argument("--force", action="store_true", help="write anew what is there already")
     command.set_defaults(run=prepare_scenes)
+
+    command = commands.add_parser(
+        "flickr",
+        help="Flickr30k Entities -> the files of Flickr30k evaluation",
+        description="Writes <split>.txt, bounding_boxes_<split>.json and sentences_<split>.json, as info-ground does.",
+    )
+    command.add_argument(
+        "source",
+        type=Path,
+        help="folder with Annotations/ and Sentences/, or with annotations.zip; or that archive",
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder to write to")
+    command.add_argument(
+        "--ids",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="files of image ids, one a split, which has the file's name (default: train.txt, val.txt and test.txt "
+        "beside the annotations)",
+    )
+    command.set_defaults(run=prepare_flickr)
+
+    command = commands.add_parser(
+        "refer",
+        help="RefCOCO, RefCOCO+, RefCOCOg, RefCLEF -> lists of expressions",
+        description="Writes <dataset>_{train,val,test}.json; test has testA, testB, testC too, with their names.",
+    )
+    command.add_argument(
+        "folder", type=Path, help="folder that holds the data sets' folders, refcoco_data of the configs"
+    )
+    command.add_argument("--dataset", choices=SPLITS, required=True)
+    command.add_argument(
+        "--split-by",
+        choices=sorted({name for names in SPLITS.values() for name in names}),
+        help="whose split (default: umd for refcocog, unc for the others)",
+    )
+    command.add_argument("--out", type=Path, required=True, help="folder to write to")
+    command.add_argument(
+        "--image-root",
+        type=Path,
+        metavar="FOLDER",
+        help="the config's image_root: look for every image there and in folders below, and write the path found "
+        "(default: write the name alone, unchecked)",
+    )
+    command.add_argument(
+        "--keep-repeated", action="store_true", help="equal sentences of a ref as often as they stand there, not once"
+    )
+    command.set_defaults(run=prepare_refer)
+
+    command = commands.add_parser(
+        "detections",
+        help="MAttNet's list of detections -> dets.json, by image",
+        description="Groups MAttNet's list of {image_id, box, ...} by image; the order within an image is kept.",
+    )
+    command.add_argument("file", type=Path, help="MAttNet's file of detections")
+    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the dets.json to write")
+    command.add_argument(
+        "--instances",
+        type=Path,
+        metavar="FILE",
+        help="REFER's instances.json: images of it without a detection get an empty list (default: no entry)",
+    )
+    command.set_defaults(run=prepare_detections)
     return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
     arguments = parse_args()
-    arguments.run(arguments)
+    utils.run(arguments.run, arguments)

@@ -1,4 +1,6 @@
-"""RefCOCO+ and RefCLEF in REFER's format (Yu et al., ECCV 2016; Kazemzadeh et al., EMNLP 2014; SPEC sections 3 and 4).
+"""RefCOCO, RefCOCO+, RefCOCOg and RefCLEF in REFER's format (SPEC sections 3 and 4).
+
+Yu et al., ECCV 2016; Mao et al., CVPR 2016 (RefCOCOg); Kazemzadeh et al., EMNLP 2014 (RefCLEF).
 
 A test file lists {image, text, ref_id}; `<refer_root>/<dataset>/` holds refs(SPLIT_BY).p, where a ref_id names an
 annotation, an image id and a split, and instances.json, where an annotation has its box [x, y, w, h].
@@ -14,6 +16,13 @@ import numpy as np
 from dataset.expressions import EntryProblem, Expression, Problems, check_images, clean_text, parse_boxes, require
 from dataset.reading import DataError, load_json
 
+# The data sets, by whom they are split, and the splits that refs(SPLIT_BY).p then has.
+SPLITS: dict[str, dict[str, tuple[str, ...]]] = {
+    "refcoco": {"unc": ("train", "val", "testA", "testB"), "google": ("train", "val", "test")},
+    "refcoco+": {"unc": ("train", "val", "testA", "testB")},
+    "refcocog": {"umd": ("train", "val", "test"), "google": ("train", "val")},
+    "refclef": {"unc": ("train", "val", "testA", "testB", "testC"), "berkeley": ("train", "val", "test")},
+}
 # What refs(SPLIT).p may name besides the literals of the pickle format; Python 2 called the module __builtin__.
 SAFE_GLOBALS = {
     (module, name)
@@ -61,14 +70,15 @@ def load_expressions(
     Args:
         test_file: JSON lists of {"image", "text", "ref_id"}.
         refer_root: the config's refcoco_data, the folder that holds the folder `dataset`.
-        dataset: "refcoco+" or "refclef".
+        dataset, split_by: keys of `SPLITS`.
         det_file: JSON of {"<image_id>": [[x, y, w, h, ...], ...]}; None: the expressions have no detections.
         entry_split: RefCLEF: the split is the entry's own key `split`, and any that contains 'test' counts as "test".
-            Otherwise, RefCOCO+: it is that of the ref in refs(SPLIT).p.
+            Otherwise it is that of the ref in refs(SPLIT).p.
 
     Raises:
         DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
     """
+    splits_of(dataset, split_by)
     files = _Reading(
         image_root=Path(image_root),
         refer=load_refer(Path(refer_root) / dataset, split_by),
@@ -93,6 +103,17 @@ def load_expressions(
     return [expression for expression, _ in found]
 
 
+def splits_of(dataset: str, split_by: str) -> tuple[str, ...]:
+    """The splits of a data set, train first; raises `DataError` when it is not split by `split_by`."""
+    known = SPLITS[dataset]
+    if split_by not in known:
+        raise DataError(
+            f"{dataset} is split by {' and by '.join(known)}, not by {split_by}; correct refer_split in the config, or "
+            "--split-by of prepare.py"
+        )
+    return known[split_by]
+
+
 def _expression(row: Any, files: _Reading) -> Expression:
     image = files.image_root / require(row, "image", str)
     text = clean_text(require(row, "text", str), files.max_words)
@@ -113,15 +134,15 @@ def _expression(row: Any, files: _Reading) -> Expression:
         text=text,
         ref_id=ref_id,
         split=split,
-        boxes=_reference_box(ref, files.refer),
+        boxes=reference_box(ref, files.refer),
         record=record,
         detections=_detections(ref["image_id"], files) if files.det_file else None,
         size=_stated_size(files.refer.images.get(ref["image_id"], {})),
     )
 
 
-def _reference_box(ref: dict[str, Any], refer: Refer) -> np.ndarray:
-    """The box (1, 4) [x, y, w, h] of a ref's annotation."""
+def reference_box(ref: dict[str, Any], refer: Refer) -> np.ndarray:
+    """The box (1, 4) [x, y, w, h] of a ref's annotation; raises `EntryProblem` when there is none."""
     annotation = refer.annotations.get(ref["ann_id"])
     if annotation is None:
         raise EntryProblem(

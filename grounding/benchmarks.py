@@ -1,4 +1,4 @@
-"""The three benchmarks: what each reads, how it resizes an image, which splits and metrics it reports."""
+"""The benchmarks: what each reads, how it resizes an image, which splits and metrics it reports."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -37,7 +37,8 @@ def _load_refcoco(config: GroundingConfig) -> list[Expression]:
         test_file=config.test_file,
         image_root=config.image_root,
         refer_root=str(config.refcoco_data),
-        dataset="refcoco+",
+        dataset=config.refer_dataset,
+        split_by=config.refer_split,
         det_file=config.det_file,
     )
 
@@ -49,6 +50,7 @@ def _load_refclef(config: GroundingConfig) -> list[Expression]:
         image_root=config.image_root,
         refer_root=str(config.refcoco_data),
         dataset="refclef",
+        split_by=config.refer_split,
         entry_split=True,
     )
 
@@ -87,3 +89,17 @@ FLICKR = Benchmark(
     {"val": "val_d", "test": "test"},
     ("point",),
 )
+
+IN_PLACE_OF_REFCOCO_PLUS = {"refcoco": "RefCOCO", "refcocog": "RefCOCOg"}
+
+
+def asked_for(benchmark: Benchmark, config: GroundingConfig) -> Benchmark:
+    """The benchmark that a config asks for: by `refer_dataset`, RefCOCO or RefCOCOg in place of RefCOCO+.
+
+    Their splits are reported by their own names; "val_d" and the like are the release's names for RefCOCO+ alone.
+    """
+    name = IN_PLACE_OF_REFCOCO_PLUS.get(config.refer_dataset)
+    if benchmark is not REFCOCO or name is None:
+        return benchmark
+    held_out = refer.splits_of(config.refer_dataset, config.refer_split)[1:]
+    return benchmark._replace(name=name, splits={split: split for split in held_out})

@@ -15,7 +15,7 @@ from dataset.reading import image_size
 from dataset.text import load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from grounding import metrics
-from grounding.benchmarks import Benchmark
+from grounding.benchmarks import Benchmark, asked_for
 from grounding.predict import Explainer, ImageData, ask, distinct, load_images
 from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
@@ -68,7 +68,7 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
     evaluation = Evaluation(benchmark, load_config(args.config, GroundingConfig, args.set), args, device)
     for epoch, path in checkpoints.items():
         evaluation.run(epoch, path)
-    decisive = (benchmark.metrics[-1], next(iter(benchmark.splits.values())))
+    decisive = (benchmark.metrics[-1], next(iter(evaluation.benchmark.splits.values())))
     utils.log(evaluation.results.table(evaluation.line_names, decisive))
     utils.log(f"Results and log.txt are in {evaluation.results.folder}")
 
@@ -104,6 +104,7 @@ class Evaluation:
     def __init__(
         self, benchmark: Benchmark, config: GroundingConfig, args: argparse.Namespace, device: torch.device
     ) -> None:
+        benchmark = asked_for(benchmark, config)
         self.benchmark, self.config, self.args, self.device = benchmark, config, args, device
         self.block = config.block_num if args.block_num is None else args.block_num
         self.expressions = benchmark.load(config)

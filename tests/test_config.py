@@ -21,7 +21,12 @@ from config import (
 )
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-GROUNDING = ("Grounding_refcoco.yaml", "Grounding_refclef.yaml", "Grounding_flickr.yaml")
+REFERRED = {  # what each reads of REFER's: dataset and split
+    "Grounding_refcoco.yaml": ("refcoco+", "unc"),
+    "Grounding_refcoco_unc.yaml": ("refcoco", "unc"),
+    "Grounding_refcocog.yaml": ("refcocog", "umd"),
+}
+GROUNDING = (*REFERRED, "Grounding_refclef.yaml", "Grounding_flickr.yaml")
 
 # The released files' keys and values, and no others.
 RELEASED_PRETRAIN = """
@@ -144,6 +149,18 @@ def test_shipped_grounding_yaml(name: str) -> None:
     assert bool(config.det_file) == ("refcoco" in name)
 
 
+@pytest.mark.parametrize("name", REFERRED)
+def test_shipped_configs_of_refcoco_and_its_like(name: str) -> None:
+    config = load_config(CONFIGS / name, GroundingConfig)
+    dataset, split = REFERRED[name]
+    assert (config.refer_dataset, config.refer_split) == (dataset, split)
+    assert config.test_file == [f"data/{dataset}/{dataset}_{part}.json" for part in ("val", "test")]
+    assert (config.refcoco_data, config.det_file) == ("data/refer", f"data/{dataset}/dets.json")
+    same = load_config(CONFIGS / "Grounding_refcoco.yaml", GroundingConfig)
+    own = {"refer_dataset", "refer_split", "test_file", "det_file"}
+    assert config.model_dump(exclude=own) == same.model_dump(exclude=own)
+
+
 @pytest.mark.parametrize("more", [REFER_KEYS, FLICKR_KEYS])
 def test_released_grounding_yaml_loads(tmp_path: Path, more: str) -> None:
     config = load_config(write(tmp_path, RELEASED_GROUNDING + more), GroundingConfig)
@@ -151,6 +168,7 @@ def test_released_grounding_yaml_loads(tmp_path: Path, more: str) -> None:
     assert (config.image_res, config.schedular.epochs, config.schedular.warmup_lr) == (384, 10, 1e-5)
     if more == REFER_KEYS:
         assert (config.test_file, config.refcoco_data) == (["val.json", "test.json"], "data")
+        assert (config.refer_dataset, config.refer_split) == ("refcoco+", "unc")
         assert config.det_file == "data/dets.json"
     else:
         assert config.image_ids_file == ["val.txt", "test.txt"]

@@ -19,7 +19,7 @@ from dataset.matching import load_pairs
 from dataset.reading import DataError, read_image
 from dataset.transforms import normalise, resize_bilinear_image
 from grounding import evaluate as program
-from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark
+from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark, asked_for
 from grounding.evaluate import EvaluationError, find_checkpoints
 from grounding.predict import ask, distinct
 from grounding.results import ResultError, ResultFolder
@@ -177,6 +177,49 @@ def test_the_scripts_name_their_benchmarks(place: Path, tmp_path: Path, monkeypa
     for suffix in ("", "_refclef", "_flickr"):
         runpy.run_path(f"grounding_eval_singlegpu{suffix}.py", run_name="__main__")
     assert called == [REFCOCO, REFCLEF, FLICKR]
+
+
+VALUES = {"image_root": "", "test_file": ["x.json"], "refcoco_data": "refer", "det_file": "dets.json"}
+
+
+def test_the_benchmark_that_a_config_asks_for() -> None:
+    def asked(benchmark: Benchmark, **keys: str) -> Benchmark:
+        return asked_for(benchmark, GroundingConfig.model_validate({**VALUES, **keys}))
+
+    for benchmark in (REFCOCO, REFCLEF, FLICKR):
+        assert asked(benchmark) is benchmark
+    for benchmark in (REFCLEF, FLICKR):  # `refer_dataset` is RefCOCO+'s script's alone
+        assert asked(benchmark, refer_dataset="refcoco") is benchmark
+    assert REFCOCO.splits == {"val": "val_d", "testA": "testA_d", "testB": "testB_d"}
+    found = asked(REFCOCO, refer_dataset="refcoco")
+    assert found == REFCOCO._replace(name="RefCOCO", splits={"val": "val", "testA": "testA", "testB": "testB"})
+    found = asked(REFCOCO, refer_dataset="refcocog", refer_split="umd")
+    assert found == REFCOCO._replace(name="RefCOCOg", splits={"val": "val", "test": "test"})
+    assert asked(REFCOCO, refer_dataset="refcocog", refer_split="google").splits == {"val": "val"}
+
+
+def test_a_split_that_a_data_set_does_not_have() -> None:
+    for benchmark, keys, message in (
+        (
+            REFCOCO,
+            {"refer_dataset": "refcocog"},
+            "refcocog is split by umd and by google, not by unc; correct refer_split",
+        ),
+        (REFCOCO, {"refer_split": "google"}, r"refcoco\+ is split by unc, not by google"),
+        (REFCLEF, {"refer_split": "umd"}, "refclef is split by unc and by berkeley, not by umd"),
+    ):
+        config = GroundingConfig.model_validate({**VALUES, **keys})
+        with pytest.raises(DataError, match=message):
+            benchmark.load(config)
+    with pytest.raises(DataError, match="refcocog is split by"):
+        asked_for(REFCOCO, GroundingConfig.model_validate({**VALUES, "refer_dataset": "refcocog"}))
+
+
+def test_the_split_of_refclef(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[]")
+    values = {**VALUES, "test_file": [str(tmp_path / "x.json")], "refcoco_data": str(tmp_path)}
+    with pytest.raises(DataError, match=r"refclef/refs\(berkeley\)\.p: cannot be read"):
+        REFCLEF.load(GroundingConfig.model_validate({**values, "refer_split": "berkeley"}))
 
 
 def test_the_published_command_line_is_accepted() -> None:

@@ -1,0 +1,262 @@
+"""Flickr30k Entities as its owners publish it -> the files that info-ground writes (Plummer et al., ICCV 2015).
+
+Raw: Annotations/<id>.xml, objects with the ids of the phrases that name them and a box; Sentences/<id>.txt, a sentence
+a line, phrases as `[/EN#<phrase id>/<type>[/<type>...] the words]`; a file of image ids per split. The results are what
+dataset/flickr.py reads (SPEC section 4). What the owners' own reader makes of odd input is kept wherever it makes
+something of it: an object without a name counts for nothing, and boxes are neither merged nor clipped nor left out.
+"""
+
+import contextlib
+import json
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+from dataset.expressions import EntryProblem, Problems
+from dataset.flickr import load_ids
+from dataset.reading import DataError
+from utils import atomic_path, write_text
+
+ARCHIVE = "annotations.zip"
+SPLIT_FILES = ("train.txt", "val.txt", "test.txt")
+SPAN = "[/EN#"
+INCOMPLETE = "is the download complete?"
+Row = dict[str, Any]
+Read = Callable[[str], bytes]
+
+
+class Split(NamedTuple):
+    """A split: its image ids in the order of its file, and by image id the content of its two JSON files."""
+
+    ids: list[str]
+    boxes: dict[str, Row]
+    sentences: dict[str, list[Row]]
+
+    def summary(self) -> str:
+        """How many images, sentences and phrases with a box; these last are what evaluation counts."""
+        sentences = [(self.boxes[key]["boxes"], row) for key, rows in self.sentences.items() for row in rows]
+        phrases = sum(phrase["phrase_id"] in boxes for boxes, row in sentences for phrase in row["phrases"])
+        return f"{len(self.ids)} images, {len(sentences)} sentences, {phrases} phrases with a box"
+
+
+def convert(
+    source: Path, ids_files: Sequence[Path], progress: Callable[[int], object] = lambda count: None
+) -> dict[str, Split]:
+    """Read the annotations of every image of the splits, each named as its ids file (`val.txt`: "val").
+
+    Args:
+        source: the folder that holds Annotations/ and Sentences/, or annotations.zip; or such an archive.
+        progress: called with 1 after each image.
+
+    Raises:
+        DataError: files that cannot be used; all kinds of problems of the images in one message.
+    """
+    problems = Problems()
+    with opened(source) as (place, read):
+        splits = {name: Split(ids, {}, {}) for name, ids in load_splits(ids_files).items()}
+        for split in splits.values():
+            for image_id in split.ids:
+                name = f"Annotations/{image_id}.xml"
+                try:
+                    split.boxes[image_id] = parse_annotation(read(name))
+                except EntryProblem as problem:
+                    problems.add(f"{place}: {name}", problem)
+                name = f"Sentences/{image_id}.txt"
+                try:
+                    split.sentences[image_id] = parse_sentences(read(name))
+                except EntryProblem as problem:
+                    problems.add(f"{place}: {name}", problem)
+                progress(1)
+    problems.check()
+    return splits
+
+
+def write(out: Path, splits: dict[str, Split]) -> None:
+    """Write each split's bounding_boxes_<split>.json, sentences_<split>.json (as info-ground) and <split>.txt."""
+    for name, split in splits.items():
+        for kind, content in (("bounding_boxes", split.boxes), ("sentences", split.sentences)):
+            with (
+                atomic_path(out / f"{kind}_{name}.json") as temporary,
+                open(temporary, "w", encoding="utf-8") as file,
+            ):
+                json.dump(content, file, sort_keys=True, indent=4)
+        write_text(out / f"{name}.txt", "".join(f"{image_id}\n" for image_id in split.ids))
+
+
+# ---- where the files lie
+
+
+def load_splits(ids_files: Sequence[Path]) -> dict[str, list[str]]:
+    """The image ids of each split, by the name of its file; raises `DataError`."""
+    splits: dict[str, list[str]] = {}
+    for path in ids_files:
+        if not path.is_file():
+            raise DataError(f"{path}: does not exist; name the files of image ids, one a split, by --ids")
+        if path.stem in splits:
+            raise DataError(f"{path}: another --ids file is named {path.name} as well; a split has its file's name")
+        ids = load_ids(str(path))
+        image_id, count = Counter(ids).most_common(1)[0]
+        if count > 1:
+            raise DataError(f"{path}: lists image {image_id} {count} times; leave out the repeated lines")
+        splits[path.stem] = ids
+    return splits
+
+
+@contextlib.contextmanager
+def opened(source: Path) -> Iterator[tuple[Path, Read]]:
+    """The folder or archive that is read, and a function from such a name as "Sentences/12.txt" to the file's bytes.
+
+    The function raises `EntryProblem` when the file is missing or broken; this one `DataError`.
+    """
+    missing = EntryProblem("the file is missing; check that the image ids belong to these annotations")
+
+    def from_folder(name: str) -> bytes:
+        try:
+            return (source / name).read_bytes()
+        except FileNotFoundError:
+            raise missing from None
+        except OSError as error:
+            raise EntryProblem("the file cannot be read; check it and its permissions", str(error.strerror)) from None
+
+    if all((source / folder).is_dir() for folder in ("Annotations", "Sentences")):
+        yield source, from_folder
+        return
+    path = source / ARCHIVE if source.is_dir() else source
+    if not path.is_file():
+        raise DataError(
+            f"{source}: holds neither Annotations/ and Sentences/ nor {ARCHIVE}, and is no archive either; name the "
+            "folder of the Flickr30k Entities download"
+        )
+    try:
+        archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as error:
+        raise DataError(f"{path}: not a readable zip archive ({error}); {INCOMPLETE}") from None
+    members = {"/".join(PurePosixPath(name).parts[-2:]): name for name in archive.namelist()}
+
+    def from_archive(name: str) -> bytes:
+        if name not in members:
+            raise missing
+        try:
+            return archive.read(members[name])
+        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
+            raise EntryProblem(f"the file cannot be unpacked; {INCOMPLETE}", str(error)) from None
+
+    with archive:
+        yield path, from_archive
+
+
+# ---- Annotations
+
+
+class _Tree(ElementTree.TreeBuilder):
+    """Refuses a DOCTYPE. Without one XML has no entities beyond its five own: nothing can expand or be fetched."""
+
+    def doctype(self, name: str, pubid: str | None, system: str | None) -> None:
+        raise EntryProblem(
+            "the XML has a DOCTYPE, which Flickr30k Entities never has; it is not read: download it anew"
+        )
+
+
+def parse_annotation(data: bytes) -> Row:
+    """An image's {"boxes": {phrase_id: [[xmin, ymin, xmax, ymax], ...]}, "scene", "nobox", "width", "height", "depth"}.
+
+    Coordinates are one less than the XML's, which count from 1. An object with several names gives its box to each;
+    several objects of one name give it several boxes. Objects without a box are listed by their flags.
+
+    Raises:
+        EntryProblem: the XML is malformed, or an object of it.
+    """
+    try:
+        root = ElementTree.fromstring(data, ElementTree.XMLParser(target=_Tree()))
+    except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: encodings
+        raise EntryProblem(f"the XML is malformed; {INCOMPLETE}", str(error)) from None
+    image: Row = {"boxes": {}, "scene": [], "nobox": []}
+    for tag in ("width", "height", "depth"):
+        image[tag] = _integer(root.find("size"), tag, "<size>")
+    for number, item in enumerate(root.iterfind("object"), 1):
+        where = f"object {number}"
+        names = [(name.text or "").strip() for name in item.iterfind("name")]
+        if not all(names):
+            raise EntryProblem("a <name> of an object is empty; it must hold a phrase id", where)
+        boxes = item.findall("bndbox")
+        if len(boxes) > 1:
+            raise EntryProblem("an object has several <bndbox>; give each an object of its own", where)
+        if boxes:
+            corners = [_integer(boxes[0], tag, where) - 1 for tag in ("xmin", "ymin", "xmax", "ymax")]
+            for name in names:
+                image["boxes"].setdefault(name, []).append(list(corners))
+        else:
+            for key, tag in (("nobox", "nobndbox"), ("scene", "scene")):
+                if _integer(item, tag, f"{where}, which has no <bndbox>") > 0:
+                    image[key] += names
+    return image
+
+
+def _integer(parent: ElementTree.Element | None, tag: str, where: str) -> int:
+    text = None if parent is None else parent.findtext(tag)
+    try:
+        return int(text or "")
+    except ValueError:
+        found = "found nothing" if text is None else f"found {text!r:.40}"
+        raise EntryProblem(f"<{tag}> must hold an integer", f"{where}: {found}") from None
+
+
+# ---- Sentences
+
+
+def parse_sentences(data: bytes) -> list[Row]:
+    """An image's sentences, one a line, blank lines left out; see `parse_sentence`. Raises `EntryProblem`."""
+    try:
+        lines = data.decode("utf-8").split("\n")
+    except UnicodeDecodeError as error:
+        raise EntryProblem(f"the file is not UTF-8 text; {INCOMPLETE}", str(error)) from None
+    sentences = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                sentences.append(parse_sentence(line))
+            except EntryProblem as problem:
+                raise EntryProblem(problem.kind, f"line {number}: {problem.detail}") from None
+    if not sentences:
+        raise EntryProblem(f"the file holds no sentence; {INCOMPLETE}")
+    return sentences
+
+
+def parse_sentence(line: str) -> Row:
+    """A sentence {"sentence", "phrases": [{"first_word_index", "phrase", "phrase_id", "phrase_type": [..]}]}.
+
+    Words stand between white space; "sentence" joins them without the marks, and "first_word_index" counts them. A
+    span's bracket closes at the end of a word, or alone: then it leaves an empty word, as with the owners' own reader.
+
+    Raises:
+        EntryProblem: a span without id, type or words, or one that never ends.
+    """
+    words: list[str] = []
+    phrases: list[Row] = []
+    mark: str | None = None  # of the span that is open,
+    row: Row = {}  # and what is known of it
+    for token in line.split():
+        if token.startswith(SPAN):
+            if mark is not None:
+                break
+            phrase_id, *types = token.removeprefix(SPAN).split("/")
+            if not (phrase_id and types and all(types)) or token.endswith("]"):
+                raise EntryProblem(f"a span must be {SPAN}<phrase id>/<type> and words up to a ']'", token)
+            mark = token
+            row = {"first_word_index": len(words), "phrase_id": phrase_id, "phrase_type": types}
+        elif mark is not None and token.endswith("]"):
+            words.append(token[:-1])
+            phrase = " ".join(words[row["first_word_index"] :])
+            if not phrase:
+                raise EntryProblem("a span has no words", mark)
+            phrases.append({**row, "phrase": phrase})
+            mark = None
+        else:
+            words.append(token)
+    if mark is not None:
+        raise EntryProblem("a span is not closed: no word of it ends in ']'", mark)
+    return {"sentence": " ".join(words), "phrases": phrases}
