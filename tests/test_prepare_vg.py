@@ -273,6 +273,9 @@ def test_images_that_are_not_on_disk(raw: Path, tmp_path: Path) -> None:
         assert json.loads(found) == [row for row in json.loads(whole) if row["image"] == "VG_100K/2.jpg"]
     report = visual_genome.prepare([raw], tmp_path / "out", Rules(), image_root=tmp_path / "vg")
     assert (report.images.missing, report.images.unknown) == ({7, 30}, {99})
+    split = [write(tmp_path / "test.txt", "55\n")]  # image 7, which is counted once
+    report = visual_genome.prepare([raw], tmp_path / "out", Rules(), exclude=split, image_root=tmp_path / "vg")
+    assert (set(report.images.used), report.images.evaluation, report.images.missing) == ({2}, {7}, {30})
     with pytest.raises(DataError, match=r"--image-root .*absent: no such folder"):
         run(raw, tmp_path / "out", "--image-root", tmp_path / "absent")
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dataset.raw import visual_genome
-from dataset.raw.vg_files import Source, Spool, find_sources, read_entries
+from dataset.raw.vg_files import Draft, Source, Spool, find_sources, read_entries
 from dataset.raw.vg_rules import Rules
 from dataset.reading import DataError
 
@@ -194,6 +194,23 @@ def test_a_malformed_entry_is_named(raw: Path, tmp_path: Path, file: str, entry:
         make(raw, out)
     assert str(refused.value).startswith(str(raw / f"{file}.json"))
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("vg_descriptions.json", "from before")]
+
+
+def test_nothing_is_half_written(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full when the second of three files is being written."""
+    written: list[Path] = []
+    write_whole = Draft.write
+
+    def write_half(draft: Draft, path: Path) -> None:
+        write_whole(draft, path)
+        written.append(path)
+        if len(written) == 2:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Draft, "write", write_half)
+    with pytest.raises(DataError, match=r"out: cannot be written \(.*No space left on device\); is there room"):
+        make(raw, tmp_path / "out")
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written(raw: Path, tmp_path: Path) -> None:
