@@ -1,7 +1,7 @@
 """Makes the JSON files that training and evaluation read.
 
     python prepare.py scenes data/scenes
-    python prepare.py vg downloads/vg data
+    python prepare.py vg downloads/vg --out data
 
 `scenes` draws the embedded data set: synthetic scenes in the real formats, for trying everything without a download.
 `vg` turns Visual Genome's files into the three that training reads (docs/data.md).
@@ -19,8 +19,8 @@ from dataset import scenes_files
 from dataset.raw.vg_rules import GROUPINGS, OUTPUTS, POSITIONS, Rules
 
 ABOUT_VG = """Write vg_descriptions.json, vg_attributes.json and vg_attributes_spatial.json from Visual Genome. The
-defaults keep all that training can use; a table at the end tells what each rule dropped. Put files after the options
-that take several, as in: vg downloads/vg data --exclude-eval 'refs(unc).p' test.txt"""
+defaults keep all that training can use; a table at the end tells what each rule dropped. docs/data.md explains the
+rules."""
 
 
 def prepare_scenes(args: argparse.Namespace) -> None:
@@ -93,7 +93,7 @@ def add_vg(command: argparse.ArgumentParser) -> None:
     add(
         "raw", type=Path, nargs="+", help="folders or files: image_data, region_descriptions, attributes, .json or .zip"
     )
-    add("out", type=Path, help=f"folder to write {', '.join(OUTPUTS.values())} to")
+    add("--out", type=Path, required=True, metavar="DIR", help=f"folder to write {', '.join(OUTPUTS.values())} to")
     add("--only", nargs="+", choices=OUTPUTS, default=list(OUTPUTS), help="the files to make (default: all three)")
     add(
         "--exclude-eval",

@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("--objects", type=int, default=30, help="an image, on average")
     parser.add_argument("--out", type=Path, help="folder for the temporary folder (default: the system's)")
     args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=args.out))
+    folder = Path(tempfile.mkdtemp(dir=args.out and args.out.resolve()))
     try:
         write_raw(folder / "raw", args.images, args.regions, args.objects)
         measure(folder)
@@ -74,7 +74,8 @@ def measure(folder: Path) -> None:
     print(describe_machine(), flush=True)
     show_sizes(folder / "raw")
     started, load = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    subprocess.run([sys.executable, ROOT / "prepare.py", "vg", folder / "raw", folder / "out"], check=True, cwd=ROOT)
+    command = [sys.executable, "prepare.py", "vg", str(folder / "raw"), "--out", str(folder / "out")]
+    subprocess.run(command, check=True, cwd=ROOT)
     seconds, usage = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
     show_sizes(folder / "out")
     busy = usage.ru_utime + usage.ru_stime - load.ru_utime - load.ru_stime

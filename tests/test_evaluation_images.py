@@ -61,6 +61,8 @@ def test_images_of_flickr30k(tmp_path: Path) -> None:
     found = read_evaluation_images(write(tmp_path / "test.txt", "55\n1000092795\n\n"))
     assert (found.coco, found.flickr, found.unknown) == (set(), {55, 1000092795}, 0)
     assert len(read_evaluation_images(write(tmp_path / "train.txt", "55\n"))) == 0
+    assert len(read_evaluation_images(write(tmp_path / "trainval.txt", "55\n"))) == 1
+    assert len(read_evaluation_images(write(tmp_path / "train_test.txt", "55\n"))) == 1
 
 
 @pytest.mark.parametrize(

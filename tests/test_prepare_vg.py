@@ -124,8 +124,8 @@ def write(path: Path, value: Any) -> Path:
     return path
 
 
-def run(*words: str | Path) -> None:
-    args = prepare.parse_args(["vg", *map(str, words)])
+def run(raw: Path, out: Path, *words: str | Path) -> None:
+    args = prepare.parse_args(["vg", str(raw), "--out", str(out), *map(str, words)])
     args.run(args)
 
 
@@ -188,7 +188,7 @@ def test_zipped(raw: Path, tmp_path: Path) -> None:
             archive.writestr("some/folder/" + path.name, path.read_text())
         path.unlink()
     run(raw, tmp_path / "two")
-    run(*raw.iterdir(), tmp_path / "three")
+    visual_genome.prepare(list(raw.iterdir()), tmp_path / "three", Rules())
     assert outputs(tmp_path / "one") == outputs(tmp_path / "two") == outputs(tmp_path / "three")
 
 
@@ -286,12 +286,13 @@ def test_images_that_are_not_on_disk(raw: Path, tmp_path: Path) -> None:
 def test_every_rule_is_an_option() -> None:
     words = "--group exact --min-area 0.1 --max-area 0.9 --max-boxes 5 --min-words 2 --max-words 7 --positions left top"
     words += " --margin 0.2 --spatial-form {phrase},{position}"
-    args = prepare.parse_args(["vg", "raw", "out", *words.split()])
+    args = prepare.parse_args(["vg", "raw", "--out", "out", *words.split()])
     chosen = Rules("exact", 0.1, 0.9, 5, 2, 7, ("left", "top"), 0.2, "{phrase},{position}")
     assert [getattr(args, name) for name in Rules._fields] == [
         list(value) if isinstance(value, tuple) else value for value in chosen
     ]
-    defaults = prepare.parse_args(["vg", "raw", "out"])
+    defaults = prepare.parse_args(["vg", "one", "two", "--out", "out"])
+    assert defaults.raw == [Path("one"), Path("two")]
     assert Rules(*(getattr(defaults, name) for name in Rules._fields)) == Rules()
 
 
@@ -317,7 +318,7 @@ def test_options_reach_the_rules(raw: Path, tmp_path: Path) -> None:
 )
 def test_bad_arguments_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        prepare.parse_args(["vg", "raw", "out", *words])
+        prepare.parse_args(["vg", "raw", "--out", "out", *words])
     assert words[0] in capsys.readouterr().err
 
 
@@ -359,12 +360,21 @@ def test_the_table(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(visual_genome, "FAST", True)
     write(Path("test.txt"), "55\n1000092795\n")
     write(Path("train.txt"), "1\n")
     write(Path("saiapr.json"), [{"image": "saiapr_tc-12/00/images/25.jpg", "split": "test"}])
     files = ["--exclude-eval", "test.txt", "train.txt", "saiapr.json"]
-    run("raw", "out", *files, "--margin", "0.6")
+    run(Path("raw"), Path("out"), *files, "--margin", "0.6")
     assert capsys.readouterr().out == TABLE
+
+
+def test_a_slow_parser_is_told(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(visual_genome, "FAST", False)
+    run(raw, tmp_path / "out")
+    assert capsys.readouterr().out.startswith("ijson is without its C parser here")
 
 
 def test_large_numbers_in_the_table() -> None:

@@ -86,4 +86,5 @@ def _read_ids(path: Path) -> EvaluationImages:
 
 
 def is_train(split: str) -> bool:
-    return "train" in split
+    """Whether a split's or a file's name speaks of training alone: a doubtful one counts as evaluation."""
+    return "train" in split and "val" not in split and "test" not in split

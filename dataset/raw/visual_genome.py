@@ -54,7 +54,7 @@ def prepare(
             where = ", ".join(map(str, raw))
             raise DataError(f"{where}: neither {kind}.json nor {kind}.json.zip is there; download it, or see --only")
     if not FAST:
-        log("ijson is without its C parser here, which reads these files 25 times as fast: pip install --upgrade ijson")
+        log("ijson is without its C parser here, which is some 20 times as fast: pip install --upgrade ijson")
     evaluation = [read_evaluation_images(path) for path in exclude]
     images = read_images(sources["image_data"], evaluation, image_root)
     try:
