@@ -1,13 +1,15 @@
 """Makes the JSON files that training and evaluation read.
 
     python prepare.py scenes data/scenes
-    python prepare.py flickr flickr30k_entities --out data/flickr30k
+    python prepare.py vg downloads/vg --out data
+    python prepare.py flickr downloads/flickr30k_entities --out data/flickr30k
     python prepare.py refer data/refer --dataset refcoco+ --out data/refcoco+
     python prepare.py detections mattnet_dets.json --out data/refcoco+/dets.json
 
 `scenes` draws the embedded data set: synthetic scenes in the real formats, for trying everything without a download.
-`flickr` converts Flickr30k Entities' annotations. `refer` makes the lists of expressions of one of REFER's data sets,
-`detections` groups what MAttNet detected in its images. docs/data.md says where to get the files.
+`vg` turns Visual Genome's files into the three that training reads. `flickr` converts Flickr30k Entities' annotations.
+`refer` makes the lists of expressions of one of REFER's data sets, `detections` groups what MAttNet detected in its
+images. docs/data.md says where to get the files.
 """
 
 import argparse
@@ -21,9 +23,14 @@ from tqdm import tqdm
 
 import utils
 from dataset import scenes_files
-from dataset.raw import flickr_entities
+from dataset.raw import flickr_entities, vg_report, visual_genome
 from dataset.raw import refer as raw_refer
+from dataset.raw.vg_rules import GROUPINGS, OUTPUTS, POSITIONS, Rules
 from dataset.refer import SPLITS
+
+ABOUT_VG = """Write vg_descriptions.json, vg_attributes.json and vg_attributes_spatial.json from Visual Genome. The
+defaults keep all that training can use; a table at the end tells what each rule dropped. docs/data.md explains
+the rules."""
 
 
 def prepare_scenes(args: argparse.Namespace) -> None:
@@ -45,6 +52,16 @@ def prepare_scenes(args: argparse.Namespace) -> None:
     counts = (scenes_files.read_manifest(args.out) or {})["counts"]
     listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
     print(f"wrote {total} images and their annotations ({listed}) to {args.out}")
+
+
+def prepare_vg(args: argparse.Namespace) -> None:
+    """Write AMC's training files from Visual Genome, and say how many entries each rule dropped."""
+    if args.min_area > args.max_area or args.min_words > (args.max_words or math.inf):
+        sys.exit("error: --min-area must not exceed --max-area, nor --min-words --max-words")
+    rules = Rules(**{name: getattr(args, name) for name in Rules._fields})
+    report = visual_genome.prepare(args.raw, args.out, rules, args.only, args.exclude_eval, args.image_root)
+    print(vg_report.describe(report))
+    print("\nwrote " + ", ".join(str(args.out / OUTPUTS[name]) for name in report.drafts))
 
 
 def prepare_flickr(args: argparse.Namespace) -> None:
@@ -91,6 +108,91 @@ def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
     return parse
 
 
+def fraction(word: str) -> float:
+    """An argparse type: a number from 0 to 1."""
+    value = float(word)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 1, not {value}")
+    return value
+
+
+def spatial_form(word: str) -> str:
+    """An argparse type: a text that holds {position} and {phrase}."""
+    if "{position}" not in word or "{phrase}" not in word:
+        raise argparse.ArgumentTypeError(f"must hold {{position}} and {{phrase}}, not {word!r}")
+    return word
+
+
+def add_vg(command: argparse.ArgumentParser) -> None:
+    """The arguments of `vg`. Defaults are those of `Rules`, which keep all that training can use."""
+    rules = Rules()
+    count = integer(1)
+    add = command.add_argument
+    add(
+        "raw", type=Path, nargs="+", help="folders or files: image_data, region_descriptions, attributes, .json or .zip"
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help=f"folder to write {', '.join(OUTPUTS.values())} to")
+    add("--only", nargs="+", choices=OUTPUTS, default=list(OUTPUTS), help="the files to make (default: all three)")
+    add(
+        "--exclude-eval",
+        type=Path,
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="leave out the images of these files' val and test splits: refs(SPLIT).p, JSON of expressions, "
+        "Flickr30k's ids (.txt)",
+    )
+    add(
+        "--image-root",
+        type=Path,
+        metavar="DIR",
+        help="leave out images that are not on disk in DIR (default: do not look)",
+    )
+    add(
+        "--group",
+        choices=GROUPINGS,
+        default=rules.group,
+        help="make one entry of an image's phrases that are equal once cleaned as in training, or equal but for white "
+        "space, or of none (default: %(default)s)",
+    )
+    add(
+        "--min-area",
+        type=fraction,
+        default=rules.min_area,
+        help="of a box, as a part of its image (default: %(default)s)",
+    )
+    add(
+        "--max-area",
+        type=fraction,
+        default=rules.max_area,
+        help="of a box, as a part of its image (default: %(default)s)",
+    )
+    add(
+        "--max-boxes",
+        type=count,
+        default=rules.max_boxes,
+        metavar="N",
+        help="leave out entries of more (default: no limit)",
+    )
+    add("--min-words", type=count, default=rules.min_words, metavar="N", help="of a caption (default: %(default)s)")
+    add("--max-words", type=count, default=rules.max_words, metavar="N", help="of a caption (default: no limit)")
+    add("--positions", nargs="+", choices=POSITIONS, default=rules.positions, help="to name (default: all five)")
+    add(
+        "--margin",
+        type=fraction,
+        default=rules.margin,
+        help="how far a position's object must be from the others of its name, centre to centre, as a part of the "
+        "image's width or height (default: %(default)s)",
+    )
+    add(
+        "--spatial-form",
+        type=spatial_form,
+        default=rules.spatial_form,
+        help="caption of a position and a phrase (default: '%(default)s')",
+    )
+    command.set_defaults(run=prepare_vg)
+
+
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -110,6 +212,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("--size", type=side, default=96, help="mean side of an image in pixels (default: 96)")
     command.add_argument("--force", action="store_true", help="write anew what is there already")
     command.set_defaults(run=prepare_scenes)
+
+    add_vg(commands.add_parser("vg", help="Visual Genome to the training files", description=ABOUT_VG))
 
     command = commands.add_parser(
         "flickr",

@@ -1,0 +1,90 @@
+"""Which images the val and test splits of the benchmarks hold, so that training can leave them out.
+
+COCO's image ids (RefCOCO, RefCOCO+, RefCOCOg) and Flickr's photo ids (Flickr30k) are in Visual Genome's image_data.
+RefCLEF's images are of another collection (SAIAPR TC-12), whose ids Visual Genome does not know: they are counted only.
+"""
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from dataset.expressions import EntryProblem, require
+from dataset.flickr import load_ids
+from dataset.reading import DataError, load_json
+from dataset.refer import load_refs
+
+COCO_NAME = re.compile(r"COCO_[a-z]+\d{4}_(\d{12})")  # how names of COCO's files begin
+
+
+class EvaluationImages(NamedTuple):
+    """The images of a file's val and test splits: by COCO's id, by Flickr's id, and how many have neither."""
+
+    path: Path
+    coco: frozenset[int] = frozenset()
+    flickr: frozenset[int] = frozenset()
+    unknown: int = 0
+
+    def __len__(self) -> int:
+        return len(self.coco) + len(self.flickr) + self.unknown
+
+    def holds(self, coco_id: int | None, flickr_id: int | None) -> bool:
+        return coco_id in self.coco or flickr_id in self.flickr
+
+
+def read_evaluation_images(path: Path) -> EvaluationImages:
+    """Read REFER's refs(SPLIT).p, a JSON list of {"image", "split"?}, or Flickr30k's image ids, one a line (.txt).
+
+    Every split but train counts, by the ref's or the entry's own `split`; where entries have none, and for .txt, by the
+    name of the file.
+
+    Raises:
+        DataError: the file is missing, or is none of these.
+    """
+    readers = {".p": _read_refs, ".json": _read_json, ".txt": _read_ids}
+    if path.suffix not in readers:
+        raise DataError(f"{path}: expected REFER's refs(SPLIT).p, a JSON list of expressions or a .txt of Flickr ids")
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; --exclude-eval takes the files of the splits to leave out")
+    return readers[path.suffix](path)
+
+
+def _read_refs(path: Path) -> EvaluationImages:
+    refs = load_refs(path)
+    ids = frozenset(ref["image_id"] for ref in refs if not is_train(ref["split"]))
+    # The number in a file_name is unreliable; that it is COCO's is not.
+    if any(COCO_NAME.match(str(ref.get("file_name"))) for ref in refs):
+        return EvaluationImages(path, coco=ids)
+    return EvaluationImages(path, unknown=len(ids))
+
+
+def _read_json(path: Path) -> EvaluationImages:
+    images = set()
+    for index, row in enumerate(load_json(path, list)):
+        try:
+            image = require(row, "image", str)
+            split = require(row, "split", str) if "split" in row else path.stem
+        except EntryProblem as problem:
+            raise DataError(f"{path}: entry {index}: {problem.kind} {problem.detail}".strip()) from None
+        if not is_train(split):
+            images.add(image)
+    return _by_name(path, images)
+
+
+def _by_name(path: Path, images: Iterable[str]) -> EvaluationImages:
+    matches = [COCO_NAME.match(image.rpartition("/")[2]) for image in images]
+    coco = frozenset(int(match[1]) for match in matches if match)
+    return EvaluationImages(path, coco=coco, unknown=matches.count(None))
+
+
+def _read_ids(path: Path) -> EvaluationImages:
+    ids = load_ids(str(path))
+    for image_id in ids:
+        if not image_id.isdecimal():
+            raise DataError(f"{path}: {image_id!r} is no id of a Flickr photo; the file must list ids, one a line")
+    return EvaluationImages(path, flickr=frozenset() if is_train(path.stem) else frozenset(map(int, ids)))
+
+
+def is_train(split: str) -> bool:
+    """Whether a split's or a file's name speaks of training alone: a doubtful one counts as evaluation."""
+    return "train" in split and "val" not in split and "test" not in split

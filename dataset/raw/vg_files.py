@@ -1,0 +1,164 @@
+"""Visual Genome's files, unpacked or in the owners' .zip, read as a stream: one entry is in memory at a time."""
+
+import json
+import re
+import tempfile
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ijson
+from tqdm import tqdm
+
+from dataset.reading import DataError
+
+KINDS = ("image_data", "region_descriptions", "attributes", "objects")
+NAME = re.compile(rf"({'|'.join(KINDS)})(?:_v\d[\d_.]*)?(\.json|\.json\.zip|\.zip)")  # objects_v1_2.json.zip, say
+BROKEN = (OSError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError)  # what zipfile raises
+
+FAST = ijson.backend != "python"
+
+
+class Source(NamedTuple):
+    """A JSON file, or the member of that name of a .zip file."""
+
+    path: Path
+    member: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.path} ({self.member})" if self.member else str(self.path)
+
+
+def find_sources(raw: Sequence[Path]) -> dict[str, Source]:
+    """The owners' files of each kind of `KINDS` that folders and files hold; of a file and its .zip, the file.
+
+    Raises:
+        DataError: a path does not exist or is none of them, or there are several of a kind.
+    """
+    found: dict[str, list[Source]] = {}
+    for path in raw:
+        if not path.exists():
+            raise DataError(f"{path}: does not exist; give a folder with Visual Genome's files, or the files")
+        files = [file for file in sorted(path.iterdir()) if NAME.fullmatch(file.name)] if path.is_dir() else [path]
+        names = {file.name for file in files}
+        for file in files:
+            if file.suffix == ".zip" and not names.isdisjoint((file.stem, f"{file.stem}.json")):
+                continue
+            for kind, source in _contents(file):
+                found.setdefault(kind, []).append(source)
+    for kind, sources in found.items():
+        if len(sources) > 1:
+            raise DataError(f"{sources[0]} and {sources[1]} are both {kind}; give the one to use by its name")
+    return {kind: sources[0] for kind, sources in found.items()}
+
+
+def _contents(file: Path) -> list[tuple[str, Source]]:
+    """What a file holds, by kind."""
+    if file.suffix == ".zip":
+        with _readable(file), zipfile.ZipFile(file) as archive:
+            members = [name for name in archive.namelist() if not name.startswith("__MACOSX/")]
+        sources = {name: Source(file, name) for name in members}
+    else:
+        sources = {file.name: Source(file)}
+    named = ((NAME.fullmatch(name.rpartition("/")[2]), source) for name, source in sources.items())
+    found = [(match[1], source) for match, source in named if match and match[2] == ".json"]
+    if not found:
+        raise DataError(f"{file}: none of Visual Genome's files ({', '.join(f'{kind}.json' for kind in KINDS)})")
+    return found
+
+
+def read_entries(source: Source) -> Iterator[Any]:
+    """The items of the list that a file holds, one after the other; shows progress on a terminal.
+
+    Raises:
+        DataError: the file cannot be read or unpacked, or holds something else.
+    """
+    with _readable(source), _opened(source) as (file, size):
+        start = file.peek(8).lstrip()
+        if start and not start.startswith(b"["):
+            raise DataError(f"{source}: expected a JSON list; is this Visual Genome's file, and complete?")
+        with tqdm.wrapattr(file, "read", total=size, desc=source.path.name, disable=None) as stream:
+            # use_float: numbers come as int and float, not as Decimal.
+            yield from ijson.items(stream, "item", use_float=True)
+
+
+@contextmanager
+def _opened(source: Source) -> Iterator[tuple[Any, int]]:
+    """The JSON text of a source, as a buffered binary file, and its size in bytes."""
+    if source.member is None:
+        with open(source.path, "rb") as file:
+            yield file, source.path.stat().st_size
+    else:
+        with zipfile.ZipFile(source.path) as archive, archive.open(source.member) as file:
+            yield file, archive.getinfo(source.member).file_size
+
+
+@contextmanager
+def _readable(source: Source | Path) -> Iterator[None]:
+    try:
+        yield
+    except (ijson.JSONError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())[:80]
+        raise DataError(f"{source}: not valid JSON ({reason}); is the download complete?") from error
+    except BROKEN as error:
+        raise DataError(f"{source}: cannot be read ({error}); is the download complete?") from error
+
+
+class Spool:
+    """Texts by image id in a temporary file, which has no name: added in any order, read back in any order."""
+
+    def __init__(self, folder: Path) -> None:
+        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by its owner
+        self.places: dict[int, tuple[int, int]] = {}
+        self.end = 0
+
+    def __enter__(self) -> "Spool":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def add(self, image_id: int, text: str) -> None:
+        data = text.encode()
+        self.file.seek(self.end)
+        self.file.write(data)
+        self.places[image_id] = (self.end, len(data))
+        self.end += len(data)
+
+    def get(self, image_id: int) -> str:
+        """The text of an image; empty where none was added."""
+        start, length = self.places.get(image_id, (0, 0))
+        self.file.seek(start)
+        return self.file.read(length).decode()
+
+
+class Draft:
+    """An output in the making: entries {"image", "caption", "bbox"} of one image after the other, and their counts.
+
+    `dropped` counts candidates, a phrase with its box, by the rule that dropped them.
+    """
+
+    def __init__(self, spool: Spool) -> None:
+        self.spool = spool
+        self.images = self.entries = self.boxes = 0
+        self.dropped: Counter[str] = Counter()
+
+    def add(self, image_id: int, entries: list[dict[str, Any]]) -> None:
+        if entries:
+            self.spool.add(image_id, ",\n".join(map(json.dumps, entries)))
+            self.images += 1
+            self.entries += len(entries)
+            self.boxes += sum(len(entry["bbox"]) for entry in entries)
+
+    def write(self, path: Path) -> None:
+        """Write a JSON list, an entry a line, in the order of image ids."""
+        with open(path, "w", encoding="utf-8", newline="\n") as file:
+            file.write("[")
+            for index, image_id in enumerate(sorted(self.spool.places)):
+                file.write(",\n" if index else "\n")
+                file.write(self.spool.get(image_id))
+            file.write("\n]\n")

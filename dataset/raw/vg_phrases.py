@@ -1,0 +1,155 @@
+"""From one image's annotations in Visual Genome to its entries {"image", "caption", "bbox"}: pure functions.
+
+Every candidate, a phrase with its box, ends as a box of an entry or in `counts`, under the rule that dropped it.
+"""
+
+import itertools
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from dataset.raw.vg_fields import Box, Image, Region, Thing, clean, one_line
+from dataset.raw.vg_rules import POSITIONS, Rules
+
+Phrase = tuple[str, Box | None]
+
+EMPTY_BOX = "box empty or outside the image"
+OTHER_IMAGE = "region of another image"
+NO_TEXT = "no text"
+FEW_WORDS = "fewer words than --min-words"
+MANY_WORDS = "more words than --max-words"
+SMALL_BOX = "box smaller than --min-area"
+LARGE_BOX = "box larger than --max-area"
+REPEATED = "the same phrase and box again"
+MANY_BOXES = "more boxes than --max-boxes"
+NO_NAME = "object without a name"
+NO_ATTRIBUTE = "object without an attribute"
+SAYS_WHERE = "phrase names a position already"
+ALONE = "the only object of its name"
+NO_POSITION = "no position tells it apart"
+DROPPED = (
+    *(OTHER_IMAGE, NO_NAME, NO_ATTRIBUTE, EMPTY_BOX, SAYS_WHERE, ALONE, NO_POSITION),
+    *(NO_TEXT, FEW_WORDS, MANY_WORDS, SMALL_BOX, LARGE_BOX, REPEATED, MANY_BOXES),
+)
+
+
+def describe_regions(
+    regions: list[Region], image_id: int, image: Image, rules: Rules, counts: Counter[str]
+) -> list[dict[str, Any]]:
+    """Entries of region descriptions."""
+    own = [region for region in regions if region.image_id in (None, image_id)]
+    counts[OTHER_IMAGE] += len(regions) - len(own)
+    return group_phrases(((region.phrase, region.box) for region in own), image, rules, counts)
+
+
+def describe_attributes(things: list[Thing], image: Image, rules: Rules, counts: Counter[str]) -> list[dict[str, Any]]:
+    """Entries of "attribute name", each with the boxes of all objects that share both."""
+    phrases = ((text, thing.box) for thing, _, text in attribute_phrases(things, counts))
+    return group_phrases(phrases, image, rules, counts)
+
+
+def describe_positions(
+    things: list[Thing], others: list[Thing], image: Image, rules: Rules, counts: Counter[str]
+) -> list[dict[str, Any]]:
+    """Entries of "position attribute name", for objects whose position tells them from all others of their name.
+
+    Args:
+        others: objects of objects.json, which count as others of their name; those that `things` holds are skipped.
+    """
+    known = {thing.object_id for thing in things} - {None}
+    by_name: dict[str, dict[Box, None]] = {}  # distinct boxes: an object annotated twice is one
+    for thing in (*things, *(other for other in others if other.object_id not in known)):
+        if thing.box is not None:
+            for name in thing.names:
+                by_name.setdefault(clean(name), {})[thing.box] = None
+    places = {name: positions_of(list(boxes), image, rules) for name, boxes in by_name.items() if len(boxes) > 1}
+    phrases: list[Phrase] = []
+    for thing, name, text in attribute_phrases(things, counts):
+        key = clean(name)
+        if thing.box is None:
+            counts[EMPTY_BOX] += 1
+        elif not set(POSITIONS).isdisjoint(clean(text).split()):
+            counts[SAYS_WHERE] += 1
+        elif key not in places:
+            counts[ALONE] += 1
+        elif thing.box not in places[key]:
+            counts[NO_POSITION] += 1
+        else:
+            for position in places[key][thing.box]:
+                caption = rules.spatial_form.replace("{phrase}", text).replace("{position}", position)
+                phrases.append((caption, thing.box))
+    return group_phrases(phrases, image, rules, counts)
+
+
+def attribute_phrases(things: Iterable[Thing], counts: Counter[str]) -> Iterator[tuple[Thing, str, str]]:
+    """Every (object, name, "attribute name")."""
+    for thing in things:
+        if not thing.names:
+            counts[NO_NAME] += 1
+        elif not thing.attributes:
+            counts[NO_ATTRIBUTE] += 1
+        for attribute, name in itertools.product(thing.attributes, thing.names):
+            yield thing, name, f"{attribute} {name}"
+
+
+def positions_of(boxes: Sequence[Box], image: Image, rules: Rules) -> dict[Box, list[str]]:
+    """The positions, in the order of `POSITIONS`, that each box alone has among these distinct boxes, two or more.
+
+    Left: its centre is at least the margin left of all others; right, top and bottom alike. Middle: at least the margin
+    away on either side of its centre (left and right, or above and below) there is another, and of no other's.
+    """
+    found: dict[str, Box] = {}
+    between: set[Box] = set()
+    for axis, side, low, high in ((0, image.width, "left", "right"), (1, image.height, "top", "bottom")):
+        centres = {box: box[axis] + box[axis + 2] for box in boxes}  # doubled, which keeps them integers
+        gap = max(2 * rules.margin * side, 1)
+        first, *_, last = order = sorted(boxes, key=lambda box: centres[box])
+        if centres[order[1]] - centres[first] >= gap:
+            found[low] = first
+        if centres[last] - centres[order[-2]] >= gap:
+            found[high] = last
+        between |= {box for box in boxes if centres[first] + gap <= centres[box] <= centres[last] - gap}
+    if len(between) == 1:
+        (found["middle"],) = between
+    positions: dict[Box, list[str]] = {}
+    for position in POSITIONS:
+        if position in found and position in rules.positions:
+            positions.setdefault(found[position], []).append(position)
+    return positions
+
+
+def group_phrases(phrases: Iterable[Phrase], image: Image, rules: Rules, counts: Counter[str]) -> list[dict[str, Any]]:
+    """Entries of an image's phrases, in the order of their first phrase, whose spelling is the caption."""
+    grouped: dict[str | int, tuple[str, dict[Box, None]]] = {}
+    for text, box in phrases:
+        cleaned = clean(text)
+        if box is None or (objection := _objection(cleaned, box, image, rules)):
+            counts[EMPTY_BOX if box is None else objection] += 1
+            continue
+        keys: dict[str, str | int] = {"cleaned": cleaned, "exact": one_line(text), "none": len(grouped)}
+        _, boxes = grouped.setdefault(keys[rules.group], (one_line(text), {}))
+        counts[REPEATED] += box in boxes
+        boxes[box] = None
+    rows = []
+    for caption, found in grouped.values():
+        if rules.max_boxes is not None and len(found) > rules.max_boxes:
+            counts[MANY_BOXES] += len(found)
+        else:
+            rows.append({"image": image.name, "caption": caption, "bbox": [list(box) for box in found]})
+    return rows
+
+
+def _objection(cleaned: str, box: Box, image: Image, rules: Rules) -> str:
+    """The rule that drops a phrase with its box; empty if none does."""
+    words = len(cleaned.split())
+    if words == 0:
+        return NO_TEXT
+    if words < rules.min_words:
+        return FEW_WORDS
+    if rules.max_words is not None and words > rules.max_words:
+        return MANY_WORDS
+    x1, y1, x2, y2 = box
+    area, whole = (x2 - x1) * (y2 - y1), image.width * image.height
+    if area < rules.min_area * whole:
+        return SMALL_BOX
+    return LARGE_BOX if area > rules.max_area * whole else ""
