@@ -38,7 +38,7 @@ from models.checkpoint import (
     read_checkpoint,
     save_checkpoint,
 )
-from models.onednn import fast_linears
+from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from optim import create_optimizer
 from scheduler import create_scheduler, epoch_time, iteration_time
@@ -115,6 +115,7 @@ class Run:
         resumed = initialise(self.model, config, args)
         self.model.checkpoint_activations(args.grad_checkpointing)
         self.model.to(device)
+        use_onednn(self.model)
         self.optimizer = create_optimizer(config.optimizer, self.model)
         self.schedule = create_scheduler(config.schedular, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -190,7 +191,7 @@ class Run:
         parallel = self.parallel
         alone = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
         precision = PRECISIONS[self.args.precision]
-        with alone, fast_linears(self.device):
+        with alone:
             with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
                 losses = parallel(batch, alpha, update_teacher=micro == 0)
             total = sum(weight * losses[name] for name, weight in self.model.loss_weights.items())

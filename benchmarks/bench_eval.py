@@ -124,8 +124,9 @@ def compare(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
     cases = make_cases(args.images, texts, DISTINCT.get(name, texts), image_res)
     count = sum(len(case.texts) for case in cases)
     precisions = {"ours, fp32": torch.float32, "ours, bf16 image encoder": torch.bfloat16}
+    fast = published.with_onednn(model)
     explainers = {
-        label: Explainer(model, tokenizer, torch.device("cpu"), "itm", layer, precision)
+        label: Explainer(fast, tokenizer, torch.device("cpu"), "itm", layer, precision)
         for label, precision in precisions.items()
     }
     for explainer in explainers.values():
@@ -155,6 +156,7 @@ def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
     image_res, layer = sizes(name, args)
     texts = MIXES[name][1]
     cases = make_cases(args.rounds + 1, texts, DISTINCT.get(name, texts), image_res)
+    model = published.with_onednn(model)
     clock, encoder = Clock(), model.text_encoder
     for case in cases:
         tokens = tokenizer(list(dict.fromkeys(case.texts)))
@@ -189,6 +191,7 @@ def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
 def sweep(model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Cost per expression against expressions per image; prints a table."""
     image_res, layer = sizes("refcoco", args)
+    model = published.with_onednn(model)
     explainer = Explainer(model, tokenizer, torch.device("cpu"), "itm", layer)
     print(f"\nBy expressions per image, {image_res} px\n")
     print("| expressions per image | s per expression | image encoder's share |\n|---|---:|---:|")

@@ -63,6 +63,7 @@ def main() -> None:
     config = load_config(CONFIGS / ("scenes" if args.quick else "") / "Pretrain.yaml", PretrainConfig)
     config = config.model_copy(update={"negative_sharpness": 1.0})
     model = build_model(config)
+    fast = published.with_onednn(model)
     batch = make_batch(args.batch, args.tokens, config, model.text_encoder.config.vocab_size)
     plain = torch.optim.AdamW(parameter_groups(model, 0.0), lr=1e-30, foreach=False, fused=False)
     ours = create_optimizer(OptimizerConfig(opt="adamW", lr=1e-30, weight_decay=0.0), model)
@@ -95,10 +96,9 @@ def main() -> None:
                     found[label] = step(lambda: published.training_losses(model, batch, ALPHA), plain)
                 plain.state.clear()  # one set of moments at a time
                 continue
-            model.checkpoint_activations(checkpointing)
+            fast.checkpoint_activations(checkpointing)
             with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-                found[label] = step(lambda: model(batch, ALPHA), ours)
-            model.checkpoint_activations(False)
+                found[label] = step(lambda: fast(batch, ALPHA), ours)
             ours.state.clear()
 
     print(describe_machine())

@@ -5,9 +5,10 @@ layers' keys and values anew, attention is written out as probabilities, and a m
 weight of the model.
 """
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,8 +17,18 @@ from torch import Tensor
 
 from models import amc, losses
 from models.albef import ALBEF
+from models.onednn import use_onednn
 from models.pretrain import STUDENT_AND_TEACHER, Batch, PretrainModel
 from models.xbert import TextEncoder
+
+Model = TypeVar("Model", bound=ALBEF)
+
+
+def with_onednn(model: Model) -> Model:
+    """The same model, its parameters shared, as the programs here run it on the CPU; `model` stays as it is."""
+    own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    use_onednn(own)
+    return own
 
 
 @contextmanager

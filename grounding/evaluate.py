@@ -20,6 +20,7 @@ from grounding.predict import Explainer, ImageData, ask, distinct, load_images
 from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
 from models.checkpoint import load_weights, read_checkpoint
+from models.onednn import use_onednn
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Line = dict[str, float | None]
@@ -164,6 +165,7 @@ class Evaluation:
             raise EvaluationError(f"--block_num {self.block}: the {what} are {known.start} to {known.stop - 1}")
         utils.log(str(load_weights(model, read_checkpoint(path)["model"], path)))
         model.requires_grad_(False).eval().to(self.device)
+        use_onednn(model)
         return Explainer(model, self.tokenizer, self.device, mode, self.block, PRECISIONS[self.args.precision])
 
     def predict(self, explainer: Explainer) -> tuple[list[Row], list[int]]:

@@ -54,21 +54,23 @@ class Explainer(NamedTuple):
             float32 (len(texts), h, w) on the CPU, at least 0, each up to a positive factor.
         """
         images = images.to(self.device, non_blocking=True)
-        maps = []
-        if self.mode == "itm":
-            keys_values = self._keys_values(images)
-            for chosen, ids, mask in self._chunks(index, texts):
-                cam, _ = self.model.match_gradcam(keys_values, ids, mask, self.block, chosen)
-                maps.append(cam.cpu())
-        else:
-            with self._reduced_precision():
-                tokens = self.model.visual_encoder.tokens_before(images, self.block)
-            tokens = tokens.float()
-            ids, mask = (tensor.to(self.device) for tensor in self.tokenizer(texts))
-            chosen = torch.tensor(index, device=self.device)
-            cam, _ = self.model.contrast_gradcam(tokens, ids, mask, self.block, chosen)
+        explain = self._match_maps if self.mode == "itm" else self._contrast_maps
+        return explain(images, index, texts)
+
+    def _match_maps(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
+        keys_values, maps = self._keys_values(images), []
+        for chosen, ids, mask in self._chunks(index, texts):
+            cam, _ = self.model.match_gradcam(keys_values, ids, mask, self.block, chosen)
             maps.append(cam.cpu())
         return torch.cat(maps)
+
+    def _contrast_maps(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
+        with self._reduced_precision():
+            tokens = self.model.visual_encoder.tokens_before(images, self.block)
+        ids, mask = (tensor.to(self.device) for tensor in self.tokenizer(texts))
+        chosen = torch.tensor(index, device=self.device)
+        cam, _ = self.model.contrast_gradcam(tokens.float(), ids, mask, self.block, chosen)
+        return cam.cpu()
 
     @torch.no_grad()
     def match_probabilities(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
@@ -76,8 +78,7 @@ class Explainer(NamedTuple):
 
         Arguments as in `maps`.
         """
-        keys_values = self._keys_values(images.to(self.device))
-        found = []
+        keys_values, found = self._keys_values(images.to(self.device)), []
         for chosen, ids, mask in self._chunks(index, texts):
             tokens = self.model.encode_text(ids, mask)
             fused = self.model.text_encoder.fuse(tokens, mask, keys_values, chosen, cls_only=True)

@@ -1,50 +1,38 @@
 """Linear layers in float32 on the CPU through oneDNN.
 
-PyTorch multiplies float32 matrices on the CPU by MKL, which uses AVX2 alone on processors that are not Intel's. oneDNN,
+PyTorch multiplies float32 matrices on the CPU by MKL, which keeps to AVX2 on processors that are not Intel's. oneDNN,
 which PyTorch carries for convolutions and bfloat16, uses AVX-512 there too: docs/performance.md has the ratio.
 """
 
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
-from torch.overrides import TorchFunctionMode
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 
-def fast_linears(device: torch.device) -> AbstractContextManager[Any]:
-    """What to run a model on `device` in: `OneDNNLinears` on the CPU, nothing special elsewhere."""
-    return OneDNNLinears() if device.type == "cpu" else nullcontext()
+def use_onednn(model: nn.Module) -> None:
+    """Let every linear layer of `model` run through oneDNN wherever it is float32 on the CPU.
 
-
-class OneDNNLinears(TorchFunctionMode):
-    """While it is entered, `F.linear` of float32 tensors on the CPU runs through oneDNN; all else is left alone.
-
-    Enter it around the backward pass as well: activation checkpointing computes forward passes there. Results differ
-    from MKL's by rounding. Gradients of any order exist. Where PyTorch has no oneDNN, nothing changes.
+    Parameters stay as they are. Results differ from MKL's by rounding; gradients of any order exist. Where PyTorch has
+    no oneDNN, nothing changes.
     """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.available = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-
-    def __torch_function__(
-        self, function: Callable, types: Iterable[type], args: tuple = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if function is torch.nn.functional.linear and self.available:
-            return _linear(*args, **kwargs)
-        return function(*args, **kwargs)
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        for module in model.modules():
+            if type(module) is nn.Linear:
+                module.__class__ = OneDNNLinear
 
 
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if input.device.type == "cpu" and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
-        return _Linear.apply(input, weight, bias)
-    return torch.nn.functional.linear(input, weight, bias)
+class OneDNNLinear(nn.Linear):
+    """`nn.Linear` that multiplies by oneDNN what is float32 on the CPU and not autocast to something else."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if input.device.type == "cpu" and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+            return _Product.apply(input, self.weight, self.bias)
+        return F.linear(input, self.weight, self.bias)
 
 
-class _Linear(torch.autograd.Function):
+class _Product(torch.autograd.Function):
     """input (..., K), weight (N, K), bias (N,) or None -> (..., N)."""
 
     @staticmethod
@@ -56,6 +44,6 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         input, weight = ctx.saved_tensors
         rows = gradient.flatten(0, -2)
-        to_input = _Linear.apply(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
-        to_weight = _Linear.apply(rows.t(), input.flatten(0, -2).t(), None) if ctx.needs_input_grad[1] else None
+        to_input = _Product.apply(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
+        to_weight = _Product.apply(rows.t(), input.flatten(0, -2).t(), None) if ctx.needs_input_grad[1] else None
         return to_input, to_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None
