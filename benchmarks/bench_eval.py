@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -151,8 +152,8 @@ def compare(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
         print(f"| {label} | {each:.3f} | {ratio:.1f} | {clock.memory[label]:.1f} | {points} | {boxes} |")
 
 
-def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Each part of ours, one image at a time; prints a table of medians."""
+def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:
+    """Each part of ours, one image at a time; prints a table of medians, and returns them in seconds."""
     image_res, layer = sizes(name, args)
     texts = MIXES[name][1]
     cases = make_cases(args.rounds + 1, texts, DISTINCT.get(name, texts), image_res)
@@ -186,26 +187,49 @@ def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
     print("| part | ms per image | share |\n|---|---:|---:|")
     for label, value in medians.items():
         print(f"| {label} | {1000 * value:.1f} | {'-' if label == 'loading' else f'{100 * value / total:.1f}%'} |")
+    return medians
 
 
-def sweep(model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Cost per expression against expressions per image; prints a table."""
+def sweep(config: GroundingConfig, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Cost per expression against expressions per image, for image encoders of several sizes; prints a table."""
     image_res, layer = sizes("refcoco", args)
-    model = published.with_onednn(model)
-    explainer = Explainer(model, tokenizer, torch.device("cpu"), "itm", layer)
-    print(f"\nBy expressions per image, {image_res} px\n")
-    print("| expressions per image | s per expression | image encoder's share |\n|---|---:|---:|")
-    for texts in (1, 2, 4, 8, 16):
-        cases = make_cases(2, texts, texts, image_res)
-        clock = Clock()
-        for _ in range(args.rounds):
-            with clock.measure("all"):
-                run_ours(explainer, cases, args.batch)
-            with clock.measure("image encoder"), torch.no_grad():
-                for case in cases:
-                    model.encode_image(case.pixels[None])
-        share = clock.median("image encoder") / clock.median("all")
-        print(f"| {texts} | {clock.median('all') / (2 * texts):.3f} | {100 * share:.0f}% |")
+    counts = (1, 2, 4, 8, 16)
+    print(
+        f"\nBy expressions per image and size of the image encoder, {image_res} px: s per expression, and its share\n"
+    )
+    print("| image encoder | " + " | ".join(map(str, counts)) + " |\n|---|" + "---:|" * len(counts))
+    for name, depth in {"half the layers": config.vision_depth // 2, "all layers": config.vision_depth}.items():
+        model = published.with_onednn(build_albef(config.model_copy(update={"vision_depth": depth})).eval())
+        explainer = Explainer(model.requires_grad_(False), tokenizer, torch.device("cpu"), "itm", layer)
+        cells = []
+        for texts in counts:
+            cases, clock = make_cases(2, texts, texts, image_res), Clock()
+            run_ours(explainer, cases, args.batch)
+            for _ in range(args.rounds):
+                with clock.measure("all"):
+                    run_ours(explainer, cases, args.batch)
+                with clock.measure("image encoder"), torch.no_grad():
+                    for case in cases:
+                        model.encode_image(case.pixels[None])
+            share = clock.median("image encoder") / clock.median("all")
+            cells.append(f"{clock.median('all') / (2 * texts):.3f}, {100 * share:.0f}%")
+        print(f"| {name} ({depth}) | " + " | ".join(cells) + " |")
+
+
+def draw(parts: dict[str, dict[str, float]], path: Path) -> None:
+    """The profiles as one stacked bar a mix, milliseconds per image."""
+    axes = Figure(figsize=(8, 1 + len(parts)), layout="constrained").subplots()
+    labels = list(next(iter(parts.values())))
+    left = np.zeros(len(parts))
+    for label in labels:
+        widths = np.array([1000 * profile[label] for profile in parts.values()])
+        axes.barh(list(parts), widths, left=left, label=label)
+        left += widths
+    axes.set_xlabel("ms per image")
+    axes.legend(ncols=3, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
+    figure = axes.figure
+    assert isinstance(figure, Figure)
+    figure.savefig(path, dpi=120)
 
 
 def sizes(name: str, args: argparse.Namespace) -> tuple[int, int]:
@@ -221,18 +245,22 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4, help="images of a round of ours")
     parser.add_argument("--batch", type=int, default=1, help="images a batch")
     parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the profiles by part")
     args = parser.parse_args()
     torch.manual_seed(0)
     tokenizer = scenes_tokenizer()
     print(describe_machine())
     folder = Path(__file__).parents[1] / "configs"
+    parts: dict[str, dict[str, float]] = {}
     for name in args.mixes:
         config = load_config(folder / ("scenes" if args.quick else "") / f"Grounding_{name}.yaml", GroundingConfig)
         model = build_albef(config).eval().requires_grad_(False)
         compare(name, model, tokenizer, args)
-        profile(name, model, tokenizer, args)
+        parts[name] = profile(name, model, tokenizer, args)
         if args.sweep and name == "refcoco":
-            sweep(model, tokenizer, args)
+            sweep(config, tokenizer, args)
+    if args.plot:
+        draw(parts, args.plot)
 
 
 if __name__ == "__main__":
