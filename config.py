@@ -223,11 +223,14 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Pre
     """Read a YAML file as what it is: of training or of evaluation, whichever knows more of its keys.
 
     Raises:
-        ConfigError: as `load_config`; or the keys do not tell.
+        ConfigError: as `load_config`; or the keys do not tell, neither the file's own nor with `overrides`.
     """
     values = _read_values(path, overrides)
-    training, evaluation = (len(values.keys() & kind.model_fields.keys()) for kind in (PretrainConfig, GroundingConfig))
-    if training == evaluation:
+    for keys in (_read_values(path, None).keys(), values.keys()):
+        training, evaluation = (len(keys & kind.model_fields.keys()) for kind in (PretrainConfig, GroundingConfig))
+        if training != evaluation:
+            break
+    else:
         raise ConfigError(
             f"{path}: cannot tell whether it is of training (train_file) or of evaluation (test_file and refcoco_data, "
             "or image_ids_file, phrase_box_file and sentences_file)"

@@ -1,12 +1,15 @@
 """Makes the JSON files that training and evaluation read.
 
     python prepare.py scenes data/scenes
+    python prepare.py check configs/Pretrain.yaml configs/Grounding_*.yaml
 
 `scenes` draws the embedded data set: synthetic scenes in the real formats, for trying everything without a download.
+`check` reads every file, entry and image that configs name, and lists what cannot be used.
 """
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -35,6 +38,16 @@ def prepare_scenes(args: argparse.Namespace) -> None:
     counts = (scenes_files.read_manifest(args.out) or {})["counts"]
     listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
     print(f"wrote {total} images and their annotations ({listed}) to {args.out}")
+
+
+def check_configs(args: argparse.Namespace) -> None:
+    """Check what configs name; exit status 1 if there are errors."""
+    from dataset.raw.check import check  # imports torch: seconds that the other commands' help should not cost
+
+    report = check(args.configs, args.set, args.sample, args.workers, args.show)
+    print(report.json() if args.json else report.text())
+    if report.total("error"):
+        sys.exit(1)
 
 
 def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
@@ -70,6 +83,33 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("--size", type=side, default=96, help="mean side of an image in pixels (default: 96)")
     command.add_argument("--force", action="store_true", help="write anew what is there already")
     command.set_defaults(run=prepare_scenes)
+
+    command = commands.add_parser(
+        "check",
+        help="check everything that configs name",
+        description="Check configs of training and evaluation, and every file, entry and image that they name. "
+        "Exit status: 0 if there are no errors, else 1; warnings and notes do not count.",
+    )
+    command.add_argument("configs", nargs="+", metavar="CONFIG", help="a config of training or evaluation")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of each of the configs"
+    )
+    command.add_argument(
+        "--sample", type=integer(0), metavar="N", help="decode N images in place of all; of the others read the headers"
+    )
+    cores = os.cpu_count() or 1
+    command.add_argument(
+        "--workers", type=integer(1), default=cores, metavar="N", help="processes that read images (default: all cores)"
+    )
+    command.add_argument(
+        "--show",
+        type=integer(1),
+        default=5,
+        metavar="N",
+        help="list so many cases of each kind of problem (default: 5)",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON in place of the table, and nothing else")
+    command.set_defaults(run=check_configs)
     return parser.parse_args(argv)
 
 

@@ -233,6 +233,11 @@ def test_an_override_can_decide(tmp_path: Path) -> None:
     assert type(load_any_config(path, ["test_file=[a]"])) is GroundingConfig
 
 
+def test_an_override_does_not_change_what_a_file_is(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="unknown key 'amc'"):
+        load_any_config(write(tmp_path, {"image_root": "x", "test_file": ["a"]}), ["amc.layer=1", "max_words=3"])
+
+
 # ---- sizes
 
 
