@@ -1,13 +1,34 @@
 """`prepare.py check`: scenes as generated pass; every kind of damage to them is named by file and entry, in one run."""
 
 import json
-import pickle
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from check_damage import (
+    CAPTIONS,
+    DAMAGE,
+    FLICKR,
+    PHRASES,
+    REFCLEF,
+    REFCOCO,
+    REFCOCO_TEST,
+    SCENES,
+    Problem,
+    annotation_outside,
+    edit,
+    load,
+    missing_image,
+    other_content,
+    phrase_box_outside,
+    sentence_without_phrases,
+    training_box_outside,
+    truncated_image,
+    write_cut,
+    wrong_extension,
+)
 from PIL import Image
 
 import prepare
@@ -20,9 +41,6 @@ from dataset.raw.check_report import Report
 ROOT = Path(__file__).parent.parent
 CONFIGS = sorted(f"configs/scenes/{path.name}" for path in (ROOT / "configs" / "scenes").glob("*.yaml"))
 TRAIN, EVALUATION = 8, 4  # scenes
-S = "data/scenes"
-PHRASES, CAPTIONS = f"{S}/train_phrases.json", f"{S}/train_captions.json"
-REFCOCO, REFCLEF, FLICKR = f"{S}/refer/refcoco+", f"{S}/refer/refclef", f"{S}/flickr"
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +56,7 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def place(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder to work in, with the shipped configs and a data/scenes of its own."""
-    shutil.copytree(scenes, tmp_path / S)
+    shutil.copytree(scenes, tmp_path / SCENES)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -66,23 +84,6 @@ def check(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
     return run
 
 
-def load(path: str) -> Any:
-    return json.loads(Path(path).read_text())
-
-
-def edit(path: str, change: Callable[[Any], object]) -> None:
-    """Change a JSON file in place."""
-    content = load(path)
-    change(content)
-    Path(path).write_text(json.dumps(content))
-
-
-def named_first(file: str, image: str) -> str:
-    """The first entry of a file that names an image, as it is named in messages."""
-    index = next(i for i, row in enumerate(load(file)) if row["image"] == image)
-    return f"{file}: entry {index}"
-
-
 # ---- what is as it should be
 
 
@@ -97,12 +98,12 @@ def test_scenes_as_generated_are_fine(place: Path, check: Callable[..., Outcome]
     assert len(counts) == 27
     assert counts[CAPTIONS] == str(len(load(CAPTIONS))) == str(TRAIN)
     assert counts[PHRASES] == str(len(load(PHRASES)))
-    assert counts[f"{S}/images"] == str(TRAIN + 3 * EVALUATION)
+    assert counts[f"{SCENES}/images"] == str(TRAIN + 3 * EVALUATION)
     assert counts[f"{FLICKR}/test.txt"] == counts[f"{FLICKR}/bounding_boxes_test.json"] == str(2 * EVALUATION)
-    manifest = load(f"{S}/scenes.json")["counts"]
+    manifest = load(f"{SCENES}/scenes.json")["counts"]
     assert counts[f"{REFCLEF}/refs(unc).p"] == str(manifest["refclef"])
     assert counts[f"{FLICKR}/sentences_val.json"] == str(manifest["flickr val"])
-    assert counts[f"{S}/matching_val.json"] == str(manifest["matching_val.json"])
+    assert counts[f"{SCENES}/matching_val.json"] == str(manifest["matching_val.json"])
     assert counts[f"{REFCOCO}/refcoco+_val.json"] == str(len(load(f"{REFCOCO}/refcoco+_val.json")))
 
 
@@ -154,280 +155,7 @@ def test_shipped_configs_without_data(
     assert out.splitlines()[-1] == last
 
 
-# ---- damage: each function does some, and returns how it must be reported
-
-
-class Problem(NamedTuple):
-    level: str
-    file: str
-    kind: str  # its beginning
-    first: list[str] = []  # noqa: RUF012 - never changed
-
-
-def write_cut(path: str) -> None:
-    """Lose the second half of a file."""
-    data = Path(path).read_bytes()
-    Path(path).write_bytes(data[: len(data) // 2])
-
-
-def broken_json() -> Problem:
-    write_cut(f"{S}/matching_val.json")
-    return Problem("error", f"{S}/matching_val.json", f"{S}/matching_val.json: not valid JSON (")
-
-
-def missing_file() -> Problem:
-    Path(CAPTIONS).unlink()
-    return Problem("error", CAPTIONS, f"{CAPTIONS}: cannot be read (No such file or directory); check the path")
-
-
-def unreadable_pickle() -> Problem:
-    path = f"{REFCLEF}/refs(unc).p"
-    write_cut(path)
-    return Problem("error", path, f"{path}: not a readable pickle (")
-
-
-def missing_key() -> Problem:
-    edit(PHRASES, lambda rows: rows[0].pop("caption"))
-    return Problem("error", PHRASES, "key 'caption' is missing", [f"{PHRASES}: entry 0 (000000.jpg)"])
-
-
-def wrong_type() -> Problem:
-    file = f"{REFCOCO}/refcoco+_val.json"
-    edit(file, lambda rows: rows[0].update(ref_id="7"))
-    return Problem("error", file, "key 'ref_id' must be of type int", [f"{file}: entry 0 (found '7')"])
-
-
-def wrong_type_of_box() -> Problem:
-    edit(PHRASES, lambda rows: rows[1].update(bbox=[1, 2, 3, 4]))
-    where = f"{PHRASES}: entry 1 (000000.jpg) (found [1, 2, 3, 4])"
-    return Problem("error", PHRASES, "key 'bbox' must be a list of [x1, y1, x2, y2]", [where])
-
-
-def empty_text() -> Problem:
-    file = f"{REFCLEF}/refclef_val.json"
-    edit(file, lambda rows: rows[1].update(text="?!"))
-    return Problem("error", file, "the expression is empty once cleaned", [f"{file}: entry 1 ('?!')"])
-
-
-def missing_split() -> Problem:
-    file = f"{REFCLEF}/refclef_val.json"
-    edit(file, lambda rows: rows[2].pop("split"))
-    return Problem("error", file, "key 'split' is missing", [f"{file}: entry 2"])
-
-
-def sentence_without_phrases() -> Problem:
-    file = f"{FLICKR}/sentences_val.json"
-    edit(file, lambda sentences: sentences["100002"][1].pop("phrases"))
-    return Problem("error", file, "key 'phrases' is missing", [f"{file}: image 100002, sentence 1"])
-
-
-def neither_true_nor_false() -> Problem:
-    file = f"{S}/matching_testB.json"
-    edit(file, lambda rows: rows[3].update(match=2))
-    return Problem("error", file, "key 'match' must be 0 or 1", [f"{file}: entry 3 (found 2)"])
-
-
-def missing_image() -> Problem:
-    Path(f"{S}/images/000001.jpg").unlink()
-    where = f"{entry_of('000001.jpg')} ({S}/images/000001.jpg)"
-    return Problem("error", f"{S}/images", "the image file does not exist; check image_root", [where])
-
-
-def entry_of(image: str) -> str:
-    """The first training phrase of an image, as it is named in messages."""
-    index = next(i for i, row in enumerate(load(PHRASES)) if row["image"] == image)
-    return f"{PHRASES}: entry {index} ({image})"
-
-
-def wrong_extension() -> Problem:
-    Path(f"{S}/images/000002.jpg").rename(f"{S}/images/000002.jpeg")
-    where = f"{entry_of('000002.jpg')} ({S}/images/000002.jpg; there is 000002.jpeg)"
-    return Problem("error", f"{S}/images", "the image file does not exist, but one of another extension does", [where])
-
-
-def truncated_image() -> Problem:
-    path = f"{S}/images/000003.jpg"
-    write_cut(path)
-    where = f"{entry_of('000003.jpg')} ({path}: image file is truncated"
-    return Problem("error", f"{S}/images", "the image cannot be decoded; is the download complete?", [where])
-
-
-def other_content() -> Problem:
-    path = f"{S}/images/000004.jpg"
-    Image.open(path).save(path, format="PNG")
-    where = f"{entry_of('000004.jpg')} ({path}: PNG)"
-    return Problem("warning", f"{S}/images", "the image's content is of another format than its name says", [where])
-
-
-def size_of(image: str) -> str:
-    width, height = Image.open(f"{S}/images/{image}").size
-    return f"{width}x{height}"
-
-
-def training_box_outside() -> Problem:
-    index = next(i for i, row in enumerate(load(PHRASES)) if row["image"] == "000005.jpg")
-    edit(PHRASES, lambda rows: rows[index].update(bbox=[[200, 10, 210, 20]]))
-    where = f"{entry_of('000005.jpg')} ([200, 10, 210, 20] in {size_of('000005.jpg')})"
-    return Problem("warning", PHRASES, "no box covers a pixel of the image: amc.empty_box says", [where])
-
-
-def training_boxes_partly_outside() -> Problem:
-    """Three of five boxes: by a pixel and no more, one may be."""
-    width, height = Image.open(f"{S}/images/000006.jpg").size
-    boxes = [[0, 0, 9, 9], [-1, -1, width + 1, height + 1], [0, 0, width + 1.5, 9], [-3, 0, 9, 9], [9, 0, 9, 9]]
-    index = next(i for i, row in enumerate(load(PHRASES)) if row["image"] == "000006.jpg")
-    edit(PHRASES, lambda rows: rows[index].update(bbox=boxes))
-    shown = [f"[0, 0, {width + 1.5:g}, 9]", "[-3, 0, 9, 9]", "[9, 0, 9, 9]"]
-    where = [f"{entry_of('000006.jpg')} ({box} in {width}x{height})" for box in shown]
-    return Problem("warning", PHRASES, "a box reaches out of its image, or covers no pixel of it", where)
-
-
-REFCOCO_TEST = f"{REFCOCO}/refcoco+_test.json"
-
-
-def unknown_ref() -> Problem:
-    edit(REFCOCO_TEST, lambda rows: rows[-1].update(ref_id=999))
-    kind = f"ref_id is not in {REFCOCO}/refs(unc).p; check that refcoco_data"
-    return Problem("error", REFCOCO_TEST, kind, [f"{REFCOCO_TEST}: entry {len(load(REFCOCO_TEST)) - 1} (ref_id 999)"])
-
-
-def entries_of_image(image: str) -> list[str]:
-    return [f"{REFCOCO_TEST}: entry {i}" for i, row in enumerate(load(REFCOCO_TEST)) if row["image"] == image]
-
-
-def missing_detections() -> Problem:
-    edit(f"{REFCOCO}/dets.json", lambda boxes: boxes.pop("200001"))
-    where = [f"{place} (image_id 200001)" for place in entries_of_image("200001.jpg")]
-    return Problem("error", REFCOCO_TEST, f"the image has no detections in {REFCOCO}/dets.json", where)
-
-
-def broken_detections() -> Problem:
-    edit(f"{REFCOCO}/dets.json", lambda boxes: boxes.update({"200002": [[1, 2, 3]]}))
-    where = [f"{place} (found [[1, 2, 3]])" for place in entries_of_image("200002.jpg")]
-    return Problem("error", REFCOCO_TEST, f"{REFCOCO}/dets.json: the image's detections must be a list of boxes", where)
-
-
-def annotation_outside() -> Problem:
-    """The box of a ref, said once though the ref has several expressions."""
-    ref_id = next(row["ref_id"] for row in load(REFCOCO_TEST) if row["image"] == "300000.jpg")
-    refs = {ref["ref_id"]: ref for ref in pickle.loads(Path(f"{REFCOCO}/refs(unc).p").read_bytes())}
-    ann_id = refs[ref_id]["ann_id"]
-    edit(f"{REFCOCO}/instances.json", lambda tables: tables["annotations"][ann_id].update(bbox=[500, 3, 40, 6]))
-    where = f"{entries_of_image('300000.jpg')[0]} ([500, 3, 540, 9] in {size_of('300000.jpg')})"
-    return Problem("error", REFCOCO_TEST, "no box covers a pixel of the image: no answer can be right", [where])
-
-
-def missing_annotation() -> Problem:
-    ref_id = next(row["ref_id"] for row in load(REFCOCO_TEST) if row["image"] == "300001.jpg")
-    refs = {ref["ref_id"]: ref for ref in pickle.loads(Path(f"{REFCOCO}/refs(unc).p").read_bytes())}
-    ann_id = refs[ref_id]["ann_id"]
-    edit(f"{REFCOCO}/instances.json", lambda tables: tables["annotations"][ann_id].update(id=10**6))
-    of_ref = [i for i, row in enumerate(load(REFCOCO_TEST)) if row["ref_id"] == ref_id]
-    where = [f"{REFCOCO_TEST}: entry {i} (ref_id {ref_id}, ann_id {ann_id})" for i in of_ref]
-    return Problem("error", REFCOCO_TEST, f"the ref's annotation is not in {REFCOCO}/instances.json", where)
-
-
-def image_row_without_id() -> Problem:
-    file = f"{REFCLEF}/instances.json"
-    edit(file, lambda tables: tables["images"][2].pop("id"))
-    return Problem("error", file, "key 'id' is missing", [f"{file}: images entry 2"])
-
-
-def phrase_without_box() -> Problem:
-    boxes, sentences = f"{FLICKR}/bounding_boxes_test.json", f"{FLICKR}/sentences_test.json"
-    phrase_id = next(iter(load(boxes)["200000"]["boxes"]))
-    where = [
-        f"{sentences}: image 200000, sentence {i}, phrase {j} (phrase_id {phrase_id})"
-        for i, sentence in enumerate(load(sentences)["200000"])
-        for j, phrase in enumerate(sentence["phrases"])
-        if phrase["phrase_id"] == phrase_id
-    ]
-    edit(boxes, lambda rows: rows["200000"]["boxes"].pop(phrase_id))
-    return Problem("warning", sentences, "the phrase's id has no boxes and is not under 'scene' or 'nobox'", where)
-
-
-def phrase_box_outside() -> Problem:
-    """All the boxes of a phrase id: the one is of another image, the other has its corners exchanged."""
-    file = f"{FLICKR}/bounding_boxes_val.json"
-    phrase_id = next(iter(load(file)["100000"]["boxes"]))
-    edit(file, lambda rows: rows["100000"]["boxes"].update({phrase_id: [[300, 1, 310, 9], [9, 9, 1, 1]]}))
-    where = f"{file}: image 100000, phrase id {phrase_id} ([300, 1, 310, 9], [9, 9, 1, 1] in {size_of('100000.jpg')})"
-    return Problem("error", file, "no box covers a pixel of the image: no answer can be right", [where])
-
-
-def other_size() -> Problem:
-    file = f"{FLICKR}/bounding_boxes_val.json"
-    edit(file, lambda rows: rows["100001"].update(width=500, height=400))
-    found = f"annotated 500x400, {S}/images/100001.jpg has {size_of('100001.jpg')}"
-    where = [f"{file}: image 100001 ({found})"]
-    return Problem("warning", file, "the annotated size is not that of the image file", where)
-
-
-def image_without_boxes_entry() -> Problem:
-    file = f"{FLICKR}/bounding_boxes_test.json"
-    edit(file, lambda rows: rows.pop("300002"))
-    return Problem("error", file, "the image id has no entry; check that phrase_box_file", [f"{file}: image 300002"])
-
-
-def repeated_id() -> Problem:
-    file = f"{FLICKR}/val.txt"
-    Path(file).write_text(Path(file).read_text() + "100003\n100003\n")
-    return Problem("warning", file, "the image id is listed more than once", [f"{file}: image 100003"])
-
-
-def repeated_training_entry() -> Problem:
-    index = next(i for i, row in enumerate(load(PHRASES)) if row["image"] == "000007.jpg")
-    edit(PHRASES, lambda rows: rows.append({**rows[index], "bbox": []}))
-    where = f"{PHRASES}: entry {len(load(PHRASES)) - 1} (000007.jpg) (as entry {index} (000007.jpg))"
-    return Problem("warning", PHRASES, "image and text are those of an earlier entry", [where])
-
-
-def repeated_expression() -> Problem:
-    file = f"{REFCOCO}/refcoco+_val.json"
-    edit(file, lambda rows: rows.append({**rows[2], "text": rows[2]["text"].upper() + "."}))
-    where = f"{file}: entry {len(load(file)) - 1} (as entry 2)"
-    return Problem("warning", file, "image and text are those of an earlier entry", [where])
-
-
-def repeated_pair() -> Problem:
-    file = f"{S}/matching_testB.json"
-    edit(file, lambda rows: rows.append(rows[1]))
-    where = f"{file}: entry {len(load(file)) - 1} (as entry 1)"
-    return Problem("warning", file, "image and text are those of an earlier entry", [where])
-
-
-DAMAGE: list[Callable[[], Problem]] = [
-    broken_json,
-    missing_file,
-    unreadable_pickle,
-    missing_key,
-    wrong_type,
-    wrong_type_of_box,
-    empty_text,
-    missing_split,
-    sentence_without_phrases,
-    neither_true_nor_false,
-    missing_image,
-    wrong_extension,
-    truncated_image,
-    other_content,
-    training_box_outside,
-    training_boxes_partly_outside,
-    unknown_ref,
-    missing_detections,
-    broken_detections,
-    annotation_outside,
-    missing_annotation,
-    image_row_without_id,
-    phrase_without_box,
-    phrase_box_outside,
-    other_size,
-    image_without_boxes_entry,
-    repeated_id,
-    repeated_training_entry,
-    repeated_expression,
-    repeated_pair,
-]
+# ---- damage
 
 
 def assert_reported(problem: Problem, reported: list[dict[str, Any]]) -> None:
@@ -652,17 +380,17 @@ def test_a_sample_is_spread_evenly(count: int | None, chosen: str) -> None:
 def test_of_images_outside_the_sample_the_header_is_read(place: Path, check: Callable[..., Outcome]) -> None:
     total = TRAIN + 3 * EVALUATION
     for index in range(TRAIN):
-        write_cut(f"{S}/images/{index:06d}.jpg")
+        write_cut(f"{SCENES}/images/{index:06d}.jpg")
     expected = [training_box_outside()]
-    Path(f"{S}/images/000006.jpg").write_text("no image")
-    Path(f"{S}/images/000007.jpg").unlink()
+    Path(f"{SCENES}/images/000006.jpg").write_text("no image")
+    Path(f"{SCENES}/images/000007.jpg").unlink()
     words = ["configs/scenes/Pretrain.yaml", "--json"]
 
     def run(*more: str) -> tuple[str, dict[str, int]]:
         content = json.loads(check(*words, *more).out)
         for problem in expected:
             assert_reported(problem, content["problems"])
-        kinds = {row["kind"]: row["count"] for row in content["problems"] if row["file"] == f"{S}/images"}
+        kinds = {row["kind"]: row["count"] for row in content["problems"] if row["file"] == f"{SCENES}/images"}
         assert content["files"][-1]["count"] == TRAIN
         return content["files"][-1]["checked"], kinds
 
@@ -735,10 +463,10 @@ def test_what_entries_hold_is_checked_without_the_tables(place: Path, check: Cal
     write_cut(detections)
     edit(f"{REFCOCO}/instances.json", lambda tables: tables["annotations"][0].pop("id"))
     edit(REFCOCO_TEST, lambda rows: rows[0].pop("text"))
-    Path(f"{S}/images/{load(REFCOCO_TEST)[-1]['image']}").unlink()
+    Path(f"{SCENES}/images/{load(REFCOCO_TEST)[-1]['image']}").unlink()
     content = json.loads(check("configs/scenes/Grounding_refcoco.yaml", "--json").out)
     errors = {row["file"]: row["errors"] for row in content["files"] if row["errors"]}
-    assert errors == {refs: 1, detections: 1, f"{REFCOCO}/instances.json": 1, REFCOCO_TEST: 1, f"{S}/images": 1}
+    assert errors == {refs: 1, detections: 1, f"{REFCOCO}/instances.json": 1, REFCOCO_TEST: 1, f"{SCENES}/images": 1}
     assert content["notes"] == []
 
 
@@ -770,7 +498,7 @@ def test_the_other_files_of_a_split_are_still_checked(
     ("files", "content", "said"),
     [
         ([f"{REFCOCO}/refcoco+_val.json"], "[]", "holds no entries"),
-        ([f"{S}/matching_val.json"], "[]", "holds no pairs"),
+        ([f"{SCENES}/matching_val.json"], "[]", "holds no pairs"),
         ([PHRASES], "[]", "holds no entries"),
         ([f"{FLICKR}/val.txt"], "\n", "lists no image ids"),
         ([f"{FLICKR}/sentences_val.json"], None, "no phrase has boxes; do the files match?"),
@@ -856,7 +584,7 @@ NO_DATA = ["image_ids_file=[]", "phrase_box_file=[]", "sentences_file=[]"]
         (FLICKR_CONFIG, ["sentences_file=[a]"], f"{FLICKR_CONFIG}: image_ids_file, phrase_box_file and sentences_file"),
         (FLICKR_CONFIG, ["sentences_file=[]"], f"{FLICKR_CONFIG}: the config lacks 'sentences_file'"),
         (FLICKR_CONFIG, NO_DATA, f"{FLICKR_CONFIG}: names no data; it needs test_file and refcoco_data, or image_ids"),
-        (FLICKR_CONFIG, [*NO_DATA, f"matching_file=[{S}/matching_val.json]"], None),
+        (FLICKR_CONFIG, [*NO_DATA, f"matching_file=[{SCENES}/matching_val.json]"], None),
     ],
 )
 def test_evaluation_configs(
