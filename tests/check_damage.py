@@ -143,12 +143,14 @@ def training_box_outside() -> Problem:
 
 
 def training_boxes_partly_outside() -> Problem:
-    """Three of five boxes: by a pixel and no more, one may be."""
+    """Five of seven boxes: by a pixel and no more, one may be."""
     width, height = Image.open(f"{SCENES}/images/000006.jpg").size
-    boxes = [[0, 0, 9, 9], [-1, -1, width + 1, height + 1], [0, 0, width + 1.5, 9], [-3, 0, 9, 9], [9, 0, 9, 9]]
+    outside = [[0, 0, width + 1.5, 9], [0, 0, 9, height + 1.5], [-3, 0, 9, 9], [0, -1.5, 9, 9], [9, 0, 9, 9]]
+    boxes = [[0, 0, 9, 9], [-1, -1, width + 1, height + 1], *outside]
     index = next(i for i, row in enumerate(load(PHRASES)) if row["image"] == "000006.jpg")
     edit(PHRASES, lambda rows: rows[index].update(bbox=boxes))
-    shown = [f"[0, 0, {width + 1.5:g}, 9]", "[-3, 0, 9, 9]", "[9, 0, 9, 9]"]
+    shown = [f"[0, 0, {width + 1.5:g}, 9]", f"[0, 0, 9, {height + 1.5:g}]"]
+    shown += ["[-3, 0, 9, 9]", "[0, -1.5, 9, 9]", "[9, 0, 9, 9]"]
     where = [f"{entry_of('000006.jpg')} ({box} in {width}x{height})" for box in shown]
     return Problem("warning", PHRASES, "a box reaches out of its image, or covers no pixel of it", where)
 
@@ -198,6 +200,16 @@ def missing_annotation() -> Problem:
     return Problem("error", REFCOCO_TEST, f"the ref's annotation is not in {REFCOCO}/instances.json", where)
 
 
+def other_size_in_refer() -> Problem:
+    """Said once an image; REFER's boxes refer to the image file."""
+    file = f"{REFCOCO}/instances.json"
+    index = next(i for i, row in enumerate(load(file)["images"]) if row["id"] == 300002)
+    edit(file, lambda tables: tables["images"][index].update(width=5, height=4))
+    found = f"annotated 5x4, {SCENES}/images/300002.jpg has {size_of('300002.jpg')}"
+    where = f"{entries_of_image('300002.jpg')[0]} ({found})"
+    return Problem("warning", REFCOCO_TEST, "the annotated size is not that of the image file", [where])
+
+
 def image_row_without_id() -> Problem:
     file = f"{REFCLEF}/instances.json"
     edit(file, lambda tables: tables["images"][2].pop("id"))
@@ -227,8 +239,11 @@ def phrase_box_outside() -> Problem:
 
 
 def other_size() -> Problem:
+    """Flickr30k's boxes refer to the annotated size."""
     file = f"{FLICKR}/bounding_boxes_val.json"
+    phrase_id = next(iter(load(file)["100001"]["boxes"]))
     edit(file, lambda rows: rows["100001"].update(width=500, height=400))
+    edit(file, lambda rows: rows["100001"]["boxes"].update({phrase_id: [[450, 350, 500, 400]]}))
     found = f"annotated 500x400, {SCENES}/images/100001.jpg has {size_of('100001.jpg')}"
     where = [f"{file}: image 100001 ({found})"]
     return Problem("warning", file, "the annotated size is not that of the image file", where)
@@ -242,7 +257,7 @@ def image_without_boxes_entry() -> Problem:
 
 def repeated_id() -> Problem:
     file = f"{FLICKR}/val.txt"
-    Path(file).write_text(Path(file).read_text() + "100003\n100003\n")
+    Path(file).write_text(Path(file).read_text() + "100003\n")
     return Problem("warning", file, "the image id is listed more than once", [f"{file}: image 100003"])
 
 
@@ -289,6 +304,7 @@ DAMAGE: list[Callable[[], Problem]] = [
     broken_detections,
     annotation_outside,
     missing_annotation,
+    other_size_in_refer,
     image_row_without_id,
     phrase_without_box,
     phrase_box_outside,

@@ -17,7 +17,6 @@ from check_damage import (
     REFCOCO_TEST,
     SCENES,
     Problem,
-    annotation_outside,
     edit,
     load,
     missing_image,
@@ -426,6 +425,7 @@ def test_processes_change_nothing(place: Path, check: Callable[..., Outcome], mo
     [
         ("a.jpg", "JPEG", False),
         ("a.JPG", "JPEG", False),
+        ("a.JPG", "PNG", True),
         ("a.jpeg", "MPO", False),
         ("a.png", "JPEG", True),
         ("a.jpg", "PNG", True),
@@ -468,6 +468,19 @@ def test_what_entries_hold_is_checked_without_the_tables(place: Path, check: Cal
     errors = {row["file"]: row["errors"] for row in content["files"] if row["errors"]}
     assert errors == {refs: 1, detections: 1, f"{REFCOCO}/instances.json": 1, REFCOCO_TEST: 1, f"{SCENES}/images": 1}
     assert content["notes"] == []
+
+
+def test_without_detections_they_are_missed_once(place: Path, check: Callable[..., Outcome]) -> None:
+    Path(f"{REFCOCO}/dets.json").unlink()
+    content = json.loads(check("configs/scenes/Grounding_refcoco.yaml", "--json").out)
+    assert [row["file"] for row in content["problems"]] == [f"{REFCOCO}/dets.json"]
+
+
+def test_phrases_that_stand_for_nothing_need_no_boxes(place: Path, check: Callable[..., Outcome]) -> None:
+    """Flickr30k Entities gives them all the id 0."""
+    row = {"first_word_index": 0, "phrase": "it", "phrase_id": "0", "phrase_type": ["notvisual"]}
+    edit(f"{FLICKR}/sentences_val.json", lambda sentences: sentences["100000"][0]["phrases"].append(row))
+    assert "no errors and no warnings" in check(FLICKR_CONFIG).out
 
 
 @pytest.mark.parametrize(
@@ -612,10 +625,7 @@ def test_refclef_is_told_from_refcoco(path: str, test_file: str, det_file: str |
     assert is_refclef(path, config) == refclef
 
 
-def test_a_size_that_the_annotation_lacks_is_the_file_s(place: Path, check: Callable[..., Outcome]) -> None:
-    """REFER's images may have no size: boxes are then held against the image file."""
-    edit(f"{REFCOCO}/instances.json", lambda tables: [row.pop("width") for row in tables["images"]])
-    problem = annotation_outside()
-    content = json.loads(check(REFCOCO_CONFIG, "--json").out)
-    assert len(content["problems"]) == 1
-    assert_reported(problem, content["problems"])
+def test_a_released_refclef_config_names_detections_that_are_not_read(
+    place: Path, check: Callable[..., Outcome]
+) -> None:
+    assert check("configs/scenes/Grounding_refclef.yaml", "--set", "det_file=nowhere.json").status == 0

@@ -148,7 +148,7 @@ def test_file(gathered: Gathered, file: str, of: ReferFiles, config: str) -> Cou
     note_repeated(row, (((item.entry.image, item.entry.text), item.where) for item in items))
     usable = [(item.where, item.expression) for item in items if item.expression]
     for where, expression in _first(usable, lambda expression: expression.ref_id):
-        gathered.placed.append(Placed(row, where, expression.image, _corners(expression.boxes), expression.size, True))
+        gathered.placed.append(Placed(row, where, expression.image, _corners(expression.boxes), None, True))
     for where, expression in _first(usable, lambda expression: expression.image):
         if expression.size:
             gathered.stated.append(Stated(row, where, expression.image, expression.size))

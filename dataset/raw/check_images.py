@@ -35,7 +35,7 @@ class Placed(NamedTuple):
     Args:
         row: where problems are noted.
         where: the entry, for messages.
-        size: (height, width) that the annotations state; None: that of the image file counts.
+        size: (height, width) that the boxes refer to; None: that of the image file.
         evaluated: of an expression, that is right inside any of the boxes; else of a training entry.
     """
 
