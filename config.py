@@ -7,10 +7,13 @@ known key. Sizes live here and nowhere else: a small model is only another confi
 
 import difflib
 import json
+import os
+import re
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
@@ -19,6 +22,27 @@ from utils import UserError
 
 class ConfigError(UserError):
     """A configuration file that cannot be used as it is; the message names the file, the key and the remedy."""
+
+
+def expand_path(text: str) -> str:
+    """A path with `$NAME` and `${NAME}` replaced by environment variables, and then a leading `~` by the home folder.
+
+    Raises:
+        PydanticCustomError: a variable is not defined; pydantic says at which key.
+    """
+
+    def value(match: re.Match[str]) -> str:
+        name = match.group(1).strip("{}")
+        if name not in os.environ:
+            raise PydanticCustomError(
+                "undefined_variable", "the environment variable {name} is not defined", {"name": name}
+            )
+        return os.environ[name]
+
+    return os.path.expanduser(re.sub(r"\$(\w+|\{[^}]*\}?)", value, text, flags=re.ASCII))
+
+
+PathText = Annotated[str, AfterValidator(expand_path)]  # the type of every key that names a file or folder
 
 
 class Section(BaseModel):
@@ -85,7 +109,7 @@ class AugmentConfig(Section):
 class ModelConfig(Section):
     """What decides the model's shapes; shared by training and evaluation."""
 
-    bert_config: str = "configs/config_bert.json"
+    bert_config: PathText = "configs/config_bert.json"
     image_res: int = Field(256, ge=1)
     patch_size: int = Field(16, ge=1)
     vision_width: int = Field(768, ge=1)
@@ -105,9 +129,9 @@ class ModelConfig(Section):
 class PretrainConfig(ModelConfig):
     """Pretrain.yaml."""
 
-    train_file: list[str]
-    image_root: str
-    vit_init: str | None = None  # a DeiT-B/16 state dict to start the image encoder from; never downloaded
+    train_file: list[PathText]
+    image_root: PathText
+    vit_init: PathText | None = None  # a DeiT-B/16 state dict to start the image encoder from; never downloaded
     batch_size: int = Field(64, ge=2)  # per process; 2 at least, for a hard negative must exist
     mlm_probability: float = Field(0.15, ge=0, le=1)
     # release: "sequence", the student's log-softmax of the distillation term runs over the positions; "vocabulary" is
@@ -129,18 +153,19 @@ class PretrainConfig(ModelConfig):
 class GroundingConfig(ModelConfig):
     """Grounding_*.yaml. Which of the data keys are needed is the benchmark's business (`require`)."""
 
-    image_root: str
+    image_root: PathText
     batch_size: int = Field(8, ge=1)
-    test_file: list[str] = []
-    refcoco_data: str | None = None
+    test_file: list[PathText] = []
+    refcoco_data: PathText | None = None
     refer_dataset: Literal["refcoco", "refcoco+", "refcocog"] = "refcoco+"  # what grounding_eval_singlegpu.py evaluates
     refer_split: Literal["unc", "google", "umd", "berkeley"] = "unc"  # whose split: refs(unc).p, ...; RefCLEF's as well
-    det_file: str | None = None
-    image_ids_file: list[str] = []
-    phrase_box_file: list[str] = []
-    sentences_file: list[str] = []
+    det_file: PathText | None = None
+    image_ids_file: list[PathText] = []
+    phrase_box_file: list[PathText] = []
+    sentences_file: list[PathText] = []
     block_num: int = Field(8, ge=0)  # the layer whose attention is explained; --block_num overrides it
-    matching_file: list[str] = []  # balanced pairs (dataset/matching.py) on which matching accuracy is measured as well
+    # balanced pairs (dataset/matching.py) on which matching accuracy is measured as well
+    matching_file: list[PathText] = []
     # Training keys of the released files that evaluation accepts and ignores.
     on_bbox: bool = False
     distill: bool = True
@@ -164,9 +189,9 @@ class BertConfig(BaseModel):
     fusion_layer: int = Field(ge=0)
     encoder_width: int = Field(ge=1)
     vocab_size: int = 30522
-    hidden_size: int = 768
+    hidden_size: int = Field(768, ge=1)
     num_hidden_layers: int = 12
-    num_attention_heads: int = 12
+    num_attention_heads: int = Field(12, ge=1)
     intermediate_size: int = 3072
     hidden_act: Literal["gelu"] = "gelu"
     hidden_dropout_prob: float = 0.1
@@ -176,6 +201,11 @@ class BertConfig(BaseModel):
     initializer_range: float = 0.02
     layer_norm_eps: float = 1e-12
     pad_token_id: int = 0
+
+    @property
+    def fusion_layers(self) -> range:
+        """Indices of the layers with cross-attention."""
+        return range(self.fusion_layer, self.num_hidden_layers)
 
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
@@ -187,19 +217,45 @@ def load_config(path: str | Path, kind: type[AnyConfig], overrides: list[str] | 
     Raises:
         ConfigError: the file is missing or not YAML, or a key is unknown, missing or of the wrong type.
     """
+    return _validate(path, kind, _read_values(path, overrides))
+
+
+def load_any_config(path: str | Path, overrides: list[str] | None = None) -> PretrainConfig | GroundingConfig:
+    """Read a YAML file as what it is: of training or of evaluation, whichever knows more of its keys.
+
+    Raises:
+        ConfigError: as `load_config`; or the keys do not tell, neither the file's own nor with `overrides`.
+    """
+    values = _read_values(path, overrides)
+    for keys in (_read_values(path, None).keys(), values.keys()):
+        training, evaluation = (len(keys & kind.model_fields.keys()) for kind in (PretrainConfig, GroundingConfig))
+        if training != evaluation:
+            break
+    else:
+        raise ConfigError(
+            f"{path}: cannot tell whether it is of training (train_file) or of evaluation (test_file and refcoco_data, "
+            "or image_ids_file, phrase_box_file and sentences_file)"
+        )
+    if training > evaluation:
+        return _validate(path, PretrainConfig, values)
+    return _validate(path, GroundingConfig, values)
+
+
+def _read_values(path: str | Path, overrides: list[str] | None) -> dict[str, Any]:
+    """The keys and values of a YAML file, `overrides` laid over them."""
     try:
         values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not a text file ({error})") from error
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:  # ValueError: a date that does not exist
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
     for item in overrides or []:
         _override(values, item)
-    return _validate(path, kind, values)
+    return values
 
 
 def load_bert_config(path: str | Path) -> BertConfig:
@@ -213,6 +269,30 @@ def load_bert_config(path: str | Path) -> BertConfig:
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
     return _validate(path, BertConfig, values)
+
+
+def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
+    """What of the sizes would keep the model from being built, each with the keys to change; empty if nothing."""
+    problems = []
+    if config.vision_width != bert.encoder_width:
+        problems.append(
+            f"vision_width is {config.vision_width} but bert_config has encoder_width {bert.encoder_width}: the "
+            "cross-attention reads image tokens, so the two must be equal"
+        )
+    for key, of, size, parts in (
+        ("image_res", "patch_size", config.image_res, config.patch_size),
+        ("vision_width", "vision_heads", config.vision_width, config.vision_heads),
+        ("bert_config's hidden_size", "num_attention_heads", bert.hidden_size, bert.num_attention_heads),
+    ):
+        if size % parts:
+            problems.append(f"{key} is {size}, which its {of} of {parts} does not divide")
+    fusion = bert.fusion_layers
+    if not fusion:
+        layers = bert.num_hidden_layers
+        problems.append(f"bert_config has fusion_layer {bert.fusion_layer} of {layers} layers: none sees the image")
+    elif isinstance(config, PretrainConfig) and config.add_gcam and config.amc.layer not in fusion:
+        problems.append(f"amc.layer is {config.amc.layer}; the fusion layers are {fusion.start} to {fusion[-1]}")
+    return problems
 
 
 def save_config(config: BaseModel, path: str | Path) -> None:
@@ -232,7 +312,7 @@ def _override(values: dict[str, Any], item: str) -> None:
             raise ConfigError(f"--set {item}: '{section}' is a single value, not a section")
     try:
         values[last] = YAML(typ="safe", pure=True).load(text) if text else None
-    except YAMLError as error:
+    except (YAMLError, ValueError) as error:
         raise ConfigError(f"--set {item}: not a valid YAML value ({str(error).splitlines()[0]})") from error
 
 

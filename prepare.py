@@ -5,19 +5,23 @@
     python prepare.py flickr downloads/flickr30k_entities --out data/flickr30k
     python prepare.py refer data/refer --dataset refcoco+ --out data/refcoco+
     python prepare.py detections mattnet_dets.json --out data/refcoco+/dets.json
+    python prepare.py check configs/Pretrain.yaml configs/Grounding_*.yaml
 
 `scenes` draws the embedded data set: synthetic scenes in the real formats, for trying everything without a download.
 `vg` turns Visual Genome's files into the three that training reads. `flickr` converts Flickr30k Entities' annotations.
 `refer` makes the lists of expressions of one of REFER's data sets, `detections` groups what MAttNet detected in its
-images. docs/data.md says where to get the files.
+images. `check` reads every file, entry and image that configs name, and lists what cannot be used. docs/data.md says
+where to get the files.
 """
 
 import argparse
 import json
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 from tqdm import tqdm
 
@@ -25,8 +29,11 @@ import utils
 from dataset import scenes_files
 from dataset.raw import flickr_entities, vg_report, visual_genome
 from dataset.raw import refer as raw_refer
+from dataset.raw.check import check
 from dataset.raw.vg_rules import GROUPINGS, OUTPUTS, POSITIONS, Rules
 from dataset.refer import SPLITS
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 ABOUT_VG = """Write vg_descriptions.json, vg_attributes.json and vg_attributes_spatial.json from Visual Genome. The
 defaults keep all that training can use; a table at the end tells what each rule dropped. docs/data.md explains
@@ -94,6 +101,14 @@ def prepare_detections(args: argparse.Namespace) -> None:
     print(f"wrote {count} detections in {len(grouped)} images, {empty} of them without any, to {args.out}")
 
 
+def check_configs(args: argparse.Namespace) -> None:
+    """Check what configs name; exit status 1 if there are errors."""
+    report = check(args.configs, args.set, args.sample, args.workers, args.show)
+    print(report.json() if args.json else report.text())
+    if report.total("error"):
+        sys.exit(1)
+
+
 def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
     """An argparse type: an integer from low to high."""
 
@@ -123,8 +138,9 @@ def spatial_form(word: str) -> str:
     return word
 
 
-def add_vg(command: argparse.ArgumentParser) -> None:
+def add_vg(commands: Commands) -> None:
     """The arguments of `vg`. Defaults are those of `Rules`, which keep all that training can use."""
+    command = commands.add_parser("vg", help="Visual Genome to the training files", description=ABOUT_VG)
     rules = Rules()
     count = integer(1)
     add = command.add_argument
@@ -193,10 +209,7 @@ def add_vg(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=prepare_vg)
 
 
-def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-
+def add_scenes(commands: Commands) -> None:
     command = commands.add_parser("scenes", help="draw the embedded data set of synthetic scenes")
     command.add_argument("out", type=Path, help="folder to write to")
     count = integer(1, scenes_files.IDS_PER_SPLIT)
@@ -213,8 +226,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     command.add_argument("--force", action="store_true", help="write anew what is there already")
     command.set_defaults(run=prepare_scenes)
 
-    add_vg(commands.add_parser("vg", help="Visual Genome to the training files", description=ABOUT_VG))
 
+def add_flickr(commands: Commands) -> None:
     command = commands.add_parser(
         "flickr",
         help="Flickr30k Entities -> the files of Flickr30k evaluation",
@@ -236,6 +249,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     command.set_defaults(run=prepare_flickr)
 
+
+def add_refer(commands: Commands) -> None:
     command = commands.add_parser(
         "refer",
         help="RefCOCO, RefCOCO+, RefCOCOg, RefCLEF -> lists of expressions",
@@ -263,6 +278,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     command.set_defaults(run=prepare_refer)
 
+
+def add_detections(commands: Commands) -> None:
     command = commands.add_parser(
         "detections",
         help="MAttNet's list of detections -> dets.json, by image",
@@ -277,6 +294,42 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="REFER's instances.json: images of it without a detection get an empty list (default: no entry)",
     )
     command.set_defaults(run=prepare_detections)
+
+
+def add_check(commands: Commands) -> None:
+    command = commands.add_parser(
+        "check",
+        help="check everything that configs name",
+        description="Check configs of training and evaluation, and every file, entry and image that they name. "
+        "Exit status: 0 if there are no errors, else 1; warnings and notes do not count.",
+    )
+    command.add_argument("configs", nargs="+", metavar="CONFIG", help="a config of training or evaluation")
+    command.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of each of the configs"
+    )
+    command.add_argument(
+        "--sample", type=integer(0), metavar="N", help="decode N images in place of all; of the others read the headers"
+    )
+    cores = os.cpu_count() or 1
+    command.add_argument(
+        "--workers", type=integer(1), default=cores, metavar="N", help="processes that read images (default: all cores)"
+    )
+    command.add_argument(
+        "--show",
+        type=integer(1),
+        default=5,
+        metavar="N",
+        help="list so many cases of each kind of problem (default: 5)",
+    )
+    command.add_argument("--json", action="store_true", help="print JSON in place of the table, and nothing else")
+    command.set_defaults(run=check_configs)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    for add in (add_scenes, add_vg, add_flickr, add_refer, add_detections, add_check):
+        add(commands)
     return parser.parse_args(argv)
 
 

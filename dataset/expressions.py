@@ -15,7 +15,7 @@ import numpy as np
 from dataset.reading import DataError
 from dataset.text import clean_caption
 
-SHOWN_PROBLEMS = 5  # of each kind, in one message
+SHOWN_PROBLEMS = 5  # of each kind
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,24 +52,43 @@ class EntryProblem(Exception):
         self.detail = detail
 
 
-class Problems:
-    """Problems gathered over all entries, so that one message shows every kind instead of the first case."""
+@dataclass
+class Cases:
+    """All cases of one kind of problem: how many, and where the first of them are."""
 
-    def __init__(self) -> None:
-        self.cases: dict[str, list[str]] = {}
+    count: int = 0
+    first: list[str] = field(default_factory=list)
+
+
+class Problems:
+    """Problems gathered over all entries, so that one message shows every kind instead of the first case.
+
+    Args:
+        shown: how many cases of a kind are kept to be shown; of the others only the number is.
+    """
+
+    def __init__(self, shown: int = SHOWN_PROBLEMS) -> None:
+        self.shown = shown
+        self.kinds: dict[str, Cases] = {}
 
     def add(self, where: str, problem: EntryProblem) -> None:
-        self.cases.setdefault(problem.kind, []).append(where + (f" ({problem.detail})" if problem.detail else ""))
+        cases = self.kinds.setdefault(problem.kind, Cases())
+        cases.count += 1
+        if len(cases.first) < self.shown:
+            cases.first.append(where + (f" ({problem.detail})" if problem.detail else ""))
+
+    def paragraphs(self) -> list[str]:
+        """A paragraph a kind, with its count and its first cases."""
+        found = []
+        for kind, cases in self.kinds.items():
+            more = cases.count - len(cases.first)
+            lines = [*cases.first, *([f"and {more} more"] if more else [])]
+            found.append("\n  ".join([f"{kind} - {cases.count} found:", *lines]))
+        return found
 
     def check(self) -> None:
-        """Raise `DataError` if there are any: a paragraph a kind, with its count and the first `SHOWN_PROBLEMS`."""
-        paragraphs = []
-        for kind, cases in self.cases.items():
-            shown = cases[:SHOWN_PROBLEMS]
-            if len(cases) > len(shown):
-                shown.append(f"and {len(cases) - len(shown)} more")
-            paragraphs.append("\n  ".join([f"{kind} - {len(cases)} found:", *shown]))
-        if paragraphs:
+        """Raise `DataError` with all `paragraphs`, if there are any."""
+        if paragraphs := self.paragraphs():
             raise DataError("\n".join(paragraphs))
 
 

@@ -4,15 +4,47 @@ Three files a split: image ids, one a line; {image_id: {"boxes": {phrase_id: [[x
 "height"}}; {image_id: [{"phrases": [{"phrase", "phrase_id"}]}]}, a list of sentences.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from dataset.expressions import EntryProblem, Expression, Problems, check_images, clean_text, parse_boxes, require
 from dataset.reading import DataError, load_json
 from utils import log
+
+
+class ImageBoxes(NamedTuple):
+    """What the box file says of an image.
+
+    size: (height, width); by_id: phrase id -> its boxes (n, 4) [x, y, w, h], n >= 1; boxless: the ids that the file
+    lists as a scene or as without a box.
+    """
+
+    size: tuple[int, int]
+    by_id: dict[str, np.ndarray]
+    boxless: frozenset[str]
+
+
+class Phrase(NamedTuple):
+    """One (sentence, phrase) and where it stands; `expression` is None where its id has no boxes."""
+
+    where: str
+    image_id: str
+    phrase_id: str
+    expression: Expression | None
+
+
+class Split(NamedTuple):
+    """The three files of a split, read; `name` is "val" or "test"."""
+
+    name: str
+    ids: list[str]
+    boxes: dict[str, Any]
+    sentences: dict[str, Any]
+    box_file: str
+    sentences_file: str
 
 
 def load_expressions(
@@ -30,36 +62,17 @@ def load_expressions(
     Raises:
         DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
     """
-    if not len(image_ids_file) == len(phrase_box_file) == len(sentences_file):
-        raise DataError(
-            "image_ids_file, phrase_box_file and sentences_file must be lists of equal length, one entry a split; they "
-            f"have {len(image_ids_file)}, {len(phrase_box_file)} and {len(sentences_file)} entries"
-        )
     expressions: list[Expression] = []
     images: list[tuple[Path, str]] = []
     problems = Problems()
-    for ids_file, box_file, sentence_file in zip(image_ids_file, phrase_box_file, sentences_file, strict=True):
-        split = split_of(ids_file)
-        boxes, sentences = load_json(box_file, dict), load_json(sentence_file, dict)
-        for image_id in load_ids(ids_file):
-            image = Path(image_root) / f"{image_id}.jpg"
-            images.append((image, f"{ids_file}: image {image_id}"))
-            try:
-                size, boxes_by_id = _image_boxes(boxes, image_id)
-            except EntryProblem as problem:
-                problems.add(f"{box_file}: image {image_id}", problem)
-                continue
-            record = {"image_height": size[0], "image_width": size[1], "split": split}
-            for where, phrase in _phrases(sentences, image_id, sentence_file, problems):
-                try:
-                    phrase_id = require(phrase, "phrase_id", str)
-                    if phrase_id in boxes_by_id:
-                        text = clean_text(require(phrase, "phrase", str), max_words)
-                        found = boxes_by_id[phrase_id]
-                        item = Expression(image, text, len(expressions), split, found, dict(record), size=size)
-                        expressions.append(item)
-                except EntryProblem as problem:
-                    problems.add(where, problem)
+    for ids_file, box_file, phrases_file in triples(image_ids_file, phrase_box_file, sentences_file):
+        boxes, sentences = load_json(box_file, dict), load_json(phrases_file, dict)
+        split = Split(split_of(ids_file), load_ids(ids_file), boxes, sentences, box_file, phrases_file)
+        images += [(image_path(image_root, key), f"{ids_file}: image {key}") for key in split.ids]
+        found = read_boxes(split, problems)
+        for phrase in read_phrases(split, found, image_root, len(expressions), problems, max_words):
+            if phrase.expression:
+                expressions.append(phrase.expression)
     check_images(images, problems)
     problems.check()
     if not expressions:
@@ -67,15 +80,73 @@ def load_expressions(
     return expressions
 
 
-def split_of(ids_file: str) -> str:
+def triples(
+    image_ids_file: list[str], phrase_box_file: list[str], sentences_file: list[str]
+) -> list[tuple[str, str, str]]:
+    """The three files of each split; raises `DataError` where the lists are not of equal length."""
+    if not len(image_ids_file) == len(phrase_box_file) == len(sentences_file):
+        raise DataError(
+            "image_ids_file, phrase_box_file and sentences_file must be lists of equal length, one entry a split; they "
+            f"have {len(image_ids_file)}, {len(phrase_box_file)} and {len(sentences_file)} entries"
+        )
+    return list(zip(image_ids_file, phrase_box_file, sentences_file, strict=True))
+
+
+def image_path(image_root: str, image_id: str) -> Path:
+    """Where the image of an id is."""
+    return Path(image_root) / f"{image_id}.jpg"
+
+
+def read_boxes(split: Split, problems: Problems) -> dict[str, ImageBoxes]:
+    """What the box file says of each image of the split, by image id; notes and leaves out what cannot be used."""
+    found = {}
+    for image_id in split.ids:
+        try:
+            found[image_id] = _image_boxes(split.boxes, image_id)
+        except EntryProblem as problem:
+            problems.add(f"{split.box_file}: image {image_id}", problem)
+    return found
+
+
+def read_phrases(
+    split: Split, boxes: dict[str, ImageBoxes], image_root: str, first: int, problems: Problems, max_words: int = 50
+) -> Iterator[Phrase]:
+    """Every (sentence, phrase) of the split, with or without boxes, in order; notes those that cannot be used.
+
+    Args:
+        boxes: from `read_boxes`.
+        first: ref_id of the first expression.
+    """
+    count = first
+    for image_id in split.ids:
+        image, of = image_path(image_root, image_id), boxes.get(image_id)
+        for where, row in _phrases(split.sentences, image_id, split.sentences_file, problems):
+            expression = None
+            try:
+                phrase_id = require(row, "phrase_id", str)
+                if of and phrase_id in of.by_id:
+                    text = clean_text(require(row, "phrase", str), max_words)
+                    record = {"image_height": of.size[0], "image_width": of.size[1], "split": split.name}
+                    expression = Expression(image, text, count, split.name, of.by_id[phrase_id], record, size=of.size)
+                    count += 1
+                yield Phrase(where, image_id, phrase_id, expression)
+            except EntryProblem as problem:
+                problems.add(where, problem)
+
+
+def _warn(message: str) -> None:
+    log(f"warning: {message}")
+
+
+def split_of(ids_file: str, warn: Callable[[str], object] = _warn) -> str:
     """ "val" when the file's own name contains 'val', else "test"; says so where the release decides otherwise.
 
     The release looks for 'val' in the whole path, so that a folder named eval/ makes its test split count as val.
     """
     split, release = ("val" if "val" in name else "test" for name in (Path(ids_file).name, str(ids_file)))
     if split != release:
-        log(
-            f"warning: {ids_file} counts as {split}, by its file name; the release would count it as {release}, "
+        warn(
+            f"{ids_file} counts as {split}, by its file name; the release would count it as {release}, "
             "because its path contains 'val'"
         )
     return split
@@ -94,8 +165,7 @@ def load_ids(path: str) -> list[str]:
     return ids
 
 
-def _image_boxes(boxes: dict[str, Any], image_id: str) -> tuple[tuple[int, int], dict[str, np.ndarray]]:
-    """The size (height, width) of an image, and by phrase id its boxes (n, 4) [x, y, w, h], where it has any."""
+def _image_boxes(boxes: dict[str, Any], image_id: str) -> ImageBoxes:
     if image_id not in boxes:
         raise EntryProblem("the image id has no entry; check that phrase_box_file belongs to image_ids_file")
     row = boxes[image_id]
@@ -106,7 +176,8 @@ def _image_boxes(boxes: dict[str, Any], image_id: str) -> tuple[tuple[int, int],
         found[:, 2:] -= found[:, :2]
         if len(found):
             by_id[phrase_id] = found
-    return size, by_id
+    boxless = [row[key] for key in ("scene", "nobox") if isinstance(row.get(key), list)]
+    return ImageBoxes(size, by_id, frozenset(str(phrase_id) for ids in boxless for phrase_id in ids))
 
 
 def _phrases(sentences: dict[str, Any], image_id: str, file: str, problems: Problems) -> Iterator[tuple[str, Any]]:

@@ -22,9 +22,18 @@ class Pair(NamedTuple):
 
 def load_pairs(file: str, image_root: str, max_words: int = 50) -> list[Pair]:
     """Read and check one file of pairs; raises `DataError` naming file and entries."""
-    pairs: list[Pair] = []
-    images: list[tuple[Path, str]] = []
     problems = Problems()
+    found = read_pairs(file, image_root, problems, max_words)
+    check_images(((pair.image, where) for pair, where in found), problems)
+    problems.check()
+    if not found:
+        raise DataError(f"{file}: holds no pairs")
+    return [pair for pair, _ in found]
+
+
+def read_pairs(file: str, image_root: str, problems: Problems, max_words: int = 50) -> list[tuple[Pair, str]]:
+    """The pairs that can be used, each with where it stands; notes the others. Raises `DataError` for the file."""
+    found: list[tuple[Pair, str]] = []
     for index, row in enumerate(load_json(file, list)):
         where = f"{file}: entry {index}"
         try:
@@ -33,12 +42,7 @@ def load_pairs(file: str, image_root: str, max_words: int = 50) -> list[Pair]:
             if match not in (0, 1):
                 raise EntryProblem("key 'match' must be 0 or 1", f"found {match}")
             text = clean_text(require(row, "text", str), max_words)
-            pairs.append(Pair(image, text, bool(match), str(row.get("kind", "pair"))))
-            images.append((image, where))
+            found.append((Pair(image, text, bool(match), str(row.get("kind", "pair"))), where))
         except EntryProblem as problem:
             problems.add(where, problem)
-    check_images(images, problems)
-    problems.check()
-    if not pairs:
-        raise DataError(f"{file}: holds no pairs")
-    return pairs
+    return found

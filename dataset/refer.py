@@ -41,15 +41,32 @@ class Refer(NamedTuple):
     instances_file: Path
 
 
-class _Reading(NamedTuple):
-    """How to read the entries of the test files; see `load_expressions`."""
+class Reading(NamedTuple):
+    """How to read the entries of the test files; see `load_expressions`. Without `refer` nothing is looked up."""
 
     image_root: Path
-    refer: Refer
+    refer: Refer | None
     det_file: str | None
     detections: dict[str, Any]
-    max_words: int
-    entry_split: bool
+    max_words: int = 30
+    entry_split: bool = False
+
+
+class Entry(NamedTuple):
+    """What an entry of a test file says; `split` is its own, or None where the ref's counts."""
+
+    image: Path
+    text: str
+    ref_id: int
+    split: str | None
+
+
+class Item(NamedTuple):
+    """An entry that can be read, where it stands, and its expression: None where its ref cannot be used."""
+
+    where: str
+    entry: Entry
+    expression: Expression | None
 
 
 def load_expressions(
@@ -79,7 +96,7 @@ def load_expressions(
         DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
     """
     splits_of(dataset, split_by)
-    files = _Reading(
+    reading = Reading(
         image_root=Path(image_root),
         refer=load_refer(Path(refer_root) / dataset, split_by),
         det_file=det_file,
@@ -87,20 +104,13 @@ def load_expressions(
         max_words=max_words,
         entry_split=entry_split,
     )
-    found: list[tuple[Expression, str]] = []
     problems = Problems()
-    for file in test_file:
-        for index, row in enumerate(load_json(file, list)):
-            where = f"{file}: entry {index}"
-            try:
-                found.append((_expression(row, files), where))
-            except EntryProblem as problem:
-                problems.add(where, problem)
-    check_images(((expression.image, where) for expression, where in found), problems)
+    items = [item for file in test_file for item in read_items(file, reading, problems)]
+    check_images(((item.entry.image, item.where) for item in items), problems)
     problems.check()
-    if not found:
+    if not items:
         raise DataError(f"{', '.join(test_file) or 'test_file'}: holds no entries")
-    return [expression for expression, _ in found]
+    return [item.expression for item in items if item.expression]
 
 
 def splits_of(dataset: str, split_by: str) -> tuple[str, ...]:
@@ -114,30 +124,53 @@ def splits_of(dataset: str, split_by: str) -> tuple[str, ...]:
     return known[split_by]
 
 
-def _expression(row: Any, files: _Reading) -> Expression:
-    image = files.image_root / require(row, "image", str)
-    text = clean_text(require(row, "text", str), files.max_words)
+def read_items(file: str, reading: Reading, problems: Problems) -> list[Item]:
+    """The entries of one test file, in order; notes what cannot be used. Raises `DataError` for the file itself."""
+    items = []
+    for index, row in enumerate(load_json(file, list)):
+        where = f"{file}: entry {index}"
+        try:
+            entry = _entry(row, reading)
+        except EntryProblem as problem:
+            problems.add(where, problem)
+            continue
+        expression = None
+        try:
+            expression = _expression(entry, reading, reading.refer) if reading.refer else None
+        except EntryProblem as problem:
+            problems.add(where, problem)
+        items.append(Item(where, entry, expression))
+    return items
+
+
+def _entry(row: Any, reading: Reading) -> Entry:
+    image = reading.image_root / require(row, "image", str)
+    text = clean_text(require(row, "text", str), reading.max_words)
     ref_id = require(row, "ref_id", int)
-    ref = files.refer.refs.get(ref_id)
+    return Entry(image, text, ref_id, require(row, "split", str) if reading.entry_split else None)
+
+
+def _expression(entry: Entry, reading: Reading, refer: Refer) -> Expression:
+    ref = refer.refs.get(entry.ref_id)
     if ref is None:
         raise EntryProblem(
-            f"ref_id is not in {files.refer.refs_file}; check that refcoco_data belongs to the test file",
-            f"ref_id {ref_id}",
+            f"ref_id is not in {refer.refs_file}; check that refcoco_data belongs to the test file",
+            f"ref_id {entry.ref_id}",
         )
-    record: dict[str, Any] = {"image_path": str(image)}
+    record: dict[str, Any] = {"image_path": str(entry.image)}
     split = ref["split"]
-    if files.entry_split:
-        record["split"] = require(row, "split", str)
-        split = "test" if "test" in record["split"] else record["split"]
+    if entry.split is not None:
+        record["split"] = entry.split
+        split = "test" if "test" in entry.split else entry.split
     return Expression(
-        image=image,
-        text=text,
-        ref_id=ref_id,
+        image=entry.image,
+        text=entry.text,
+        ref_id=entry.ref_id,
         split=split,
-        boxes=reference_box(ref, files.refer),
+        boxes=reference_box(ref, refer),
         record=record,
-        detections=_detections(ref["image_id"], files) if files.det_file else None,
-        size=_stated_size(files.refer.images.get(ref["image_id"], {})),
+        detections=_detections(ref["image_id"], reading) if reading.det_file else None,
+        size=_stated_size(refer.images.get(ref["image_id"], {})),
     )
 
 
@@ -152,15 +185,15 @@ def reference_box(ref: dict[str, Any], refer: Refer) -> np.ndarray:
     return parse_boxes([annotation.get("bbox")], f"{refer.instances_file}: 'bbox' of the ref's annotation")
 
 
-def _detections(image_id: int, files: _Reading) -> np.ndarray:
+def _detections(image_id: int, reading: Reading) -> np.ndarray:
     """The detections (k, 4) [x, y, w, h] of an image; an empty list is one, in which nothing was detected."""
     key = str(image_id)
-    if key not in files.detections:
+    if key not in reading.detections:
         raise EntryProblem(
-            f"the image has no detections in {files.det_file}; check that det_file belongs to the test file",
+            f"the image has no detections in {reading.det_file}; check that det_file belongs to the test file",
             f"image_id {image_id}",
         )
-    return parse_boxes(files.detections[key], f"{files.det_file}: the image's detections")
+    return parse_boxes(reading.detections[key], f"{reading.det_file}: the image's detections")
 
 
 def _stated_size(image: dict[str, Any]) -> tuple[int, int] | None:
@@ -168,28 +201,42 @@ def _stated_size(image: dict[str, Any]) -> tuple[int, int] | None:
     return (height, width) if type(height) is int and type(width) is int else None
 
 
+def refer_files(folder: Path, split_by: str) -> tuple[Path, Path]:
+    """The files refs(SPLIT_BY).p and instances.json of a REFER data set."""
+    return folder / f"refs({split_by}).p", folder / "instances.json"
+
+
 def load_refer(folder: Path, split_by: str) -> Refer:
     """Read `<folder>/refs(<split_by>).p` and instances.json; raises `DataError` naming the file and the entry."""
-    refs_file, instances_file = folder / f"refs({split_by}).p", folder / "instances.json"
-    refs = _by_id(load_refs(refs_file), "ref_id", f"{refs_file}: ref")
-    instances = load_json(instances_file, dict)
-    tables = {}
+    refs_file, instances_file = refer_files(folder, split_by)
+    problems = Problems()
+    refs = read_refs(refs_file, problems)
+    problems.check()
+    annotations, images = read_instances(instances_file, problems)
+    problems.check()
+    return Refer({ref["ref_id"]: ref for ref in refs}, annotations, images, refs_file, instances_file)
+
+
+Table = dict[int, dict[str, Any]]  # rows by id
+
+
+def read_instances(path: Path, problems: Problems) -> tuple[Table, Table]:
+    """The annotations and images of instances.json that have an id; notes others. Raises `DataError` for the file."""
+    instances = load_json(path, dict)
     for key in ("annotations", "images"):
         if not isinstance(instances.get(key), list):
-            raise DataError(f"{instances_file}: key '{key}' must be a list; is this REFER's instances.json?")
-        tables[key] = _by_id(instances[key], "id", f"{instances_file}: {key} entry")
-    return Refer(refs, tables["annotations"], tables["images"], refs_file, instances_file)
+            raise DataError(f"{path}: key '{key}' must be a list; is this REFER's instances.json?")
+    annotations = _by_id(instances["annotations"], f"{path}: annotations entry", problems)
+    return annotations, _by_id(instances["images"], f"{path}: images entry", problems)
 
 
-def _by_id(rows: list[Any], key: str, source: str) -> dict[int, dict[str, Any]]:
-    problems = Problems()
+def _by_id(rows: list[Any], source: str, problems: Problems) -> Table:
     table = {}
     for index, row in enumerate(rows):
         try:
-            table[require(row, key, int)] = row
+            table[require(row, "id", int)] = row
         except EntryProblem as problem:
             problems.add(f"{source} {index}", problem)
-    problems.check()
     return table
 
 
@@ -201,6 +248,14 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
     Raises:
         DataError: the file is missing or no such pickle, names anything else, or a ref lacks one of these keys.
     """
+    problems = Problems()
+    refs = read_refs(path, problems)
+    problems.check()
+    return refs
+
+
+def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
+    """As `load_refs`, but refs that lack a key are noted and left out."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -208,15 +263,15 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
     refs = _unpickle(data, path)
     if not isinstance(refs, list):
         raise DataError(f"{path}: expected a pickled list of refs, found a {type(refs).__name__}")
-    problems = Problems()
+    usable = []
     for index, ref in enumerate(refs):
         try:
             for key, kind in (("ref_id", int), ("ann_id", int), ("image_id", int), ("split", str)):
                 require(ref, key, kind)
+            usable.append(ref)
         except EntryProblem as problem:
             problems.add(f"{path}: ref {index}", problem)
-    problems.check()
-    return refs
+    return usable
 
 
 class _PlainUnpickler(pickle.Unpickler):

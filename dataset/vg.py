@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import PretrainConfig
+from dataset.expressions import EntryProblem, Problems, require
 from dataset.reading import DataError, load_json, read_image
 from dataset.text import Tokenizer, clean_caption
 from dataset.transforms import augment_for_albef, augment_for_amc, normalise
@@ -110,31 +111,47 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
 
 
 def load_entries(file: str | Path, config: PretrainConfig) -> list[Entry]:
-    """Read and check one training JSON; captions come back cleaned. Raises `DataError` naming file, entry and key."""
+    """Read and check one training JSON; captions come back cleaned.
+
+    Raises:
+        DataError: the file or entries of it cannot be used; all kinds of problems of the entries in one message.
+    """
+    problems = Problems()
+    entries = read_entries(file, config.image_root, config.max_words, problems)
+    problems.check()
+    return entries
+
+
+def read_entries(file: str | Path, image_root: str, max_words: int, problems: Problems) -> list[Entry]:
+    """The entries of one training JSON that can be used; notes the others. Raises `DataError` for the file itself."""
     rows = load_json(file, list)
     if not rows:
         raise DataError(f"{file}: holds no entries")
-    root = Path(config.image_root)
-    return [_entry(row, f"{file}: entry {index}", root, config.max_words) for index, row in enumerate(rows)]
+    entries, root = [], Path(image_root)
+    for index, row in enumerate(rows):
+        image = row.get("image") if isinstance(row, dict) else None
+        source = f"{file}: entry {index}" + (f" ({image})" if isinstance(image, str) else "")
+        try:
+            entries.append(_entry(row, source, root, max_words))
+        except EntryProblem as problem:
+            problems.add(source, problem)
+    return entries
 
 
 def _entry(row: Any, source: str, root: Path, max_words: int) -> Entry:
-    if not isinstance(row, dict):
-        raise DataError(f"{source}: expected an object with image, caption and bbox, found {type(row).__name__}")
-    for key, kinds, wanted in (("image", str, "a string"), ("caption", (str, list), "a string or a list of strings")):
-        if not isinstance(row.get(key), kinds):
-            found = type(row[key]).__name__ if key in row else "nothing"
-            raise DataError(f"{source}: key '{key}' must be {wanted}, found {found}")
+    image = root / require(row, "image", str)
+    if "caption" not in row:
+        raise EntryProblem("key 'caption' is missing")
     texts = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise DataError(f"{source} ({row['image']}): key 'caption' must hold at least one string, and nothing else")
+        raise EntryProblem("key 'caption' must be a string or a list of strings", f"found {row['caption']!r:.60}")
     captions = [clean_caption(text, max_words) for text in texts]
     if not all(captions):
-        raise DataError(f"{source} ({row['image']}): a caption is empty once cleaned: {texts[captions.index('')]!r}")
+        raise EntryProblem("a caption is empty once cleaned", repr(texts[captions.index("")])[:60])
     boxes = row.get("bbox", [])
     if not isinstance(boxes, list) or not all(_is_box(box) for box in boxes):
-        raise DataError(f"{source} ({row['image']}): key 'bbox' must be a list of [x1, y1, x2, y2], not {boxes!s:.80}")
-    return Entry(root / row["image"], captions, boxes, f"{source} ({row['image']})")
+        raise EntryProblem("key 'bbox' must be a list of [x1, y1, x2, y2]", f"found {boxes!r:.60}")
+    return Entry(image, captions, boxes, source)
 
 
 def _is_box(box: Any) -> bool:

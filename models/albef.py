@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import BertConfig, ConfigError, ModelConfig, load_bert_config
+from config import BertConfig, ConfigError, ModelConfig, load_bert_config, size_problems
 from models.amc import gradcam
 from models.vit import VisionTransformer
 from models.xbert import KeyValue, TextEncoder
@@ -24,11 +24,6 @@ class ALBEF(nn.Module):
     ) -> None:
         super().__init__()
         width, text_width = visual_encoder.embed_dim, text_encoder.config.hidden_size
-        if width != text_encoder.config.encoder_width:
-            raise ConfigError(
-                f"vision_width is {width} but bert_config has encoder_width {text_encoder.config.encoder_width}: "
-                "the cross-attention reads image tokens, so the two must be equal"
-            )
         self.visual_encoder = visual_encoder
         self.text_encoder = text_encoder
         self.vision_proj = nn.Linear(width, embed_dim)
@@ -137,7 +132,10 @@ def _one_text_per_image(image_index: Tensor) -> list[Tensor]:
 
 
 def build_encoders(config: ModelConfig, mlm_head: bool) -> tuple[VisionTransformer, TextEncoder]:
-    """The two encoders with random weights, at the config's sizes."""
+    """The two encoders with random weights, at the config's sizes; raises `ConfigError` for sizes that do not fit."""
+    bert_config: BertConfig = load_bert_config(config.bert_config)
+    if problems := size_problems(config, bert_config):
+        raise ConfigError("\n".join(problems))
     visual_encoder = VisionTransformer(
         image_res=config.image_res,
         patch_size=config.patch_size,
@@ -147,7 +145,6 @@ def build_encoders(config: ModelConfig, mlm_head: bool) -> tuple[VisionTransform
         mlp_ratio=config.vision_mlp_ratio,
         initializer_range=config.vision_initializer_range,
     )
-    bert_config: BertConfig = load_bert_config(config.bert_config)
     return visual_encoder, TextEncoder(bert_config, mlm_head)
 
 

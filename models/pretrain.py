@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ConfigError, PretrainConfig
+from config import PretrainConfig
 from models import amc, losses
 from models.albef import ALBEF, build_encoders
 from models.vit import VisionTransformer
@@ -59,9 +59,6 @@ class PretrainModel(ALBEF):
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__(*build_encoders(config, mlm_head=True), config.embed_dim, config.temp)
         self.config = config
-        if config.add_gcam and config.amc.layer not in self.text_encoder.fusion_layers:
-            fusion = self.text_encoder.fusion_layers
-            raise ConfigError(f"amc.layer is {config.amc.layer}; the fusion layers are {fusion.start} to {fusion[-1]}")
         for name in STUDENT_AND_TEACHER:
             setattr(self, f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
         for name in ("image_queue", "text_queue"):

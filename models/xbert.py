@@ -270,7 +270,7 @@ class TextEncoder(nn.Module):
     @property
     def fusion_layers(self) -> range:
         """Indices of the layers with cross-attention."""
-        return range(self.config.fusion_layer, self.config.num_hidden_layers)
+        return self.config.fusion_layers
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """(B, T) ids and mask (1 word, 0 padding) -> text tokens (B, T, W), from the layers without image."""

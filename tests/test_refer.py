@@ -202,6 +202,11 @@ def test_broken_refs(root: Path, refs: Any, message: str) -> None:
         load(root)
 
 
+def test_refs_keep_their_order(root: Path) -> None:
+    refs = [{**REF, "ref_id": ref_id} for ref_id in (9, 7, 8)]
+    assert load_refs(write_refs(root, refs)) == refs
+
+
 @pytest.mark.parametrize(
     "cut",
     [lambda data: b"", lambda data: data[:-9], lambda data: b"<html>404</html>"],

@@ -19,6 +19,7 @@ from models.pretrain import Batch
 WIDTH, HEIGHT = 40, 30  # of every image here
 PLAIN = {"flip_prob": 0, "grayscale_prob": 0, "jitter_prob": 0, "randaugment": False, "crop_scale": (1, 1)}
 GOOD = {"image": "0.png", "caption": "a dog", "bbox": [[1, 2, 10, 20]]}
+BAD_BOX = "\n  {file}: entry 1 (0.png) (found "
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +63,24 @@ def equal(one: Sample, other: Sample) -> bool:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ("a dog", "expected an object with image, caption and bbox, found str"),
-        ({"caption": "a dog", "bbox": []}, "key 'image' must be a string, found nothing"),
-        ({**GOOD, "image": 7}, "key 'image' must be a string, found int"),
-        ({"image": "0.png", "bbox": []}, "key 'caption' must be a string or a list of strings, found nothing"),
-        ({**GOOD, "caption": None}, "key 'caption' must be a string or a list of strings, found NoneType"),
-        ({**GOOD, "caption": []}, "(0.png): key 'caption' must hold at least one string, and nothing else"),
-        ({**GOOD, "caption": ["a dog", 3]}, "(0.png): key 'caption' must hold at least one string, and nothing else"),
-        ({**GOOD, "caption": ["a dog", " ?! "]}, "(0.png): a caption is empty once cleaned: ' ?! '"),
-        ({**GOOD, "caption": ""}, "(0.png): a caption is empty once cleaned: ''"),
+        ("a dog", "an entry must be an object {key: value} - 1 found:\n  {file}: entry 1 (found a str)"),
+        ({"caption": "a dog", "bbox": []}, "key 'image' is missing - 1 found:\n  {file}: entry 1"),
+        ({**GOOD, "image": 7}, "key 'image' must be of type str - 1 found:\n  {file}: entry 1 (found 7)"),
+        ({"image": "0.png", "bbox": []}, "key 'caption' is missing - 1 found:\n  {file}: entry 1 (0.png)"),
         *(
-            ({**GOOD, "bbox": bad}, f"(0.png): key 'bbox' must be a list of [x1, y1, x2, y2], not {bad}")
+            ({**GOOD, "caption": bad}, "key 'caption' must be a string or a list of strings - 1 found:" + found)
+            for bad, found in (
+                (None, "\n  {file}: entry 1 (0.png) (found None)"),
+                ([], "\n  {file}: entry 1 (0.png) (found [])"),
+                (["a dog", 3], "\n  {file}: entry 1 (0.png) (found ['a dog', 3])"),
+            )
+        ),
+        *(
+            ({**GOOD, "caption": bad}, "a caption is empty once cleaned - 1 found:\n  {file}: entry 1 (0.png) " + found)
+            for bad, found in ((["a dog", " ?! "], "(' ?! ')"), ("", "('')"))
+        ),
+        *(
+            ({**GOOD, "bbox": bad}, "key 'bbox' must be a list of [x1, y1, x2, y2] - 1 found:" + BAD_BOX + f"{bad!r})")
             for bad in (
                 [1, 2, 3, 4],
                 [[1, 2, 3]],
@@ -90,15 +98,24 @@ def test_a_malformed_entry_is_named(images: Path, tmp_path: Path, row: Any, mess
     file = tmp_path / "train.json"
     with pytest.raises(DataError) as refused:
         open_data(images, file, [GOOD, row, GOOD])
-    said = str(refused.value)
-    assert said.startswith(f"{file}: entry 1")
-    assert message in said
+    assert str(refused.value) == message.replace("{file}", str(file))
+
+
+def test_every_malformed_entry_is_named(images: Path, tmp_path: Path) -> None:
+    file = tmp_path / "train.json"
+    nameless = {"caption": "a dog"}
+    with pytest.raises(DataError) as refused:
+        open_data(images, file, [nameless, GOOD, {**GOOD, "bbox": 1}, nameless])
+    assert str(refused.value) == (
+        f"key 'image' is missing - 2 found:\n  {file}: entry 0\n  {file}: entry 3\n"
+        f"key 'bbox' must be a list of [x1, y1, x2, y2] - 1 found:\n  {file}: entry 2 (0.png) (found 1)"
+    )
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
 def test_box_numbers_are_finite(images: Path, tmp_path: Path, number: str) -> None:
     text = json.dumps([GOOD]).replace("20", number)  # Python reads these, though JSON has no such numbers
-    with pytest.raises(DataError, match=r"entry 0 \(0\.png\): key 'bbox' must be a list"):
+    with pytest.raises(DataError, match=r"key 'bbox' must be a list of .*\n.*entry 0 \(0\.png\)"):
         open_data(images, tmp_path / "train.json", text)
 
 
