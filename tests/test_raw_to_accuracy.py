@@ -7,15 +7,20 @@ ships with the repository.
 import json
 import pickle
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from raw_layouts import mattnet_detections, write_entities, write_refer
 
 import prepare
+import Pretrain
 from dataset import scenes_files
+from dataset.raw.vg_rules import OUTPUTS
+from dataset.scenes import draw_scene
 from grounding import evaluate as program
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark
 
@@ -41,9 +46,11 @@ def prepared(*words: object) -> None:
     args.run(args)
 
 
-def evaluated(benchmark: Benchmark, name: str, scenes: Path, output: Path, **keys: object) -> Path:
+def evaluated(
+    benchmark: Benchmark, name: str, scenes: Path, output: Path, checkpoint: Path = CHECKPOINT, **keys: object
+) -> Path:
     """Run a script with the scenes' config, `keys` in place of its paths; returns the result folder."""
-    words = ["--config", str(CONFIGS / f"Grounding_{name}.yaml"), "--checkpoint", str(CHECKPOINT)]
+    words = ["--config", str(CONFIGS / f"Grounding_{name}.yaml"), "--checkpoint", str(checkpoint)]
     words += ["--output_dir", str(output), "--text_encoder", str(scenes / "text_encoder")]
     for key, value in ({"matching_file": []} | keys).items():
         words += ["--set", f"{key}={json.dumps([str(v) for v in value] if isinstance(value, list) else str(value))}"]
@@ -186,3 +193,67 @@ def test_refcoco_and_its_like(
     assert f"* best by point {names['val_d']}\n" in printed
     if not splits:
         assert_equal_maps(result, refcoco_plus)
+
+
+# ---- Visual Genome
+
+
+def test_visual_genome(tmp_path: Path, one_thread: None) -> None:
+    """Raw files of training scenes -> prepare.py -> Pretrain.py -> the accuracy of its checkpoint."""
+    data, raw, count = tmp_path / "scenes", tmp_path / "vg", 8
+    scenes_files.generate(data, seed=5, train=count, annotated=count, evaluation=2)
+    (raw / "VG_100K").mkdir(parents=True)
+    images: list[dict[str, Any]] = []
+    regions: list[dict[str, Any]] = []
+    attributes: list[dict[str, Any]] = []
+    boxes_of: dict[tuple[int, str], list[list[int]]] = {}  # of each phrase, in the generator's order
+    for row in read(data / "train_phrases.json"):
+        for phrase in [row["caption"]] if isinstance(row["caption"], str) else row["caption"]:
+            known = boxes_of.setdefault((int(row["image"][:6]), phrase), [])
+            known += [box for box in row["bbox"] if box not in known]
+    for i in range(count):
+        scene = draw_scene(np.random.default_rng([5, 0, i]))
+        shutil.copy(data / "images" / f"{i:06d}.jpg", raw / "VG_100K" / f"{i}.jpg")
+        url = f"https://example.org/VG_100K/{i}.jpg"
+        images.append({"image_id": i, "url": url, "width": scene.width, "height": scene.height})
+        images[-1] |= {"coco_id": None, "flickr_id": None}
+        own = [(phrase, box) for (image, phrase), boxes in boxes_of.items() if image == i for box in boxes]
+        regions.append({"id": i, "regions": [{"image_id": i, "phrase": text, **corner(box)} for text, box in own]})
+        things = [{"names": [t.shape], "attributes": [t.colour], **corner(t.box, "w", "h")} for t in scene.things]
+        attributes.append({"image_id": i, "attributes": things})
+    for name, rows in (("image_data", images), ("region_descriptions", regions), ("attributes", attributes)):
+        (raw / f"{name}.json").write_text(json.dumps(rows))
+
+    prepared("vg", raw, "--out", tmp_path / "out")
+    described = read(tmp_path / "out" / "vg_descriptions.json")
+    assert described == [
+        {"image": f"VG_100K/{image}.jpg", "caption": phrase, "bbox": boxes}
+        for (image, phrase), boxes in boxes_of.items()
+    ]
+    coloured = read(tmp_path / "out" / "vg_attributes.json")
+    things = draw_scene(np.random.default_rng([5, 0, 0])).things
+    first = [(row["caption"], row["bbox"]) for row in coloured if row["image"] == "VG_100K/0.jpg"]
+    assert len(first) == len({(thing.colour, thing.shape) for thing in things})
+    for caption, boxes in first:
+        assert boxes == [list(thing.box) for thing in things if f"{thing.colour} {thing.shape}" == caption]
+
+    files = [str(tmp_path / "out" / name) for name in OUTPUTS.values()]
+    words = ["--config", str(CONFIGS / "Pretrain.yaml"), "--output_dir", str(tmp_path / "run"), "--max_steps", "2"]
+    words += ["--checkpoint", str(CHECKPOINT), "--text_encoder", str(data / "text_encoder"), "--device", "cpu"]
+    for key, value in {"train_file": files, "image_root": str(raw), "batch_size": 4, "schedular.epochs": 1}.items():
+        words += ["--set", f"{key}={json.dumps(value)}"]
+    Pretrain.main(Pretrain.parse_args([*words, "--num_workers", "0"]))
+    (epoch,) = [json.loads(line) for line in (tmp_path / "run" / "log.txt").read_text().splitlines()]
+    assert epoch["steps"] == 2
+    assert epoch["train_loss_cam2"] > 0
+
+    folder = data / "refer" / "refcoco+"
+    keys = {**refer_keys(data, "refcoco+", folder, data / "images"), "det_file": folder / "dets.json"}
+    checkpoint = tmp_path / "run" / "checkpoint_00.pth"
+    accuracy = lines(evaluated(REFCOCO, "refcoco", data, tmp_path / "eval", checkpoint, **keys))[1]["val_d"]
+    assert 0 < accuracy <= 1
+
+
+def corner(box: Sequence[int], width: str = "width", height: str = "height") -> dict[str, int]:
+    """Visual Genome's keys of a box [x1, y1, x2, y2]."""
+    return {"x": box[0], "y": box[1], width: box[2] - box[0], height: box[3] - box[1]}
