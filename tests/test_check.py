@@ -108,7 +108,7 @@ def test_scenes_as_generated_are_fine(place: Path, check: Callable[..., Outcome]
 
 def test_splits_of_other_sizes_are_noted(place: Path, check: Callable[..., Outcome]) -> None:
     out = check("configs/scenes/Grounding_refcoco.yaml", "configs/scenes/Grounding_flickr.yaml").out
-    config = "  configs/scenes/Grounding_refcoco.yaml: RefCOCO+"
+    config = "  configs/scenes/Grounding_refcoco.yaml: RefCOCO+ (unc)"
     expressions = len(load(f"{REFCOCO}/refcoco+_val.json"))
     assert f"{config} val: {expressions} expressions; published: 10,758\n{config} testA: " in out
     assert "expressions; published: 5,726\n" in out
@@ -120,7 +120,7 @@ def test_splits_of_other_sizes_are_noted(place: Path, check: Callable[..., Outco
 def test_splits_of_the_published_size_are_not(
     place: Path, check: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("dataset.raw.check.PUBLISHED", {"flickr": {"val": 4, "test": 8}})
+    monkeypatch.setattr("dataset.raw.check.PUBLISHED", {"Flickr30k": {"val": 4, "test": 8}})
     assert "notes" not in check(*CONFIGS).out
 
 
@@ -594,6 +594,11 @@ NO_DATA = ["image_ids_file=[]", "phrase_box_file=[]", "sentences_file=[]"]
         (REFCOCO_CONFIG, ["det_file="], f"{REFCOCO_CONFIG}: the config lacks 'det_file', which this benchmark needs"),
         (REFCOCO_CONFIG, ["test_file=[]"], f"{REFCOCO_CONFIG}: the config lacks 'test_file'"),
         (REFCOCO_CONFIG, ["image_root=nowhere"], "nowhere: no such folder"),
+        (
+            REFCOCO_CONFIG,
+            ["refer_split=umd"],
+            f"{REFCOCO_CONFIG}: refcoco+ is split by unc, not by umd; correct refer_",
+        ),
         (FLICKR_CONFIG, ["sentences_file=[a]"], f"{FLICKR_CONFIG}: image_ids_file, phrase_box_file and sentences_file"),
         (FLICKR_CONFIG, ["sentences_file=[]"], f"{FLICKR_CONFIG}: the config lacks 'sentences_file'"),
         (FLICKR_CONFIG, NO_DATA, f"{FLICKR_CONFIG}: names no data; it needs test_file and refcoco_data, or image_ids"),
@@ -608,6 +613,24 @@ def test_evaluation_configs(
     kinds = [row["kind"] for row in json.loads(out)["problems"]]
     assert status == (0 if said is None else 1)
     assert [kind[: len(said or "")] for kind in kinds] == ([] if said is None else [said])
+
+
+@pytest.mark.parametrize(
+    ("name", "refs", "said"),
+    [
+        ("Grounding_refcoco_unc.yaml", "refcoco/refs(unc).p", "evaluation config, RefCOCO (unc)"),
+        ("Grounding_refcocog.yaml", "refcocog/refs(umd).p", "evaluation config, RefCOCOg (umd)"),
+        ("Grounding_refclef.yaml", "refclef/refs(unc).p", "evaluation config, RefCLEF (unc)"),
+    ],
+)
+def test_the_config_s_refer_dataset_and_split(
+    name: str, refs: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[..., Outcome]
+) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    monkeypatch.chdir(tmp_path)
+    files = json.loads(check(f"configs/{name}", "--json").out)["files"]
+    assert files[0]["checked"] == said
+    assert files[2]["file"] == f"data/refer/{refs}"
 
 
 @pytest.mark.parametrize(

@@ -8,20 +8,18 @@ from collections import Counter
 from pathlib import Path
 
 from config import BertConfig, GroundingConfig, PretrainConfig, load_any_config, load_bert_config, size_problems
-from dataset import flickr
+from dataset import flickr, refer
 from dataset.expressions import EntryProblem
 from dataset.raw import check_files
 from dataset.raw.check_files import Gathered
 from dataset.raw.check_images import evenly, inspect, note_boxes, note_images
 from dataset.raw.check_report import Report, Row
-from dataset.refer import splits_of
 
 NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "refclef": "RefCLEF"}
-FLICKR = "Flickr30k"
-# What the papers count: expressions of RefCOCO+ (UNC), images of Flickr30k Entities.
+# What the papers count: expressions, each as often as it stands in the refs; images of Flickr30k Entities.
 PUBLISHED = {
-    "refcoco+": {"val": 10_758, "testA": 5_726, "testB": 4_889},
-    "flickr": {"val": 1_000, "test": 1_000},
+    "RefCOCO+ (unc)": {"val": 10_758, "testA": 5_726, "testB": 4_889},
+    "Flickr30k": {"val": 1_000, "test": 1_000},
 }
 
 
@@ -106,11 +104,12 @@ def _evaluation(gathered: Gathered, path: str, config: GroundingConfig, bert: Be
 
 
 def _refer(gathered: Gathered, path: str, config: GroundingConfig, row: Row) -> None:
-    """RefCOCO+ or its like with detections, or RefCLEF with splits in its entries."""
+    """RefCOCO, RefCOCO+ or RefCOCOg with detections, or RefCLEF with splits in its entries."""
     refclef = is_refclef(path, config)
     dataset = "refclef" if refclef else config.refer_dataset
-    splits_of(dataset, config.refer_split)
-    row.checked = f"evaluation config, {NAMES[dataset]}"
+    name = f"{NAMES[dataset]} ({config.refer_split})"
+    row.checked = f"evaluation config, {name}"
+    refer.splits_of(dataset, config.refer_split)
     config.require("test_file", "refcoco_data", *([] if refclef else ["det_file"]))
     of = check_files.ReferFiles(
         folder=Path(str(config.refcoco_data)) / dataset,
@@ -122,14 +121,13 @@ def _refer(gathered: Gathered, path: str, config: GroundingConfig, row: Row) -> 
     counts: Counter[str] = Counter()
     for file in config.test_file:
         counts += gathered.once(check_files.test_file, file, of, config=path)
-    if config.refer_split == "unc":
-        _note_sizes(row, dataset, "expressions", counts)
+    _note_sizes(row, name, "expressions", counts)
 
 
 def is_refclef(path: str, config: GroundingConfig) -> bool:
-    """Whether a config with test_file is of RefCLEF and not of RefCOCO+: the evaluation script decides, not a key.
+    """Whether a config with test_file is of RefCLEF and not of RefCOCO: the evaluation script decides, not a key.
 
-    The names of its test files and its own tell; failing that, RefCOCO+ is the one that has detections.
+    The names of its test files and its own tell; failing that, RefCLEF is the one that has no detections.
     """
     names = " ".join(Path(name).name.lower() for name in (*config.test_file, path))
     if "refclef" in names or "refcoco" in names:
@@ -138,21 +136,19 @@ def is_refclef(path: str, config: GroundingConfig) -> bool:
 
 
 def _flickr(gathered: Gathered, path: str, config: GroundingConfig, row: Row) -> None:
-    row.checked = f"evaluation config, {FLICKR}"
+    row.checked = "evaluation config, Flickr30k"
     config.require("image_ids_file", "phrase_box_file", "sentences_file")
     counts: Counter[str] = Counter()
     for files in flickr.triples(config.image_ids_file, config.phrase_box_file, config.sentences_file):
         counts += gathered.once(check_files.flickr_split, *files, config.image_root, config=path)
-    _note_sizes(row, "flickr", "images", counts)
+    _note_sizes(row, "Flickr30k", "images", counts)
 
 
-def _note_sizes(row: Row, dataset: str, unit: str, counts: Counter[str]) -> None:
+def _note_sizes(row: Row, name: str, unit: str, counts: Counter[str]) -> None:
     """Note where splits are not of the published size; a subset, or other data in the same format, may be meant."""
-    for split, published in PUBLISHED.get(dataset, {}).items():
+    for split, published in PUBLISHED.get(name, {}).items():
         if counts and counts[split] != published:
-            row.notes.append(
-                f"{NAMES.get(dataset, FLICKR)} {split}: {counts[split]:,} {unit}; published: {published:,}"
-            )
+            row.notes.append(f"{name} {split}: {counts[split]:,} {unit}; published: {published:,}")
 
 
 # ---- images
