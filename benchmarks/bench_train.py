@@ -5,12 +5,13 @@
 
 A step is forward, backward and AdamW, without dropout and at a learning rate of nearly 0, so that every step of every
 variant sees the same weights, and the losses can be compared. Rounds of all variants alternate; medians are reported.
-Peak memory is that of the process; weights, gradients and AdamW's moments are most of it in every variant.
+Peak memory is that of a process of its own, which does two steps; weights of student and teacher, gradients and AdamW's
+moments are most of it in every variant.
 """
 
 import argparse
+import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks import published
-from benchmarks.machine import Clock, describe_machine
+from benchmarks.machine import Clock, describe_machine, peak_memory
 from config import OptimizerConfig, PretrainConfig, load_config
 from models.pretrain import Batch, PretrainModel
 from models.xbert import Attention
@@ -27,6 +28,13 @@ from optim import create_optimizer, parameter_groups
 
 ALPHA = 0.4
 CONFIGS = Path(__file__).parents[1] / "configs"
+VARIANTS = {  # precision, and whether activations are recomputed
+    "published": (torch.float32, False),
+    "ours, fp32": (torch.float32, False),
+    "ours, bf16": (torch.bfloat16, False),
+    "ours, fp32, checkpointing": (torch.float32, True),
+    "ours, bf16, checkpointing": (torch.bfloat16, True),
+}
 
 
 def make_batch(size: int, tokens: int, config: PretrainConfig, words: int) -> Batch:
@@ -53,62 +61,85 @@ def build_model(config: PretrainConfig) -> PretrainModel:
     return model
 
 
+class Trainer:
+    """The model with its batch and optimizers, ready to make a step of any variant."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        config = load_config(CONFIGS / ("scenes" if args.quick else "") / "Pretrain.yaml", PretrainConfig)
+        self.config = config.model_copy(update={"negative_sharpness": 1.0})
+        self.model = build_model(self.config)
+        self.fast = published.with_onednn(self.model)
+        self.batch = make_batch(args.batch, args.tokens, self.config, self.model.text_encoder.config.vocab_size)
+        groups = parameter_groups(self.model, 0.0)
+        self.plain = torch.optim.AdamW(groups, lr=1e-30, foreach=False, fused=False)
+        self.ours = create_optimizer(OptimizerConfig(opt="adamW", lr=1e-30, weight_decay=0.0), self.model)
+        self.ours.state = self.plain.state  # one set of moments
+        self.queues = {name: buffer.clone() for name, buffer in self.model.named_buffers() if "queue" in name}
+
+    def reset(self) -> None:
+        """The queues as they were, and the random state that draws the negatives."""
+        with torch.no_grad():
+            for name, buffer in self.queues.items():
+                self.model.get_buffer(name).copy_(buffer)
+        torch.manual_seed(2)
+
+    def step(self, label: str) -> dict[str, float]:
+        """Forward, backward and AdamW; returns the losses."""
+        if label == "published":
+            with published.plain_attention(self.model):
+                values = published.training_losses(self.model, self.batch, ALPHA)
+                return self.finish(values, self.plain)
+        precision, checkpointing = VARIANTS[label]
+        self.fast.checkpoint_activations(checkpointing)
+        with torch.autocast("cpu", precision, enabled=precision != torch.float32):
+            values = self.fast(self.batch, ALPHA)
+        return self.finish(values, self.ours)
+
+    def finish(self, values: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
+        weights = self.model.loss_weights
+        torch.stack([weight * values[name] for name, weight in weights.items()]).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {name: float(value.detach()) for name, value in values.items()}
+
+
+def memory_of(label: str) -> float:
+    """The most memory, in GB, that a process needs which does two steps of this variant."""
+    words = [sys.executable, *sys.argv, "--memory_of", label]
+    return float(subprocess.run(words, check=True, text=True, stdout=subprocess.PIPE).stdout.split()[-1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=12)
+    parser.add_argument("--memory_of", choices=VARIANTS, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    config = load_config(CONFIGS / ("scenes" if args.quick else "") / "Pretrain.yaml", PretrainConfig)
-    config = config.model_copy(update={"negative_sharpness": 1.0})
-    model = build_model(config)
-    fast = published.with_onednn(model)
-    batch = make_batch(args.batch, args.tokens, config, model.text_encoder.config.vocab_size)
-    plain = torch.optim.AdamW(parameter_groups(model, 0.0), lr=1e-30, foreach=False, fused=False)
-    ours = create_optimizer(OptimizerConfig(opt="adamW", lr=1e-30, weight_decay=0.0), model)
-    queues = {name: buffer.clone() for name, buffer in model.named_buffers() if "queue" in name}
-
-    def step(losses: Callable[[], dict[str, Tensor]], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        with torch.no_grad():
-            for name, buffer in queues.items():
-                model.get_buffer(name).copy_(buffer)
-        torch.manual_seed(2)  # for the negatives
-        with clock.measure(label):
-            values = losses()
-            torch.stack([weight * values[name] for name, weight in model.loss_weights.items()]).sum().backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        return {name: float(value.detach()) for name, value in values.items()}
-
+    trainer = Trainer(args)
+    if args.memory_of:
+        for _ in range(2):
+            trainer.step(args.memory_of)
+        print(peak_memory())
+        return
     clock, found = Clock(), {}
-    variants = {
-        "published": (torch.float32, False),
-        "ours, fp32": (torch.float32, False),
-        "ours, bf16": (torch.bfloat16, False),
-        "ours, fp32, checkpointing": (torch.float32, True),
-        "ours, bf16, checkpointing": (torch.bfloat16, True),
-    }
     for _ in range(args.rounds + 1):
-        for label, (precision, checkpointing) in variants.items():
-            if label == "published":
-                with published.plain_attention(model):
-                    found[label] = step(lambda: published.training_losses(model, batch, ALPHA), plain)
-                plain.state.clear()  # one set of moments at a time
-                continue
-            fast.checkpoint_activations(checkpointing)
-            with torch.autocast("cpu", precision, enabled=precision != torch.float32):
-                found[label] = step(lambda: fast(batch, ALPHA), ours)
-            ours.state.clear()
+        for label in VARIANTS:
+            trainer.reset()
+            with clock.measure(label):
+                found[label] = trainer.step(label)
+    image_res = trainer.config.image_res
+    del trainer
 
     print(describe_machine())
-    print(f"batch {args.batch}, {config.image_res} px, {args.tokens} tokens, {args.rounds} rounds after a first one\n")
+    print(f"batch {args.batch}, {image_res} px, {args.tokens} tokens, {args.rounds} rounds after a first one\n")
     print("| | s per step | ratio | peak memory, GB | losses differ by at most |\n|---|---:|---:|---:|---:|")
-    for label in variants:
+    for label in VARIANTS:
         seconds = clock.median(label, skip=1)
         ratio = clock.median("published", skip=1) / seconds
         error = max(abs(found[label][name] - value) for name, value in found["published"].items())
-        print(f"| {label} | {seconds:.2f} | {ratio:.2f} | {clock.memory[label]:.1f} | {error:.1e} |")
+        print(f"| {label} | {seconds:.2f} | {ratio:.2f} | {memory_of(label):.1f} | {error:.1e} |", flush=True)
 
 
 if __name__ == "__main__":
