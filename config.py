@@ -197,9 +197,16 @@ def load_config(path: str | Path, kind: type[AnyConfig], overrides: list[str] | 
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
+    return parse_config(path, kind, values, overrides)
+
+
+def parse_config(
+    source: str | Path, kind: type[AnyConfig], values: dict[str, Any], overrides: list[str] | None = None
+) -> AnyConfig:
+    """`load_config` of values that were read already; `source` is what messages name. Raises `ConfigError`."""
     for item in overrides or []:
         _override(values, item)
-    return _validate(path, kind, values)
+    return _validate(source, kind, values)
 
 
 def load_bert_config(path: str | Path) -> BertConfig:
