@@ -111,9 +111,10 @@ def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
     words = args.images or args.words[:1]
     phrases = [*args.words[1:], *args.phrase]
     if not words or not phrases:
-        what = "an image and a phrase" if not words else "a phrase"
-        raise utils.UserError(f'{what} is missing: python demo.py IMAGE "the dog on the left"')
-    images = find_images(words)
+        what = "a phrase is" if words else "an image is" if phrases else "an image and a phrase are"
+        raise utils.UserError(f'{what} missing: python demo.py IMAGE "the dog on the left"')
+    remedy = "beside --images, phrases are given by --phrase" if args.images else "the image comes first, then phrases"
+    images = find_images(words, remedy)
     if args.box and len(images) > 1:
         raise utils.UserError(f"--box belongs to one image, and there are {len(images)}")
     return images, phrases

@@ -12,7 +12,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from dataset.reading import DataError
 
-FORMATS = ("JPEG", "MPO", "JPEG2000", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "PPM")  # none that runs a program
+FORMATS = ("JPEG", "JPEG2000", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "PPM")  # none that runs a program
 BROKEN = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # one channel of more than 8 bits
 
@@ -34,7 +34,7 @@ def read_photo(file: Path | BinaryIO, name: str = "") -> Image.Image:
     except FileNotFoundError:
         raise DataError(f"{name}: no such image") from None
     except IsADirectoryError:
-        raise DataError(f"{name}: a folder, not an image; to take all of its images: --images {name}") from None
+        raise DataError(f"{name}: a folder, not an image") from None
     except UnidentifiedImageError:
         raise DataError(f"{name}: not an image, or of another kind than {', '.join(_formats())}") from None
     except BROKEN as error:
@@ -63,13 +63,13 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     return Image.fromarray((values / top * 255).clip(0, 255).round().astype(np.uint8))
 
 
-def find_images(words: list[str]) -> list[Path]:
+def find_images(words: list[str], remedy: str = "check the path") -> list[Path]:
     """The image files that words name: files, folders (their images, not those of folders inside), patterns.
 
     Files as they are named, a folder's and a pattern's by name; none twice.
 
     Raises:
-        DataError: a word names nothing, or a folder without images.
+        DataError: a word names nothing, or a folder without images; it ends with `remedy`.
     """
     found: list[Path] = []
     for word in words:
@@ -81,7 +81,7 @@ def find_images(words: list[str]) -> list[Path]:
             inside = [path] if path.exists() else sorted(map(Path, glob.glob(word)))
         if not inside:
             what = "holds no image" if path.is_dir() else "no such file, folder or pattern"
-            raise DataError(f"--images {word}: {what}; phrases are given by --phrase")
+            raise DataError(f"{word}: {what}; {remedy}")
         found += inside
     return list(dict.fromkeys(found))
 

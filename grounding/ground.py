@@ -130,7 +130,8 @@ def ground_all(
             cam = ResizedMap(small, encoded.height, encoded.width)
             shares = share_of_maximum(cam)
             boxes = map_boxes(cam, shares, threshold)
-            found.append(Grounding(phrase, text, match, small.numpy(), shares, cam.point(), boxes, words))
+            y, x = divmod(int(cam.pixels.argmax()), encoded.width)  # cam.point(), from pixels that are there already
+            found.append(Grounding(phrase, text, match, small.numpy(), shares, (x, y), boxes, words))
     return found
 
 

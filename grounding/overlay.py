@@ -33,12 +33,11 @@ COLORMAP = "viridis"
 STRENGTH, RAMP = 0.75, 0.7  # opacity where the map is highest, and the exponent with which it falls
 POINT, BEST, TRUTH = "white", "#ff3b30", "white"
 SIDE, WORD_SIDE = 6.5, 1.9  # the longer side of an image
-LEAST_WIDTH, LEAST_BODY = (
-    4.4,
-    1.0,
-)  # of a figure without its margins, for the legend; of the colour bar, for its numbers
+LEAST_WIDTH, LEAST_BODY = 4.4, 1.5  # of a figure, for its legend; of the colour bar, for its label
 MARGIN, BAR, LINE, GAP = 0.15, 0.75, 0.21, 0.1  # around; for the colour bar; a line of text; between parts
 WORDS_A_ROW = 6
+TITLE = FontProperties(size=12, weight="bold")
+PLAIN, SMALL = FontProperties(size=10), FontProperties(size=9)
 LONGEST_TITLE = 600  # characters
 
 
@@ -70,11 +69,11 @@ def overlay(
     colours = see_through(colormap)
     width, height = (SIDE * length / max(image.size) for length in image.size)
     inner, body = max(width + BAR, LEAST_WIDTH), max(height, LEAST_BODY)
-    lines = [*wrap(_title(found.text), inner, 13), f"match probability {found.match:.3f}"]
-    top, bottom = GAP + LINE * len(lines), GAP + LINE
+    title = wrap(_title(found.text), inner, TITLE)
+    top, bottom = GAP + LINE * (len(title) + 1), GAP + LINE
     figure = _figure(inner + 2 * MARGIN, body + top + bottom + 2 * MARGIN)
-    _write(figure, lines[:-1], 13)
-    _write(figure, lines[-1:], 10, skip=len(lines) - 1)
+    _write(figure, title, TITLE)
+    _write(figure, [f"match probability {found.match:.3f}"], PLAIN, skip=len(title))
     middle = MARGIN + bottom + body / 2
     left = MARGIN + (inner - BAR - width) / 2
     axes = _axes(figure, Place(left, middle - height / 2, width, height))
@@ -111,24 +110,24 @@ def word_strip(image: Image.Image, found: Grounding, colormap: str = COLORMAP) -
     cell = max(width, 0.55 * WORD_SIDE)
     columns = min(len(panels), WORDS_A_ROW)
     inner = max(columns * (cell + GAP) - GAP, LEAST_WIDTH)
-    names = [wrap(name, cell, 9) for name, _ in panels]
-    heads = LINE * 0.75 * max(map(len, names)) + 0.05
-    title = wrap(_title(found.text), inner, 12)
-    rows = -(-len(panels) // columns)
-    top, bottom, row_height = GAP + LINE * len(title), LINE, heads + height + GAP
-    figure = _figure(inner + 2 * MARGIN, top + rows * row_height + bottom + 2 * MARGIN)
-    _write(figure, title, 12)
+    names = [wrap(name, cell, SMALL) for name, _ in panels]
+    title = wrap(_title(found.text), inner, TITLE)
+    rows = [range(start, min(start + columns, len(panels))) for start in range(0, len(panels), columns)]
+    heads = [LINE * 0.75 * max(len(names[index]) for index in row) + GAP for row in rows]
+    total = LINE * len(title) + sum(heads) + len(rows) * (height + GAP) + LINE
+    figure = _figure(inner + 2 * MARGIN, total + 2 * MARGIN)
+    _write(figure, title, TITLE)
     for index, (name, (_, small)) in enumerate(zip(names, panels, strict=True)):
         row, column = divmod(index, columns)
         x = MARGIN + column * (cell + GAP) + (cell - width) / 2
-        y = MARGIN + bottom + (rows - 1 - row) * row_height + GAP
-        axes = _axes(figure, Place(x, y, width, height))
+        above = LINE * len(title) + sum(heads[: row + 1]) + row * (height + GAP)
+        axes = _axes(figure, Place(x, MARGIN + total - above - height, width, height))
         shown_height, shown_width = _shown_size(image.size, axes)
         shares = share_of_maximum(ResizedMap(torch.from_numpy(small), shown_height, shown_width))
         _show(axes, image, shares, colours)
-        axes.set_title("\n".join(name), fontsize=9, pad=3, parse_math=False)
-    note = "each map on its own scale; %: share of the whole map"
-    _place_text(figure, note, MARGIN, MARGIN, 8, va="bottom", color="#555555")
+        axes.set_title("\n".join(name), fontproperties=SMALL, pad=3, parse_math=False)
+    note = "each map on its own scale; %: share of the whole map" if found.words else "mode itc: no maps of words"
+    _place_text(figure, note, MARGIN, MARGIN, SMALL, va="bottom", color="#555555")
     return figure
 
 
@@ -155,10 +154,9 @@ def see_through(name: str) -> Colormap:
 # ---- text
 
 
-def wrap(text: str, width: float, size: float) -> list[str]:
-    """Break a text into lines of at most `width` inches at a font size in points; a longer word is broken as well."""
+def wrap(text: str, width: float, font: FontProperties) -> list[str]:
+    """Break a text into lines of at most `width` inches; a word that is longer is broken as well."""
     renderer = FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
-    font = FontProperties(size=size)
 
     def fits(line: str) -> bool:
         return renderer.get_text_width_height_descent(line, font, ismath=False)[0] <= width * DPI
@@ -187,17 +185,15 @@ def _title(text: str) -> str:
     return text if len(text) <= LONGEST_TITLE else text[:LONGEST_TITLE] + "…"
 
 
-def _write(figure: Figure, lines: Sequence[str], size: float, skip: int = 0) -> None:
+def _write(figure: Figure, lines: Sequence[str], font: FontProperties, skip: int = 0) -> None:
     """Lines of text at the top of a figure, below `skip` others."""
-    top = figure.get_figheight() - MARGIN
     for index, line in enumerate(lines, start=skip):
-        weight = "bold" if size > 10 else "normal"
-        _place_text(figure, line, MARGIN, top - LINE * index, size, va="top", weight=weight)
+        _place_text(figure, line, MARGIN, figure.get_figheight() - MARGIN - LINE * index, font, va="top")
 
 
-def _place_text(figure: Figure, text: str, x: float, y: float, size: float, **style: Any) -> None:
+def _place_text(figure: Figure, text: str, x: float, y: float, font: FontProperties, **style: Any) -> None:
     width, height = figure.get_size_inches()
-    figure.text(x / width, y / height, text, fontsize=size, ha="left", parse_math=False, **style)
+    figure.text(x / width, y / height, text, fontproperties=font, ha="left", parse_math=False, **style)
 
 
 # ---- parts
