@@ -78,7 +78,7 @@ def find_images(words: list[str], remedy: str = "check the path") -> list[Path]:
             suffixes = {suffix for suffix, kind in Image.registered_extensions().items() if kind in _formats()}
             inside = sorted(file for file in path.iterdir() if file.is_file() and file.suffix.lower() in suffixes)
         else:
-            inside = [path] if path.exists() else sorted(map(Path, glob.glob(word)))
+            inside = [path] if path.exists() else sorted(file for file in map(Path, glob.glob(word)) if file.is_file())
         if not inside:
             what = "holds no image" if path.is_dir() else "no such file, folder or pattern"
             raise DataError(f"{word}: {what}; {remedy}")
