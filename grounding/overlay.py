@@ -82,12 +82,12 @@ def overlay(
     bar = _axes(figure, Place(left + width + GAP, middle - bar_height / 2, 0.16, bar_height))
     figure.colorbar(heat, cax=bar, ticks=[0, 0.5, 1]).set_label("share of the maximum", fontsize=9)
     bar.tick_params(labelsize=9)
-    handles = _boxes(axes, truth, TRUTH, "--", "ground truth")
-    handles += _boxes(axes, [box.box for box in found.boxes[:1]], BEST, "-", "best box")
+    handles = _boxes(axes, [box.box for box in found.boxes[:1]], BEST, "-", "best box")
+    handles += _boxes(axes, truth, TRUTH, "--", "ground truth")  # above: its gaps show a box that it coincides with
     marker: dict[str, Any] = {"marker": "o", "ms": 9, "mfc": POINT, "mec": "black", "mew": 1.8, "ls": "none"}
-    handles += axes.plot(*found.point, label="point", clip_on=False, zorder=5, **marker)
+    handles[:0] = axes.plot(*found.point, label="point", clip_on=False, zorder=5, **marker)
     figure.legend(
-        handles=handles[::-1],
+        handles=handles,
         loc="lower center",
         ncols=len(handles),
         frameon=False,

@@ -78,6 +78,14 @@ def test_best_box_and_true_boxes_are_drawn_at_their_places() -> None:
     assert names == ["point", "best box", "ground truth"]
 
 
+def test_a_true_box_that_is_the_best_box_shows_both() -> None:
+    figure = overlay(Image.new("RGB", (8, 4), "black"), grounding(HOT, (8, 4)), truth=[[1, 2, 2, 1]])
+    pixels, axes = drawn(figure), figure.axes[0]
+    lower = [at(axes, pixels, x, 2.5) for x in np.linspace(0.6, 2.4, 200)]
+    assert lower.count(WHITE) > 50
+    assert lower.count(RED) > 20
+
+
 def test_the_title_is_the_phrase_and_its_match() -> None:
     figure = overlay(Image.new("RGB", (8, 4)), grounding(HOT, (8, 4), r"the $\frac thing"))
     assert [text.get_text() for text in figure.texts] == [r"the $\frac thing", "match probability 0.875"]
