@@ -142,6 +142,9 @@ def test_a_truth_that_is_met() -> None:
     assert demo.against_truth(found, []) == {}
     met = demo.against_truth(found, [[5, 3, 1, 1], [1, 0, 3, 2]])
     assert met == {"truth": [[5, 3, 1, 1], [1, 0, 3, 2]], "point_correct": True, "best_box_iou": 0.0}  # one row: REFER
+    found.boxes = (ScoredBox((1, 0, 3, 3), 1.0), ScoredBox((5, 3, 1, 1), 0.5))
+    both = demo.against_truth(found, [[1, 0, 3, 2], [0, 0, 5, 4]])  # IoU 6/9 and 9/20; any of them will do
+    assert both["best_box_iou"] == pytest.approx(6 / 9)
     found.boxes = ()
     assert demo.against_truth(found, [[2, 1, 3, 3]]) == {
         "truth": [[2, 1, 3, 3]],
