@@ -258,6 +258,15 @@ def _read_values(path: str | Path, overrides: list[str] | None) -> dict[str, Any
     return values
 
 
+def parse_config(
+    source: str | Path, kind: type[AnyConfig], values: dict[str, Any], overrides: list[str] | None = None
+) -> AnyConfig:
+    """`load_config` of values that were read already; `source` is what messages name. Raises `ConfigError`."""
+    for item in overrides or []:
+        _override(values, item)
+    return _validate(source, kind, values)
+
+
 def load_bert_config(path: str | Path) -> BertConfig:
     """Read config_bert.json; raises `ConfigError` naming the file and the key."""
     try:

@@ -43,6 +43,13 @@ class Tokens(NamedTuple):
     attention_mask: Tensor
 
 
+class Word(NamedTuple):
+    """A word of a caption, between white space, and its word pieces."""
+
+    text: str
+    pieces: tuple[str, ...]
+
+
 class Tokenizer:
     """Lower-case WordPiece giving [CLS] and the pieces, **without a closing [SEP]**, as AMC's checkpoints were trained.
 
@@ -81,6 +88,19 @@ class Tokenizer:
     def words(self, ids: Tensor) -> list[str]:
         """The word pieces of one row of ids (T,), for showing."""
         return [self.pieces.id_to_token(int(i)) or "[UNK]" for i in ids]
+
+    def split(self, text: str) -> list[Word]:
+        """The words of a cleaned caption; their pieces, one after another, are the ids that `__call__` gives it.
+
+        The first is [CLS]. A word without pieces (nothing but characters that the tokenizer drops) is left out.
+        """
+        encoding = self.pieces.encode(text, add_special_tokens=False)
+        words = [Word("[CLS]", ("[CLS]",))]
+        for word in re.finditer(r"\S+", text):
+            inside = [word.start() <= start < word.end() for start, _ in encoding.offsets]
+            if pieces := tuple(piece for piece, own in zip(encoding.tokens, inside, strict=True) if own):
+                words.append(Word(word.group(), pieces))
+        return words
 
     def _encode(self, text: str) -> list[int]:
         return self.pieces.encode(text, add_special_tokens=False).ids

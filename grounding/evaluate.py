@@ -16,11 +16,11 @@ from dataset.text import load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from grounding import metrics
 from grounding.benchmarks import Benchmark, asked_for
+from grounding.opening import check_layer, ready
 from grounding.predict import Explainer, ImageData, ask, distinct, load_images
 from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
-from models.checkpoint import load_weights, read_checkpoint
-from models.onednn import use_onednn
+from models.checkpoint import read_checkpoint
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Line = dict[str, float | None]
@@ -157,15 +157,9 @@ class Evaluation:
 
     def load(self, path: Path) -> Explainer:
         """The model of a checkpoint, ready to be asked."""
-        model = build_albef(self.config)
-        mode, layers = self.args.gradcam_mode, model.text_encoder.fusion_layers
-        known = layers if mode == "itm" else range(len(model.visual_encoder.blocks))
-        if self.block not in known:
-            what = "fusion layers" if mode == "itm" else "image encoder's blocks"
-            raise EvaluationError(f"--block_num {self.block}: the {what} are {known.start} to {known.stop - 1}")
-        utils.log(str(load_weights(model, read_checkpoint(path)["model"], path)))
-        model.requires_grad_(False).eval().to(self.device)
-        use_onednn(model)
+        model, mode = build_albef(self.config), self.args.gradcam_mode
+        check_layer(model, mode, self.block)
+        utils.log(str(ready(model, read_checkpoint(path), path, self.device)))
         return Explainer(model, self.tokenizer, self.device, mode, self.block, PRECISIONS[self.args.precision])
 
     def predict(self, explainer: Explainer) -> tuple[list[Row], list[int]]:

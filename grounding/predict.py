@@ -65,7 +65,7 @@ class Explainer(NamedTuple):
         return torch.cat(maps)
 
     def _contrast_maps(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
-        with self._reduced_precision():
+        with self.reduced_precision():
             tokens = self.model.visual_encoder.tokens_before(images, self.block)
         ids, mask = (tensor.to(self.device) for tensor in self.tokenizer(texts))
         chosen = torch.tensor(index, device=self.device)
@@ -86,11 +86,12 @@ class Explainer(NamedTuple):
         return torch.cat(found)
 
     def _keys_values(self, images: Tensor) -> list[KeyValue]:
-        with self._reduced_precision():
+        with self.reduced_precision():
             tokens = self.model.encode_image(images)
         return self.model.text_encoder.image_keys_values(tokens.float())
 
-    def _reduced_precision(self) -> torch.autocast:
+    def reduced_precision(self) -> torch.autocast:
+        """The context that the image encoder runs in."""
         return torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32)
 
     def _chunks(self, index: list[int], texts: list[str]) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -3,6 +3,8 @@
 Encoders are injected; `build_albef` makes them from a config.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,6 +13,14 @@ from config import BertConfig, ConfigError, ModelConfig, load_bert_config, size_
 from models.amc import gradcam
 from models.vit import VisionTransformer
 from models.xbert import KeyValue, TextEncoder
+
+
+class Explained(NamedTuple):
+    """attention and gradient: (B, H, T, S) of a layer and d(match logit)/d(it); logits: (B, 2). All detached."""
+
+    attention: Tensor
+    gradient: Tensor
+    logits: Tensor
 
 
 class ALBEF(nn.Module):
@@ -61,13 +71,28 @@ class ALBEF(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """GradCAM of the match logit on cross-attention layer `layer` (AMC, equation 3), one map per text.
 
+        Arguments as in `match_attention`.
+
+        Returns:
+            maps (B, h, w) and the match logits (B, 2), both detached.
+        """
+        seen = self.match_attention(images, input_ids, attention_mask, layer, image_index)
+        return gradcam(seen.attention, seen.gradient, attention_mask, self.visual_encoder.grid), seen.logits
+
+    def match_attention(
+        self,
+        images: list[KeyValue],
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        layer: int,
+        image_index: Tensor | None = None,
+    ) -> Explained:
+        """Cross-attention of layer `layer` and the gradient of the match logit by it: what a GradCAM map is made of.
+
         The gradient runs from the logit back to that attention and no further. Parameters should not require gradients.
 
         Args:
             images: from `text_encoder.image_keys_values`; `image_index` as in `TextEncoder.fuse`.
-
-        Returns:
-            maps (B, h, w) and the match logits (B, 2), both detached.
         """
         with torch.no_grad():
             text = self.encode_text(input_ids, attention_mask)
@@ -78,8 +103,7 @@ class ALBEF(nn.Module):
             logits = self.match_logits(fused.tokens)
             assert fused.attention is not None
             (gradient,) = torch.autograd.grad(logits[:, 1].sum(), fused.attention)
-        cam = gradcam(fused.attention.detach(), gradient, attention_mask, self.visual_encoder.grid)
-        return cam, logits.detach()
+        return Explained(fused.attention.detach(), gradient, logits.detach())
 
     def contrast_gradcam(
         self,

@@ -25,10 +25,27 @@ def gradcam(attention: Tensor, gradient: Tensor, token_mask: Tensor, grid: tuple
     Returns:
         (B, h, w) float32, at least 0; meaningful up to a positive factor.
     """
+    return _attention_times_gradient(attention, gradient, token_mask).mean(dim=(1, 2)).unflatten(-1, grid)
+
+
+def token_gradcam(attention: Tensor, gradient: Tensor, token_mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The map of each token, before `gradcam` averages over them.
+
+    Arguments as in `gradcam`.
+
+    Returns:
+        (B, T, h, w) float32, at least 0, and 0 for padding; the mean over T is `gradcam`'s map (in float32 up to the
+        order of the sums).
+    """
+    return _attention_times_gradient(attention, gradient, token_mask).mean(dim=1).unflatten(-1, grid)
+
+
+def _attention_times_gradient(attention: Tensor, gradient: Tensor, token_mask: Tensor) -> Tensor:
+    """A * max(G, 0) over patches (B, H, T, h * w); the CLS column is left out, padding is 0."""
     mask = token_mask[:, None, :, None].float()
     patches_attention = attention[..., 1:].float() * mask
     patches_gradient = gradient[..., 1:].float().clamp(min=0) * mask
-    return (patches_attention * patches_gradient).mean(dim=(1, 2)).unflatten(-1, grid)
+    return patches_attention * patches_gradient
 
 
 def normalise(cam: Tensor) -> Tensor:

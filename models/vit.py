@@ -63,6 +63,13 @@ class VisionTransformer(TimmVisionTransformer):
         """The input of block `block`, (B, 1 + patches, width)."""
         return self._run(self.embed(images), 0, block)
 
+    def block_inputs(self, images: Tensor) -> list[Tensor]:
+        """What enters each block, and last what leaves the final norm: `tokens_before` of every block at once."""
+        tokens = [self.embed(images)]
+        for block in range(len(self.blocks)):
+            tokens.append(self._run(tokens[-1], block, block + 1))
+        return [*tokens[:-1], self.norm(tokens[-1])]
+
     def forward_from(self, tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
         """Run the blocks from `block` on and return that block's attention as well.
 

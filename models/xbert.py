@@ -150,15 +150,21 @@ class Layer(nn.Module):
         hidden: Tensor,
         text_bias: Tensor,
         image: KeyValue | None = None,
+        image_index: Tensor | None = None,
         explicit_self: bool = False,
         explicit_cross: bool = False,
         cls_only: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """(B, T, W) -> (B, T, W) and, if `explicit_cross`, the cross-attention (B, H, T, S); T = 1 if `cls_only`."""
+        """(B, T, W) -> (B, T, W) and, if `explicit_cross`, the cross-attention (B, H, T, S); T = 1 if `cls_only`.
+
+        `image` and `image_index` as in `TextEncoder.fuse`, of this layer. Rows of `image` are picked here, so that
+        recomputed activations (`checkpoint_activations`) include the copies.
+        """
         source = self.attention.keys_values(hidden)
         hidden, _ = self.attention(hidden[:, :1] if cls_only else hidden, source, text_bias, explicit_self)
         attention = None
         if image is not None:
+            image = image if image_index is None else image.select(image_index)
             hidden, attention = self.crossattention(hidden, image, explicit=explicit_cross)
         return self.output(self.intermediate(hidden), hidden), attention
 
@@ -310,15 +316,14 @@ class TextEncoder(nn.Module):
             raise ValueError(f"layer {attention_layer} has no cross-attention; the fusion layers are {known}")
         hidden, bias, seen = text_tokens, _additive(attention_mask), None
         for index, image in zip(self.fusion_layers, images, strict=True):
-            image = image if image_index is None else image.select(image_index)
             above = twice_differentiable and attention_layer is not None and index > attention_layer
             asked = index == attention_layer
             first = cls_only and index == self.fusion_layers[-1] and not asked
             if above or asked:
-                hidden, attention = self.layers[index](hidden, bias, image, above, True, first)
+                hidden, attention = self.layers[index](hidden, bias, image, image_index, above, True, first)
                 seen = attention if asked else seen
             else:
-                hidden, _ = self._run(self.layers[index], hidden, bias, image, False, False, first)
+                hidden, _ = self._run(self.layers[index], hidden, bias, image, image_index, False, False, first)
         return FusionOutput(hidden[:, :1] if cls_only else hidden, seen)
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
@@ -326,7 +331,7 @@ class TextEncoder(nn.Module):
         assert self.cls is not None, "this text encoder was built without its MLM head"
         return self.cls.predictions(hidden)
 
-    def _run(self, layer: Layer, *inputs: Tensor | KeyValue | bool) -> tuple[Tensor, Tensor | None]:
+    def _run(self, layer: Layer, *inputs: Tensor | KeyValue | bool | None) -> tuple[Tensor, Tensor | None]:
         if self.checkpoint_activations and torch.is_grad_enabled():
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)

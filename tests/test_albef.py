@@ -680,3 +680,12 @@ def test_autocast_leaves_the_amc_terms_in_float32(tiny_config: TinyConfig, monke
         assert losses[name].item() == pytest.approx(exact[name].item(), abs=0.1)
     assert all(loss.isfinite() for loss in losses.values())
     assert all(gradient.isfinite().all() for gradient in gradients(model, total(model, losses)).values())
+
+
+def test_inputs_of_all_blocks_at_once(model: ALBEF) -> None:
+    encoder = model.visual_encoder
+    *inputs, last = encoder.block_inputs(images(2))
+    assert len(inputs) == len(encoder.blocks) == 2
+    for block, tokens in enumerate(inputs):
+        assert torch.equal(tokens, encoder.tokens_before(images(2), block))
+    assert torch.equal(last, model.encode_image(images(2)))

@@ -76,6 +76,25 @@ def test_gradcam_computes_in_float32() -> None:
     torch.testing.assert_close(cam, torch.tensor([[[1.1, 0.3], [0.8, 0.6]]]) / 4, rtol=1e-2, atol=1e-3)
 
 
+def test_token_maps_are_those_before_the_mean() -> None:
+    cams = amc.token_gradcam(ATTENTION, GRADIENT, torch.tensor([[1, 1]]), (2, 2))
+    expected = [[[0.1, 0.3], [0.8, 0.1]], [[1.0, 0.0], [0.0, 0.5]]]
+    torch.testing.assert_close(cams, torch.tensor([expected]) / 2)
+    padded = amc.token_gradcam(ATTENTION, GRADIENT, torch.tensor([[1, 0]]), (2, 2))
+    torch.testing.assert_close(padded, torch.tensor([[expected[0], [[0.0, 0.0], [0.0, 0.0]]]]) / 2)
+
+
+def test_the_mean_of_token_maps_is_gradcam_exactly() -> None:
+    generator = torch.Generator().manual_seed(0)
+    # multiples of 1/8: no sum of them is rounded, so that the order of summing cannot show
+    attention, gradient = (torch.randint(-8, 9, (3, 4, 8, 7), generator=generator) / 8 for _ in range(2))
+    mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] + [0] * 7])
+    cams = amc.token_gradcam(attention, gradient, mask, (2, 3))
+    assert cams.shape == (3, 8, 2, 3)
+    assert torch.equal(cams.mean(dim=1), amc.gradcam(attention, gradient, mask, (2, 3)))
+    assert (cams[1, 5:] == 0).all()
+
+
 def test_gradcam_passes_gradients_to_attention_and_to_positive_gradients() -> None:
     attention, gradient = ATTENTION.clone().requires_grad_(), GRADIENT.clone().requires_grad_()
     amc.gradcam(attention, gradient, torch.tensor([[1, 0]]), (2, 2)).sum().backward()

@@ -21,6 +21,7 @@ from dataset.transforms import normalise, resize_bilinear_image
 from grounding import evaluate as program
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark, asked_for
 from grounding.evaluate import EvaluationError, find_checkpoints
+from grounding.opening import LayerError
 from grounding.predict import ask, distinct
 from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef
@@ -388,9 +389,9 @@ def test_clear_messages_before_anything_is_computed(place: Path, tmp_path: Path)
         (tmp_path / "empty" / name).touch()
     with pytest.raises(EvaluationError, match=r"a_00\.pth and b_00\.pth end alike"):
         find_checkpoints(str(tmp_path / "empty"))
-    with pytest.raises(EvaluationError, match="the fusion layers are 1 to 2"):
+    with pytest.raises(LayerError, match="the fusion layers are 1 to 2"):
         evaluate(REFCOCO, place, tmp_path, "--block_num", "8", checkpoint=ONE)
-    with pytest.raises(EvaluationError, match="image encoder's blocks are 0 to 1"):
+    with pytest.raises(LayerError, match="image encoder's blocks are 0 to 1"):
         evaluate(REFCOCO, place, tmp_path, "--block_num", "2", "--gradcam_mode", "itc", checkpoint=ONE)
     with pytest.raises(CheckpointError, match=r"does not fit.*\n.*vision_proj\.weight is \[8, 16\]"):
         evaluate(REFCOCO, place, tmp_path, "--set", "embed_dim=4", checkpoint=ONE)

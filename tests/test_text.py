@@ -146,3 +146,21 @@ def test_known_words_mapped_to_unk_are_an_error() -> None:
     pieces = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))  # without BERT's splitting at spaces
     with pytest.raises(UserError, match=r"broken: the tokenizer maps known words to \[UNK\].*\(1 of 2 to \[UNK\]\)"):
         Tokenizer(pieces, "broken")
+
+
+def test_words_with_their_pieces(tokenizer: Tokenizer) -> None:
+    text = "a  skateboarder's\tt\u200bshirt \u200b café $50 日本 " + "x" * 101
+    words = tokenizer.split(text)
+    assert [(word.text, list(word.pieces)) for word in words] == [
+        ("[CLS]", ["[CLS]"]),
+        ("a", ["a"]),
+        ("skateboarder's", ["skate", "##board", "##er", "'", "s"]),
+        ("t\u200bshirt", ["ts", "##hir", "##t"]),
+        ("café", ["cafe"]),
+        ("$50", ["$", "50"]),
+        ("日本", ["日", "本"]),
+        ("x" * 101, ["[UNK]"]),
+    ]
+    pieces = [piece for word in words for piece in word.pieces]
+    assert tokenizer.words(tokenizer([text]).input_ids[0]) == pieces
+    assert [word.text for word in tokenizer.split("")] == ["[CLS]"]

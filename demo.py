@@ -1,0 +1,261 @@
+"""Phrases and images in, heat maps out: where the model looks, its point, its box, whether it finds that they match.
+
+    python demo.py IMAGE PHRASE [PHRASE ...]                     one image (or a folder, or a "pattern*.jpg")
+    python demo.py --images A.jpg B.jpg FOLDER --phrase PHRASE [--phrase PHRASE ...]
+
+Without --checkpoint, the model is the one that `make demo` trained on the embedded scenes, which knows nothing of
+photographs. Pictures go to --output_dir as IMAGE_01_PHRASE.png; docs/demo.md shows one.
+"""
+
+import argparse
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import utils
+from dataset.photos import find_images, read_photo
+from dataset.reading import DataError
+from dataset.text import clean_caption
+from grounding import metrics, overlay
+from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO
+from grounding.evaluate import PRECISIONS
+from grounding.ground import MAX_WORDS, Grounding, clean_phrase, encode, ground_all
+from grounding.opening import OpenedModel, newest_checkpoint, open_model
+from grounding.predict import Explainer
+from grounding.regions import THRESHOLD
+
+DEMO_MODELS = Path("output/scenes/amc")  # where `make demo` leaves its AMC checkpoints
+BENCHMARKS = {"refcoco": REFCOCO, "refclef": REFCLEF, "flickr": FLICKR}
+LONGEST_SLUG = 40
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Show where a model finds phrases in images.",
+        epilog="The model that `make demo` leaves knows its scenes (data/scenes/images) alone, not photographs.",
+    )
+    add = parser.add_argument
+    add("words", nargs="*", metavar="IMAGE PHRASE", help="an image (or folder, or quoted pattern), then phrases")
+    add("--images", nargs="+", default=[], metavar="IMAGE", help="images, folders, patterns, in place of IMAGE")
+    add("--phrase", action="append", default=[], help="a phrase; may be repeated")
+    add("--checkpoint", help=f"a checkpoint (default: the last one in {DEMO_MODELS})")
+    add("--config", help="a Grounding_*.yaml (default: chosen by the sizes that the checkpoint states)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key, for instance image_res")
+    add("--benchmark", choices=BENCHMARKS, default="refcoco", help="whose config, and whose resize to the model's size")
+    add("--text_encoder", help="hub name or local folder (default: bert-base-uncased, or the scenes' vocabulary)")
+    add("--device", help="cuda or cpu (default: the GPU if there is one)")
+    add("--gradcam_mode", choices=("itm", "itc"), default="itm", help="what the map explains")
+    add("--block_num", type=int, help="layer to explain (default: the config's, 8)")
+    add("--precision", choices=PRECISIONS, default="fp32", help="of the image encoder; maps are computed in fp32")
+    add("--threshold", type=float, default=THRESHOLD, help="of the boxes, a share of the map's maximum")
+    add("--skip_broken", action="store_true", help="leave out unreadable images and say so")
+    shown = parser.add_argument_group("what is shown and written")
+    add = shown.add_argument
+    add("--output_dir", type=Path, default=Path("output/demo"))
+    add("--box", nargs=4, type=float, action="append", default=[], metavar=("X", "Y", "W", "H"), help="a true box")
+    add("--colormap", default=overlay.COLORMAP, help="of matplotlib: viridis, magma, jet, ...")
+    add("--words", dest="word_maps", action="store_true", help="a picture of the map of each word as well")
+    add("--json", action="store_true", help="IMAGE.json: points, boxes, scores, probabilities")
+    add("--npz", action="store_true", help="IMAGE.npz: the maps themselves")
+    return parser.parse_args(argv)
+
+
+def main(args: argparse.Namespace) -> None:
+    images, phrases = what_to_ask(args)
+    overlay.see_through(args.colormap)  # a wrong name is an error before the model is read, not after
+    opened = open_model(
+        args.checkpoint or demo_model(),
+        config=args.config,
+        text_encoder=args.text_encoder,
+        device=args.device,
+        overrides=args.set,
+        benchmark=BENCHMARKS[args.benchmark],
+    )
+    explainer = opened.explainer(args.gradcam_mode, args.block_num, PRECISIONS[args.precision])
+    print(opened.report)
+    print(f"config: {opened.origin}; {args.gradcam_mode} at layer {explainer.block}")
+    for phrase in phrases:
+        for note in notes(explainer, phrase):
+            print(f"note: phrase {phrase!r}: {note}")
+    broken = 0
+    for path, name in zip(images, file_names(images), strict=True):
+        try:
+            image = read_photo(path)
+        except DataError as error:
+            if not args.skip_broken:
+                raise
+            print(f"skipped: {error}")
+            broken += 1
+            continue
+        ask_one(args, opened, explainer, image, path, name, phrases)
+    if broken == len(images):
+        raise DataError("none of the images could be read")
+
+
+def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
+    """The images and the phrases of a command line.
+
+    Raises:
+        UserError: it names no image or no phrase, or both kinds of images; or boxes for several images.
+    """
+    if args.images and args.words:
+        raise utils.UserError(
+            f"{args.words[0]!r} stands for an image, and --images names others; phrases then go to --phrase"
+        )
+    words = args.images or args.words[:1]
+    phrases = [*args.words[1:], *args.phrase]
+    if not words or not phrases:
+        what = "a phrase is" if words else "an image is" if phrases else "an image and a phrase are"
+        raise utils.UserError(f'{what} missing: python demo.py IMAGE "the dog on the left"')
+    remedy = "beside --images, phrases are given by --phrase" if args.images else "the image comes first, then phrases"
+    images = find_images(words, remedy)
+    if args.box and len(images) > 1:
+        raise utils.UserError(f"--box belongs to one image, and there are {len(images)}")
+    return images, phrases
+
+
+def demo_model() -> Path:
+    """The model of `make demo`; raises `UserError` with the ways to get one."""
+    found = newest_checkpoint(DEMO_MODELS)
+    if found is None:
+        raise utils.UserError(
+            f"no --checkpoint was given and {DEMO_MODELS} holds none. Either\n"
+            "  make demo    trains the small AMC model of the scenes and leaves it there\n"
+            "  --checkpoint FILE    takes another, for instance one of the authors' (README)\n"
+            "  --checkpoint checkpoints/scenes_stage1.safetensors --config configs/scenes/Grounding_refcoco.yaml\n"
+            "      takes the scenes' model before AMC, which ships with the repository; its vocabulary is made by\n"
+            "      python prepare.py scenes data/scenes"
+        )
+    print(f"checkpoint: {found}, which `make demo` trained on synthetic scenes; it knows nothing of photographs")
+    return found
+
+
+def notes(explainer: Explainer, phrase: str) -> list[str]:
+    """What a user should know of how a phrase is read."""
+    text = clean_phrase(explainer, phrase)
+    found = []
+    if text != clean_caption(phrase, len(phrase)):
+        found.append(f"cut to {MAX_WORDS} words, as in evaluation")
+    if unknown := [word.text for word in explainer.tokenizer.split(text) if "[UNK]" in word.pieces]:
+        found.append(f"the vocabulary lacks {', '.join(unknown)}; the model reads [UNK]")
+    return found
+
+
+def file_names(images: Sequence[Path]) -> list[str]:
+    """A name for each image's files: its own without the suffix, and a number where several would share one."""
+    names: list[str] = []
+    used: set[str] = set()
+    for path in images:
+        name, number = path.stem, 1
+        while name.lower() in used:  # some file systems do not tell A from a
+            number += 1
+            name = f"{path.stem}-{number}"
+        used.add(name.lower())
+        names.append(name)
+    return names
+
+
+def slug(text: str) -> str:
+    """A phrase as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_SLUG].rstrip("-") or "phrase"
+
+
+# ---- one image
+
+
+def ask_one(
+    args: argparse.Namespace,
+    opened: OpenedModel,
+    explainer: Explainer,
+    image: Image.Image,
+    path: Path,
+    name: str,
+    phrases: Sequence[str],
+) -> None:
+    """Ask all phrases of one image; draw, write and print what is found."""
+    check_boxes(args.box, image, path)
+    encoded = encode(explainer, image, BENCHMARKS[args.benchmark].resize)
+    rows = []
+    found = ground_all(explainer, encoded, phrases, args.threshold)
+    for number, one in enumerate(found, start=1):
+        picture = args.output_dir / f"{name}_{number:02d}_{slug(one.text)}.png"
+        overlay.save(overlay.overlay(image, one, args.box, args.colormap), picture)
+        if args.word_maps:
+            strip = overlay.word_strip(image, one, args.colormap)
+            overlay.save(strip, picture.with_name(f"{picture.stem}_words.png"))
+        rows.append({**record(one), **against_truth(one, args.box), "picture": picture.name})
+        box = f"box {list(one.boxes[0].box)}" if one.boxes else "no box (the map is 0 everywhere)"
+        print(f"{path}: {one.text!r}: match {one.match:.3f}, point {list(one.point)}, {box}: {picture}")
+    if args.json:
+        about = {"image": str(path), "height": image.height, "width": image.width}
+        model = {
+            "checkpoint": opened.report.path,
+            "config": opened.origin,
+            "image_res": opened.config.image_res,
+            "resize": BENCHMARKS[args.benchmark].name,
+            "gradcam_mode": explainer.mode,
+            "block_num": explainer.block,
+            "precision": args.precision,
+            "threshold": args.threshold,
+        }
+        text = json.dumps({**about, **model, "phrases": rows}, indent=2, ensure_ascii=False)
+        utils.write_text(args.output_dir / f"{name}.json", text + "\n")
+    if args.npz:
+        write_maps(args.output_dir / f"{name}.npz", found)
+
+
+def check_boxes(boxes: Sequence[Sequence[float]], image: Image.Image, path: Path) -> None:
+    """Raise `UserError` for a true box that has no area, or none in the image."""
+    for x, y, w, h in boxes:
+        if not (w > 0 and h > 0 and x < image.width and y < image.height and x + w > 0 and y + h > 0):
+            raise utils.UserError(
+                f"--box {x:g} {y:g} {w:g} {h:g}: covers nothing of {path}, which is {image.width} pixels wide and "
+                f"{image.height} high; give x, y of the upper left corner, width and height"
+            )
+
+
+def record(found: Grounding) -> dict[str, Any]:
+    """A phrase's answer as JSON; boxes are [x, y, w, h] in pixels of the upright image."""
+    return {
+        "phrase": found.phrase,
+        "text": found.text,
+        "match": found.match,
+        "point": list(found.point),
+        "boxes": [{"box": list(box.box), "score": box.score} for box in found.boxes],
+        "words": [{"word": word.word, "pieces": list(word.pieces), "share": word.share} for word in found.words],
+    }
+
+
+def against_truth(found: Grounding, truth: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """Whether the point is right by the pointing game, and the best box's IoU, if there are true boxes."""
+    if not truth:
+        return {}
+    cam = metrics.ResizedMap(torch.from_numpy(found.small), *found.map.shape)
+    overlaps = [metrics.iou(box.box, true) for box in found.boxes[:1] for true in truth]
+    return {
+        "truth": [list(box) for box in truth],
+        "point_correct": metrics.point_correct(cam, np.array(truth)),
+        "best_box_iou": max(overlaps, default=0.0),
+    }
+
+
+def write_maps(path: Path, found: Sequence[Grounding]) -> None:
+    """The maps of an image's phrases: of the first, map_01 (height, width), small_01 (h, w), words_01 (words, h, w)."""
+    arrays: dict[str, Any] = {"phrases": np.array([one.phrase for one in found])}
+    for number, one in enumerate(found, start=1):
+        arrays[f"map_{number:02d}"] = one.map
+        arrays[f"small_{number:02d}"] = one.small
+        if one.words:
+            arrays[f"words_{number:02d}"] = np.stack([word.small for word in one.words])
+    with utils.atomic_path(path) as temporary, temporary.open("wb") as file:
+        np.savez_compressed(file, **arrays)
+
+
+if __name__ == "__main__":
+    utils.run(main, parse_args())

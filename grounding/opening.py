@@ -1,0 +1,157 @@
+"""From a checkpoint file to a model that can be asked: which config, which vocabulary, which layer."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import utils
+from config import ConfigError, GroundingConfig, ModelConfig, load_bert_config, load_config, parse_config
+from dataset.text import Tokenizer, load_tokenizer
+from grounding.benchmarks import REFCOCO, Benchmark
+from grounding.predict import Explainer
+from models.albef import ALBEF, build_albef
+from models.checkpoint import LoadReport, load_weights, read_checkpoint
+from models.onednn import use_onednn
+
+SCENES_BERT = Path("configs/scenes/config_bert.json")
+SCENES_TEXT_ENCODER = Path("data/scenes/text_encoder")
+CONFIG_FOLDERS = (Path("configs"), Path("configs/scenes"))
+SHAPE_KEYS = ("patch_size", "vision_width", "vision_depth", "vision_heads", "vision_mlp_ratio", "embed_dim")
+
+
+class LayerError(utils.UserError):
+    """A layer that the model does not have."""
+
+
+class OpenedModel(NamedTuple):
+    """A checkpoint's model with what it takes to ask it.
+
+    Args:
+        config: the one that was given or chosen; its `block_num` is the layer explained unless another is asked for.
+        origin: where that config comes from, for showing.
+        report: what became of the file's tensors.
+    """
+
+    model: ALBEF
+    tokenizer: Tokenizer
+    device: torch.device
+    config: GroundingConfig
+    origin: str
+    report: LoadReport
+
+    def explainer(
+        self, mode: str = "itm", block: int | None = None, precision: torch.dtype = torch.float32
+    ) -> Explainer:
+        """To be asked in a mode ("itm", "itc") at a layer; raises `LayerError` when there is no such layer."""
+        block = self.config.block_num if block is None else block
+        check_layer(self.model, mode, block)
+        return Explainer(self.model, self.tokenizer, self.device, mode, block, precision)
+
+
+def open_model(
+    checkpoint: str | Path,
+    config: str | Path | None = None,
+    text_encoder: str | None = None,
+    device: str | None = None,
+    overrides: Sequence[str] = (),
+    benchmark: Benchmark = REFCOCO,
+) -> OpenedModel:
+    """Open a checkpoint.
+
+    Args:
+        config: a Grounding_*.yaml; None: chosen by the config inside the checkpoint (`config_of`).
+        text_encoder: hub name or folder; None: the scenes' vocabulary for a model of the scenes, else BERT's.
+        device: "cuda" or "cpu"; None: the GPU if there is one.
+        overrides: such as "image_res=256", laid over the config.
+        benchmark: whose config is chosen.
+
+    Raises:
+        UserError: the checkpoint, the config or the vocabulary is missing or does not fit the others.
+    """
+    content = read_checkpoint(checkpoint)
+    if config is None:
+        chosen, origin = config_of(content, checkpoint, benchmark, list(overrides))
+    else:
+        chosen, origin = load_config(config, GroundingConfig, list(overrides)), str(config)
+    tokenizer = load_tokenizer(text_encoder or _usual_text_encoder(chosen))
+    known = load_bert_config(chosen.bert_config).vocab_size
+    if tokenizer.vocab_size != known:
+        raise ConfigError(
+            f"{tokenizer.source}: {tokenizer.vocab_size} word pieces, and {chosen.bert_config} says {known}; pass the "
+            "--text_encoder that the model was trained with"
+        )
+    model = build_albef(chosen)
+    where = utils.choose_device(device)
+    report = ready(model, content, checkpoint, where)
+    return OpenedModel(model, tokenizer, where, chosen, origin, report)
+
+
+def ready(model: ALBEF, content: dict[str, Any], path: str | Path, device: torch.device) -> LoadReport:
+    """Load a checkpoint's weights into `model` and make it ready: frozen, in evaluation mode, on `device`."""
+    report = load_weights(model, content["model"], path)
+    model.requires_grad_(False).eval().to(device)
+    use_onednn(model)
+    return report
+
+
+def layers(model: ALBEF, mode: str) -> range:
+    """The layers that can be explained: the fusion layers ("itm") or the image encoder's blocks ("itc")."""
+    return model.text_encoder.fusion_layers if mode == "itm" else range(len(model.visual_encoder.blocks))
+
+
+def check_layer(model: ALBEF, mode: str, block: int) -> None:
+    """Raise `LayerError` when `block` is none of `layers`."""
+    known = layers(model, mode)
+    if block not in known:
+        what = "fusion layers" if mode == "itm" else "image encoder's blocks"
+        raise LayerError(f"--block_num {block}: the {what} are {known.start} to {known.stop - 1}")
+
+
+def config_of(
+    content: dict[str, Any], checkpoint: str | Path, benchmark: Benchmark, overrides: list[str]
+) -> tuple[GroundingConfig, str]:
+    """The config to evaluate a checkpoint by, from the config that it was trained with, and a word on where it is from.
+
+    It is the benchmark's file under configs/ or configs/scenes/ that describes a model of the same sizes (the published
+    evaluation looks at images of another size than training does). If there is none, it is made of the sizes, the
+    image size and the AMC layer of training.
+
+    Raises:
+        ConfigError: the checkpoint holds no config that says its sizes.
+    """
+    trained = content.get("config")
+    if not isinstance(trained, dict) or not isinstance(trained.get("bert_config"), str):
+        names = " or ".join(str(folder / Path(benchmark.config).name) for folder in CONFIG_FOLDERS)
+        raise ConfigError(f"{checkpoint}: does not say the sizes of its model; pass --config, for instance {names}")
+    for folder in CONFIG_FOLDERS:
+        path = folder / Path(benchmark.config).name
+        if path.exists() and _sizes(load_config(path, GroundingConfig).model_dump()) == _sizes(trained):
+            return load_config(path, GroundingConfig, overrides), f"{path}, by the checkpoint's sizes"
+    keys = {key: trained[key] for key in ("bert_config", "image_res", *SHAPE_KEYS) if key in trained}
+    amc = trained.get("amc")
+    layer = {"block_num": amc["layer"]} if isinstance(amc, dict) and "layer" in amc else {}
+    values = {"image_root": "", **keys, **layer}
+    return parse_config(checkpoint, GroundingConfig, values, overrides), f"the sizes in {checkpoint}"
+
+
+def _sizes(config: dict[str, Any]) -> tuple[Any, ...]:
+    defaults = ModelConfig().model_dump()
+    return Path(config["bert_config"]), *(config.get(key, defaults[key]) for key in SHAPE_KEYS)
+
+
+def _usual_text_encoder(config: GroundingConfig) -> str:
+    if Path(config.bert_config) != SCENES_BERT:
+        return "bert-base-uncased"
+    if not SCENES_TEXT_ENCODER.is_dir():
+        raise utils.UserError(
+            f"{SCENES_TEXT_ENCODER}: the scenes' vocabulary is not there; make it with: python prepare.py scenes "
+            f"{SCENES_TEXT_ENCODER.parent}, or pass --text_encoder"
+        )
+    return str(SCENES_TEXT_ENCODER)
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the last epoch in a training run's folder, if there is any."""
+    return max(folder.glob("checkpoint_*.pth"), key=lambda path: (len(path.name), path.name), default=None)
