@@ -1,10 +1,11 @@
 """Flickr30k Entities as info-ground writes it (Plummer et al., ICCV 2015; SPEC section 4): phrases and their boxes.
 
 Three files a split: image ids, one a line; {image_id: {"boxes": {phrase_id: [[x1, y1, x2, y2], ...]}, "width",
-"height"}}; {image_id: [{"phrases": [{"phrase", "phrase_id"}]}]}, a list of sentences.
+"height"}}; {image_id: [{"phrases": [{"phrase", "phrase_id", "phrase_type"}]}]}, a list of sentences.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def load_expressions(
                     if phrase_id in boxes_by_id:
                         text = clean_text(require(phrase, "phrase", str), max_words)
                         found = boxes_by_id[phrase_id]
-                        item = Expression(image, text, len(expressions), split, found, dict(record), size=size)
-                        expressions.append(item)
+                        item = Expression(image, text, len(expressions), split, found, dict(record))
+                        expressions.append(replace(item, size=size, categories=_types(phrase)))
                 except EntryProblem as problem:
                     problems.add(where, problem)
     check_images(images, problems)
@@ -107,6 +108,12 @@ def _image_boxes(boxes: dict[str, Any], image_id: str) -> tuple[tuple[int, int],
         if len(found):
             by_id[phrase_id] = found
     return size, by_id
+
+
+def _types(phrase: dict[str, Any]) -> tuple[str, ...]:
+    """The phrase's types ("people", "clothing", ...), if the file tells them."""
+    types = phrase.get("phrase_type")
+    return tuple(name for name in types if type(name) is str) if type(types) is list else ()
 
 
 def _phrases(sentences: dict[str, Any], image_id: str, file: str, problems: Problems) -> Iterator[tuple[str, Any]]:

@@ -32,13 +32,17 @@ SAFE_GLOBALS = {
 
 
 class Refer(NamedTuple):
-    """One REFER data set, rows as they stand in the files: refs by ref_id, annotations and images by id."""
+    """One REFER data set, rows as they stand in the files: refs by ref_id, annotations and images by id.
+
+    `categories` are names by id; a file need not have any.
+    """
 
     refs: dict[int, dict[str, Any]]
     annotations: dict[int, dict[str, Any]]
     images: dict[int, dict[str, Any]]
     refs_file: Path
     instances_file: Path
+    categories: dict[int, str]
 
 
 class _Reading(NamedTuple):
@@ -138,6 +142,7 @@ def _expression(row: Any, files: _Reading) -> Expression:
         record=record,
         detections=_detections(ref["image_id"], files) if files.det_file else None,
         size=_stated_size(files.refer.images.get(ref["image_id"], {})),
+        categories=_category(ref, files.refer),
     )
 
 
@@ -150,6 +155,12 @@ def reference_box(ref: dict[str, Any], refer: Refer) -> np.ndarray:
             f"ref_id {ref['ref_id']}, ann_id {ref['ann_id']}",
         )
     return parse_boxes([annotation.get("bbox")], f"{refer.instances_file}: 'bbox' of the ref's annotation")
+
+
+def _category(ref: dict[str, Any], refer: Refer) -> tuple[str, ...]:
+    """The name of the category of a ref's annotation, if the files tell it."""
+    category = refer.annotations[ref["ann_id"]].get("category_id")
+    return (refer.categories[category],) if type(category) is int and category in refer.categories else ()
 
 
 def _detections(image_id: int, files: _Reading) -> np.ndarray:
@@ -178,7 +189,14 @@ def load_refer(folder: Path, split_by: str) -> Refer:
         if not isinstance(instances.get(key), list):
             raise DataError(f"{instances_file}: key '{key}' must be a list; is this REFER's instances.json?")
         tables[key] = _by_id(instances[key], "id", f"{instances_file}: {key} entry")
-    return Refer(refs, tables["annotations"], tables["images"], refs_file, instances_file)
+    categories = _category_names(instances.get("categories"))
+    return Refer(refs, tables["annotations"], tables["images"], refs_file, instances_file, categories)
+
+
+def _category_names(rows: Any) -> dict[int, str]:
+    """Names by id of COCO's `categories`; rows without them are passed over, since nothing depends on them."""
+    found = [(row.get("id"), row.get("name")) for row in rows if isinstance(row, dict)] if type(rows) is list else []
+    return {number: name for number, name in found if type(number) is int and type(name) is str}
 
 
 def _by_id(rows: list[Any], key: str, source: str) -> dict[int, dict[str, Any]]:

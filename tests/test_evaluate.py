@@ -21,6 +21,7 @@ from dataset.transforms import normalise, resize_bilinear_image
 from grounding import evaluate as program
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark, asked_for
 from grounding.evaluate import EvaluationError, find_checkpoints
+from grounding.outcomes import size_of
 from grounding.predict import ask, distinct
 from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef
@@ -511,10 +512,9 @@ def test_sharpness_of_negatives() -> None:
 
 
 def test_an_expression_without_annotated_size_uses_the_file(place: Path, tmp_path: Path) -> None:
-    run = program.Evaluation.__new__(program.Evaluation)
     image = place / "data" / "images" / "100000.jpg"
     size = read_image(image, "").size[::-1]
     box = np.array([[0.0, 0.0, 1.0, 1.0]])
-    assert run.size(Expression(image, "x", 0, "val", box, size=(1, 1))) == size
+    assert size_of(Expression(image, "x", 0, "val", box, size=(1, 1))) == size
     flickr = Expression(image, "x", 0, "val", box, {"image_height": 7, "image_width": 9, "split": "val"})
-    assert run.size(flickr) == (7, 9)
+    assert size_of(flickr) == (7, 9)
