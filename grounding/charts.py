@@ -2,8 +2,8 @@
 
 import base64
 import io
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -16,7 +16,7 @@ from grounding.visualize import SAME_SVG
 # Okabe and Ito's colours, told apart by the colour-blind; the marks tell them apart in black and white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKS = "os^Dv<>"
-NARROW = 10  # names longer than this, on average, are written aslant
+LETTERS = 44  # of 8 pt have room under a panel; more are written aslant
 
 
 class Panel(NamedTuple):
@@ -29,17 +29,17 @@ class Panel(NamedTuple):
 
     title: str
     places: Sequence[str]
-    lines: dict[str, Sequence[Interval]]
+    lines: Mapping[str, Sequence[Interval]]
 
 
 def chart(panels: Sequence[Panel], joined: bool = True) -> str:
-    """The panels side by side, as a data URI.
+    """The panels, of the same lines, one under the other, as a data URI.
 
     Args:
         joined: draw lines between the points of neighbouring places.
     """
-    figure = Figure(figsize=(4.3 * len(panels), 3.3), layout="constrained")
-    axes_of = figure.subplots(1, len(panels), squeeze=False)[0]
+    figure = Figure(figsize=(4.5, 2.6 * len(panels) + 0.4), layout="constrained")
+    axes_of = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, panel in zip(axes_of, panels, strict=True):
         _draw(axes, panel, joined)
     handles, names = axes_of[0].get_legend_handles_labels()
@@ -55,12 +55,12 @@ def _draw(axes: Axes, panel: Panel, joined: bool) -> None:
     for index, (name, row) in enumerate(panel.lines.items()):
         mean, low, high = 100 * np.array(row, float).reshape(-1, 3).T
         shift = (index - (len(panel.lines) - 1) / 2) * spread
-        style = {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)], "ms": 5}
+        style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)], "ms": 5}
         error = np.nan_to_num([mean - low, high - mean]).clip(0)
         line = "-" if joined and len(x) > 1 else "none"
         axes.errorbar(x + shift, mean, error, label=name, ls=line, lw=1, elinewidth=1.2, capsize=2, **style)
-    aslant = sum(map(len, panel.places)) > NARROW * len(panel.places) or len(panel.places) > 6
-    turn = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if aslant else {}
+    aslant = sum(len(place) + 2 for place in panel.places) > LETTERS
+    turn: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if aslant else {}
     axes.set_xticks(x, panel.places, fontsize=8, parse_math=False, **turn)
     axes.set_xlim(-0.6, len(x) - 0.4)
     axes.set_title(panel.title, fontsize=10, parse_math=False)

@@ -72,9 +72,13 @@ def collect(
     Raises:
         ReportError, ResultError: as `outcomes.read_maps`.
     """
-    scores = [
-        outcomes.score(outcomes.read_maps(source, expressions), expressions, benchmark.metrics) for source in sources
-    ]
+    scores: list[np.ndarray] = []
+    maps: dict[int, list[Tensor | None]] = {}
+    for index, source in enumerate(sources):
+        found = outcomes.read_maps(source, expressions)
+        scores.append(outcomes.score(found, expressions, benchmark.metrics))
+        if len(sources) <= outcomes.MOST_SHOWN:
+            maps[index] = found
     splits = np.array([expression.split for expression in expressions])
     decisive = splits == next(iter(benchmark.splits))
     best = best_of(scores, decisive)
@@ -82,7 +86,8 @@ def collect(
     baseline = best_of(scores[:others], decisive) if others else (0 if subject else len(sources) - 1)
     shown = outcomes.shown(len(sources), [baseline, subject])
     has_map = np.any([~np.isnan(score).any(axis=1) for score in scores], axis=0)
-    maps = {index: outcomes.read_maps(sources[index], expressions) for index in shown}
+    for index in shown:
+        maps[index] = maps.get(index) or outcomes.read_maps(sources[index], expressions)
     return Results(
         benchmark=benchmark,
         expressions=expressions,

@@ -15,6 +15,7 @@ from grounding import measures, metrics
 from grounding.results import ResultFolder, Row
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)  # of a map's maximum
+MOST_SHOWN = 4  # checkpoints that a report shows in detail
 MEASURES = {  # what `measure` gives -> how the report calls it
     "energy": "share of the map's energy inside",
     "lift": "the same, above chance",
@@ -160,6 +161,6 @@ def named_apart(sources: Sequence[Source]) -> list[Source]:
     ]
 
 
-def shown(count: int, compared: Sequence[int], most: int = 4) -> list[int]:
+def shown(count: int, compared: Sequence[int], most: int = MOST_SHOWN) -> list[int]:
     """The results that are shown in detail: all if few, else the two that are compared and the last."""
     return list(range(count)) if count <= most else sorted({*compared, count - 1})

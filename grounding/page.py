@@ -18,23 +18,29 @@ class Cell(NamedTuple):
     strong: bool = False
 
 
+class Chart(NamedTuple):
+    """A picture as a data URI; `title` says what it shows to those who do not see it."""
+
+    title: str
+    uri: str
+    kind: Literal["chart"] = "chart"
+
+
 class Table(NamedTuple):
-    """Rows of cells, the first of each row its name; `folded` hides them until they are asked for."""
+    """Rows of cells, the first of each row its name.
+
+    Args:
+        charts: what stands beside it.
+        folded: whether it is hidden until it is asked for.
+    """
 
     title: str
     note: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell]]
+    charts: Sequence[Chart] = ()
     folded: bool = False
     kind: Literal["table"] = "table"
-
-
-class Chart(NamedTuple):
-    """A picture as a data URI; `title` also says what it shows to those who do not see it."""
-
-    title: str
-    uri: str
-    kind: Literal["chart"] = "chart"
 
 
 class Shot(NamedTuple):
@@ -66,9 +72,10 @@ Block = Table | Chart | Sheet
 
 
 class Part(NamedTuple):
-    """A headed part of a section."""
+    """A headed part of a section, with a note on all of it."""
 
     title: str
+    note: str
     blocks: Sequence[Block]
 
 

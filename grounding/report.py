@@ -80,5 +80,5 @@ def training_section(folders: Sequence[Path]) -> Section | None:
         return None
     if not rows:
         return None
-    figure = Chart(f"Losses of {', '.join(rows)} by {unit}.", svg_uri(loss_figure(rows, unit)))
-    return Section("Training", "From the logs beside the checkpoints.", [Part("Losses", [figure])])
+    figure = Chart(f"Losses of {', '.join(rows)} by {unit}.", svg_uri(loss_figure(rows, unit, columns=3)))
+    return Section("Training", "From the logs beside the checkpoints.", [Part("Losses", "", [figure])])

@@ -35,7 +35,7 @@ def accuracy(found: Results) -> Part:
         (metric, split, name) for metric in found.benchmark.metrics for split, name in found.benchmark.splits.items()
     ]
     heads = [f"{metric} {name}" for metric, _, name in columns]
-    by_column = []
+    by_column: list[list[Interval]] = []
     for metric, split, _ in columns:
         chosen = found.splits == split
         values = np.stack([found.metric(metric, source)[chosen] for source in range(len(found.sources))], axis=1)
@@ -45,17 +45,16 @@ def accuracy(found: Results) -> Part:
         for index, source in enumerate(found.sources)
     ]
     best = f" In bold the best by {found.benchmark.metrics[-1]} {columns[0][2]}." if len(rows) > 1 else ""
-    blocks: list[Block] = [Table("Accuracy", INTERVAL_NOTE + best, ["", *heads], rows)]
+    charts = []
     if len(rows) > 1:
-        lines = dict(zip(heads, by_column, strict=True))
-        panels = [
-            Panel(
-                metric, found.names(range(len(rows))), {name: lines[name] for name in heads if name.startswith(metric)}
-            )
-            for metric in found.benchmark.metrics
-        ]
-        blocks.append(Chart("Accuracy of the checkpoints, with 95% intervals.", chart(panels)))
-    return Part("Accuracy", [*blocks, *_logged(found)])
+        names = found.names(range(len(rows)))
+        one_run = len({source.folder.folder for source in found.sources}) == 1
+        for metric in found.benchmark.metrics:
+            of = [(name, row) for (one, _, name), row in zip(columns, by_column, strict=True) if one == metric]
+            uri = chart([Panel(f"{metric.capitalize()} accuracy", names, dict(of))], joined=one_run)
+            charts.append(Chart(f"{metric.capitalize()} accuracy of the checkpoints, with 95% intervals.", uri))
+    title = " and ".join(found.benchmark.metrics).capitalize()
+    return Part("Accuracy", INTERVAL_NOTE + best, [Table(title, "", ["", *heads], rows, charts), *_logged(found)])
 
 
 def _logged(found: Results) -> list[Block]:
@@ -63,11 +62,12 @@ def _logged(found: Results) -> list[Block]:
     more = [source.folder.lines(source.epoch)[len(found.benchmark.metrics) :] for source in found.sources]
     values = [{key: value for line in lines for key, value in line.items() if key != "epoch"} for lines in more]
     heads = list(dict.fromkeys(key for row in values for key in row))
+    titles = [head.replace("_", " ") for head in heads]
     rows = [
         [Cell(source.name), *(Cell(percent(row.get(key))) for key in heads)]
         for source, row in zip(found.sources, values, strict=True)
     ]
-    return [Table("Image-text matching", "In %, from log.txt.", ["", *heads], rows)] if heads else []
+    return [Table("Image-text matching, from log.txt", "", ["", *titles], rows)] if heads else []
 
 
 # ---- further measures
@@ -98,9 +98,8 @@ def further_measures(found: Results) -> Part:
         for title, kind in (("Pointing at a part of the maximum", "hot"), ("Box from the map, IoU 0.5", "map box"))
     ]
     title = "Pointing, and boxes from the map, at several thresholds; with 95% intervals."
-    return Part(
-        "Further measures", [Table("Maps and boxes", note, ["", *by_source], rows), Chart(title, chart(panels))]
-    )
+    table = Table("Maps and boxes", "", ["", *by_source], rows, [Chart(title, chart(panels))])
+    return Part("Further measures", note, [table])
 
 
 def _places(kind: str) -> list[int]:
@@ -114,30 +113,28 @@ def groups(found: Results) -> Part:
     """The shown checkpoints by box size, phrase length and category, a table a metric."""
     texts = [expression.text for expression in found.expressions]
     kinds = {
-        "By box size": (by_size(found.areas), "The boxes' part of the image, in fixed bins."),
-        "By phrase length": (by_length(texts), "Words of the cleaned phrase, in fixed bins."),
-        "By category": (
+        "by box size": (by_size(found.areas), "The boxes' part of the image, in fixed bins."),
+        "by phrase length": (by_length(texts), "Words of the cleaned phrase, in fixed bins."),
+        "by category": (
             by_category([expression.categories for expression in found.expressions]),
             "As the annotations name it; a phrase of several counts in each.",
         ),
     }
     blocks: list[Block] = []
     for metric in found.benchmark.metrics:
-        panels = []
-        tables = []
         for title, (every, note) in kinds.items():
             kept = [Group(name, chosen[found.reported[chosen]]) for name, chosen in every]
             kept = [group for group in kept if len(group.chosen)]
             if kept:
                 by_group = [_group_intervals(found, metric, group) for group in kept]
-                tables.append(
-                    _group_table(found, f"{metric.capitalize()} accuracy {title.lower()}", note, kept, by_group)
-                )
-                if title != "By category":
-                    panels.append(_group_panel(found, title, kept, by_group))
-        chart_title = f"{metric.capitalize()} accuracy by box size and by phrase length, with 95% intervals."
-        blocks += [*tables, *([Chart(chart_title, chart(panels))] if panels else [])]
-    return Part("By size, length and category", blocks)
+                full = f"{metric.capitalize()} accuracy {title}"
+                lines = dict(zip(found.names(), zip(*by_group, strict=True), strict=True))
+                panel = Panel(full, [group.name for group in kept], lines)
+                ordered = title != "by category"
+                drawn = Chart(f"{full}, with 95% intervals.", chart([panel], joined=ordered))
+                blocks.append(_group_table(found, full, note, kept, by_group)._replace(charts=[drawn]))
+    note = f"{INTERVAL_NOTE} All reported splits together. The area of the boxes is what a random point would get."
+    return Part("By size, length and category", note, blocks)
 
 
 def _group_intervals(found: Results, metric: str, group: Group) -> list[Interval]:
@@ -153,13 +150,7 @@ def _group_table(
     for group, row in zip(kept, by_group, strict=True):
         chance = percent(float(found.areas[group.chosen].mean()))
         rows.append([Cell(group.name), Cell(str(len(group.chosen))), Cell(chance), *(cell(value) for value in row)])
-    note = f"{INTERVAL_NOTE} All reported splits together. {note}"
     return Table(title, note, ["", "phrases", "area of boxes", *found.names()], rows)
-
-
-def _group_panel(found: Results, title: str, kept: Sequence[Group], by_group: Sequence[Sequence[Interval]]) -> Panel:
-    columns = zip(*by_group, strict=True)
-    return Panel(title, [group.name for group in kept], dict(zip(found.names(), columns, strict=True)))
 
 
 # ---- pictures
@@ -178,8 +169,8 @@ def cases(found: Results) -> Part:
     for kind, chosen in zip(("Best", "Typical", "Worst"), extremes(values, _images(found), CASES), strict=True):
         shown = [_picture(found, position, f"energy inside {percent(energy[position])}%") for position in chosen]
         if shown:
-            blocks.append(Sheet(f"{kind} cases", "" if blocks else note, shown))
-    return Part(f"Cases of {name}", blocks)
+            blocks.append(Sheet(f"{kind} cases", "", shown))
+    return Part(f"Cases of {name}", note, blocks)
 
 
 def _picture(found: Results, position: int, note: str) -> Case:
@@ -207,11 +198,11 @@ def comparison(found: Results, first: int, second: int) -> Part:
             rows.append([Cell(f"{metric} {name}"), *map(Cell, map(str, counts)), cell(difference, signed=True)])
     head = ["", "both right", f"only {a}", f"only {b}", "neither", "difference"]
     note = f"Expressions; the difference is {b} less {a}, in points, with its 95% interval (paired, over images)."
-    blocks: list[Block] = [Table("Outcomes", note, head, rows)]
+    blocks: list[Block] = [Table("Outcomes", "", head, rows)]
     one, other = (found.metric("point", source) for source in (first, second))
     for name, only in ((b, (one == 0) & (other == 1)), (a, (one == 1) & (other == 0))):
         blocks += _changed(found, name, np.flatnonzero(only & found.reported), first, second)
-    return Part(f"{a} and {b}", blocks)
+    return Part(f"{a} and {b}", note, blocks)
 
 
 def _changed(found: Results, name: str, changed: np.ndarray, first: int, second: int) -> list[Block]:
@@ -244,4 +235,4 @@ def origins(found: Results) -> Part:
         origin = source.folder.origin(source.epoch)
         left_out = Cell(str(len(origin.get("skipped", []))))
         rows.append([Cell(source.name), *(Cell(str(origin.get(key, "-"))) for key in keys), left_out])
-    return Part("What was evaluated", [Table("Results", "", ["", *keys.values(), "left out"], rows)])
+    return Part("What was evaluated", "", [Table("Results", "", ["", *keys.values(), "left out"], rows)])

@@ -11,7 +11,7 @@ RESAMPLES = 2000
 LEVEL = 0.95
 DRAWN_AT_ONCE = 4_000_000  # image indices; 32 MB of them
 
-SIZE_EDGES = (0.01, 0.03, 0.1, 0.3)  # of the image's area: each bin about three times the one before
+SIZE_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the image's area
 LENGTH_EDGES = (1, 2, 3, 5, 8)  # words: the last of each bin but the last
 
 

@@ -22,7 +22,7 @@ from utils import atomic_path
 
 RIGHT, WRONG, TRUTH = "#22c55e", "#ef4444", "#ffffff"
 SHOWN_SIDE = 280  # pixels: the longer side of a picture of `panel`
-SAME_SVG = {"svg.hashsalt": "amc"}  # else ids are drawn at random: two equal figures would be different files
+SAME_SVG: Any = {"svg.hashsalt": "amc"}  # else ids are drawn at random: two equal figures would differ as files
 LOSS_NAMES = {
     "loss_mlm": "MLM",
     "loss_ita": "ITC",
@@ -106,11 +106,11 @@ def panel(
     draw, scale = ImageDraw.Draw(image), 2 * scale
     for x, y, w, h in (boxes * scale).tolist():
         right_edge, bottom = x + max(w - 1, 0), y + max(h - 1, 0)
-        for grown, colour, line in ((2, "black", 7), (0, TRUTH, 3)):
+        for grown, colour, line in ((2, "black", 9), (0, TRUTH, 5)):
             draw.rectangle([x - grown, y - grown, right_edge + grown, bottom + grown], outline=colour, width=line)
     if cam is not None:
         x, y = ((at + 0.5) * scale for at in cam.point())
-        draw.ellipse([x - 9, y - 9, x + 9, y + 9], fill=RIGHT if right else WRONG, outline="black", width=3)
+        draw.ellipse([x - 12, y - 12, x + 12, y + 12], fill=RIGHT if right else WRONG, outline="black", width=3)
     return image.resize(shown, Image.Resampling.LANCZOS)
 
 
@@ -119,16 +119,20 @@ def loss_curves(runs: dict[str, list[dict[str, Any]]], path: Path, unit: str = "
     _save(loss_figure(runs, unit), path)
 
 
-def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps") -> Figure:
+def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps", columns: int = 5) -> Figure:
     """A panel per loss and a line per run.
 
     Args:
         runs: the rows of each run's steps.jsonl.
         unit: what a step is.
+        columns: how many panels stand side by side, at most.
     """
     shown = [name for name in LOSS_NAMES if any(row.get(name) for rows in runs.values() for row in rows)]
-    figure = Figure(figsize=(3.2 * max(1, len(shown)), 3), layout="constrained")
-    for axes, loss in zip(figure.subplots(1, len(shown), squeeze=False)[0] if shown else [], shown, strict=True):
+    columns = max(1, min(columns, len(shown)))
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3 * max(1, lines)), layout="constrained")
+    for place, loss in enumerate(shown, 1):
+        axes = figure.add_subplot(lines, columns, place)
         for index, (run, rows) in enumerate(runs.items()):
             values = np.array([row.get(loss, np.nan) for row in rows])
             if np.nan_to_num(values).any():
