@@ -81,13 +81,13 @@ def regions(cam: np.ndarray, pixels: np.ndarray) -> list[Region]:
     """
     if not pixels.any():
         return []
-    (top, bottom), (left, right) = (_ends(pixels.any(axis=axis)) for axis in (1, 0))
+    (top, bottom), (left, right) = (_ends(pixels, axis) for axis in (1, 0))
     labels = label(pixels[top:bottom, left:right], connectivity=2)
     energies = np.bincount(labels.ravel(), cam[top:bottom, left:right].clip(0).ravel())
     found = []
     for number in range(1, len(energies)):
         of = labels == number
-        (y1, y2), (x1, x2) = (_ends(of.any(axis=axis)) for axis in (1, 0))
+        (y1, y2), (x1, x2) = (_ends(of, axis) for axis in (1, 0))
         found.append(Region((left + x1, top + y1, x2 - x1, y2 - y1), float(energies[number])))
     return found
 
@@ -98,6 +98,7 @@ def map_box(cam: np.ndarray, pixels: np.ndarray) -> Box | None:
     return max(found, key=lambda region: region.energy).box if found else None
 
 
-def _ends(used: np.ndarray) -> tuple[int, int]:
-    """The first true position of a row, and the one after the last."""
-    return int(used.argmax()), len(used) - int(used[::-1].argmax())
+def _ends(pixels: np.ndarray, axis: int) -> tuple[int, int]:
+    """The first row (axis 1) or column (axis 0) that is not all false, and the one after the last."""
+    used = np.flatnonzero(pixels.any(axis=axis))
+    return int(used[0]), int(used[-1]) + 1

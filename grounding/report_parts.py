@@ -41,7 +41,10 @@ def accuracy(found: Results) -> Part:
         values = np.stack([found.metric(metric, source)[chosen] for source in range(len(found.sources))], axis=1)
         by_column.append(intervals(values, found.images[chosen]))
     rows = [
-        [Cell(source.name), *(cell(column[index], strong=index == found.best) for column in by_column)]
+        [
+            Cell(source.name),
+            *(cell(column[index], strong=index == found.best and len(found.sources) > 1) for column in by_column),
+        ]
         for index, source in enumerate(found.sources)
     ]
     best = f" In bold the best by {found.benchmark.metrics[-1]} {columns[0][2]}." if len(rows) > 1 else ""
@@ -125,7 +128,7 @@ def groups(found: Results) -> Part:
         for title, (every, note) in kinds.items():
             kept = [Group(name, chosen[found.reported[chosen]]) for name, chosen in every]
             kept = [group for group in kept if len(group.chosen)]
-            if kept:
+            if len(kept) > 1:
                 by_group = [_group_intervals(found, metric, group) for group in kept]
                 full = f"{metric.capitalize()} accuracy {title}"
                 lines = dict(zip(found.names(), zip(*by_group, strict=True), strict=True))
