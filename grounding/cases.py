@@ -1,6 +1,7 @@
 """Which expressions of an evaluation a report shows pictures of, and the pictures."""
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -30,7 +31,8 @@ class Explained(NamedTuple):
 def extremes(values: np.ndarray, images: Sequence[Path], count: int) -> tuple[list[int], list[int], list[int]]:
     """Positions of the highest, the most median and the lowest values, each up to `count`, at most one of an image.
 
-    Equal values are taken in their order; NaN never; none twice.
+    Of few images, each gets a third, so that the best and the worst do not meet. Equal values are taken in their order;
+    NaN never; none twice.
 
     Args:
         values, images: one an expression.
@@ -38,6 +40,7 @@ def extremes(values: np.ndarray, images: Sequence[Path], count: int) -> tuple[li
     known = np.flatnonzero(~np.isnan(values))
     if not len(known):
         return [], [], []
+    count = min(count, math.ceil(len({images[i] for i in known}) / 3))
     used: set[Path] = set()
     orders = (-values, values, np.abs(values - np.median(values[known])))
     best, worst, typical = (

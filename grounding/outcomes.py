@@ -12,7 +12,7 @@ import utils
 from dataset.expressions import Expression
 from dataset.reading import image_size
 from grounding import measures, metrics
-from grounding.results import ResultFolder, Row
+from grounding.results import ResultFolder
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)  # of a map's maximum
 MOST_SHOWN = 4  # checkpoints that a report shows in detail
@@ -58,11 +58,8 @@ def read_maps(source: Source, expressions: Sequence[Expression]) -> list[Tensor 
         raise ReportError(
             f"{source.folder.path(source.epoch)}: no result to report; evaluate that checkpoint first (again)"
         )
-    records, skipped = stored
-    rows: list[Row | None] = list(records)
-    for position in sorted(skipped):
-        rows.insert(position, None)
-    return [row["pred"] if row else None for row in rows]
+    records, left_out = iter(stored[0]), set(stored[1])
+    return [None if position in left_out else next(records)["pred"] for position in range(len(expressions))]
 
 
 def areas(expressions: Sequence[Expression], known: np.ndarray) -> np.ndarray:

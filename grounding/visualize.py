@@ -101,7 +101,7 @@ def panel(
     image = image.resize((2 * shown[0], 2 * shown[1]), Image.Resampling.BICUBIC)  # shrunk at the end: smooth lines
     cam = None if pred is None else metrics.ResizedMap(pred, height, width)
     if pred is not None:
-        heat = metrics.ResizedMap(pred, image.height, image.width).product().numpy()
+        heat = metrics.ResizedMap(pred, image.height, image.width).product().numpy().clip(0)
         image = Image.fromarray(blend(np.asarray(image), heat))
     draw, scale = ImageDraw.Draw(image), 2 * scale
     for x, y, w, h in (boxes * scale).tolist():
