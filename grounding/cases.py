@@ -40,7 +40,7 @@ def extremes(values: np.ndarray, images: Sequence[Path], count: int) -> tuple[li
     known = np.flatnonzero(~np.isnan(values))
     if not len(known):
         return [], [], []
-    count = min(count, math.ceil(len({images[i] for i in known}) / 3))
+    count = min(count, math.ceil(len({images[i] for i in known.tolist()}) / 3))
     used: set[Path] = set()
     orders = (-values, values, np.abs(values - np.median(values[known])))
     best, worst, typical = (

@@ -562,4 +562,7 @@ def test_a_report_of_an_evaluation_with_unreadable_images(place: Path, tmp_path:
     finally:
         first.write_bytes(kept)
     left_out = sum(item.image == first for item in REFCLEF.load(image))
-    assert f"<td>fp32</td><td>{left_out}</td>" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"<td>fp32</td><td>{left_out}</td>" in html
+    assert ">nan<" not in html
+    assert "cover nan" not in html

@@ -385,6 +385,9 @@ def test_the_pages_pictures(html: str) -> None:
             assert Image.open(io.BytesIO(data)).size == (280, 187)
         else:
             assert b"</svg>" in data
+    classes = [attributes.get("class") for tag, attributes in Page(html).tags if tag == "span"]
+    assert classes.count("small right") == 4 + 3  # among the cases, and one of two models in each that changed
+    assert classes.count("small wrong") == 2 + 3
     assert kinds == {"data:image/svg+xml": 2 + 1 + 4, "data:image/jpeg": 3 * (3 + 3)}
 
 
@@ -431,7 +434,7 @@ def test_flickrs_size_is_the_annotated_one(expressions: list[Expression], tmp_pa
 
 def test_names_that_look_like_formulas_are_drawn_as_they_are() -> None:
     interval = Interval(0.5, 0.4, 0.6)
-    uri = chart([Panel("$a_{", ["$b_{", "c"], {"$d_{": [interval] * 2, "e": [Interval(*[float("nan")] * 3)] * 2})])
+    uri = chart([Panel("$a_{$", ["$b_{$", "c"], {"$d_{$": [interval] * 2, "e": [Interval(*[float("nan")] * 3)] * 2})])
     assert uri.startswith("data:image/svg+xml;base64,")
 
 

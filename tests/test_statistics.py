@@ -67,6 +67,13 @@ def test_one_image_has_no_interval() -> None:
     assert np.isnan([found.low, found.high]).all()
 
 
+def test_one_image_has_no_interval_in_any_column() -> None:
+    one, both = intervals(np.array([[1, 1], [0, 0], [np.nan, 1]]), np.array([0, 0, 1]))
+    assert one.mean == 0.5
+    assert np.isnan([one.low, one.high]).all()
+    assert not np.isnan([both.low, both.high]).any()
+
+
 def test_paired_differences_are_surer_than_their_parts() -> None:
     rng = np.random.default_rng(4)
     one = (rng.random(400) < 0.5).astype(float)
