@@ -22,6 +22,9 @@ import utils
 from config import GroundingConfig, PretrainConfig, load_config
 from grounding import metrics
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark
+from grounding.outcomes import Source
+from grounding.page import Section
+from grounding.report import section, write_report
 from grounding.results import ResultFolder, percent
 from grounding.visualize import Case, contact_sheet, loss_curves
 from models.checkpoint import export_student
@@ -32,7 +35,7 @@ CONFIGS = Path("configs/scenes")
 SHIPPED = Path("checkpoints/scenes_stage1.safetensors")
 BENCHMARKS = {"refcoco": REFCOCO, "refclef": REFCLEF, "flickr": FLICKR}
 SCRIPTS = {"refcoco": "", "refclef": "_refclef", "flickr": "_flickr"}
-MODELS = {"stage 1": "stage1", "control": "control", "AMC": "amc"}
+MODELS = {"stage 1": "stage1", "control": "control", "AMC": "amc"}  # the last is what the others are compared with
 SHOWN_CASES = 10
 
 Table = dict[str, dict[str, float | None]]  # model -> column -> accuracy
@@ -119,11 +122,14 @@ def report(output: Path, seconds: float) -> None:
     """Print the table of all models, and leave it with the pictures in the output folder."""
     table: Table = {}
     cases: list[Case] = []
+    sections: list[Section] = []
     for benchmark, kind in BENCHMARKS.items():
         config = load_config(CONFIGS / f"Grounding_{benchmark}.yaml", GroundingConfig)
         folders = {model: ResultFolder(output / name / benchmark / "result") for model, name in MODELS.items()}
         for model, row in {**chance(kind, config), **accuracies(kind, config, folders)}.items():
             table.setdefault(model, {}).update(row)
+        sources = [Source(model, folder, "00") for model, folder in folders.items()]
+        sections.append(section(kind, kind.load(config), sources, others=len(sources) - 1))
         if kind is REFCOCO:
             cases = choose_cases(kind, config, list(folders.values()))
     utils.write_text(output / "table.md", markdown(table))
@@ -132,11 +138,14 @@ def report(output: Path, seconds: float) -> None:
         model: utils.read_log(output / name / "steps.jsonl") for model, name in MODELS.items() if model != "stage 1"
     }
     loss_curves(runs, output / "loss_curves.png")
+    training = [output / name for name in MODELS.values()]
+    write_report(output / "report.html", "AMC on the embedded scenes", sections, training)
     print(
         f"\n{markdown(table)}\nAccuracies in %. Matching is over balanced pairs, of held-out scenes as all the rest is."
     )
     print(f"Done in {seconds / 60:.1f} minutes. In {output}:")
     print("  table.md, heat_maps.png, loss_curves.png; per model its checkpoints, logs and results")
+    print(f"Open the report in a browser: {(output / 'report.html').resolve().as_uri()}")
 
 
 def chance(benchmark: Benchmark, config: GroundingConfig) -> Table:

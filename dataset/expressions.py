@@ -31,6 +31,7 @@ class Expression:
         record: what a result file holds beside ref_id and pred.
         detections: (k, 4) float64 [x, y, w, h] of a detector in this image; None where the benchmark has none.
         size: (height, width) that the annotations state for the image, if they do.
+        categories: what the annotations say it refers to: REFER's category, Flickr30k's phrase types; may be none.
     """
 
     image: Path
@@ -41,6 +42,7 @@ class Expression:
     record: dict[str, Any] = field(default_factory=dict)
     detections: np.ndarray | None = None
     size: tuple[int, int] | None = None
+    categories: tuple[str, ...] = ()
 
 
 class EntryProblem(Exception):

@@ -1,10 +1,11 @@
 """Flickr30k Entities as info-ground writes it (Plummer et al., ICCV 2015; SPEC section 4): phrases and their boxes.
 
 Three files a split: image ids, one a line; {image_id: {"boxes": {phrase_id: [[x1, y1, x2, y2], ...]}, "width",
-"height"}}; {image_id: [{"phrases": [{"phrase", "phrase_id"}]}]}, a list of sentences.
+"height"}}; {image_id: [{"phrases": [{"phrase", "phrase_id", "phrase_type"}]}]}, a list of sentences.
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -128,6 +129,7 @@ def read_phrases(
                     text = clean_text(require(row, "phrase", str), max_words)
                     record = {"image_height": of.size[0], "image_width": of.size[1], "split": split.name}
                     expression = Expression(image, text, count, split.name, of.by_id[phrase_id], record, size=of.size)
+                    expression = replace(expression, categories=_types(row))
                     count += 1
                 yield Phrase(where, image_id, phrase_id, expression)
             except EntryProblem as problem:
@@ -178,6 +180,12 @@ def _image_boxes(boxes: dict[str, Any], image_id: str) -> ImageBoxes:
             by_id[phrase_id] = found
     boxless = [row[key] for key in ("scene", "nobox") if isinstance(row.get(key), list)]
     return ImageBoxes(size, by_id, frozenset(str(phrase_id) for ids in boxless for phrase_id in ids))
+
+
+def _types(phrase: dict[str, Any]) -> tuple[str, ...]:
+    """The phrase's types ("people", "clothing", ...), if the file tells them."""
+    types = phrase.get("phrase_type")
+    return tuple(name for name in types if type(name) is str) if type(types) is list else ()
 
 
 def _phrases(sentences: dict[str, Any], image_id: str, file: str, problems: Problems) -> Iterator[tuple[str, Any]]:

@@ -32,11 +32,15 @@ SAFE_GLOBALS = {
 
 
 class Refer(NamedTuple):
-    """One REFER data set, rows as they stand in the files: refs by ref_id, annotations and images by id."""
+    """One REFER data set, rows as they stand in the files: refs by ref_id, annotations and images by id.
+
+    `categories` are names by id; a file need not have any.
+    """
 
     refs: dict[int, dict[str, Any]]
     annotations: dict[int, dict[str, Any]]
     images: dict[int, dict[str, Any]]
+    categories: dict[int, str]
     refs_file: Path
     instances_file: Path
 
@@ -171,6 +175,7 @@ def _expression(entry: Entry, reading: Reading, refer: Refer) -> Expression:
         record=record,
         detections=_detections(ref["image_id"], reading) if reading.det_file else None,
         size=_stated_size(refer.images.get(ref["image_id"], {})),
+        categories=_category(ref, refer),
     )
 
 
@@ -183,6 +188,12 @@ def reference_box(ref: dict[str, Any], refer: Refer) -> np.ndarray:
             f"ref_id {ref['ref_id']}, ann_id {ref['ann_id']}",
         )
     return parse_boxes([annotation.get("bbox")], f"{refer.instances_file}: 'bbox' of the ref's annotation")
+
+
+def _category(ref: dict[str, Any], refer: Refer) -> tuple[str, ...]:
+    """The name of the category of a ref's annotation, if the files tell it."""
+    category = refer.annotations[ref["ann_id"]].get("category_id")
+    return (refer.categories[category],) if type(category) is int and category in refer.categories else ()
 
 
 def _detections(image_id: int, reading: Reading) -> np.ndarray:
@@ -212,22 +223,29 @@ def load_refer(folder: Path, split_by: str) -> Refer:
     problems = Problems()
     refs = read_refs(refs_file, problems)
     problems.check()
-    annotations, images = read_instances(instances_file, problems)
+    tables = read_instances(instances_file, problems)
     problems.check()
-    return Refer({ref["ref_id"]: ref for ref in refs}, annotations, images, refs_file, instances_file)
+    return Refer({ref["ref_id"]: ref for ref in refs}, *tables, refs_file, instances_file)
 
 
 Table = dict[int, dict[str, Any]]  # rows by id
 
 
-def read_instances(path: Path, problems: Problems) -> tuple[Table, Table]:
-    """The annotations and images of instances.json that have an id; notes others. Raises `DataError` for the file."""
+def read_instances(path: Path, problems: Problems) -> tuple[Table, Table, dict[int, str]]:
+    """Annotations, images and names of categories by id; notes rows without one. Raises `DataError` for the file."""
     instances = load_json(path, dict)
     for key in ("annotations", "images"):
         if not isinstance(instances.get(key), list):
             raise DataError(f"{path}: key '{key}' must be a list; is this REFER's instances.json?")
     annotations = _by_id(instances["annotations"], f"{path}: annotations entry", problems)
-    return annotations, _by_id(instances["images"], f"{path}: images entry", problems)
+    images = _by_id(instances["images"], f"{path}: images entry", problems)
+    return annotations, images, _category_names(instances.get("categories"))
+
+
+def _category_names(rows: Any) -> dict[int, str]:
+    """Names by id of COCO's `categories`; rows without them are passed over, since nothing depends on them."""
+    found = [(row.get("id"), row.get("name")) for row in rows if isinstance(row, dict)] if type(rows) is list else []
+    return {number: name for number, name in found if type(number) is int and type(name) is str}
 
 
 def _by_id(rows: list[Any], source: str, problems: Problems) -> Table:

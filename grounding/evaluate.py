@@ -11,13 +11,14 @@ import utils
 from config import GroundingConfig, load_config, save_config
 from dataset.expressions import Expression
 from dataset.matching import load_pairs
-from dataset.reading import image_size
 from dataset.text import load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from grounding import metrics
 from grounding.benchmarks import Benchmark, asked_for
 from grounding.opening import check_layer, ready
+from grounding.outcomes import size_of
 from grounding.predict import Explainer, ImageData, ask, distinct, load_images
+from grounding.report import report_folders
 from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
 from models.checkpoint import read_checkpoint
@@ -47,6 +48,10 @@ def parse_args(benchmark: Benchmark, argv: Sequence[str] | None = None) -> argpa
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images")
     parser.add_argument("--skip_broken", action="store_true", help="leave out unreadable images and count them")
+    parser.add_argument("--report", action="store_true", help="write OUTPUT_DIR/report.html: tables, charts, pictures")
+    parser.add_argument(
+        "--compare", action="append", default=[], metavar="FOLDER", help="another --output_dir, to put into the report"
+    )
     launch = parser.add_argument_group("process group", "read from the launcher's environment")
     launch.add_argument("--world_size", default=1, type=int)
     launch.add_argument("--dist_url", default="env://")
@@ -72,6 +77,10 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
     decisive = (benchmark.metrics[-1], next(iter(evaluation.benchmark.splits.values())))
     utils.log(evaluation.results.table(evaluation.line_names, decisive))
     utils.log(f"Results and log.txt are in {evaluation.results.folder}")
+    if (args.report or args.compare) and utils.rank() == 0:
+        folders = [Path(folder) for folder in (*args.compare, args.output_dir)]
+        path = report_folders(evaluation.benchmark, evaluation.expressions, folders)
+        utils.log(f"The report is {path}")
 
 
 def find_checkpoints(checkpoint: str) -> dict[str, Path]:
@@ -192,18 +201,12 @@ class Evaluation:
 
     def score(self, expression: Expression, pred: Tensor) -> dict[str, bool]:
         """Whether a map (h, w) grounds an expression, by each of the benchmark's metrics."""
-        cam = metrics.ResizedMap(pred, *self.size(expression))
+        cam = metrics.ResizedMap(pred, *size_of(expression))
         score = {"point": metrics.point_correct(cam, expression.boxes)}
         if "box" in self.benchmark.metrics:
             assert expression.detections is not None
             score["box"] = metrics.box_correct(cam, expression.detections, expression.boxes[0])
         return score
-
-    def size(self, expression: Expression) -> tuple[int, int]:
-        """(height, width) in pixels that its boxes refer to: as annotated in Flickr30k, else the image's own."""
-        if "image_height" in expression.record:
-            return expression.record["image_height"], expression.record["image_width"]
-        return image_size(expression.image)
 
     def matching(self, explainer: Explainer, name: str) -> Line:
         """A log line: how often the model is right about balanced pairs, over all and by kind of text."""

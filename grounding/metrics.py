@@ -39,10 +39,14 @@ class ResizedMap:
         size = (self.height, self.width)
         return F.interpolate(self.pred[None, None], size, mode="bicubic", align_corners=False)[0, 0]
 
+    def product(self) -> Tensor:
+        """`pixels` but for rounding, several times as fast: float32 (height, width), not kept."""
+        rows, columns = (resize_weights(*sizes) for sizes in self._sizes)
+        return rows @ self.pred @ columns.T
+
     def point(self) -> tuple[int, int]:
         """The (x, y) of the first maximum, in row-major order."""
-        rows, columns = (resize_weights(*sizes) for sizes in self._sizes)
-        cam = (rows @ self.pred @ columns.T).flatten()
+        cam = self.product().flatten()
         values, indices = cam.topk(min(2, len(cam)))
         unclear = len(values) == 2 and values[0] - values[1] <= ROUNDING * self.pred.abs().max()
         y, x = divmod(int(self.pixels.argmax() if unclear else indices[0]), self.width)

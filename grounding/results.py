@@ -38,7 +38,7 @@ class ResultFolder:
 
     def check_origin(self, epoch: str, origin: Row) -> None:
         """Raise `ResultError` when the result of that epoch is known to be of something else than `origin`."""
-        before = self._origin(epoch)
+        before = self.origin(epoch)
         if changed := [key for key in origin if key in before and before[key] != origin[key]]:
             differences = ", ".join(f"{key} {before[key]} (asked for now: {origin[key]})" for key in changed)
             raise ResultError(
@@ -63,7 +63,7 @@ class ResultFolder:
         except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
             print(f"{path} cannot be read, perhaps because its run was interrupted: evaluating again")
             return None
-        skipped = self._origin(epoch).get("skipped", [])
+        skipped = self.origin(epoch).get("skipped", [])
         left_out = set(skipped)
         if found != [ref_id for position, ref_id in enumerate(ref_ids) if position not in left_out]:
             raise ResultError(
@@ -81,7 +81,8 @@ class ResultFolder:
     def _origin_path(self, epoch: str) -> Path:
         return self.folder / f"epoch{epoch}.json"
 
-    def _origin(self, epoch: str) -> Row:
+    def origin(self, epoch: str) -> Row:
+        """What an epoch's result was computed from; {} where that is not known."""
         with contextlib.suppress(OSError, ValueError):
             return json.loads(self._origin_path(epoch).read_text(encoding="utf-8"))
         return {}

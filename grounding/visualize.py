@@ -1,4 +1,7 @@
-"""Pictures of a run: heat maps over images, contact sheets of several models, curves of the losses."""
+"""Pictures of a run: heat maps over images, contact sheets of several models, curves of the losses.
+
+Texts of the data are drawn as they are: matplotlib would read "$...$" as a formula.
+"""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +12,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from dataset.expressions import Expression
@@ -17,6 +21,8 @@ from grounding import metrics
 from utils import atomic_path
 
 RIGHT, WRONG, TRUTH = "#22c55e", "#ef4444", "#ffffff"
+SHOWN_SIDE = 280  # pixels: the longer side of a picture of `panel`
+SAME_SVG: Any = {"svg.hashsalt": "amc"}  # else ids are drawn at random: two equal figures would differ as files
 LOSS_NAMES = {
     "loss_mlm": "MLM",
     "loss_ita": "ITC",
@@ -58,14 +64,14 @@ def contact_sheet(cases: Sequence[Case], models: Sequence[str], path: Path) -> N
     for row, case in zip(grid, cases, strict=True):
         image = np.asarray(read_image(case.expression.image, case.expression.text))
         _panel(row[0], image, case.expression)
-        row[0].set_title(case.expression.text, fontsize=8, loc="left", wrap=True)
+        row[0].set_title(case.expression.text, fontsize=8, loc="left", wrap=True, parse_math=False)
         for axes, pred in zip(row[1:], case.maps, strict=True):
             cam = metrics.ResizedMap(pred, *image.shape[:2])
             _panel(axes, blend(image, cam.pixels.numpy()), case.expression)
             right = metrics.point_correct(cam, case.expression.boxes)
             axes.plot(*cam.point(), "o", ms=6, mfc=RIGHT if right else WRONG, mec="black", mew=1)
     for axes, name in zip(grid[0, 1:], models, strict=True):
-        axes.set_title(name, fontsize=9, fontweight="bold")
+        axes.set_title(name, fontsize=9, fontweight="bold", parse_math=False)
     _save(figure, path)
 
 
@@ -77,25 +83,68 @@ def _panel(axes: Axes, image: np.ndarray, expression: Expression) -> None:
             axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, ec=colour, lw=width))
 
 
-def loss_curves(runs: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    """A PNG with a panel per loss and a line per run.
+def panel(
+    image: Image.Image, size: tuple[int, int], boxes: np.ndarray, pred: Tensor | None, right: bool = False
+) -> Image.Image:
+    """An image with its true boxes and, over it, a map and the point that it chooses; `SHOWN_SIDE` long.
+
+    Args:
+        image: RGB.
+        size: (height, width) that boxes and point refer to, whatever size the file has.
+        boxes: (n, 4) [x, y, w, h].
+        pred: the map (h, w), or None for the image alone.
+        right: whether the point counts as right, for its colour.
+    """
+    height, width = size
+    scale = SHOWN_SIDE / max(size)
+    shown = max(1, round(width * scale)), max(1, round(height * scale))
+    image = image.resize((2 * shown[0], 2 * shown[1]), Image.Resampling.BICUBIC)  # shrunk at the end: smooth lines
+    cam = None if pred is None else metrics.ResizedMap(pred, height, width)
+    if pred is not None:
+        heat = metrics.ResizedMap(pred, image.height, image.width).product().numpy().clip(0)
+        image = Image.fromarray(blend(np.asarray(image), heat))
+    draw, scale = ImageDraw.Draw(image), 2 * scale
+    for x, y, w, h in (boxes * scale).tolist():
+        right_edge, bottom = x + max(w - 1, 0), y + max(h - 1, 0)
+        for grown, colour, line in ((2, "black", 9), (0, TRUTH, 5)):
+            draw.rectangle([x - grown, y - grown, right_edge + grown, bottom + grown], outline=colour, width=line)
+    if cam is not None:
+        x, y = ((at + 0.5) * scale for at in cam.point())
+        draw.ellipse([x - 12, y - 12, x + 12, y + 12], fill=RIGHT if right else WRONG, outline="black", width=3)
+    return image.resize(shown, Image.Resampling.LANCZOS)
+
+
+def loss_curves(runs: dict[str, list[dict[str, Any]]], path: Path, unit: str = "steps") -> None:
+    """`loss_figure` as a PNG, or whatever the file's name ends in."""
+    _save(loss_figure(runs, unit), path)
+
+
+def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps", columns: int = 5) -> Figure:
+    """A panel per loss and a line per run.
 
     Args:
         runs: the rows of each run's steps.jsonl.
+        unit: what a step is.
+        columns: how many panels stand side by side, at most.
     """
     shown = [name for name in LOSS_NAMES if any(row.get(name) for rows in runs.values() for row in rows)]
-    figure = Figure(figsize=(3.2 * len(shown), 3), layout="constrained")
-    for axes, loss in zip(figure.subplots(1, len(shown), squeeze=False)[0], shown, strict=True):
+    columns = max(1, min(columns, len(shown)))
+    lines = -(-len(shown) // columns)
+    figure = Figure(figsize=(3.2 * columns, 3 * max(1, lines)), layout="constrained")
+    for place, loss in enumerate(shown, 1):
+        axes = figure.add_subplot(lines, columns, place)
         for index, (run, rows) in enumerate(runs.items()):
-            values = [row[loss] for row in rows]
-            if any(values):
-                axes.plot(_steps(rows), values, f"C{index}", label=run)
+            values = np.array([row.get(loss, np.nan) for row in rows])
+            if np.nan_to_num(values).any():
+                mark = "o" if len(rows) == 1 else ""
+                axes.plot(_steps(rows), values, f"C{index}{mark}-", label=run)
         axes.set_title(LOSS_NAMES[loss], fontsize=10)
-        axes.set_xlabel("steps")
+        axes.set_xlabel(unit)
         axes.grid(alpha=0.3)
     for axes in figure.axes[:1]:
-        axes.legend(fontsize=8)
-    _save(figure, path)
+        for text in axes.legend(fontsize=8).get_texts():
+            text.set_parse_math(False)
+    return figure
 
 
 def _steps(rows: list[dict[str, Any]]) -> list[int]:
@@ -110,5 +159,6 @@ def _steps(rows: list[dict[str, Any]]) -> list[int]:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+    kind = path.suffix.removeprefix(".")
+    with atomic_path(path) as temporary, matplotlib.rc_context(SAME_SVG):
+        figure.savefig(temporary, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from grounding import evaluate as program
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark, asked_for
 from grounding.evaluate import EvaluationError, find_checkpoints
 from grounding.opening import LayerError
+from grounding.outcomes import ReportError, size_of
 from grounding.predict import ask, distinct
 from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef
@@ -512,10 +514,56 @@ def test_sharpness_of_negatives() -> None:
 
 
 def test_an_expression_without_annotated_size_uses_the_file(place: Path, tmp_path: Path) -> None:
-    run = program.Evaluation.__new__(program.Evaluation)
     image = place / "data" / "images" / "100000.jpg"
     size = read_image(image, "").size[::-1]
     box = np.array([[0.0, 0.0, 1.0, 1.0]])
-    assert run.size(Expression(image, "x", 0, "val", box, size=(1, 1))) == size
+    assert size_of(Expression(image, "x", 0, "val", box, size=(1, 1))) == size
     flickr = Expression(image, "x", 0, "val", box, {"image_height": 7, "image_width": 9, "split": "val"})
-    assert run.size(flickr) == (7, 9)
+    assert size_of(flickr) == (7, 9)
+
+
+# ---- the report
+
+
+@pytest.mark.parametrize("benchmark", [REFCOCO, REFCLEF, FLICKR], ids=["refcoco", "refclef", "flickr"])
+def test_the_reports_numbers_are_the_logs(benchmark: Benchmark, place: Path, tmp_path: Path) -> None:
+    evaluate(benchmark, place, tmp_path, "--report")
+    rows = re.findall(r"<tr>(.*?)</tr>", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    cells = [re.findall(r"<t[hd][^>]*>([^<]*)", row) for row in rows]
+    for epoch in ("00", "01", "02"):
+        logged = [value for line in log(tmp_path) if line["epoch"] == epoch for value in list(line.values())[:-1]]
+        assert cells[1 + int(epoch)] == [
+            f"checkpoint_{epoch}",
+            *("-" if v is None else f"{100 * v:.2f}" for v in logged),
+        ]
+
+
+def test_compare_puts_another_folders_results_into_the_report(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = tmp_path / "one", tmp_path / "other"
+    evaluate(REFCLEF, place, one, checkpoint=ONE)
+    assert not (one / "report.html").exists()
+    evaluate(REFCLEF, place, other, "--compare", str(one), checkpoint="ckpt/checkpoint_02.pth")
+    assert f"The report is {other / 'report.html'}" in capsys.readouterr().out
+    html = (other / "report.html").read_text(encoding="utf-8")
+    assert "<h3>checkpoint_01 and checkpoint_02</h3>" in html
+    assert not (one / "report.html").exists()
+    with pytest.raises(ReportError, match="nowhere: no complete results"):
+        evaluate(REFCLEF, place, other, "--compare", "nowhere", checkpoint="ckpt/checkpoint_02.pth")
+
+
+def test_a_report_of_an_evaluation_with_unreadable_images(place: Path, tmp_path: Path) -> None:
+    image = load_config(place / "refclef.yaml", GroundingConfig)
+    first = REFCLEF.load(image)[0].image
+    kept = first.read_bytes()
+    try:
+        first.write_bytes(b"broken")
+        evaluate(REFCLEF, place, tmp_path, "--report", "--skip_broken", checkpoint=ONE)
+    finally:
+        first.write_bytes(kept)
+    left_out = sum(item.image == first for item in REFCLEF.load(image))
+    html = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert f"<td>fp32</td><td>{left_out}</td>" in html
+    assert ">nan<" not in html
+    assert "cover nan" not in html

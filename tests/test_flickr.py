@@ -68,6 +68,25 @@ def test_every_phrase_with_boxes_in_order(root: Path) -> None:
         assert (expression.split, expression.size, expression.detections) == ("test", (48, 64), None)
 
 
+@pytest.mark.parametrize(
+    ("types", "expected"),
+    [
+        (["people", "clothing"], ("people", "clothing")),
+        ([], ()),
+        ("people", ()),
+        (None, ()),
+        (["people", 3], ("people",)),
+    ],
+)
+def test_categories_are_the_phrase_types(root: Path, types: Any, expected: tuple[str, ...]) -> None:
+    row = {**phrase("the dog", "1"), "phrase_type": types}
+    (root / "sentences.json").write_text(json.dumps({"11": [{"phrases": [row]}]}))
+    assert load(root)[0].categories == expected
+    del row["phrase_type"]
+    (root / "sentences.json").write_text(json.dumps({"11": [{"phrases": [row]}]}))
+    assert load(root)[0].categories == ()
+
+
 def test_ref_ids_run_on_over_the_files(root: Path) -> None:
     (root / "val.txt").write_text("11\n")
     expressions = load(root, ("val.txt", "test.txt"))

@@ -1,6 +1,7 @@
 """Heat maps, contact sheets, curves and the table of the demo: what a person sees of a run."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from PIL import Image
 import scenes_demo
 from config import GroundingConfig
 from dataset.expressions import Expression
+from dataset.reading import read_image
 from grounding import metrics
 from grounding.benchmarks import REFCOCO
 from grounding.results import ResultFolder
-from grounding.visualize import Case, _steps, blend, contact_sheet, loss_curves
+from grounding.visualize import Case, _steps, blend, contact_sheet, loss_curves, loss_figure, panel
 from utils import UserError
 
 
@@ -50,6 +52,51 @@ def test_contact_sheet(expression: Expression, tmp_path: Path) -> None:
     assert red not in sheets["right"]
     assert red in sheets["wrong"]
     assert green not in sheets["wrong"]
+
+
+def test_contact_sheets_of_texts_that_look_like_formulas(expression: Expression, tmp_path: Path) -> None:
+    contact_sheet([Case(replace(expression, text="$a_{$"), [torch.ones(2, 2)])], ["$b_{$"], tmp_path / "sheet.png")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize(
+    ("size", "shown"), [((40, 60), (280, 187)), ((60, 40), (187, 280)), ((1, 1), (280, 280)), ((3, 900), (280, 1))]
+)
+def test_panels_of_any_image(mode: str, size: tuple[int, int], shown: tuple[int, int], tmp_path: Path) -> None:
+    """size: (height, width) in pixels; shown: (width, height)."""
+    height, width = size
+    Image.new(mode, (width, height)).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", "")
+    box = np.array([[0.0, 0.0, width, height]])
+    assert panel(image, size, box, torch.ones(2, 3)).size == shown
+    assert panel(image, size, box, None).size == shown
+    assert panel(image, size, np.array([[0.2, 0.2, 0.1, 0.1], [-5, -5, 3, 3.0]]), torch.ones(2, 3)).size == shown
+
+
+def test_a_panel_shows_where_box_and_point_are() -> None:
+    """The annotated size counts, twice that of the file here."""
+    image, box = Image.new("RGB", (60, 40), "gray"), np.array([[60.0, 20.0, 30.0, 40.0]])
+    cam = torch.zeros(4, 6)
+    cam[1, 4] = 1.0
+    scale = 280 / 120
+    for right, colour in ((True, (0x22, 0xC5, 0x5E)), (False, (0xEF, 0x44, 0x44))):
+        shown = np.asarray(panel(image, (80, 120), box, cam, right)).astype(int)
+        x, y = metrics.ResizedMap(cam, 80, 120).point()
+        assert abs(shown[int((y + 0.5) * scale), int((x + 0.5) * scale)] - colour).max() < 40
+        assert abs(shown[int(40 * scale), int(60 * scale) + 1] - 255).max() < 40  # the left edge
+        assert abs(shown[int(40 * scale), int(90 * scale) - 1] - 255).max() < 40  # the right one
+        assert abs(shown[int(60 * scale) - 1, int(75 * scale)] - 255).max() < 40  # the bottom
+        assert (shown[int(40 * scale), int(30 * scale)] == 128).all()
+    alone = np.asarray(panel(image, (80, 120), box, None)).astype(int)
+    assert (alone[int(30 * scale), int(70 * scale)] == 128).all()
+
+
+def test_loss_figures_wrap(tmp_path: Path) -> None:
+    rows = [{"epoch": 0, "step": 1, "loss_mlm": 1.0, "loss_ita": 1.0, "loss_itm": 1.0}, {"epoch": 0, "step": 2}]
+    assert loss_figure({"a": rows}, columns=2).get_size_inches().tolist() == pytest.approx([6.4, 6.0])
+    assert loss_figure({"a": rows}).get_size_inches().tolist() == pytest.approx([9.6, 3.0])
+    loss_curves({"$a_{$": rows}, tmp_path / "a.png")  # a name, not a formula
+    assert [axes.get_xlabel() for axes in loss_figure({"a": rows}, "epochs").axes] == ["epochs"] * 3
 
 
 def test_loss_curves(tmp_path: Path) -> None:

@@ -71,6 +71,29 @@ def test_an_expression_of_refclef_takes_its_own_split(root: Path) -> None:
     assert expression.record == {"image_path": str(expression.image), "split": "testC"}
 
 
+@pytest.mark.parametrize(
+    ("categories", "expected"),
+    [
+        ([{"supercategory": "person", "id": 1, "name": "person"}, {"id": 2, "name": "dog"}], ("person",)),
+        ([{"id": 2, "name": "dog"}], ()),
+        ([], ()),
+        (None, ()),
+        ("person", ()),
+        ([{"id": 1, "name": 5}, {"id": 1}, {"name": "x"}, 7, {"id": [1], "name": "x"}], ()),
+    ],
+)
+def test_the_category_is_that_of_the_annotation_where_it_is_named(
+    root: Path, categories: Any, expected: tuple[str, ...]
+) -> None:
+    instances: dict[str, Any] = {"images": [IMAGE], "annotations": [ANNOTATION]}
+    instances |= {} if categories is None else {"categories": categories}
+    path = root / "refer" / "refclef" / "instances.json"
+    path.write_text(json.dumps(instances))
+    assert load(root)[0].categories == expected
+    path.write_text(json.dumps(instances | {"annotations": [{**ANNOTATION, "category_id": [1]}]}))
+    assert load(root)[0].categories == ()
+
+
 def test_order_is_that_of_the_files(golden_data: Path) -> None:
     folder = golden_data / "refer" / "refcoco+"
     files = [str(folder / f"refcoco+_{part}.json") for part in ("test", "val")]

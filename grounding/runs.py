@@ -1,0 +1,77 @@
+"""Training runs read back for their curves: steps.jsonl (every 20 steps) or log.txt (every epoch) of Pretrain.py."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import utils
+
+EPOCHS_LOG, STEPS_LOG = "log.txt", "steps.jsonl"
+Rows = list[dict[str, Any]]
+
+
+class RunError(utils.UserError):
+    """A training run without logs that could be drawn."""
+
+
+def read_runs(paths: Sequence[Path], by_epoch: bool = False) -> tuple[dict[str, Rows], str]:
+    """The losses of each run as rows of steps.jsonl, {"epoch", "step", "loss_<name>"}, and what a step is.
+
+    Steps are counted where every run can be counted so: by its steps.jsonl, or by a log.txt that tells the steps of its
+    epochs. Otherwise, as with the release's log.txt, a "step" is an epoch, of all runs.
+
+    Args:
+        paths: folders of runs, or one of these two files of each.
+        by_epoch: read log.txt even where there is steps.jsonl.
+
+    Returns:
+        rows by the run's name, in order; "steps" or "epochs".
+
+    Raises:
+        RunError: a run has none of the two files, or none that is needed.
+    """
+    names = run_names(paths)
+    found = {name: None if by_epoch else _step_rows(path) for name, path in names.items()}
+    for name, path in names.items():
+        if found[name] is None:
+            found[name] = _epoch_rows(path, in_steps=True)
+    if all(found.values()):
+        return {name: rows or [] for name, rows in found.items()}, "steps"
+    rows = {name: _epoch_rows(path, in_steps=False) for name, path in names.items()}
+    for name, path in names.items():
+        if not rows[name]:
+            wanted = EPOCHS_LOG if _step_rows(path) else f"{STEPS_LOG} or {EPOCHS_LOG}"
+            raise RunError(f"{path}: no {wanted} of a training run with losses in it; give --output_dir of Pretrain.py")
+    return {name: some or [] for name, some in rows.items()}, "epochs"
+
+
+def run_names(paths: Sequence[Path]) -> dict[str, Path]:
+    """A name for each of the different runs: its folder's, with as many folders above it as tell all of them apart."""
+    different = {Path(os.path.abspath(path)): path for path in paths}
+    folders = {full: (full.parent if full.is_file() else full).parts for full in different}
+    for depth in range(1, max(map(len, folders.values()), default=0) + 1):
+        names = ["/".join(parts[-depth:]) for parts in folders.values()]
+        if len(set(names)) == len(names):
+            return dict(zip(names, different.values(), strict=True))
+    return {str(path): path for path in different.values()}
+
+
+def _step_rows(path: Path) -> Rows | None:
+    """The rows of steps.jsonl; None where there are none."""
+    file = path / STEPS_LOG if path.is_dir() else path
+    rows = [row for row in utils.read_log(file) if "step" in row and "epoch" in row]
+    return rows or None
+
+
+def _epoch_rows(path: Path, in_steps: bool) -> Rows | None:
+    """The rows of log.txt in the form of steps.jsonl; None where there are none, or none with its number of steps."""
+    file = path / EPOCHS_LOG if path.is_dir() else path
+    rows = []
+    for row in utils.read_log(file):
+        losses = {key.removeprefix("train_"): row[key] for key in row if key.startswith("train_loss_")}
+        if losses and "epoch" in row and ("steps" in row or not in_steps):
+            length = int(row["steps"]) if in_steps else 1
+            numbers = {name: float(value) for name, value in losses.items()}  # the release writes them as strings
+            rows.append({"epoch": row["epoch"], "step": length - 1, **numbers})
+    return rows or None
