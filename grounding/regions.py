@@ -6,8 +6,8 @@ Boxes are [x, y, w, h] in whole pixels of the image.
 from typing import NamedTuple
 
 import numpy as np
-from skimage.measure import label, regionprops
 
+from grounding import measures
 from grounding.metrics import ResizedMap, box_scores
 from utils import UserError
 
@@ -52,10 +52,8 @@ def regions(shares: np.ndarray, threshold: float) -> np.ndarray:
     """
     if not 0 < threshold <= 1:
         raise UserError(f"the threshold is a share of the map's maximum, above 0 and at most 1, not {threshold}")
-    corners = [region.bbox for region in regionprops(label(shares >= threshold, connectivity=2))]
-    return np.array([(left, top, right - left, bottom - top) for top, left, bottom, right in corners], int).reshape(
-        -1, 4
-    )
+    boxes = [region.box for region in measures.regions(shares, measures.hot(shares, threshold))]
+    return np.array(boxes, int).reshape(-1, 4)
 
 
 def map_boxes(cam: ResizedMap, shares: np.ndarray, threshold: float) -> tuple[ScoredBox, ...]:
