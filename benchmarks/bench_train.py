@@ -74,10 +74,12 @@ class Trainer:
         self.plain = torch.optim.AdamW(groups, lr=1e-30, foreach=False, fused=False)
         self.ours = create_optimizer(OptimizerConfig(opt="adamW", lr=1e-30, weight_decay=0.0), self.model)
         self.ours.state = self.plain.state  # one set of moments
-        self.queues = {name: buffer.clone() for name, buffer in self.model.named_buffers() if "queue" in name}
+        self.queues: dict[str, Tensor] = {}
 
     def reset(self) -> None:
-        """The queues as they were, and the random state that draws the negatives."""
+        """The queues as they were at first, and the random state that draws the negatives."""
+        if not self.queues:
+            self.queues = {name: buffer.clone() for name, buffer in self.model.named_buffers() if "queue" in name}
         with torch.no_grad():
             for name, buffer in self.queues.items():
                 self.model.get_buffer(name).copy_(buffer)
