@@ -27,7 +27,8 @@ class OneDNNLinear(nn.Linear):
     """`nn.Linear` that multiplies by oneDNN what is float32 on the CPU and not autocast to something else."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.device.type == "cpu" and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu"):
+        plain = input.device.type == "cpu" and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+        if plain and not torch.compiler.is_compiling():  # a compiler has products of its own
             return _Product.apply(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 

@@ -81,6 +81,13 @@ def test_other_precisions_are_left_alone(calls: mock.Mock) -> None:
     assert calls.call_count == 1
 
 
+def test_a_compiler_is_left_its_own_products(calls: mock.Mock) -> None:
+    layer, x = fast(nn.Linear(5, 6)), torch.randn(4, 5)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), layer(x))
+    assert calls.call_count == 1
+
+
 def test_parameters_keep_their_names_and_other_layers_their_class() -> None:
     net = nn.Sequential(nn.Linear(5, 6), nn.LayerNorm(6), nn.Bilinear(6, 6, 2))
     converted = fast(net)
