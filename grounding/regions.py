@@ -11,7 +11,7 @@ from grounding import measures
 from grounding.metrics import ResizedMap, box_scores
 from utils import UserError
 
-THRESHOLD = 0.3  # docs/demo.md: of 0.2 to 0.7, the one whose best box was right most often on val of the scenes
+THRESHOLD = 0.5  # docs/demo.md: of 0.2 to 0.7, the one whose best box was right most often on val of the scenes
 
 
 class ScoredBox(NamedTuple):

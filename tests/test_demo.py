@@ -102,7 +102,7 @@ def test_one_image_and_its_phrases(place: Path, tmp_path: Path, capsys: pytest.C
         "gradcam_mode": "itm",
         "block_num": 2,
         "precision": "fp32",
-        "threshold": 0.3,
+        "threshold": 0.5,
     }
     arrays = np.load(tmp_path / "b.npz")
     assert arrays["phrases"].tolist() == ["The red dog!", "circle"]
