@@ -23,6 +23,7 @@ from test_pretrain_program import (
 )
 
 from config import PretrainConfig, load_config
+from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 
 LAUNCHERS = {
@@ -128,6 +129,7 @@ def alone(place: Path, step: list[dict[str, Any]]) -> list[dict[str, Any]]:
     for seen in step:
         model = PretrainModel(load_config(place / "config.yaml", PretrainConfig, STEP))
         model.load_state_dict(seen["start"])
+        use_onednn(model)  # as the program does: the comparison is of the processes, not of two products
         losses = model(Batch(*seen["batch"]), ALPHA)
         sum(weight * losses[name] for name, weight in model.loss_weights.items()).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
