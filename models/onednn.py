@@ -28,13 +28,14 @@ class OneDNNLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         plain = input.device.type == "cpu" and input.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-        if plain and not torch.compiler.is_compiling():  # a compiler has products of its own
+        some = input.ndim > 1 and input.numel() > 0  # oneDNN refuses an empty product
+        if plain and some and not torch.compiler.is_compiling():  # a compiler has products of its own
             return _Product.apply(input, self.weight, self.bias)
         return F.linear(input, self.weight, self.bias)
 
 
 class _Product(torch.autograd.Function):
-    """input (..., K), weight (N, K), bias (N,) or None -> (..., N)."""
+    """input (..., K) of at least one row, weight (N, K), bias (N,) or None -> (..., N)."""
 
     @staticmethod
     def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -49,6 +49,19 @@ def test_equals_pytorch_up_to_the_second_derivative(calls: mock.Mock, shape: tup
         assert a.shape == b.shape
 
 
+@pytest.mark.parametrize("shape", [(0, 5), (1, 0, 5), (5,)])
+def test_no_rows_and_a_single_vector(shape: tuple[int, ...]) -> None:
+    """oneDNN refuses an empty product: a batch without a masked word has one, in the MLM head."""
+    torch.manual_seed(0)
+    layer, x = nn.Linear(5, 7), torch.randn(shape, requires_grad=True)
+    found = []
+    for one in (layer, fast(nn.Sequential(layer))):
+        output = one(x)
+        found.append([output, *torch.autograd.grad(output.sum(), [x, *one.parameters()])])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_activation_checkpointing(calls: mock.Mock) -> None:
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(5, 6), nn.GELU(), nn.Linear(6, 3))

@@ -207,6 +207,13 @@ def test_batches_without_boxes(place: Path, tmp_path: Path, how: str) -> None:
         assert math.isfinite(total(row))
 
 
+@pytest.mark.parametrize("axis", ["sequence", "vocabulary"])
+def test_batches_without_a_masked_word(place: Path, tmp_path: Path, axis: str) -> None:
+    (row,) = train(place, tmp_path, "schedular.epochs=1", "mlm_probability=0", f"mlm_distill_axis={axis}")
+    assert row["train_loss_mlm"] == 0
+    assert math.isfinite(total(row))
+
+
 def test_a_fixed_set_is_learned(place: Path, tmp_path: Path) -> None:
     words = ["schedular.epochs=8", "optimizer.lr=3e-3", "mlm_distill_axis=vocabulary", "mlm_probability=0.4"]
     rows = train(place, tmp_path, *words, "augment={flip_prob: 0, grayscale_prob: 0, jitter_prob: 0}")
