@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_model import BERT, SIZES
 
 import demo
 from config import ConfigError, GroundingConfig, PretrainConfig, load_config
@@ -25,17 +26,6 @@ from models.albef import build_albef
 from models.checkpoint import CheckpointError
 from utils import UserError
 
-BERT = {
-    "vocab_size": len(scenes_files.vocabulary()),
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "fusion_layer": 1,
-    "encoder_width": 16,
-}
-SIZES = {"image_res": 48, "patch_size": 16, "vision_width": 16, "vision_depth": 2, "vision_heads": 2, "embed_dim": 8}
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from small_model import BERT, SIZES
 
 from config import GroundingConfig, load_config
 from dataset import scenes_files
@@ -29,18 +30,6 @@ from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef
 from models.checkpoint import CheckpointError
 from models.losses import hard_negatives
-
-BERT = {
-    "vocab_size": len(scenes_files.vocabulary()),
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 64,
-    "fusion_layer": 1,
-    "encoder_width": 16,
-}
-SIZES = {"image_res": 48, "patch_size": 16, "vision_width": 16, "vision_depth": 2, "vision_heads": 2, "embed_dim": 8}
 
 
 @pytest.fixture(scope="module")

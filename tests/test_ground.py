@@ -7,6 +7,7 @@ import pytest
 import torch
 from numpy.random import default_rng
 from PIL import Image
+from small_model import BERT, SIZES
 
 from config import GroundingConfig
 from dataset import scenes_files
@@ -19,17 +20,7 @@ from grounding.regions import THRESHOLD, ScoredBox, map_boxes, regions, share_of
 from models.albef import build_albef
 from utils import UserError
 
-BERT = {
-    "vocab_size": len(scenes_files.vocabulary()),
-    "hidden_size": 16,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 20,
-    "fusion_layer": 1,
-    "encoder_width": 16,
-}
-SIZES = {"image_res": 48, "patch_size": 16, "vision_width": 16, "vision_depth": 2, "vision_heads": 2, "embed_dim": 8}
+SHORT_BERT = {**BERT, "max_position_embeddings": 20}
 PHRASES = ["the red dog", "circle", "a small star above the big blue square", "circle"]
 PHOTO = Image.fromarray(default_rng(3).integers(0, 256, (40, 70, 3), np.uint8))
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -39,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def explainer(tmp_path_factory: pytest.TempPathFactory) -> Explainer:
     folder = tmp_path_factory.mktemp("ground")
     (folder / "vocab.txt").write_text("\n".join(scenes_files.vocabulary()))
-    (folder / "bert.json").write_text(json.dumps(BERT))
+    (folder / "bert.json").write_text(json.dumps(SHORT_BERT))
     config = GroundingConfig.model_validate({**SIZES, "bert_config": str(folder / "bert.json"), "image_root": ""})
     model = build_albef(config).eval().requires_grad_(False)
     generator = torch.Generator().manual_seed(7)
