@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,8 @@ def main(args: argparse.Namespace) -> None:
         checkpoints[name] = train(output / name, CONFIGS / config, ["--checkpoint", str(stage1)], processes=2)
     steps = {}
     for name, checkpoint in checkpoints.items():
-        for benchmark, script in SCRIPTS.items():
-            words = ["--checkpoint", str(checkpoint), "--output_dir", str(output / name / benchmark)]
-            words += ["--config", str(CONFIGS / f"Grounding_{benchmark}.yaml"), "--text_encoder", str(TEXT_ENCODER)]
-            words += ["--device", "cpu", "--num_workers", "0"]
-            steps[f"{name} on {benchmark}"] = [f"grounding_eval_singlegpu{script}.py", *words]
+        for benchmark in SCRIPTS:
+            steps[f"{name} on {benchmark}"] = evaluation(checkpoint, benchmark, output / name / benchmark)
     run_side_by_side(steps)
     report(output, time.monotonic() - started)
 
@@ -96,15 +94,26 @@ def run_side_by_side(steps: dict[str, list[str]]) -> None:
                 raise utils.UserError(f"'{name}' failed with exit status {done.returncode}; its message stands above")
 
 
-def train(output: Path, config: Path, start: list[str], processes: int = 1) -> Path:
-    """Run Pretrain.py, or what is missing of an interrupted run; returns the last checkpoint."""
+def train(output: Path, config: Path, start: list[str], processes: int = 1, options: Sequence[str] = ()) -> Path:
+    """Run Pretrain.py, or what is missing of an interrupted run; returns the last checkpoint.
+
+    `start` says what to start from; `options` are given to a resumed run as well.
+    """
     last = output / f"checkpoint_{load_config(config, PretrainConfig).schedular.epochs - 1:02d}.pth"
     if not last.exists():
         begun = any(output.glob("checkpoint_*.pth"))
         words = ["--config", str(config), "--output_dir", str(output), "--text_encoder", str(TEXT_ENCODER)]
-        words += ["--device", "cpu", "--num_workers", "0", *(["--resume"] if begun else start)]
+        words += ["--device", "cpu", "--num_workers", "0", *options, *(["--resume"] if begun else start)]
         run_step(output.name, ["Pretrain.py", *words], processes)
     return last
+
+
+def evaluation(checkpoint: Path, benchmark: str, output: Path) -> list[str]:
+    """The program that evaluates a checkpoint on one of the scenes' benchmarks, and its options."""
+    config = CONFIGS / f"Grounding_{benchmark}.yaml"
+    words = ["--checkpoint", str(checkpoint), "--output_dir", str(output), "--config", str(config)]
+    words += ["--text_encoder", str(TEXT_ENCODER), "--device", "cpu", "--num_workers", "0"]
+    return [f"grounding_eval_singlegpu{SCRIPTS[benchmark]}.py", *words]
 
 
 def train_stage1(output: Path) -> Path:
