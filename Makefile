@@ -5,13 +5,17 @@ PYTHON := $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-full test check clean
+.PHONY: demo demo-full web test check clean
 
 demo: $(READY)
 	$(PYTHON) scenes_demo.py
 
 demo-full: $(READY)
 	$(PYTHON) scenes_demo.py --full --output_dir output/scenes_full
+
+web: $(READY)
+	$(PYTHON) prepare.py scenes data/scenes
+	$(PYTHON) demo.py --web
 
 test: check
 	$(PYTHON) -m pytest
@@ -22,7 +26,7 @@ check: $(READY)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy .
 
-$(READY): requirements.txt requirements-dev.txt
+$(READY): requirements.txt requirements-web.txt requirements-dev.txt
 	$(SYSTEM_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $(READY)

@@ -2,6 +2,7 @@
 
     python demo.py IMAGE PHRASE [PHRASE ...]                     one image (or a folder, or a "pattern*.jpg")
     python demo.py --images A.jpg B.jpg FOLDER --phrase PHRASE [--phrase PHRASE ...]
+    python demo.py --web                                         a page to do all this in a browser: docs/web.md
 
 Without --checkpoint, the model is the one that `make demo` trained on the embedded scenes, which knows nothing of
 photographs. Pictures go to --output_dir as IMAGE_01_PHRASE.png; docs/demo.md shows one.
@@ -9,7 +10,6 @@ photographs. Pictures go to --output_dir as IMAGE_01_PHRASE.png; docs/demo.md sh
 
 import argparse
 import json
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,18 +21,19 @@ from PIL import Image
 import utils
 from dataset.photos import find_images, read_photo
 from dataset.reading import DataError
-from dataset.text import clean_caption
-from grounding import metrics, overlay
+from grounding import metrics, overlay, web, web_page
+from grounding.answers import Answers
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO
 from grounding.evaluate import PRECISIONS
-from grounding.ground import MAX_WORDS, Grounding, clean_phrase, encode, ground_all
+from grounding.gate import LOOPBACK
+from grounding.ground import Grounding, encode, ground_all, notes
+from grounding.offers import DEMO, ONLY_BEFORE, TRAINED, Offer, examples, offered
 from grounding.opening import OpenedModel, newest_checkpoint, open_model
 from grounding.predict import Explainer
 from grounding.regions import THRESHOLD
 
-DEMO_MODELS = Path("output/scenes/amc")  # where `make demo` leaves its AMC checkpoints
 BENCHMARKS = {"refcoco": REFCOCO, "refclef": REFCLEF, "flickr": FLICKR}
-LONGEST_SLUG = 40
+DEMO_MODELS = DEMO / TRAINED["AMC"]  # where `make demo` leaves its AMC checkpoints
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,10 +64,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--words", dest="word_maps", action="store_true", help="a picture of the map of each word as well")
     add("--json", action="store_true", help="IMAGE.json: points, boxes, scores, probabilities")
     add("--npz", action="store_true", help="IMAGE.npz: the maps themselves")
+    add = parser.add_argument_group("a page in the browser (needs requirements-web.txt)").add_argument
+    add("--web", action="store_true", help="serve it; images and phrases are chosen there")
+    add("--checkpoints", nargs="+", default=[], metavar="FILE", help="to choose from (default: those of `make demo`)")
+    add("--host", default=LOOPBACK[0], help="address to serve at (default: this machine alone)")
+    add("--port", type=int, help="default: 7860, or the next free one")
     return parser.parse_args(argv)
 
 
 def main(args: argparse.Namespace) -> None:
+    if args.web:
+        serve_page(args)
+        return
     images, phrases = what_to_ask(args)
     overlay.see_through(args.colormap)  # a wrong name is an error before the model is read, not after
     opened = open_model(
@@ -98,6 +107,35 @@ def main(args: argparse.Namespace) -> None:
         raise DataError("none of the images could be read")
 
 
+def serve_page(args: argparse.Namespace) -> None:
+    """Serve the page of docs/web.md until interrupted.
+
+    Raises:
+        UserError: images or phrases are named, a checkpoint is missing, Gradio is, or the address is taken.
+    """
+    if args.words or args.images or args.phrase or args.box:
+        raise utils.UserError("--web: images and phrases are chosen on the page; leave them out of the command")
+    overlay.see_through(args.colormap)
+    asked_for = [*([args.checkpoint] if args.checkpoint else []), *args.checkpoints]
+    offers = offered(asked_for, args.config)
+
+    def open_offer(offer: Offer) -> OpenedModel:
+        return open_model(
+            offer.checkpoint,
+            config=offer.config,
+            text_encoder=args.text_encoder,
+            device=args.device,
+            overrides=args.set,
+            benchmark=BENCHMARKS[args.benchmark],
+        )
+
+    resize = BENCHMARKS[args.benchmark].resize
+    answers = Answers(offers, open_offer, resize, precision=PRECISIONS[args.precision])
+    hint = "" if asked_for or len(offers) > 1 else ONLY_BEFORE
+    start = web_page.Start(args.gradcam_mode, args.block_num, args.threshold, args.colormap, hint)
+    web.serve(answers, examples(), args.host, args.port, start)
+
+
 def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
     """The images and the phrases of a command line.
 
@@ -108,6 +146,8 @@ def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
         raise utils.UserError(
             f"{args.words[0]!r} stands for an image, and --images names others; phrases then go to --phrase"
         )
+    if args.checkpoints:
+        raise utils.UserError("--checkpoints belongs to --web; one --checkpoint answers on the command line")
     words = args.images or args.words[:1]
     phrases = [*args.words[1:], *args.phrase]
     if not words or not phrases:
@@ -136,17 +176,6 @@ def demo_model() -> Path:
     return found
 
 
-def notes(explainer: Explainer, phrase: str) -> list[str]:
-    """What a user should know of how a phrase is read."""
-    text = clean_phrase(explainer, phrase)
-    found = []
-    if text != clean_caption(phrase, len(phrase)):
-        found.append(f"cut to {MAX_WORDS} words, as in evaluation")
-    if unknown := [word.text for word in explainer.tokenizer.split(text) if "[UNK]" in word.pieces]:
-        found.append(f"the vocabulary lacks {', '.join(unknown)}; the model reads [UNK]")
-    return found
-
-
 def file_names(images: Sequence[Path]) -> list[str]:
     """A name for each image's files: its own without the suffix, and a number where several would share one."""
     names: list[str] = []
@@ -159,11 +188,6 @@ def file_names(images: Sequence[Path]) -> list[str]:
         used.add(name.lower())
         names.append(name)
     return names
-
-
-def slug(text: str) -> str:
-    """A phrase as a part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_SLUG].rstrip("-") or "phrase"
 
 
 # ---- one image
@@ -184,7 +208,7 @@ def ask_one(
     rows = []
     found = ground_all(explainer, encoded, phrases, args.threshold)
     for number, one in enumerate(found, start=1):
-        picture = args.output_dir / f"{name}_{number:02d}_{slug(one.text)}.png"
+        picture = args.output_dir / f"{name}_{number:02d}_{overlay.slug(one.text)}.png"
         overlay.save(overlay.overlay(image, one, args.box, args.colormap), picture)
         if args.word_maps:
             strip = overlay.word_strip(image, one, args.colormap)

@@ -23,6 +23,7 @@ import utils
 from config import GroundingConfig, PretrainConfig, load_config
 from grounding import metrics
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark
+from grounding.offers import SHIPPED
 from grounding.outcomes import Source
 from grounding.page import Section
 from grounding.report import section, write_report
@@ -33,7 +34,6 @@ from models.checkpoint import export_student
 DATA = Path("data/scenes")
 TEXT_ENCODER = DATA / "text_encoder"
 CONFIGS = Path("configs/scenes")
-SHIPPED = Path("checkpoints/scenes_stage1.safetensors")
 BENCHMARKS = {"refcoco": REFCOCO, "refclef": REFCLEF, "flickr": FLICKR}
 SCRIPTS = {"refcoco": "", "refclef": "_refclef", "flickr": "_flickr"}
 MODELS = {"stage 1": "stage1", "control": "control", "AMC": "amc"}  # the last is what the others are compared with

@@ -20,8 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import utils
 from benchmarks.machine import describe_machine
 from config import GroundingConfig, load_config
+from grounding.offers import SHIPPED
 from grounding.results import ResultFolder
-from scenes_demo import BENCHMARKS, CONFIGS, DATA, SHIPPED, accuracies, evaluation, run_step, train
+from scenes_demo import BENCHMARKS, CONFIGS, DATA, accuracies, evaluation, run_step, train
 
 AMC, CONTROL = CONFIGS / "Pretrain.yaml", CONFIGS / "Pretrain_control.yaml"
 VARIANTS: dict[str, tuple[Path, list[str]]] = {  # a config, and what is changed of it

@@ -13,24 +13,30 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from dataset.reading import DataError
 
 FORMATS = ("JPEG", "JPEG2000", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "PPM")  # none that runs a program
-BROKEN = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)
+BROKEN = (OSError, UnidentifiedImageError, ValueError, SyntaxError)
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # one channel of more than 8 bits
 
 
-def read_photo(file: Path | BinaryIO, name: str = "") -> Image.Image:
+def read_photo(file: Path | BinaryIO, name: str = "", most_pixels: int | None = None) -> Image.Image:
     """Decode an image fully, upright and as RGB, transparent parts on white; of an animation, the first frame.
 
     Args:
         file: a path, or an open binary file (an upload).
         name: what messages call it; the path itself unless given.
+        most_pixels: an image of more is refused by its header, before it is decoded.
 
     Raises:
-        DataError: naming it, when it is missing, broken, or not an image.
+        DataError: naming it, when it is missing, broken, too large, or not an image.
     """
     name = name or str(file)
     try:
         with Image.open(file, formats=_formats()) as image:
+            if most_pixels is not None and image.width * image.height > most_pixels:
+                limit = f"at most {most_pixels / 1e6:g} megapixels are read"
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, and {limit}")
             return upright_rgb(image)
+    except Image.DecompressionBombError as error:
+        raise DataError(f"{name}: cannot be decoded ({error}); make the image smaller first") from None
     except FileNotFoundError:
         raise DataError(f"{name}: no such image") from None
     except IsADirectoryError:

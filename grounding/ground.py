@@ -64,8 +64,22 @@ class WordMap(NamedTuple):
     share: float
 
 
+class Answer(NamedTuple):
+    """What the model itself says of a phrase: small, and all that `place` needs.
+
+    Args:
+        phrase, text, match, small, words: as in `Grounding`.
+    """
+
+    phrase: str
+    text: str
+    match: float
+    small: np.ndarray
+    words: tuple[WordMap, ...]
+
+
 class Grounding(NamedTuple):
-    """What the model makes of a phrase.
+    """What the model makes of a phrase, in the image.
 
     Args:
         phrase: as it was asked.
@@ -121,18 +135,37 @@ def ground_all(
         PhraseError: nothing is left of a phrase after cleaning, or it is longer than the model can read.
     """
     encoded = image if isinstance(image, EncodedImage) else encode(explainer, image)
+    answers = ask(explainer, encoded, phrases, max_words)
+    return [place(answer, encoded.height, encoded.width, threshold) for answer in answers]
+
+
+def ask(
+    explainer: Explainer, encoded: EncodedImage, phrases: Sequence[str], max_words: int = MAX_WORDS
+) -> list[Answer]:
+    """The model's part of `ground_all`; arguments and errors as there."""
     texts = [clean_phrase(explainer, phrase, max_words) for phrase in phrases]
     found = []
     for start in range(0, len(texts), MAX_PAIRS):
         chunk = texts[start : start + MAX_PAIRS]
-        answers = (_match_answers if explainer.mode == "itm" else _contrast_answers)(explainer, encoded, chunk)
-        for phrase, text, (small, match, words) in zip(phrases[start:], chunk, answers, strict=False):
-            cam = ResizedMap(small, encoded.height, encoded.width)
-            shares = share_of_maximum(cam)
-            boxes = map_boxes(cam, shares, threshold)
-            y, x = divmod(int(cam.pixels.argmax()), encoded.width)  # cam.point(), from pixels that are there already
-            found.append(Grounding(phrase, text, match, small.numpy(), shares, (x, y), boxes, words))
+        raw = (_match_answers if explainer.mode == "itm" else _contrast_answers)(explainer, encoded, chunk)
+        for phrase, text, (small, match, words) in zip(phrases[start:], chunk, raw, strict=False):
+            found.append(Answer(phrase, text, match, small.numpy(), words))
     return found
+
+
+def place(answer: Answer, height: int, width: int, threshold: float = THRESHOLD) -> Grounding:
+    """The image's part of `ground_all`, which asks the model nothing: the map in the image, its point and boxes."""
+    cam = ResizedMap(torch.from_numpy(answer.small), height, width)
+    shares = share_of_maximum(cam)
+    boxes = map_boxes(cam, shares, threshold)
+    y, x = divmod(int(cam.pixels.argmax()), width)  # cam.point(), from pixels that are there already
+    return Grounding(answer.phrase, answer.text, answer.match, answer.small, shares, (x, y), boxes, answer.words)
+
+
+def of_word(answer: Answer, index: int) -> Answer:
+    """An answer whose map is that of one of its words; phrase, match and words stay those of the phrase."""
+    word = answer.words[index]
+    return answer._replace(text=f"{word.word} (in: {answer.text})", small=word.small)
 
 
 @torch.no_grad()
@@ -153,6 +186,17 @@ def encode(explainer: Explainer, image: Image.Image, resize: Resize = resize_bic
     return EncodedImage(image.height, image.width, keys_values, [tokens.float() for tokens in block_inputs])
 
 
+def notes(explainer: Explainer, phrase: str) -> list[str]:
+    """What a user should know of how a phrase is read; errors as in `clean_phrase`."""
+    text = clean_phrase(explainer, phrase)
+    found = []
+    if text != clean_caption(phrase, len(phrase)):
+        found.append(f"cut to {MAX_WORDS} words, as in evaluation")
+    if unknown := [word.text for word in explainer.tokenizer.split(text) if "[UNK]" in word.pieces]:
+        found.append(f"the vocabulary lacks {', '.join(unknown)}; the model reads [UNK]")
+    return found
+
+
 def clean_phrase(explainer: Explainer, phrase: str, max_words: int = MAX_WORDS) -> str:
     """A phrase as the model reads it; raises `PhraseError` as `ground_all` does."""
     text = clean_caption(phrase, max_words)
@@ -165,10 +209,10 @@ def clean_phrase(explainer: Explainer, phrase: str, max_words: int = MAX_WORDS) 
     return text
 
 
-Answer = tuple[Tensor, float, tuple[WordMap, ...]]  # small map (h, w) on the CPU, match probability, maps of words
+Raw = tuple[Tensor, float, tuple[WordMap, ...]]  # small map (h, w) on the CPU, match probability, maps of words
 
 
-def _match_answers(explainer: Explainer, image: EncodedImage, texts: list[str]) -> Iterator[Answer]:
+def _match_answers(explainer: Explainer, image: EncodedImage, texts: list[str]) -> Iterator[Raw]:
     ids, mask = (tensor.to(explainer.device) for tensor in explainer.tokenizer(texts))
     model = explainer.model
     seen = model.match_attention(image.keys_values, ids, mask, explainer.block)
@@ -181,7 +225,7 @@ def _match_answers(explainer: Explainer, image: EncodedImage, texts: list[str]) 
         yield small, matches[row], word_maps(explainer.tokenizer.split(text), token_maps[row, :count])
 
 
-def _contrast_answers(explainer: Explainer, image: EncodedImage, texts: list[str]) -> Iterator[Answer]:
+def _contrast_answers(explainer: Explainer, image: EncodedImage, texts: list[str]) -> Iterator[Raw]:
     ids, mask = (tensor.to(explainer.device) for tensor in explainer.tokenizer(texts))
     model = explainer.model
     with torch.no_grad():

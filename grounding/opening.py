@@ -141,8 +141,13 @@ def _sizes(config: dict[str, Any]) -> tuple[Any, ...]:
     return Path(config["bert_config"]), *(config.get(key, defaults[key]) for key in SHAPE_KEYS)
 
 
+def of_scenes(config: GroundingConfig) -> bool:
+    """Whether a model is of the sizes that the embedded scenes' models have: it then knows nothing of photographs."""
+    return Path(config.bert_config) == SCENES_BERT
+
+
 def _usual_text_encoder(config: GroundingConfig) -> str:
-    if Path(config.bert_config) != SCENES_BERT:
+    if not of_scenes(config):
         return "bert-base-uncased"
     if not SCENES_TEXT_ENCODER.is_dir():
         raise utils.UserError(

@@ -4,6 +4,8 @@ Sizes are in inches of a figure of `DPI` dots; they do not depend on the image's
 photographs of any size. A large image is reduced to the dots that it is shown with, a small one keeps its pixels.
 """
 
+import io
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,6 +41,7 @@ WORDS_A_ROW = 6
 TITLE = FontProperties(size=12, weight="bold")
 PLAIN, SMALL = FontProperties(size=10), FontProperties(size=9)
 LONGEST_TITLE = 600  # characters
+LONGEST_SLUG = 40
 
 
 class Place(NamedTuple):
@@ -55,6 +58,7 @@ def overlay(
     found: Grounding,
     truth: Sequence[Sequence[float]] = (),
     colormap: str = COLORMAP,
+    side: float = SIDE,
 ) -> Figure:
     """The map over its image, its point and best box, a colour bar, and the phrase with its match probability.
 
@@ -62,12 +66,13 @@ def overlay(
         image: the RGB image that was asked.
         truth: boxes [x, y, w, h] in pixels of the image, drawn dashed.
         colormap: of matplotlib; "viridis" is perceptually uniform, "jet" is what many papers show.
+        side: inches of the image's longer side; less of it makes text and lines larger beside the image.
 
     Raises:
         UserError: there is no such colour map.
     """
     colours = see_through(colormap)
-    width, height = (SIDE * length / max(image.size) for length in image.size)
+    width, height = (side * length / max(image.size) for length in image.size)
     inner, body = max(width + BAR, LEAST_WIDTH), max(height, LEAST_BODY)
     title = wrap(_title(found.text), inner, TITLE)
     top, bottom = GAP + LINE * (len(title) + 1), GAP + LINE
@@ -134,7 +139,19 @@ def word_strip(image: Image.Image, found: Grounding, colormap: str = COLORMAP) -
 def save(figure: Figure, path: Path) -> None:
     """Write a figure as PNG, under a temporary name first."""
     with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=DPI)
+        temporary.write_bytes(png(figure))
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as PNG."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI)
+    return buffer.getvalue()
+
+
+def slug(text: str) -> str:
+    """A phrase as a part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_SLUG].rstrip("-") or "phrase"
 
 
 def see_through(name: str) -> Colormap:

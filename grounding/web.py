@@ -1,0 +1,111 @@
+"""The server of `demo.py --web`: what Gradio is told, where it writes, who may reach it.
+
+Gradio is imported when the page is made, so that all else works without it.
+"""
+
+import contextlib
+import os
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from grounding import web_page, web_parts
+from grounding.answers import MOST_BYTES, Answers
+from grounding.gate import LOOPBACK, Gate
+from grounding.offers import Example
+from grounding.web_page import Start
+from utils import UserError
+
+START = Start()
+
+
+def serve(answers: Answers, examples: Sequence[Example], host: str, port: int | None, start: Start) -> None:
+    """Serve the page until interrupted; raises `UserError` as `running` does."""
+    if host not in LOOPBACK:
+        print(f"warning: --host {host}: everyone who reaches this address can use the page; it asks for no password")
+    with running(answers, examples, host, port, start) as url, contextlib.suppress(KeyboardInterrupt):
+        print(f"the page is at {url} ; stop it with Ctrl-C", flush=True)
+        threading.Event().wait()
+
+
+@contextlib.contextmanager
+def running(
+    answers: Answers,
+    examples: Sequence[Example],
+    host: str = LOOPBACK[0],
+    port: int | None = None,
+    start: Start = START,
+) -> Iterator[str]:
+    """The page's server in the background, with its address; all that it wrote is gone at the end.
+
+    Args:
+        port: None: 7860 or the next free one.
+
+    Raises:
+        UserError: Gradio is not installed, or the address is taken.
+    """
+    with tempfile.TemporaryDirectory(prefix="amc-web-") as folder, _environment(folder):
+        gr = gradio()
+        page = web_page.build(gr, answers, examples, start)
+        from starlette.middleware import Middleware
+
+        gate = Middleware(Gate, folder=Path(folder), local=host in LOOPBACK, most_bytes=MOST_BYTES)
+        page.queue(api_open=False)
+        try:
+            _, url, _ = page.launch(
+                server_name=f"[{host}]" if ":" in host else host,
+                server_port=port,
+                theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+                css=web_parts.STYLE,
+                max_file_size=MOST_BYTES,
+                app_kwargs={"middleware": [gate], "docs_url": None, "redoc_url": None},
+                footer_links=[],
+                prevent_thread_lock=True,
+                quiet=True,
+                share=False,
+                inbrowser=False,
+                ssr_mode=False,
+                mcp_server=False,
+                enable_monitoring=False,
+                pwa=False,
+            )
+        except OSError as error:
+            where = f"{host}, port {port}" if port is not None else f"{host}, ports from 7860"
+            raise UserError(f"the page cannot be served at {where}: {error}") from error
+        try:
+            yield url
+        finally:
+            page.close()
+
+
+def gradio() -> Any:
+    """Gradio's module; raises `UserError` when it is not installed."""
+    try:
+        import gradio as gr
+    except ImportError as error:
+        raise UserError(f"the page needs Gradio ({error}): pip install -r requirements-web.txt") from None
+    return gr
+
+
+@contextlib.contextmanager
+def _environment(folder: str) -> Iterator[None]:
+    """What Gradio can be told by the environment alone: it reports nothing, and writes into `folder` alone."""
+    wanted = {
+        "GRADIO_ANALYTICS_ENABLED": "False",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "GRADIO_RUN_HISTORY": "False",
+        "GRADIO_TEMP_DIR": folder,
+        "GRADIO_EXAMPLES_CACHE": f"{folder}/examples",
+    }
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

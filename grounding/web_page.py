@@ -1,0 +1,219 @@
+"""The page of `demo.py --web`: its layout, and what its controls call; `answers` and `web_parts` hold what it says."""
+
+import contextlib
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from dataset.photos import read_photo
+from grounding import overlay, web_parts
+from grounding.answers import MOST_PHRASES, Answers, Reply, split_phrases
+from grounding.offers import Example
+from grounding.regions import THRESHOLD
+from grounding.web_parts import message, note
+from utils import UserError
+
+TITLE = "Where a model looks"
+MODES = ("itm", "itc")
+COLORMAPS = ("viridis", "jet", "magma")
+NOTHING = "nothing"  # to compare with
+FORGET_UPLOADS = (600, 3600)  # seconds: how often to look, and how old what was never opened may become
+THUMBNAIL = 160  # pixels
+ABOUT_SCENES = (
+    "{models}: trained on small drawings of coloured shapes (the scenes). Such a model knows words like red, star, "
+    "small or biggest, and nothing of photographs: its map of one means nothing."
+)
+
+
+class Start(NamedTuple):
+    """What the page shows at first."""
+
+    mode: str = "itm"
+    layer: int | None = None
+    threshold: float = THRESHOLD
+    colormap: str = overlay.COLORMAP
+    hint: str = ""
+
+
+# ---- layout
+
+
+def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) -> Any:
+    """The page as Gradio's blocks."""
+    names = list(answers.offers)
+    colormaps = list(dict.fromkeys([*COLORMAPS, start.colormap]))
+    events = Events(gr, answers, examples, start.layer)
+
+    def example(event: gr.SelectData) -> tuple[Any, ...]:  # Gradio fills it in by this annotation
+        return events.example(event.index)
+
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=FORGET_UPLOADS) as page:
+        key, asked = gr.State(""), gr.State(())
+        gr.HTML(
+            f"<h1>{TITLE}</h1>"
+            + note("Heat maps of phrases in a picture, as the model itself explains them.", start.hint)
+        )
+        with gr.Row():
+            with gr.Column(scale=3, min_width=280):
+                shown = gr.HTML(note("Choose an example, or upload a picture."))
+                file = gr.File(label="Upload a picture", file_types=["image"], height=130)
+                said = gr.HTML()
+            with gr.Column(scale=4, min_width=320):
+                gallery = gr.Gallery(
+                    [(_thumbnail(example), example.name) for example in examples],
+                    show_label=False,
+                    columns=4,
+                    object_fit="cover",
+                    allow_preview=False,
+                    interactive=False,
+                    buttons=[],
+                    visible=bool(examples),
+                    elem_id="amc-examples",
+                )
+                text = gr.Textbox(label="Phrases, one a line", lines=3, max_lines=MOST_PHRASES)
+                button = gr.Button("Show", variant="primary")
+            with gr.Column(scale=4, min_width=320):
+                model = gr.Dropdown(names, value=names[0], label="Model")
+                second = names[-1] if len(names) > 1 else NOTHING
+                other = gr.Dropdown([NOTHING, *names], value=second, label="Compare with")
+                with gr.Row():
+                    mode = gr.Radio(MODES, value=start.mode, label="Explained", min_width=140)
+                    layer = gr.Dropdown([], label="Layer", min_width=140)
+                with gr.Row():
+                    threshold = gr.Slider(0.05, 1, start.threshold, step=0.05, label="Threshold", min_width=140)
+                    colormap = gr.Dropdown(colormaps, value=start.colormap, label="Colours", min_width=140)
+        about, status = gr.HTML(), gr.HTML()
+        rows = []
+        for _ in range(MOST_PHRASES):
+            with gr.Column(visible=False) as column:
+                rows.append((column, gr.Radio([], label="phrase"), gr.HTML()))
+        credits = [f"{example.name}: {example.credit}" for example in examples if example.credit]
+        gr.HTML(note(f"Photographs from scikit-image; {'; '.join(credits)}.") if credits else "")
+
+        asking = [key, text, model, other, mode, layer, threshold, colormap, asked, *(word for _, word, _ in rows)]
+        everything = [status, asked, *(part for parts in rows for part in parts)]
+        usual = {"concurrency_id": "answers", "concurrency_limit": 1, "api_visibility": "private"}
+        answer = {"fn": events.answer, "inputs": asking, "outputs": everything, **usual}
+        layers = {"fn": events.layers, "inputs": [model, other, mode, layer], "outputs": [layer, about], **usual}
+        page.load(**layers)
+        file.upload(events.upload, [file, key], [key, shown, file, said], **usual).then(**answer)
+        gallery.select(example, None, [key, shown, said, text], **usual).then(**answer)
+        for component in (model, other, mode):
+            component.input(**layers).then(**answer)
+        for event in (button.click, text.submit, layer.input, threshold.release, colormap.input):
+            event(**answer)
+        for number, (_, word, html) in enumerate(rows):
+            word.input(lambda *values, number=number: events.row(number, *values), [*asking[:9], word], html, **usual)
+    return page
+
+
+def _thumbnail(example: Example) -> Image.Image:
+    image = read_photo(example.path)
+    scale = THUMBNAIL / max(image.size)
+    return image.resize((round(image.width * scale), round(image.height * scale)))
+
+
+# ---- events
+
+
+class Events:
+    """What the page's controls call; errors of ours come back as messages on the page."""
+
+    def __init__(self, gr: Any, answers: Answers, examples: Sequence[Example], first_layer: int | None = None) -> None:
+        self.gr, self.answers, self.examples, self.first_layer = gr, answers, examples, first_layer
+
+    def upload(self, path: str | None, key: str) -> tuple[Any, ...]:
+        """Read an upload and delete it; outputs: key, picture, file, message."""
+        if path is None:
+            return key, self.gr.skip(), None, ""
+        try:
+            content = Path(path).read_bytes()
+            Path(path).unlink(missing_ok=True)
+            picture = self.answers.add_picture(content, Path(path).name)
+        except UserError as error:
+            return key, self.gr.skip(), None, message(str(error))
+        return picture.key, web_parts.shown_picture(picture), None, ""
+
+    def example(self, index: int) -> tuple[Any, ...]:
+        """Outputs: key, picture, message, phrases."""
+        example = self.examples[index]
+        picture = self.answers.add_picture(example.path.read_bytes(), example.path.name)
+        return picture.key, web_parts.shown_picture(picture, example.credit), "", "\n".join(example.phrases)
+
+    def layers(self, model: str, other: str, mode: str, layer: int | None) -> tuple[Any, str]:
+        """The layers of the first model, the chosen one kept if it has it; outputs: layer, what models are good for."""
+        try:
+            found = self.answers.layers(model, mode)
+        except UserError as error:
+            return self.gr.update(choices=[], value=None), message(f"{model}: {error}")
+        wanted = self.first_layer if layer is None else layer
+        value = next((number for number in (wanted, found.usual) if number in found.choices), found.choices[-1])
+        choices = [(f"{number} (usual)" if number == found.usual else str(number), number) for number in found.choices]
+        small = [model] if found.of_scenes else []
+        with contextlib.suppress(UserError):  # it is said where its maps would stand
+            if other != NOTHING and self.answers.layers(other, mode).of_scenes:
+                small.append(other)
+        models = " and ".join(dict.fromkeys(small))
+        return self.gr.update(choices=choices, value=value), note(ABOUT_SCENES.format(models=models)) if small else ""
+
+    def ask(self, key: str, text: str, model: str, other: str, mode: str, layer: int | None) -> list[Reply]:
+        """The replies of the chosen models; raises `UserError` when there is nothing to ask."""
+        self.answers.picture(key)
+        phrases = split_phrases(text)
+        models = list(dict.fromkeys([model, other] if other != NOTHING else [model]))
+        return [self.answers.ask(key, phrases, name, mode, layer) for name in models]
+
+    def answer(
+        self,
+        key: str,
+        text: str,
+        model: str,
+        other: str,
+        mode: str,
+        layer: int | None,
+        threshold: float,
+        colormap: str,
+        asked: tuple[str, ...],
+        *words: int | None,
+    ) -> list[Any]:
+        """Outputs: status, the phrases asked, and for each row its column, its words and its pictures."""
+        hidden = [self.gr.update(visible=False), self.gr.skip(), ""]
+        try:
+            replies = self.ask(key, text, model, other, mode, layer)
+        except UserError as error:
+            return [message(str(error)), (), *hidden * MOST_PHRASES]
+        start, rows = time.perf_counter(), []
+        phrases, picture = split_phrases(text), self.answers.picture(key)
+        for number, phrase in enumerate(phrases):
+            choices = web_parts.word_choices(replies, number)
+            same = tuple(asked[number : number + 1]) == (phrase,) and (words[number] or 0) < len(choices)
+            choice = (words[number] or 0) if same else 0
+            html = web_parts.row(picture, replies, number, choice, threshold, colormap)
+            rows += [self.gr.update(visible=True), self.gr.update(choices=choices, value=choice, label=phrase), html]
+        rows += hidden * (MOST_PHRASES - len(phrases))
+        remarks = [f"{reply.model}: {remark}" for reply in replies for remark in reply.notes]
+        return [note(web_parts.times(replies, time.perf_counter() - start), *remarks), tuple(phrases), *rows]
+
+    def row(
+        self,
+        number: int,
+        key: str,
+        text: str,
+        model: str,
+        other: str,
+        mode: str,
+        layer: int | None,
+        threshold: float,
+        colormap: str,
+        asked: tuple[str, ...],
+        word: int | None,
+    ) -> str:
+        """The pictures of one row, for another of its words; of the phrases asked, whatever the box holds by now."""
+        try:
+            replies = self.ask(key, "\n".join(asked), model, other, mode, layer)
+            return web_parts.row(self.answers.picture(key), replies, number, word or 0, threshold, colormap)
+        except UserError as error:
+            return message(str(error))
