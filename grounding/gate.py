@@ -3,6 +3,7 @@
 Gradio serves more than this page uses: it fetches addresses for its callers, records screens, calls functions by name.
 """
 
+import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 API = "/gradio_api/"
 PAGES = {"/", "/config", "/theme.css", "/favicon.ico", "/manifest.json", f"{API}startup-events", f"{API}theme.css"}
 FOLDERS = ("/assets/", "/static/", "/svelte/", f"{API}heartbeat/", f"{API}queue/data", f"{API}upload_progress")
-CALLS = {f"{API}queue/join", f"{API}upload", f"{API}cancel", f"{API}reset", f"{API}heartbeat"}
+JOIN = f"{API}queue/join"
+CALLS = {JOIN, f"{API}upload", f"{API}cancel", f"{API}reset", f"{API}heartbeat"}
 FILE = f"{API}file="
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 LONGEST_CALL = 1_000_000  # bytes of a request that uploads nothing
@@ -36,16 +38,23 @@ class Gate:
         self.app, self.folder, self.local, self.most_bytes = app, folder.resolve(), local, most_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status = self.refused(scope) if scope["type"] == "http" else None if scope["type"] == "lifespan" else 404
+        if scope["type"] == "lifespan":
+            await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        status = self.refused(scope)
+        if status is None and scope["path"] == JOIN:
+            body, receive = await _read(receive)
+            status = 403 if names_an_address(body) else None
         if status is None:
             await self.app(scope, receive, send)
-        elif scope["type"] == "http":
-            text = b"refused\n"
-            headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode())]
-            await send({"type": "http.response.start", "status": status, "headers": headers})
-            await send({"type": "http.response.body", "body": text})
-        else:
-            await send({"type": "websocket.close", "code": 1008})
+            return
+        text = b"refused\n"
+        headers = [(b"content-type", b"text/plain"), (b"content-length", str(len(text)).encode())]
+        await send({"type": "http.response.start", "status": status, "headers": headers})
+        await send({"type": "http.response.body", "body": text})
 
     def refused(self, scope: Scope) -> int | None:
         """The status that a request is refused with, or None."""
@@ -67,6 +76,39 @@ class Gate:
     def inside(self, path: str) -> bool:
         """Whether a request for a file is for one of the page's own folder."""
         return Path(path[len(FILE) :]).resolve().is_relative_to(self.folder)
+
+
+def names_an_address(body: bytes) -> bool:
+    """Whether a call's JSON has a file whose path is an address, which Gradio would fetch from here."""
+
+    def inside(value: Any) -> bool:
+        if isinstance(value, dict):
+            return "://" in str(value.get("path")) or any(map(inside, value.values()))
+        return isinstance(value, list) and any(map(inside, value))
+
+    try:
+        return inside(json.loads(body))
+    except (ValueError, RecursionError):
+        return True  # no call of the page's
+
+
+async def _read(receive: Receive) -> tuple[bytes, Receive]:
+    """A request's body, and a `receive` that gives it once more."""
+    parts, more = [], True
+    while more:
+        message = await receive()
+        parts.append(message.get("body", b""))
+        more = message.get("more_body", False)
+    body, given = b"".join(parts), False
+
+    async def again() -> MutableMapping[str, Any]:
+        nonlocal given
+        if given:
+            return await receive()
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return body, again
 
 
 def _host(header: str) -> str:

@@ -77,7 +77,7 @@ def running(
         try:
             yield url
         finally:
-            page.close()
+            page.close(verbose=False)
 
 
 def gradio() -> Any:

@@ -103,8 +103,9 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
         gallery.select(example, None, [key, shown, said, text], **usual).then(**answer)
         for component in (model, other, mode):
             component.input(**layers).then(**answer)
-        for event in (button.click, text.submit, layer.input, threshold.release, colormap.input):
+        for event in (button.click, text.submit, layer.input, colormap.input):
             event(**answer)
+        threshold.input(**answer, trigger_mode="always_last", show_progress="hidden")  # while it is dragged, or typed
         for number, (_, word, html) in enumerate(rows):
             word.input(lambda *values, number=number: events.row(number, *values), [*asking[:9], word], html, **usual)
     return page

@@ -1,0 +1,433 @@
+"""The page of demo.py --web as it is served: who is let in, what a browser shows, what the command line makes of it."""
+
+import base64
+import contextlib
+import io
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import demo
+from dataset import scenes_files
+from dataset.photos import read_photo
+from grounding import overlay, web, web_page, web_parts
+from grounding.answers import Answers, Reply
+from grounding.gate import Gate
+from grounding.ground import Answer, Grounding, ask, encode, of_word, place
+from grounding.offers import BEFORE, SHIPPED, SHIPPED_CONFIG, Example, Offer
+from grounding.opening import open_model
+from grounding.predict import Explainer
+from utils import UserError
+
+PHRASE = "the small red triangle"
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+ARGUMENTS = (
+    "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+)
+pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio")  # of what it uses
+CROSS_ATTENTION = "text_encoder.bert.encoder.layer.3.crossattention.self.query.weight"
+
+
+class Site(NamedTuple):
+    """A page that is served: its address, its folder, the scene that is its example, and its models by name."""
+
+    url: str
+    folder: Path
+    scene: Path
+    explainers: dict[str, Explainer]
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """The shipped model before AMC, and the same with other cross-attention."""
+    folder = tmp_path_factory.mktemp("web")
+    scenes_files.generate(folder / "scenes", seed=0, train=1, annotated=1, evaluation=1)
+    weights = load_file(SHIPPED)
+    noise = torch.randn(weights[CROSS_ATTENTION].shape, generator=torch.Generator().manual_seed(1))
+    save_file({**weights, CROSS_ATTENTION: weights[CROSS_ATTENTION] + 0.2 * noise}, folder / "changed.safetensors")
+
+    def open_offer(offer: Offer) -> Any:
+        return open_model(offer.checkpoint, offer.config, str(folder / "scenes/text_encoder"), "cpu")
+
+    offers = [Offer(BEFORE, SHIPPED, str(SHIPPED_CONFIG))]
+    offers.append(Offer("changed", folder / "changed.safetensors", str(SHIPPED_CONFIG)))
+    scene = folder / "scenes/images/100000.jpg"
+    examples = [Example("scene 1", scene, (PHRASE,)), Example("cat", scene, ("the cat",), "by its owner, CC0")]
+    explainers = {offer.name: open_offer(offer).explainer() for offer in offers}
+    with web.running(Answers(offers, open_offer), examples) as url:
+        yield Site(url.rstrip("/"), Path(os.environ["GRADIO_TEMP_DIR"]), scene, explainers)
+
+
+def expected(site: Site, model: str, word: int = 0, threshold: float = 0.5) -> tuple[Grounding, bytes]:
+    """What a model finds in the scene, computed directly, and its picture."""
+    image, explainer = read_photo(site.scene), site.explainers[model]
+    (answer,) = ask(explainer, encode(explainer, image), [PHRASE])
+    found = place(of_word(answer, word - 1) if word else answer, image.height, image.width, threshold)
+    return found, overlay.png(overlay.overlay(image, found, side=web_parts.SIDE))
+
+
+# ---- in a browser
+
+
+def browser() -> str:
+    """The browser's program; without one the test is skipped, or fails where it must not be (.ci/run)."""
+    found = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if found is None:
+        reason = f"no {', '.join(BROWSERS)} found: apt-get install chromium"
+        assert os.environ.get("AMC_REQUIRE_BROWSER") != "1", reason
+        pytest.skip(reason)
+    return found
+
+
+def pixels(content: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"), np.float64)
+
+
+def picture(page: Any, alt: str) -> bytes:
+    """The content of a picture on the page, which is waited for."""
+    image = page.get_by_alt_text(alt, exact=True)
+    image.wait_for()
+    return base64.b64decode(image.get_attribute("src").removeprefix("data:image/png;base64,"))
+
+
+def visit(program: str, site: Site, folder: Path) -> None:
+    """Use the page as people do, and look at what it shows."""
+    from playwright.sync_api import expect, sync_playwright
+
+    requests: list[str] = []
+    errors: list[str] = []
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=program, args=ARGUMENTS.split())
+        page = chromium.new_page(viewport={"width": 1280, "height": 900}, accept_downloads=True)
+        page.set_default_timeout(20_000)
+        page.on("request", lambda request: requests.append(request.url))
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.goto(site.url)
+        expect(page.get_by_label("Layer")).to_have_value("3 (usual)")
+        expect(page.get_by_text("nothing of photographs")).to_contain_text(f"{BEFORE} and changed: trained on")
+        expect(page.get_by_text("by its owner, CC0")).to_be_visible()
+
+        # nothing is asked of nothing; what is no picture is said to be none
+        page.get_by_role("button", name="Show").click()
+        expect(page.get_by_role("alert")).to_have_text("choose a picture first")
+        page.get_by_label("Phrases").fill(PHRASE)
+        upload = page.locator("input[type=file]")
+        upload.set_input_files({"name": "bad.png", "mimeType": "image/png", "buffer": b"<html>"})
+        expect(page.get_by_text("bad.png: not an image, or of another kind")).to_be_visible()
+        upload.set_input_files({"name": "large.png", "mimeType": "image/png", "buffer": bytes(10_200_000)})
+        expect(page.get_by_text("maximum allowed size")).to_be_visible()
+
+        # two models side by side
+        upload.set_input_files(site.scene)
+        for model in site.explainers:
+            found, content = expected(site, model)
+            shown = picture(page, f"map of {PHRASE}, {model}")
+            assert np.array_equal(pixels(shown), pixels(content)), model
+            caption = page.locator("figcaption", has_text=f"match probability {found.match:.3f}")
+            expect(caption).to_contain_text(f"{model}: ")
+            expect(caption).to_contain_text(f"best box [{', '.join(map(str, found.boxes[0].box))}]")
+        expect(page.get_by_role("alert")).to_have_count(0)
+        expect(page.get_by_text("pictures 0.")).to_contain_text("image 0.")
+        expect(page.get_by_text("100000.jpg · 84 x 112 pixels").first).to_be_visible()
+        on_screen = pixels(page.get_by_alt_text(f"map of {PHRASE}, changed").screenshot())
+        height, width = on_screen.shape[:2]
+        wanted = Image.open(io.BytesIO(expected(site, "changed")[1])).convert("RGB").resize((width, height))
+        assert np.abs(on_screen - np.asarray(wanted, np.float64)).mean() < 6
+        assert min(width, height) > 300
+
+        # a word, a threshold, a picture to keep
+        page.get_by_role("radio", name="red", exact=True).check()
+        alt = f"map of red (in: {PHRASE}), {BEFORE}"
+        assert np.array_equal(pixels(picture(page, alt)), pixels(expected(site, BEFORE, 4)[1]))
+        page.get_by_label("number input for Threshold").fill("0.8")
+        page.get_by_label("number input for Threshold").press("Enter")
+        found, content = expected(site, BEFORE, 4, 0.8)
+        expect(
+            page.locator("figcaption", has_text=f"best box [{', '.join(map(str, found.boxes[0].box))}]")
+        ).to_have_count(1)
+        assert np.array_equal(pixels(picture(page, alt)), pixels(content))
+        with page.expect_download() as download:
+            page.locator("figure", has=page.get_by_alt_text(alt)).get_by_text("download PNG").click()
+        assert download.value.suggested_filename == "100000_the-small-red-triangle_red_stage-1-before-amc.png"
+        download.value.save_as(folder / "kept.png")
+        assert np.array_equal(pixels((folder / "kept.png").read_bytes()), pixels(content))
+
+        # an example brings its phrases; another mode has other layers and no words
+        page.get_by_label("Thumbnail 2 of 2").click()
+        picture(page, "map of the cat, changed")
+        expect(page.get_by_label("Phrases")).to_have_value("the cat")
+        page.get_by_role("radio", name="itc").check()
+        expect(page.get_by_role("radio", name="cat", exact=True)).to_have_count(0)
+        page.get_by_label("Layer").click()
+        expect(page.get_by_role("option")).to_have_text([f"✓ {layer}" for layer in ("0", "1", "2", "3 (usual)")])
+
+        # a narrow window; nobody else is asked for anything
+        page.keyboard.press("Escape")
+        page.set_viewport_size({"width": 420, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= 420
+        page.screenshot(path=folder / "narrow.png")
+        chromium.close()
+    assert not errors
+    assert {url for url in requests if not url.startswith((f"{site.url}/", "data:", "blob:"))} == set()
+    assert len(requests) > 10
+
+
+def test_the_page_in_a_browser(site: Site, tmp_path: Path) -> None:
+    program = browser()
+    with ThreadPoolExecutor(1) as pool:  # playwright's loop is for a thread of its own
+        pool.submit(visit, program, site, tmp_path).result()
+
+
+def test_a_browser_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setenv("AMC_REQUIRE_BROWSER", "1")
+    with pytest.raises(AssertionError, match="apt-get install chromium"):
+        browser()
+    monkeypatch.setenv("AMC_REQUIRE_BROWSER", "")
+    with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"):
+        browser()
+
+
+# ---- who is let in
+
+
+def test_no_file_of_the_server_is_served(site: Site) -> None:
+    (thumbnail, *_) = site.folder.rglob("*.webp")
+    with httpx.Client(base_url=site.url) as client:
+        assert client.get(f"/gradio_api/file={thumbnail}").status_code == 200
+        secrets = ["/etc/passwd", "README.md", str(Path("README.md").resolve()), str(SHIPPED.resolve())]
+        secrets += [f"{site.folder}/../{site.folder.name}x", f"{site.folder}/%2e%2e/%2e%2e/etc/passwd", str(site.scene)]
+        for path in [*secrets, "http://127.0.0.1/", "https://example.com/x.png"]:
+            for way in ("/gradio_api/file=", "/file=", "/gradio_api/file/", "/static/", "/assets/"):
+                assert client.get(f"{way}{path}").status_code in (403, 404), (way, path)
+        for path in ("/gradio_api/proxy=http://x.hf.space/", "/monitoring", "/docs", "/gradio_api/info", "/login"):
+            assert client.get(path).status_code == 404, path
+        for path in ("/gradio_api/run/answer", "/gradio_api/call/answer", "/gradio_api/process_recording", "/"):
+            assert client.post(path, json={"data": []}).status_code == 404, path
+        for name in ("evil.example", "127.0.0.1.evil.example", "evil.example:80"):
+            assert client.get("/", headers={"Host": name}).status_code == 403
+        assert client.get("/", headers={"Host": "localhost:1"}).status_code == 200
+        assert client.post("/gradio_api/queue/join", content=b" " * 1_000_001).status_code == 413
+        assert client.post("/gradio_api/queue/join", content=iter([b"{}"])).status_code == 411
+        for path in ("https://example.com/x.png", "\\u0068ttp://127.0.0.1:1/", "file:///etc/passwd"):  # to be fetched
+            body = f'{{"data": [[{{"path": "{path}", "meta": {{"_type": "gradio.FileData"}}}}], ""], "fn_index": 1}}'
+            assert client.post("/gradio_api/queue/join", content=body).status_code == 403, path
+        many = [("files", (f"{k}.png", bytes(5_000_000))) for k in range(3)]
+        assert client.post("/gradio_api/upload", files=many).status_code == 413
+
+
+def upload_event(client: httpx.Client, path: str) -> dict[str, Any]:
+    """Call what the page calls after an upload, with a path of one's own; returns how it ended."""
+    config = client.get("/config").json()
+    (file,) = [part["id"] for part in config["components"] if part["type"] == "file"]
+    (function,) = [one["id"] for one in config["dependencies"] if one["targets"] == [[file, "upload"]]]
+    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, ""]
+    body = {"data": data, "fn_index": function, "session_hash": f"s{abs(hash(path))}"}
+    client.post("/gradio_api/queue/join", json=body).raise_for_status()
+    with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": body["session_hash"]}) as lines:
+        for line in lines.iter_lines():
+            event = json.loads(line.removeprefix("data:") or "{}")
+            if event.get("msg") == "process_completed":
+                return event
+    raise AssertionError("the event did not end")
+
+
+def test_an_upload_is_read_and_deleted_and_nothing_else_is(site: Site) -> None:
+    with httpx.Client(base_url=site.url, timeout=20) as client:
+        (path,) = client.post("/gradio_api/upload", files={"files": ("a.jpg", site.scene.read_bytes())}).json()
+        assert Path(path).is_file()
+        assert Path(path).is_relative_to(site.folder)
+        event = upload_event(client, path)
+        assert event["success"]
+        key, shown, file, said = event["output"]["data"]
+        assert (key, file, said) == (None, None, "")  # the key stays on the server
+        assert "a.jpg · 84 x 112 pixels" in json.dumps(shown, ensure_ascii=False)
+        assert not Path(path).exists()
+        for other in ("/etc/passwd", str(site.scene), str(Path("LICENSE").resolve()), f"{site.folder}/../x"):
+            event = upload_event(client, other)
+            assert not event["success"], other
+            assert "Traceback" not in json.dumps(event)
+        assert site.scene.is_file()
+
+
+@pytest.mark.parametrize(("host", "status"), [("evil.example", 403), ("[::1]:7860", None), ("LOCALHOST", None)])
+def test_names_of_this_machine(host: str, status: int | None, tmp_path: Path) -> None:
+    scope = {"path": "/", "method": "GET", "headers": [(b"host", host.encode())]}
+    assert Gate(None, tmp_path, True, 10).refused(scope) == status  # type: ignore[arg-type]
+    assert Gate(None, tmp_path, False, 10).refused(scope) is None  # type: ignore[arg-type]
+
+
+# ---- the server and its command line
+
+
+def test_addresses_that_are_taken(site: Site) -> None:
+    taken = int(site.url.rpartition(":")[2])
+    before = os.environ["GRADIO_TEMP_DIR"]
+    with (
+        pytest.raises(UserError, match=rf"cannot be served at 127\.0\.0\.1, port {taken}"),
+        web.running(Answers([Offer("x", SHIPPED)], pytest.fail), [], port=taken),
+    ):
+        pass
+    assert os.environ["GRADIO_TEMP_DIR"] == before
+    with web.running(Answers([Offer("x", SHIPPED)], pytest.fail), []) as url:  # the next free one
+        assert url.rstrip("/") != site.url
+        assert "Examples" not in httpx.get(url).text
+        folder = Path(os.environ["GRADIO_TEMP_DIR"])
+        port = int(url.rstrip("/").rpartition(":")[2])
+    assert not folder.exists()
+    with socket.socket() as closed:
+        assert closed.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True), ("localhost", False)])
+def test_an_open_address_is_warned_of(
+    host: str, warned: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted:
+        def wait(self) -> None:
+            raise KeyboardInterrupt
+
+    @contextlib.contextmanager
+    def running(*given: Any) -> Iterator[str]:
+        assert given[2:] == (host, 7861, web_page.Start())
+        yield "http://there/"
+
+    monkeypatch.setattr(web, "running", running)
+    monkeypatch.setattr(web.threading, "Event", Interrupted)
+    web.serve(Answers([], pytest.fail), [], host, 7861, web_page.Start())
+    shown = capsys.readouterr().out
+    assert ("everyone who reaches this address" in shown) == warned
+    assert "http://there/" in shown
+
+
+def test_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch, site: Site) -> None:
+    calls: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(web, "serve", lambda *given: calls.append(given))
+    changed = site.scene.parents[2] / "changed.safetensors"
+    words = ["--web", "--checkpoints", str(SHIPPED), str(changed), "--config", str(SHIPPED_CONFIG), "--device", "cpu"]
+    words += ["--text_encoder", str(site.scene.parents[1] / "text_encoder"), "--set", "block_num=4", "--port", "7999"]
+    words += ["--gradcam_mode", "itc", "--block_num", "2", "--threshold", "0.3", "--colormap", "cividis"]
+    demo.main(demo.parse_args([*words, "--precision", "bf16", "--benchmark", "flickr", "--host", "0.0.0.0"]))
+    ((answers, examples, host, port, start),) = calls
+    assert (host, port, start) == ("0.0.0.0", 7999, ("itc", 2, 0.3, "cividis", ""))
+    assert {example.name for example in examples} >= {"astronaut", "cat"}
+    assert [offer.checkpoint for offer in answers.offers.values()] == [SHIPPED, changed]
+    assert answers.layers(changed.name, "itm") == ((2, 3, 4), 4, True)
+    assert answers.explain == {"precision": torch.bfloat16}
+    assert answers.resize is demo.FLICKR.resize
+    demo.main(demo.parse_args(["--web", "--checkpoint", str(SHIPPED)]))
+    assert list(calls[1][0].offers) == [SHIPPED.name]
+    monkeypatch.setattr(demo, "offered", lambda paths, config: [Offer(BEFORE, SHIPPED)])
+    demo.main(demo.parse_args(["--web"]))
+    assert calls[2][2:4] == ("127.0.0.1", None)
+    assert "`make demo` trains one with AMC" in calls[2][4].hint
+
+
+def test_command_lines_that_do_not_fit_a_page() -> None:
+    for message, words in {
+        "^--web: images and phrases are chosen on the page": ["--web", "x.jpg"],
+        "^--checkpoints belongs to --web": ["x.jpg", "dog", "--checkpoints", "a", "b"],
+        "^--colormap nope": ["--web", "--colormap", "nope"],
+        "^none.pth: no such checkpoint": ["--web", "--checkpoints", "none.pth"],
+    }.items():
+        with pytest.raises(UserError, match=message):
+            demo.main(demo.parse_args(words))
+
+
+def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
+    """demo.py starts without Gradio, and says how to get it when it is needed."""
+    code = (
+        f"import runpy, sys; sys.modules['gradio'] = None; sys.argv = ['demo.py', '--web', '--checkpoint', '{SHIPPED}']"
+    )
+    code += "; runpy.run_path('demo.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().startswith("error: the page needs Gradio")
+    assert done.stderr.strip().endswith("pip install -r requirements-web.txt")
+
+
+# ---- parts of the page
+
+
+def made_up(name: str, words: tuple[str, ...] = ()) -> Reply:
+    """A reply to one phrase, whose map has one hot cell, and words of their own."""
+    from grounding.ground import WordMap
+
+    small = np.zeros((3, 4), np.float32)
+    small[1, 2] = 1
+    maps = tuple(WordMap(word, (word,), small / len(words), 1 / len(words)) for word in words)
+    return Reply(name, [Answer("P", "p", 0.25, small, maps)], [], {})
+
+
+def test_markup_is_text(site: Site) -> None:
+    from grounding.answers import Picture
+
+    nasty = "<img src=x onerror=alert(1)>\"'"
+    shown = Picture("k", f"{nasty}.png", read_photo(site.scene))
+    replies = [made_up(nasty, ("[CLS]", nasty)), Reply(nasty, [nasty], [], {})]
+    parts = [web_parts.row(shown, replies, 0, choice, 0.5, "viridis") for choice in (0, 2)]
+    parts += [web_parts.shown_picture(shown, nasty), web_parts.note(nasty), web_parts.message(nasty)]
+    for part in parts:
+        assert "<img src=x" not in part
+        assert "&lt;img src=x onerror=alert(1)&gt;" in part
+
+
+def test_words_are_those_of_the_first_model_that_answers(site: Site) -> None:
+    from grounding.answers import Picture
+
+    shown = Picture("k", "a.b.png", read_photo(site.scene))
+    failed = Reply("broken", ["cannot be opened"], [], {})
+    replies = [failed, made_up("one", ("[CLS]", "red")), made_up("two", ("[CLS]", "blue"))]
+    assert web_parts.word_choices(replies, 0) == [("whole phrase", 0), ("[CLS]", 1), ("red", 2)]
+    assert web_parts.word_choices([failed], 0) == [("whole phrase", 0)]
+    html = web_parts.row(shown, replies, 0, 2, 0.5, "viridis")
+    assert html.count("data:image/png") == 2  # the picture and one map
+    assert "50% of the phrase&#x27;s map" in html or "50% of the phrase's map" in html
+    assert "this model has no map of &#x27;red&#x27; in &#x27;p&#x27;" in html
+    assert "cannot be opened" in html
+    assert 'download="a-b_p_red_one.png"' in html
+    assert html.count("match probability 0.250") == 1
+
+
+def test_colours_and_boxes_of_a_row(site: Site) -> None:
+    from grounding.answers import Picture
+
+    shown = Picture("k", "a.png", read_photo(site.scene))
+    rows = {name: web_parts.row(shown, [made_up("one")], 0, 0, 0.5, name) for name in ("viridis", "jet")}
+    assert rows["viridis"] != rows["jet"]
+    small = np.eye(6, 12, dtype=np.float32) + np.eye(6, 12, 6, dtype=np.float32)
+    small[::2] = small[:, ::2] = 0
+    many = Reply("one", [Answer("P", "p", 0.25, small, ())], [], {})
+    html = web_parts.row(shown, [many], 0, 0, 0.5, "jet")
+    assert "; others [" in html
+    assert " and 3 more" in html
+    none = Reply("one", [Answer("P", "p", 0.25, np.zeros((3, 3), np.float32), ())], [], {})
+    assert "no box: the map is 0 everywhere" in web_parts.row(shown, [none], 0, 0, 0.5, "jet")
+    broken = Reply("one", [Answer("P", "p", 0.25, np.full((3, 3), np.nan, np.float32), ())], [], {})
+    assert "values that are not numbers" in web_parts.row(shown, [broken], 0, 0, 0.5, "jet")
+
+
+def test_a_large_picture_is_shown_reduced() -> None:
+    from grounding.answers import Picture
+
+    image = Image.effect_noise((3000, 1500), 90).convert("RGB")
+    html = web_parts.shown_picture(Picture("k", "a.png", image), "someone, CC0")
+    assert "3000 x 1500 pixels · someone, CC0" in html
+    content = base64.b64decode(html.partition("base64,")[2].partition('"')[0])
+    assert Image.open(io.BytesIO(content)).size == (640, 320)
+    assert image.size == (3000, 1500)
