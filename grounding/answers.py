@@ -22,9 +22,10 @@ from grounding.opening import OpenedModel, layers, of_scenes
 from grounding.predict import Resize
 from utils import UserError
 
-MOST_BYTES = 10_000_000  # of an uploaded file
+MOST_BYTES = 10 * 2**20  # of an uploaded file
 MOST_PIXELS = 40_000_000
 MOST_PHRASES, LONGEST_PHRASE = 6, 300  # phrases at a time; characters
+LONGEST_SHOWN = 640  # pixels of the longer side of a picture that is shown without a map
 KEPT_MODELS, KEPT_ENCODINGS, KEPT_ANSWERS = 3, 8, 512
 KEPT_PIXELS = 120_000_000  # of all pictures together
 
@@ -58,11 +59,12 @@ class Recent(Generic[K, V]):
 
 
 class Picture(NamedTuple):
-    """A picture, upright and RGB; the key says its content, the name is for people."""
+    """A picture, upright and RGB; the key says its content, the name is for people; `reduced` is for showing."""
 
     key: str
     name: str
     image: Image.Image
+    reduced: Image.Image
 
 
 class Layers(NamedTuple):
@@ -116,12 +118,13 @@ class Answers:
     def add_picture(self, content: bytes, name: str) -> Picture:
         """Decode an uploaded file and keep it; raises `DataError` when it is too large or no image."""
         if len(content) > MOST_BYTES:
-            raise DataError(f"{name}: {len(content) / 1e6:.1f} MB, and at most {MOST_BYTES / 1e6:g} MB are read")
+            raise DataError(f"{name}: {len(content) / 2**20:.1f} MB, and at most {MOST_BYTES / 2**20:g} MB are read")
         key = hashlib.sha256(content).hexdigest()
         with self.lock:
             kept = self.pictures.get(key)
             if kept is None:
-                kept = Picture(key, name, read_photo(io.BytesIO(content), name, MOST_PIXELS))
+                image = read_photo(io.BytesIO(content), name, MOST_PIXELS)
+                kept = Picture(key, name, image, reduced(image))
             return self.pictures.put(key, kept._replace(name=name))
 
     def picture(self, key: str) -> Picture:
@@ -190,6 +193,13 @@ class Answers:
             seconds["image"] = time.perf_counter() - start
             self.encodings.put((key, model), encoded)
         return encoded
+
+
+def reduced(image: Image.Image) -> Image.Image:
+    """A copy of an image with a longer side of at most `LONGEST_SHOWN`."""
+    copy = image.copy() if max(image.size) <= LONGEST_SHOWN else image.reduce(max(1, max(image.size) // LONGEST_SHOWN))
+    copy.thumbnail((LONGEST_SHOWN, LONGEST_SHOWN))
+    return copy
 
 
 def split_phrases(text: str) -> list[str]:

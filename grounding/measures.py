@@ -7,7 +7,7 @@ same for a map times a positive factor. Values below 0, which a bicubic resize l
 from typing import NamedTuple
 
 import numpy as np
-from skimage.measure import label
+from skimage.measure import label, regionprops
 
 Box = tuple[int, int, int, int]
 
@@ -85,10 +85,9 @@ def regions(cam: np.ndarray, pixels: np.ndarray) -> list[Region]:
     labels = label(pixels[top:bottom, left:right], connectivity=2)
     energies = np.bincount(labels.ravel(), cam[top:bottom, left:right].clip(0).ravel())
     found = []
-    for number in range(1, len(energies)):
-        of = labels == number
-        (y1, y2), (x1, x2) = (_ends(of, axis) for axis in (1, 0))
-        found.append(Region((left + x1, top + y1, x2 - x1, y2 - y1), float(energies[number])))
+    for part in regionprops(labels):  # in the order of their labels, however many, in one pass
+        y1, x1, y2, x2 = part.bbox
+        found.append(Region((left + x1, top + y1, x2 - x1, y2 - y1), float(energies[part.label])))
     return found
 
 

@@ -142,10 +142,10 @@ def save(figure: Figure, path: Path) -> None:
         temporary.write_bytes(png(figure))
 
 
-def png(figure: Figure) -> bytes:
-    """A figure as PNG."""
+def png(figure: Figure, compress_level: int = 6) -> bytes:
+    """A figure as PNG; level 1 takes half the time of level 6 and makes a larger file."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI)
+    figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": compress_level})
     return buffer.getvalue()
 
 

@@ -113,8 +113,8 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
 
 def _thumbnail(example: Example) -> Image.Image:
     image = read_photo(example.path)
-    scale = THUMBNAIL / max(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)))
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
 
 
 # ---- events

@@ -5,17 +5,15 @@ import html
 import io
 from collections.abc import Sequence
 
-from PIL import Image
-
 from grounding import overlay
 from grounding.answers import Picture, Reply
 from grounding.ground import Answer, Grounding, of_word, place
 from utils import UserError
 
 SIDE = 4.5  # inches of a picture's longer side: text stays legible with three pictures beside each other
-LONGEST_SHOWN = 640  # pixels of the picture without a map
-SMALL_SHOWN = 256  # up to this many, as PNG, pixel by pixel
+SMALL_SHOWN = 256  # pixels of a longer side; up to this many are sent as PNG and shown pixel by pixel
 BOXES_SHOWN = 3
+FAST = 1  # of PNG's compression
 WHOLE = "whole phrase"
 SAVE = "this.href = this.closest('figure').querySelector('img').src"  # the picture is sent once, not again for this
 
@@ -28,7 +26,6 @@ STYLE = """
 .amc-picture img {max-width: 100%; max-height: 240px; min-height: 120px; margin: 0 auto}
 .amc-row figcaption, .amc-picture figcaption {font-size: 14px; line-height: 1.4; margin-top: 4px}
 .amc-row figcaption, .amc-picture figcaption, .amc-error, .amc-note {overflow-wrap: anywhere}
-.amc-row a {white-space: nowrap}
 .amc-picture figcaption {text-align: center}
 .amc-pixels {image-rendering: pixelated}
 .amc-error {border-left: 4px solid #c62828; padding: 6px 10px}
@@ -104,7 +101,7 @@ def _figure(
         else:
             shown = answer
         found = place(shown, picture.image.height, picture.image.width, threshold)
-        content = overlay.png(overlay.overlay(picture.image, found, colormap=colormap, side=SIDE))
+        content = overlay.png(overlay.overlay(picture.image, found, colormap=colormap, side=SIDE), FAST)
     except UserError as error:
         return f"<figure>{message(str(error))}<figcaption>{name}</figcaption></figure>"
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
@@ -114,8 +111,10 @@ def _figure(
     facts = [f"match probability {found.match:.3f}", f"point {found.point[0]}, {found.point[1]}", *_boxes(found)]
     if choice:
         facts.append(f"{100 * answer.words[choice - 1].share:.0f}% of the phrase's map")
-    facts.append(f'<a href="#" download="{file}" onclick="{SAVE}">download PNG</a>')
-    return f'<figure><img src="{source}" alt="{alt}"><figcaption>{name}: {" · ".join(facts)}</figcaption></figure>'
+    link = f'<div><a href="#" download="{file}" onclick="{SAVE}">download PNG</a></div>'
+    return (
+        f'<figure><img src="{source}" alt="{alt}"><figcaption>{name}: {" · ".join(facts)}{link}</figcaption></figure>'
+    )
 
 
 def _boxes(found: Grounding) -> list[str]:
@@ -129,11 +128,8 @@ def _boxes(found: Grounding) -> list[str]:
 
 def _plain(picture: Picture, credit: str = "") -> str:
     """The picture without a map, reduced if it is large."""
-    image, buffer = picture.image, io.BytesIO()
+    image, buffer = picture.reduced, io.BytesIO()
     small = max(image.size) <= SMALL_SHOWN
-    if max(image.size) > LONGEST_SHOWN:
-        image = image.copy()
-        image.thumbnail((LONGEST_SHOWN, LONGEST_SHOWN), Image.Resampling.LANCZOS)
     image.save(buffer, "PNG" if small else "JPEG", quality=90)
     kind = 'class="amc-pixels" src="data:image/png' if small else 'src="data:image/jpeg'
     name = html.escape(picture.name, quote=True)

@@ -25,7 +25,7 @@ import demo
 from dataset import scenes_files
 from dataset.photos import read_photo
 from grounding import overlay, web, web_page, web_parts
-from grounding.answers import Answers, Reply
+from grounding.answers import Answers, Picture, Reply, reduced
 from grounding.gate import Gate
 from grounding.ground import Answer, Grounding, ask, encode, of_word, place
 from grounding.offers import BEFORE, SHIPPED, SHIPPED_CONFIG, Example, Offer
@@ -129,8 +129,8 @@ def visit(program: str, site: Site, folder: Path) -> None:
         upload = page.locator("input[type=file]")
         upload.set_input_files({"name": "bad.png", "mimeType": "image/png", "buffer": b"<html>"})
         expect(page.get_by_text("bad.png: not an image, or of another kind")).to_be_visible()
-        upload.set_input_files({"name": "large.png", "mimeType": "image/png", "buffer": bytes(10_200_000)})
-        expect(page.get_by_text("maximum allowed size")).to_be_visible()
+        upload.set_input_files({"name": "large.png", "mimeType": "image/png", "buffer": bytes(10 * 2**20 + 1)})
+        expect(page.get_by_text("maximum allowed size of 10")).to_be_visible()
 
         # two models side by side
         upload.set_input_files(site.scene)
@@ -374,11 +374,13 @@ def made_up(name: str, words: tuple[str, ...] = ()) -> Reply:
     return Reply(name, [Answer("P", "p", 0.25, small, maps)], [], {})
 
 
-def test_markup_is_text(site: Site) -> None:
-    from grounding.answers import Picture
+def chosen(name: str, image: Image.Image) -> Picture:
+    return Picture("k", name, image, reduced(image))
 
+
+def test_markup_is_text(site: Site) -> None:
     nasty = "<img src=x onerror=alert(1)>\"'"
-    shown = Picture("k", f"{nasty}.png", read_photo(site.scene))
+    shown = chosen(f"{nasty}.png", read_photo(site.scene))
     replies = [made_up(nasty, ("[CLS]", nasty)), Reply(nasty, [nasty], [], {})]
     parts = [web_parts.row(shown, replies, 0, choice, 0.5, "viridis") for choice in (0, 2)]
     parts += [web_parts.shown_picture(shown, nasty), web_parts.note(nasty), web_parts.message(nasty)]
@@ -388,9 +390,7 @@ def test_markup_is_text(site: Site) -> None:
 
 
 def test_words_are_those_of_the_first_model_that_answers(site: Site) -> None:
-    from grounding.answers import Picture
-
-    shown = Picture("k", "a.b.png", read_photo(site.scene))
+    shown = chosen("a.b.png", read_photo(site.scene))
     failed = Reply("broken", ["cannot be opened"], [], {})
     replies = [failed, made_up("one", ("[CLS]", "red")), made_up("two", ("[CLS]", "blue"))]
     assert web_parts.word_choices(replies, 0) == [("whole phrase", 0), ("[CLS]", 1), ("red", 2)]
@@ -405,9 +405,7 @@ def test_words_are_those_of_the_first_model_that_answers(site: Site) -> None:
 
 
 def test_colours_and_boxes_of_a_row(site: Site) -> None:
-    from grounding.answers import Picture
-
-    shown = Picture("k", "a.png", read_photo(site.scene))
+    shown = chosen("a.png", read_photo(site.scene))
     rows = {name: web_parts.row(shown, [made_up("one")], 0, 0, 0.5, name) for name in ("viridis", "jet")}
     assert rows["viridis"] != rows["jet"]
     small = np.eye(6, 12, dtype=np.float32) + np.eye(6, 12, 6, dtype=np.float32)
@@ -423,10 +421,8 @@ def test_colours_and_boxes_of_a_row(site: Site) -> None:
 
 
 def test_a_large_picture_is_shown_reduced() -> None:
-    from grounding.answers import Picture
-
     image = Image.effect_noise((3000, 1500), 90).convert("RGB")
-    html = web_parts.shown_picture(Picture("k", "a.png", image), "someone, CC0")
+    html = web_parts.shown_picture(chosen("a.png", image), "someone, CC0")
     assert "3000 x 1500 pixels · someone, CC0" in html
     content = base64.b64decode(html.partition("base64,")[2].partition('"')[0])
     assert Image.open(io.BytesIO(content)).size == (640, 320)
