@@ -22,6 +22,7 @@ STYLE = """
 .amc-row figure, .amc-picture figure {margin: 0; min-width: 0}
 .amc-row img, .amc-picture img {display: block; border-radius: 4px; object-fit: contain}
 .amc-row img {width: 100%; max-width: 640px; height: auto}
+.amc-row a {margin: 0; padding: 0}
 .amc-row .amc-plain {margin-top: 8%}
 .amc-picture img {max-width: 100%; max-height: 240px; min-height: 120px; margin: 0 auto}
 .amc-row figcaption, .amc-picture figcaption {font-size: 14px; line-height: 1.4; margin-top: 4px}
