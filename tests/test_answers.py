@@ -2,6 +2,7 @@
 
 import io
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -227,8 +228,6 @@ def png_header(width: int, height: int) -> bytes:
     Image.new("L", (1, 1)).save(buffer, "PNG")
     content = bytearray(buffer.getvalue())
     content[16:24] = width.to_bytes(4, "big") + height.to_bytes(4, "big")
-    import zlib
-
     content[29:33] = zlib.crc32(bytes(content[12:29])).to_bytes(4, "big")
     return bytes(content[:41])
 
@@ -247,6 +246,7 @@ def png_header(width: int, height: int) -> bytes:
         (b"", r"^up\.png: not an image"),
         (file()[:300], r"^up\.png: cannot be decoded .* is the file complete"),
     ],
+    ids=["bytes", "pixels", "bomb", "just small enough", "svg", "empty", "cut off"],
 )
 def test_uploads_that_are_refused(content: bytes, message: str, counted: Counted) -> None:
     with pytest.raises(DataError, match=message):

@@ -180,6 +180,9 @@ def visit(program: str, site: Site, folder: Path) -> None:
         page.keyboard.press("Escape")
         page.set_viewport_size({"width": 420, "height": 900})
         assert page.evaluate("document.documentElement.scrollWidth") <= 420
+        box = page.get_by_alt_text("map of the cat, changed").bounding_box()
+        assert box is not None
+        assert box["width"] > 280  # below each other
         page.screenshot(path=folder / "narrow.png")
         chromium.close()
     assert not errors
@@ -272,7 +275,29 @@ def test_names_of_this_machine(host: str, status: int | None, tmp_path: Path) ->
     assert Gate(None, tmp_path, False, 10).refused(scope) is None  # type: ignore[arg-type]
 
 
+def test_files_of_the_own_folder_alone(tmp_path: Path) -> None:
+    """Without asking Gradio, which would refuse most of these as well."""
+    gate = Gate(None, tmp_path / "own", False, 10)  # type: ignore[arg-type]
+
+    def status(path: str) -> int | None:
+        return gate.refused({"path": f"/gradio_api/file={path}", "method": "GET", "headers": []})
+
+    assert status(f"{tmp_path}/own/x/a.webp") is None
+    for path in ("/etc/passwd", f"{tmp_path}/owner/a.webp", f"{tmp_path}/own/../a.webp", "README.md", "http://x/a", ""):
+        assert status(path) == 404, path
+
+
 # ---- the server and its command line
+
+
+def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "True")
+    monkeypatch.delenv("GRADIO_EXAMPLES_CACHE", raising=False)
+    before = dict(os.environ)
+    with web._environment("/nowhere"):
+        assert os.environ["GRADIO_ANALYTICS_ENABLED"] == "False"
+        assert os.environ["GRADIO_TEMP_DIR"] == "/nowhere"
+    assert dict(os.environ) == before
 
 
 def test_addresses_that_are_taken(site: Site) -> None:
