@@ -67,6 +67,7 @@ EXAMPLES = {
 }
 WIDTH, PART, LAYER = 7.6, 2.42, 0.95  # inches: of a picture, and of a panel in one
 LINE = 0.17  # inches, of small text
+LARGEST = 150_000  # bytes
 MARK: dict[str, Any] = {"ms": 9, "mfc": "white", "mec": "black", "mew": 1.5, "ls": "none", "clip_on": False}
 MISSING: dict[str, Any] = {"color": WRONG, "lw": 5, "solid_capstyle": "butt", "label": "the term: what is missing"}
 Models = dict[str, Explainer]  # by the name that the picture gives them
@@ -239,13 +240,15 @@ def _extent(size: tuple[int, int]) -> tuple[float, float, float, float]:
 
 
 def save_small(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG of 256 colours: noisy images in true colours take four times as much."""
+    """Write a figure as a PNG, of 256 colours if it would be larger than `LARGEST` in all of them."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
-    few = picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
     with utils.atomic_path(path) as temporary:
-        few.save(temporary, format="PNG", optimize=True)
+        picture.save(temporary, format="PNG", optimize=True)
+        if temporary.stat().st_size > LARGEST:
+            few = picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+            few.save(temporary, format="PNG", optimize=True)
 
 
 # ---- the program
