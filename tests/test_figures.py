@@ -311,9 +311,27 @@ def test_each_figure_by_its_command(
         assert heads[1:] == [f"{word.word} {100 * word.share:.0f}%" for word in found.words]
     else:
         assert [head.split("\n")[0].split(":")[0] for head in (heads[0], heads[-2 if name == "amc" else -1])] == [
-            "first",
-            "AMC",
+            *("first", "AMC")
         ]
+    if name == "amc":
+        training = figures.load_config(folder / "training.yaml", PretrainConfig)
+        view = training_view(make_explainer(folder, 7), photo(40, 30), PHRASE, [(2, 3, 9, 8)], training)
+        assert f"mean {terms(view.cam, view.mask, training.amc).mean_inside:.3f}" in heads[3]
+    elif name == "layers":
+        last = ground(make_explainer(folder, 7)._replace(block=2), photo(40, 30), PHRASE)
+        np.testing.assert_allclose(figure.axes[-1].get_images()[1].get_array(), last.map)
+
+
+def test_large_pictures_have_fewer_colours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figure = Figure(figsize=(2, 2))
+    figure.add_axes((0, 0, 1, 1)).imshow(np.asarray(photo(60, 60)))
+    figures.save_small(figure, tmp_path / "a.png")
+    size = (tmp_path / "a.png").stat().st_size
+    monkeypatch.setattr(figures, "LARGEST", size - 1)
+    figures.save_small(figure, tmp_path / "b.png")
+    assert (tmp_path / "b.png").stat().st_size < size
+    assert [Image.open(tmp_path / name).mode for name in ("a.png", "b.png")] == ["RGB", "P"]
+    assert (np.asarray(Image.open(tmp_path / "a.png")) == drawn(figure)).all()
 
 
 def test_command_lines_that_make_no_figure(checkpoints: list[str], tmp_path: Path) -> None:

@@ -117,7 +117,9 @@ def test_pictures_are_shown(executed: Any) -> None:
 
 def test_other_parameters_and_another_checkpoint(place: Path) -> None:
     """A phrase, no true box; and a checkpoint named by the cell."""
-    other = execute(place, CHECKPOINT=CHECKPOINT, CONFIG=CONFIG, PHRASES=["blue circle"], TRUTH=None)
+    (place / "own.safetensors").write_bytes((ROOT / CHECKPOINT).read_bytes())
+    other = execute(place, CHECKPOINT="own.safetensors", CONFIG=CONFIG, PHRASES=["blue circle"], TRUTH=None)
+    assert any(line.startswith("own.safetensors: ") for line in said(other, "open"))
     assert said(other, "overlay")[0].startswith("'blue circle': match ")
     assert said(other, "truth") == []
     assert len(pictures(other, "phrases")) == 1
