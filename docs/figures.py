@@ -1,0 +1,316 @@
+"""The pictures of docs/gradcam.md: what a GradCAM map is made of, and what AMC asks of it.
+
+    python docs/figures.py gradcam    attention, gradient, their product, the map
+    python docs/figures.py words      the map of each word
+    python docs/figures.py amc        the two terms of AMC's loss, before AMC and after
+    python docs/figures.py layers     every fusion layer, before AMC and after
+
+Without --image, the page's own example is drawn, by the models of `make demo`.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import numpy as np
+import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.transforms import ScaledTranslation
+from PIL import Image
+from torch import Tensor
+
+import utils
+from config import AMCConfig, PretrainConfig, load_config
+from dataset.photos import read_photo
+from dataset.text import clean_caption
+from demo import check_boxes, demo_model
+from grounding import metrics
+from grounding.anatomy import Terms, Training, look, parts, terms, training_view
+from grounding.ground import MAX_WORDS, Grounding, encode, ground, ground_all
+from grounding.opening import layers, open_model
+from grounding.overlay import COLORMAP, DPI, SMALL, see_through, word_strip, wrap
+from grounding.predict import Explainer
+from grounding.visualize import RIGHT, WRONG
+
+STAGE1, STAGE1_CONFIG = "checkpoints/scenes_stage1.safetensors", "configs/scenes/Grounding_refcoco.yaml"
+Box = Sequence[float]  # [x, y, w, h] in pixels of the image
+
+
+class Question(NamedTuple):
+    """An image, its phrases, and their true boxes."""
+
+    image: str
+    phrases: Sequence[str]
+    boxes: Sequence[Box]
+
+
+SCENES = "data/scenes/images"
+TRIANGLE = Question(f"{SCENES}/100000.jpg", ["the small red triangle"], [(19, 77, 20, 18)])
+SQUARE = (57, 15, 36, 36)
+EXAMPLES = {
+    "gradcam": TRIANGLE,
+    "words": TRIANGLE,
+    "amc": Question(f"{SCENES}/100031.jpg", ["biggest square"], [SQUARE]),
+    "layers": Question(
+        f"{SCENES}/100031.jpg",
+        ["the largest cross", "purple square", "biggest square"],
+        [(45, 54, 39, 39), SQUARE, SQUARE],
+    ),
+}
+WIDTH, PART, LAYER = 7.6, 2.42, 0.95  # inches: of a picture, and of a panel in one
+LINE = 0.17  # inches, of small text
+LARGEST = 150_000  # bytes
+MARK: dict[str, Any] = {"ms": 9, "mfc": "white", "mec": "black", "mew": 1.5, "ls": "none", "clip_on": False}
+MISSING: dict[str, Any] = {"color": WRONG, "lw": 5, "solid_capstyle": "butt", "label": "the term: what is missing"}
+Models = dict[str, Explainer]  # by the name that the picture gives them
+
+
+# ---- pictures
+
+
+def gradcam_figure(explainer: Explainer, image: Image.Image, phrase: str, boxes: Sequence[Box]) -> Figure:
+    """The image, then A, G, max(G, 0), A * max(G, 0) on the grid of patches, then the map at the image's size."""
+    encoded = encode(explainer, image)
+    seen, _ = look(explainer, encoded, phrase)
+    made, found = parts(seen, explainer.model.visual_encoder.grid), ground(explainer, encoded, phrase)
+    figure, grid = _panels(2, 3, image.size, PART, head=0.42)
+    _show(grid[0], image, f'"{found.text}"')
+    titles = ("attention A", "gradient G of the match logit", "max(G, 0)", "A max(G, 0): the map")
+    for axes, title, values in zip(grid[1:5], titles, made, strict=True):
+        low, high = float(values.min()), float(values.max())
+        spread = max(-low, high)
+        colours: dict[str, Any] = (
+            {"cmap": "RdBu_r", "vmin": -spread, "vmax": spread} if low < 0 else {"cmap": COLORMAP, "vmin": 0}
+        )
+        axes.imshow(values.numpy(), extent=_extent(image.size), aspect="auto", interpolation="nearest", **colours)
+        _title(axes, f"{title}\n{low:.2g} to {high:.2g}")
+    _show(grid[5], image, f"the map at the image's size\nmatch probability {found.match:.3f}", found)
+    for x, y, w, h in boxes:
+        _outline(grid[5], (x, y, w, h))
+    return figure
+
+
+def amc_figure(models: Models, image: Image.Image, phrase: str, boxes: Sequence[Box], config: PretrainConfig) -> Figure:
+    """A row a model: the map in the box, the map outside of it, and both terms as distances on a line."""
+    side, gap, head, foot = 2.15, 0.1, 0.42, 0.5
+    total = len(models) * (side + head + gap) + foot
+    figure = Figure(figsize=(WIDTH, total), dpi=DPI)
+    for row, (name, explainer) in enumerate(models.items()):
+        view = training_view(explainer, image, phrase, boxes, config)
+        found = terms(view.cam, view.mask, config.amc)
+        bottom = (total - (row + 1) * (side + head + gap)) / total
+        for column, (where, part, mark) in enumerate((("inside", view.mask, "o"), ("outside", 1 - view.mask, "X"))):
+            x = gap + column * (side + gap)
+            axes = figure.add_axes((x / WIDTH, bottom, side / WIDTH, side / total))
+            values = (found.mean_inside, found.max_inside) if column == 0 else (found.mean_outside, found.max_outside)
+            _half(axes, view, part, mark)
+            _title(axes, f"{name}: {where}\nmean {values[0]:.3f}, max {values[1]:.3f}")
+        x = 2 * (side + gap) + 3 * gap
+        line = figure.add_axes((x / WIDTH, bottom + 0.25 / total, (WIDTH - x - gap) / WIDTH, side / total))
+        handles = _hinges(line, found, config.amc)
+    names = [str(handle.get_label()) for handle in handles]
+    figure.legend(handles, names, loc="lower center", ncols=len(handles), frameon=False, prop=SMALL)
+    return figure
+
+
+def _half(axes: Axes, view: Training, part: Tensor, mark: str) -> None:
+    """The map where `part` is 1, the image in grey where it is not; the mask's border, and a mark at the maximum."""
+    size = (part.shape[1], part.shape[0])
+    axes.imshow(Image.fromarray(view.image).convert("L").resize(size), cmap="gray", vmin=-120, vmax=255)
+    axes.imshow(
+        np.ma.masked_array(view.cam.numpy(), part.numpy() == 0),
+        cmap=COLORMAP,
+        vmin=0,
+        vmax=1,
+        interpolation="nearest",
+    )
+    axes.contour(view.mask.numpy(), levels=[0.5], colors="white", linewidths=1.5)
+    y, x = divmod(int((view.cam * part).argmax()), part.shape[1])
+    axes.plot(x, y, mark, **MARK)
+    axes.set_axis_off()
+
+
+def _hinges(axes: Axes, found: Terms, options: AMCConfig) -> list[Line2D]:
+    """Both terms as distances: where the inside is, where it should be at least, and what is missing.
+
+    Returns:
+        handles for a legend.
+    """
+    lines = (
+        ("mean", found.mean_inside, found.mean_outside, options.margin_mean, found.mean_term),
+        ("max", found.max_inside, found.max_outside, options.margin_max, found.max_term),
+    )
+    wanted_mark: dict[str, Any] = {"marker": "|", "color": "#555555", "ls": "none", "ms": 16, "mew": 2}
+    for y, (name, inside, outside, margin, term) in zip((1, 0), lines, strict=True):
+        wanted = outside + margin
+        arrow = {"arrowstyle": "->", "color": "#555555", "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
+        axes.annotate("", (wanted, y), (outside, y), arrowprops=arrow)
+        missing = axes.plot([inside, wanted] if term > 0 else [], [y, y] if term > 0 else [], **MISSING)
+        least = axes.plot(wanted, y, label="outside + margin", **wanted_mark)
+        marks = [
+            axes.plot(value, y, mark, label=of, **MARK)[0]
+            for value, mark, of in ((inside, "o", "inside"), (outside, "X", "outside"))
+        ]
+        text = f"{name} term\nmax(0, {outside:.3f} - {inside:.3f} + {margin:g}) = {term:.3f}"
+        axes.text(0, y + 0.2, text, fontproperties=SMALL, va="bottom")
+    axes.set(xlim=(-0.05, 1.05 + max(options.margin_mean, options.margin_max)), ylim=(-0.3, 1.75), yticks=[])
+    axes.tick_params(labelsize=8)
+    axes.spines[["left", "right", "top"]].set_visible(False)
+    return [*marks, *least, *missing]
+
+
+def layers_figure(models: Models, image: Image.Image, phrases: Sequence[str], boxes: Sequence[Box]) -> Figure:
+    """A row a phrase: its map at every fusion layer of every model; boxes, one a phrase, tell who is right."""
+    columns = [(name, asked, block) for name, asked in models.items() for block in layers(asked.model, "itm")]
+    encoded = {name: encode(explainer, image) for name, explainer in models.items()}
+    names = [wrap(clean_caption(phrase, MAX_WORDS), len(columns) * LAYER, SMALL) for phrase in phrases]
+    head = 0.08 + LINE * max(map(len, names))
+    figure, grid = _panels(len(phrases), len(columns), image.size, LAYER, head, top=2 * LINE)
+    for column, (name, explainer, block) in enumerate(columns):
+        answers = ground_all(explainer._replace(block=block), encoded[name], phrases)
+        _above(grid[column], f"{name}\nlayer {block}", 0.5, head)
+        for row, found in enumerate(answers):
+            _show(grid[row * len(columns) + column], image, "", found, boxes[row] if boxes else None)
+    for row, lines in enumerate(names):
+        _above(grid[row * len(columns)], "\n".join(lines), 0, 0.04)
+    return figure
+
+
+# ---- parts of pictures
+
+
+def _panels(
+    rows: int, columns: int, size: tuple[int, int], width: float, head: float, top: float = 0.0
+) -> tuple[Figure, list[Axes]]:
+    """Panels `width` inches wide, of an image's proportions, by row; `head` inches above each are for its title."""
+    gap, height = 0.08, width * size[1] / size[0]
+    across, down = gap + columns * (width + gap), top + rows * (head + height + gap) + gap
+    figure = Figure(figsize=(across, down), dpi=DPI)
+    axes = []
+    for row in range(rows):
+        for column in range(columns):
+            x, y = gap + column * (width + gap), down - top - (row + 1) * (head + height + gap)
+            axes.append(figure.add_axes((x / across, y / down, width / across, height / down)))
+            axes[-1].set_axis_off()
+    return figure, axes
+
+
+def _show(axes: Axes, image: Image.Image, title: str, found: Grounding | None = None, box: Box | None = None) -> None:
+    """An image and, over it, a map with its point, green or red where a true box tells; that box dashed."""
+    axes.imshow(np.asarray(image), extent=_extent(image.size), aspect="auto")
+    _title(axes, title)
+    if found is None:
+        return
+    axes.imshow(found.map, cmap=see_through(COLORMAP), vmin=0, vmax=1, extent=_extent(image.size), aspect="auto")
+    colour = "white"
+    if box is not None:
+        cam = metrics.ResizedMap(torch.from_numpy(found.small), image.height, image.width)
+        colour = RIGHT if metrics.point_correct(cam, np.array([box])) else WRONG
+        _outline(axes, box)
+    axes.plot(*found.point, "o", ms=5.5, mfc=colour, mec="black", mew=1.2, clip_on=False)
+
+
+def _outline(axes: Axes, box: Box) -> None:
+    x, y, w, h = box
+    for colour, line, style in (("black", 2.2, "-"), ("white", 1.0, "--")):
+        axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, ec=colour, lw=line, ls=style, clip_on=False))
+
+
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, fontproperties=SMALL, pad=3, parse_math=False)
+
+
+def _above(axes: Axes, text: str, across: float, up: float) -> None:
+    """Text `up` inches above a panel, at its left end (`across` 0) or in its middle (0.5)."""
+    place = axes.transAxes + ScaledTranslation(0, up, axes.figure.dpi_scale_trans)
+    sides: dict[str, Any] = {"ha": "left" if across == 0 else "center", "va": "bottom", "parse_math": False}
+    axes.text(across, 1, text, transform=place, fontproperties=SMALL, **sides)
+
+
+def _extent(size: tuple[int, int]) -> tuple[float, float, float, float]:
+    return (-0.5, size[0] - 0.5, size[1] - 0.5, -0.5)
+
+
+def save_small(figure: Figure, path: Path) -> None:
+    """Write a figure as a PNG, of 256 colours if it would be larger than `LARGEST` in all of them."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    with utils.atomic_path(path) as temporary:
+        picture.save(temporary, format="PNG", optimize=True)
+        if temporary.stat().st_size > LARGEST:
+            few = picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
+            few.save(temporary, format="PNG", optimize=True)
+
+
+# ---- the program
+
+
+def main(args: argparse.Namespace) -> None:
+    name, asked = args.figure, question(args)
+    image = read_photo(Path(asked.image))
+    check_boxes(asked.boxes, image, Path(asked.image))
+    explainer = open_model(args.checkpoint or demo_model(), args.config, args.text_encoder, args.device).explainer()
+    if name == "gradcam":
+        figure = gradcam_figure(explainer, image, asked.phrases[0], asked.boxes)
+    elif name == "words":
+        figure = word_strip(image, ground(explainer, image, asked.phrases[0]))
+    else:
+        before = open_model(args.before, args.before_config, args.text_encoder, args.device).explainer()
+        models = {args.before_name: before, "AMC": explainer}
+        if name == "amc":
+            training = load_config(args.training, PretrainConfig)
+            figure = amc_figure(models, image, asked.phrases[0], asked.boxes, training)
+        else:
+            figure = layers_figure(models, image, asked.phrases, asked.boxes)
+    path = args.output or Path("docs/images") / f"{name}.png"
+    save_small(figure, path)
+    print(f"{path}: {int(figure.bbox.width)} x {int(figure.bbox.height)} pixels")
+
+
+def question(args: argparse.Namespace) -> Question:
+    """What a command line asks; raises `UserError` where the figure needs other phrases or boxes."""
+    if not (args.image or args.phrase or args.box):
+        return EXAMPLES[args.figure]
+    if not (args.image and args.phrase):
+        raise utils.UserError(
+            "--image, --phrase and --box go together; without any of them, the page's example is drawn"
+        )
+    if args.figure != "layers" and len(args.phrase) > 1:
+        raise utils.UserError(f"{args.figure} is drawn of one --phrase, and there are {len(args.phrase)}")
+    if args.figure == "layers" and len(args.box) not in (0, len(args.phrase)):
+        raise utils.UserError(f"--box: one for each of the {len(args.phrase)} phrases, in their order, or none")
+    if args.figure == "amc" and not args.box:
+        raise utils.UserError("amc compares the map inside and outside of a box; give --box X Y W H")
+    return Question(args.image, args.phrase, args.box)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("figure", choices=EXAMPLES)
+    add("--image", help="in place of the page's example")
+    add("--phrase", action="append", default=[], help="layers: may be repeated, each with its --box")
+    add("--box", nargs=4, type=float, action="append", default=[], metavar=("X", "Y", "W", "H"), help="a true box")
+    add("--checkpoint", help="the model after AMC (default: the last one of `make demo`)")
+    add("--config", help="its Grounding_*.yaml (default: chosen by the sizes that the checkpoint states)")
+    add("--before", default=STAGE1, help=f"the model before AMC (default: {STAGE1})")
+    add("--before_config", default=STAGE1_CONFIG, help=f"its Grounding_*.yaml (default: {STAGE1_CONFIG})")
+    add("--before_name", default="stage 1", help="what the figure calls it")
+    add("--training", default="configs/scenes/Pretrain.yaml", help="the training config with AMC's layer and margins")
+    add("--text_encoder", help="hub name or local folder, as in demo.py")
+    add("--device", help="cuda or cpu (default: the GPU if there is one)")
+    add("--output", type=Path, help="a PNG (default: docs/images/FIGURE.png)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    utils.run(main, parse_args())
