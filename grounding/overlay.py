@@ -137,6 +137,13 @@ def save(figure: Figure, path: Path) -> None:
         figure.savefig(temporary, format="png", dpi=DPI)
 
 
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as RGB (height, width, 3) uint8, the pixels that `save` writes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def see_through(name: str) -> Colormap:
     """A colour map of matplotlib that lets the image through where the map is low.
 
