@@ -4,6 +4,7 @@ import io
 import itertools
 import math
 import random
+import runpy
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_pretrain_program import (
+    REPOSITORY,
     Interruption,
     _one_thread,
     arguments,
@@ -413,8 +415,10 @@ def test_tensorboard_is_optional(place: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=r"^--tensorboard: TensorBoard is missing \(.*\); pip install tensorboard$"):
         train(place, tmp_path / "out", *watching(place))
     assert not (tmp_path / "out").exists()
-    monkeypatch.setitem(sys.modules, "grounding.watch", None)  # without the flag, not even this is imported
-    train(place, tmp_path / "out", "--max_steps", "1")
+    for name in ("grounding.watch", "grounding.predict", "matplotlib"):  # without the flag, not even these
+        monkeypatch.setitem(sys.modules, name, None)
+    program = runpy.run_path(str(REPOSITORY / "Pretrain.py"))
+    program["main"](program["parse_args"](arguments(place, tmp_path / "out", "--max_steps", "1")))
 
 
 def test_tags() -> None:
