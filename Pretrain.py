@@ -7,6 +7,7 @@
 Leaves in OUT: checkpoint_%02d.pth and a line of log.txt per epoch, a line of steps.jsonl every 20 steps, config.yaml
 and run.json (options, versions, git commit, seed). `--resume` continues from the newest checkpoint of OUT, or from
 `--checkpoint`; each epoch is seeded by (seed, rank, epoch), so that a resumed run repeats an uninterrupted one.
+`--tensorboard` adds OUT/tensorboard (docs/watching.md).
 """
 
 import argparse
@@ -17,7 +18,7 @@ import sys
 import time
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -43,9 +44,12 @@ from models.pretrain import Batch, PretrainModel
 from optim import create_optimizer
 from scheduler import create_scheduler, epoch_time, iteration_time
 
+if TYPE_CHECKING:
+    from grounding.watch import Board
+
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_INTERVAL = 20  # steps between looks at the meters, which wait for the device
-EPOCHS_LOG, STEPS_LOG = "log.txt", "steps.jsonl"
+EPOCHS_LOG, STEPS_LOG, BOARD = "log.txt", "steps.jsonl", "tensorboard"
 
 
 class TrainingError(utils.UserError):
@@ -70,6 +74,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_steps", default=None, type=utils.positive, help="stop after this many optimizer steps in all"
     )
     parser.add_argument("--skip_broken", action="store_true", help="replace unreadable images and count them")
+    watch = parser.add_argument_group("watching", "what TensorBoard shows of the run; its numbers stay the same")
+    watch.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/tensorboard: losses and heat maps")
+    watch.add_argument(
+        "--heat_maps_every", default=500, type=utils.positive, metavar="STEPS", help="optimizer steps between maps"
+    )
+    watch.add_argument(
+        "--watch",
+        nargs=2,
+        action="append",
+        default=[],
+        metavar=("IMAGE", "PHRASE"),
+        help="draw this phrase's map, not those of some training entries; may be repeated",
+    )
     launch = parser.add_argument_group("process group", "read from the launcher's environment")
     launch.add_argument("--world_size", default=1, type=int)
     launch.add_argument("--dist_url", default="env://")
@@ -90,6 +107,8 @@ def main(args: argparse.Namespace) -> None:
         if steps <= 0:
             break
         run.finish_epoch(epoch, run.train_epoch(epoch, steps))
+    if run.board:
+        run.board.close()
     if run.data.broken.any():
         utils.log(f"{int(run.data.broken.sum())} unreadable images were replaced by others")
     utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
@@ -129,7 +148,23 @@ class Run:
                 **without_buffer_broadcast(),
                 gradient_as_bucket_view=True,
             )
+        self.board = self.open_board(tokenizer)
         self.describe()
+
+    def open_board(self, tokenizer: Tokenizer) -> "Board | None":
+        """What writes for --tensorboard; None without it, and on all ranks but 0."""
+        args, config = self.args, self.config
+        if args.watch and not args.tensorboard:
+            raise utils.UserError("--watch draws its maps for TensorBoard: add --tensorboard")
+        if not args.tensorboard or utils.rank() != 0:
+            return None
+        # Imported here: it brings matplotlib and TensorBoard, which no other run needs.
+        from grounding.predict import Explainer
+        from grounding.watch import open_board
+
+        explainer = Explainer(self.model, tokenizer, self.device, "itm", config.amc.layer)
+        samples = config.batch_size * args.accum_steps * utils.world_size()
+        return open_board(explainer, args.watch, self.data.entries, args.skip_broken, args.heat_maps_every, samples)
 
     def restore(self, checkpoint: dict[str, Any]) -> int:
         """Put optimizer, schedule and loss scale back; returns the epoch to go on with."""
@@ -151,6 +186,10 @@ class Run:
             f"{len(self.data)} entries, {self.steps_per_epoch} steps of {samples} samples an epoch, {self.device}"
         )
         utils.log(f"epochs {self.start_epoch} to {self.config.schedular.epochs - 1}, {self.args.precision}")
+        if self.board:
+            config_text = (self.output / "config.yaml").read_text(encoding="utf-8")
+            self.board.start(self.output / BOARD, self.start_epoch * self.steps_per_epoch, config_text)
+            utils.log(f"watch it: tensorboard --logdir {self.output}")
 
     def train_epoch(self, epoch: int, steps: int) -> dict[str, float]:
         """Train for `steps` optimizer steps; returns means over them, over all processes, for the log."""
@@ -177,11 +216,16 @@ class Run:
             now = iteration_time(schedular, epoch, step, self.steps_per_epoch)
             if now is not None:
                 self.schedule.step(now)  # type: ignore[arg-type]  # timm counts in fractions of epochs as well
+            done = epoch * self.steps_per_epoch + step + 1
             if (step + 1) % CHECK_INTERVAL == 0 or step == steps - 1:
                 means = check_finite(recent, epoch, step)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
                 self.log_line(STEPS_LOG, {"epoch": epoch, "step": step, **means})
+                if self.board:
+                    self.board.write_steps(done, means)
                 recent = utils.Meters()
+            if self.board:
+                self.board.after_step(done)
         seconds = time.monotonic() - started
         return meters.averages() | {"steps": steps, "seconds": round(seconds, 2)}
 
@@ -223,6 +267,9 @@ class Run:
             save_checkpoint(self.output / f"checkpoint_{epoch:02d}.pth", content)
             shown = " ".join(f"{name} {value:.4g}" for name, value in stats.items())
             utils.log(f"epoch {epoch}: {shown}")
+            if self.board:
+                means = {name: value for name, value in stats.items() if name not in plain}
+                self.board.write_epoch(epoch * self.steps_per_epoch + int(stats["steps"]), means)
         utils.barrier()
 
 
@@ -278,7 +325,7 @@ def initialise(model: PretrainModel, config: PretrainConfig, args: argparse.Name
 def prepare_output(output: Path, start_epoch: int) -> None:
     """Make the folder ready: logs lose the lines of epochs to come; an earlier run's files move to `earlier_N/`."""
     output.mkdir(parents=True, exist_ok=True)
-    own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, "config.yaml", "run.json")
+    own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, "config.yaml", "run.json")
     earlier = [path for pattern in own for path in output.glob(pattern)]
     if start_epoch == 0 and earlier:
         aside = output / f"earlier_{len(list(output.glob('earlier_*'))) + 1}"

@@ -154,6 +154,13 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_SLUG].rstrip("-") or "phrase"
 
 
+def pixels(figure: Figure) -> np.ndarray:
+    """A figure as RGB (height, width, 3) uint8, the pixels that `save` writes."""
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def see_through(name: str) -> Colormap:
     """A colour map of matplotlib that lets the image through where the map is low.
 

@@ -21,6 +21,7 @@ from test_pretrain_program import (
     saved,
     step_rows,
 )
+from test_watch import read_events
 
 from config import PretrainConfig, load_config
 from models.onednn import use_onednn
@@ -87,8 +88,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_training(place: Path, tmp_path: Path, launcher: str, add_gcam: bool) -> None:
     words = [f"add_gcam={add_gcam}", "schedular.epochs=2", "batch_size=4"]
-    printed = launch(launcher, "Pretrain.py", *arguments(place, tmp_path, *words))
-    assert {path.name for path in tmp_path.iterdir()} == left_by_a_run(epochs=2)
+    watched = [] if add_gcam else ["--tensorboard"]
+    printed = launch(launcher, "Pretrain.py", *arguments(place, tmp_path, *words, *watched))
+    events = {"tensorboard"} if watched else set()
+    assert {path.name for path in tmp_path.iterdir()} == left_by_a_run(epochs=2) | events
     entries = len(json.loads((place / "data" / "train_phrases.json").read_text()))
     rows = log_rows(tmp_path)
     assert [row["epoch"] for row in rows] == [0, 1]
@@ -104,6 +107,14 @@ def test_training(place: Path, tmp_path: Path, launcher: str, add_gcam: bool) ->
     assert json.loads((tmp_path / "run.json").read_text())["world_size"] == 2
     assert saved(tmp_path, 0)["model"]["queue_ptr_img"].item() == rows[0]["steps"] * 8 % 64
     assert not any(key.startswith("module.") for key in saved(tmp_path, 1)["model"])
+    if watched:
+        assert len(list((tmp_path / "tensorboard").iterdir())) == 1
+        scalars, images = read_events(tmp_path)
+        ends = [rows[0]["steps"], 2 * rows[0]["steps"]]
+        means = [pytest.approx(row["train_loss_itm"]) for row in rows]  # over both processes
+        assert scalars["epochs/loss_itm"] == list(zip(ends, means, strict=True))
+        assert len(images) == 4
+        assert all([step for step, _ in shown] == [0, ends[1]] for shown in images.values())
 
 
 # ---- one step of two processes
