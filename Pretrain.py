@@ -69,6 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
     parser.add_argument("--accum_steps", default=1, type=utils.positive, help="batches per optimizer step")
     parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
+    parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
     parser.add_argument("--num_workers", default=4, type=int, help="data loading processes per training process")
     parser.add_argument(
         "--max_steps", default=None, type=utils.positive, help="stop after this many optimizer steps in all"
@@ -133,8 +134,12 @@ class Run:
         check_vocabulary(tokenizer, self.model)
         resumed = initialise(self.model, config, args)
         self.model.checkpoint_activations(args.grad_checkpointing)
+        if args.grad_checkpointing:
+            utils.return_freed_memory()
         self.model.to(device)
         use_onednn(self.model)
+        if args.compile:
+            self.model.compile_image_encoders()
         self.optimizer = create_optimizer(config.optimizer, self.model)
         self.schedule = create_scheduler(config.schedular, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")

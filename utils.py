@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import ctypes
 import datetime
 import importlib.metadata
 import json
@@ -136,6 +137,23 @@ def seed_everything(*key: int) -> None:
     random.seed(int(state))
     np.random.seed(int(state % 2**32))  # noqa: NPY002 - libraries may draw from the global generator
     torch.manual_seed(int(state))
+
+
+def return_freed_memory(least: int = 2**19) -> bool:
+    """Let freed blocks of `least` bytes or more go back to the system at once, where the C library is glibc.
+
+    glibc keeps freed blocks of up to 32 MB for itself, and the tensors of a training step come in so many sizes that
+    much of what it keeps fits nothing. Asking the system anew for every block takes time: worth it where memory is
+    scarce.
+
+    Returns:
+        whether the C library took the setting.
+    """
+    mmap_threshold = -3  # mallopt's number for it
+    try:
+        return bool(ctypes.CDLL(None).mallopt(mmap_threshold, least))
+    except (AttributeError, OSError, TypeError):  # another C library
+        return False
 
 
 # ---- meters

@@ -4,7 +4,8 @@ ALBEF: Li et al., NeurIPS 2021, arXiv 2107.07651. AMC: Yang et al., CVPR 2023, a
 """
 
 import copy
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -77,6 +78,15 @@ class PretrainModel(ALBEF):
         """Recompute the student's activations in the backward pass; the twice-differentiated layers keep theirs."""
         self.visual_encoder.checkpoint_activations = enable
         self.text_encoder.checkpoint_activations = enable
+
+    def compile_image_encoders(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile the image encoders of student and teacher with torch.compile, at their first batch.
+
+        Nothing else can be compiled: the AMC loss needs second derivatives through the fusion layers, which compiled
+        code lacks. Parameters and their names stay as they are.
+        """
+        for encoder in (self.visual_encoder, self.visual_encoder_m):
+            encoder.compile(backend=backend)
 
     def forward(self, batch: Batch, alpha: float, update_teacher: bool = True) -> dict[str, Tensor]:
         """Losses of one step.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -606,6 +607,24 @@ def test_activation_checkpointing_changes_nothing(tiny_config: TinyConfig) -> No
     (losses, found), (other_losses, other_found) = results
     torch.testing.assert_close(other_losses, losses)
     torch.testing.assert_close(other_found, found)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_image_encoders_change_nothing(tiny_config: TinyConfig, checkpointing: bool) -> None:
+    results = []
+    for compiled in (False, True):
+        model = make_model(tiny_config())
+        model.checkpoint_activations(checkpointing)
+        names = list(model.state_dict())
+        if compiled:
+            graphs = mock.Mock(wraps=torch._dynamo.lookup_backend("aot_eager"))
+            model.compile_image_encoders(graphs)
+        torch.manual_seed(1)  # the hard negatives
+        losses = model(make_batch(), alpha=0.4)
+        results.append((losses, gradients(model, total(model, losses))))
+        assert list(model.state_dict()) == names
+    assert graphs.call_count == 2  # student and teacher, whole
+    torch.testing.assert_close(results[1], results[0])
 
 
 @pytest.mark.parametrize("enable", [False, True])

@@ -3,11 +3,14 @@
 import json
 import math
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -276,6 +279,47 @@ def test_gradient_checkpointing_changes_no_loss(place: Path, finished: Path, tmp
     (row,) = train(place, tmp_path, "--grad_checkpointing", "--max_steps", str(steps))
     for name in LOSSES:  # dropout is on: the recomputation must repeat it
         assert row[name] == pytest.approx(log_rows(finished)[0][name], rel=1e-4)
+
+
+MEMORY = """
+import sys, torch, utils
+
+def held():
+    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmRSS"))
+
+if sys.argv[1] == "give back":
+    assert utils.return_freed_memory()
+torch.ones(2**22)  # 16 MB, freed at once: from here on glibc keeps blocks of up to that size
+before, blocks, between = held(), [], []
+for _ in range(100):
+    blocks.append(torch.ones(2**20))  # 4 MB
+    between.append(torch.ones(2**10))
+del blocks
+print(held() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="a setting of glibc's")
+def test_freed_memory_goes_back_to_the_system() -> None:
+    held = []
+    for how in ("keep", "give back"):
+        done = subprocess.run([sys.executable, "-c", MEMORY, how], cwd=REPOSITORY, check=True, capture_output=True)
+        held.append(int(done.stdout))
+    assert held[0] > 300e6  # what the setting is for
+    assert held[1] < 100e6
+
+
+def test_compiling_changes_no_loss(
+    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = mock.Mock(side_effect=partial(PretrainModel.compile_image_encoders, backend="aot_eager"))
+    monkeypatch.setattr(PretrainModel, "compile_image_encoders", lambda model: compiled(model))
+    steps = log_rows(finished)[0]["steps"]
+    (row,) = train(place, tmp_path, "--compile", "--max_steps", str(steps))
+    compiled.assert_called_once()
+    for name in LOSSES:
+        assert row[name] == pytest.approx(log_rows(finished)[0][name], rel=1e-4)
+    assert saved(tmp_path, 0)["model"].keys() == saved(finished, 0)["model"].keys()
 
 
 # ---- interruption
