@@ -10,7 +10,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -201,6 +201,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def shortest_ends(paths: Sequence[Path]) -> list[str]:
+    """As much of the end of each path as tells all of them apart; all of it where nothing does."""
+    longest = max((len(path.parts) for path in paths), default=0)
+    ends: list[str] = []
+    for count in range(1, longest + 1):
+        ends = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(ends)) == len(ends):
+            break
+    return ends
 
 
 def write_text(path: str | Path, text: str) -> None:

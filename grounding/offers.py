@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from dataset.reading import DataError, load_json
 from grounding.opening import newest_checkpoint
-from utils import UserError
+from utils import UserError, shortest_ends
 
 SHIPPED = Path("checkpoints/scenes_stage1.safetensors")
 SHIPPED_CONFIG = Path("configs/scenes/Grounding_refcoco.yaml")
@@ -64,7 +64,10 @@ def offered(checkpoints: Sequence[str] = (), config: str | None = None, demo: Pa
         for path in paths:
             if not path.is_file():
                 raise UserError(f"{path}: no such checkpoint; the page takes files, for instance {SHIPPED}")
-        return [Offer(name, path, config or _own_config(path)) for name, path in zip(names(paths), paths, strict=True)]
+        return [
+            Offer(name, path, config or _own_config(path))
+            for name, path in zip(shortest_ends(paths), paths, strict=True)
+        ]
     trained = [(name, newest_checkpoint(demo / folder)) for name, folder in TRAINED.items()]
     return [
         Offer(BEFORE, SHIPPED, config or str(SHIPPED_CONFIG)),
@@ -74,16 +77,6 @@ def offered(checkpoints: Sequence[str] = (), config: str | None = None, demo: Pa
 
 def _own_config(path: Path) -> str | None:
     return str(SHIPPED_CONFIG) if path.resolve() == SHIPPED.resolve() else None
-
-
-def names(paths: Sequence[Path]) -> list[str]:
-    """The shortest ends of different paths that tell all of them apart."""
-    longest = max(len(path.parts) for path in paths)
-    for count in range(1, longest + 1):
-        ends = ["/".join(path.parts[-count:]) for path in paths]
-        if len(set(ends)) == len(ends):
-            break
-    return ends
 
 
 def examples() -> list[Example]:

@@ -49,12 +49,10 @@ def read_runs(paths: Sequence[Path], by_epoch: bool = False) -> tuple[dict[str, 
 def run_names(paths: Sequence[Path]) -> dict[str, Path]:
     """A name for each of the different runs: its folder's, with as many folders above it as tell all of them apart."""
     different = {Path(os.path.abspath(path)): path for path in paths}
-    folders = {full: (full.parent if full.is_file() else full).parts for full in different}
-    for depth in range(1, max(map(len, folders.values()), default=0) + 1):
-        names = ["/".join(parts[-depth:]) for parts in folders.values()]
-        if len(set(names)) == len(names):
-            return dict(zip(names, different.values(), strict=True))
-    return {str(path): path for path in different.values()}
+    names = utils.shortest_ends([full.parent if full.is_file() else full for full in different])
+    if len(set(names)) < len(names):  # two logs of one folder
+        names = [str(path) for path in different.values()]
+    return dict(zip(names, different.values(), strict=True))
 
 
 def _step_rows(path: Path) -> Rows | None:
