@@ -38,6 +38,32 @@ class Start(NamedTuple):
     hint: str = ""
 
 
+class Question(NamedTuple):
+    """What the page's controls hold when an answer is wanted, in the order that Gradio hands it over.
+
+    Args:
+        key: of the picture.
+        text: the box of phrases; `asked` are those that the rows show.
+        other: the second model, or `NOTHING`.
+    """
+
+    key: str
+    text: str
+    model: str
+    other: str
+    mode: str
+    layer: int | None
+    threshold: float
+    colormap: str
+    asked: tuple[str, ...]
+
+    @classmethod
+    def split(cls, values: Sequence[Any]) -> tuple["Question", Sequence[int | None]]:
+        """A question, and the words chosen that follow it."""
+        count = len(cls._fields)
+        return cls(*values[:count]), values[count:]
+
+
 # ---- layout
 
 
@@ -93,7 +119,8 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
         credits = [f"{example.name}: {example.credit}" for example in examples if example.credit]
         gr.HTML(note(f"Photographs from scikit-image; {'; '.join(credits)}.") if credits else "")
 
-        asking = [key, text, model, other, mode, layer, threshold, colormap, asked, *(word for _, word, _ in rows)]
+        question = list(Question(key, text, model, other, mode, layer, threshold, colormap, asked))
+        asking = [*question, *(word for _, word, _ in rows)]
         everything = [status, asked, *(part for parts in rows for part in parts)]
         usual = {"concurrency_id": "answers", "concurrency_limit": 1, "api_visibility": "private"}
         answer = {"fn": events.answer, "inputs": asking, "outputs": everything, **usual}
@@ -107,7 +134,7 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
             event(**answer)
         threshold.input(**answer, trigger_mode="always_last", show_progress="hidden")  # while it is dragged, or typed
         for number, (_, word, html) in enumerate(rows):
-            word.input(lambda *values, number=number: events.row(number, *values), [*asking[:9], word], html, **usual)
+            word.input(lambda *values, number=number: events.row(number, *values), [*question, word], html, **usual)
     return page
 
 
@@ -160,61 +187,45 @@ class Events:
         models = " and ".join(dict.fromkeys(small))
         return self.gr.update(choices=choices, value=value), note(ABOUT_SCENES.format(models=models)) if small else ""
 
-    def ask(self, key: str, text: str, model: str, other: str, mode: str, layer: int | None) -> list[Reply]:
+    def ask(self, question: Question, text: str) -> list[Reply]:
         """The replies of the chosen models; raises `UserError` when there is nothing to ask."""
-        self.answers.picture(key)
+        self.answers.picture(question.key)
         phrases = split_phrases(text)
-        models = list(dict.fromkeys([model, other] if other != NOTHING else [model]))
-        return [self.answers.ask(key, phrases, name, mode, layer) for name in models]
+        models = list(dict.fromkeys([question.model, question.other]))
+        return [
+            self.answers.ask(question.key, phrases, name, question.mode, question.layer)
+            for name in models
+            if name != NOTHING
+        ]
 
-    def answer(
-        self,
-        key: str,
-        text: str,
-        model: str,
-        other: str,
-        mode: str,
-        layer: int | None,
-        threshold: float,
-        colormap: str,
-        asked: tuple[str, ...],
-        *words: int | None,
-    ) -> list[Any]:
-        """Outputs: status, the phrases asked, and for each row its column, its words and its pictures."""
+    def answer(self, *values: Any) -> list[Any]:
+        """Answer a `Question`, its values followed by the word chosen in each row.
+
+        Outputs: status, the phrases asked, and for each row its column, its words and its pictures.
+        """
+        question, words = Question.split(values)
         hidden = [self.gr.update(visible=False), self.gr.skip(), ""]
         try:
-            replies = self.ask(key, text, model, other, mode, layer)
+            replies = self.ask(question, question.text)
         except UserError as error:
             return [message(str(error)), (), *hidden * MOST_PHRASES]
         start, rows = time.perf_counter(), []
-        phrases, picture = split_phrases(text), self.answers.picture(key)
+        phrases, picture = split_phrases(question.text), self.answers.picture(question.key)
         for number, phrase in enumerate(phrases):
             choices = web_parts.word_choices(replies, number)
-            same = tuple(asked[number : number + 1]) == (phrase,) and (words[number] or 0) < len(choices)
+            same = tuple(question.asked[number : number + 1]) == (phrase,) and (words[number] or 0) < len(choices)
             choice = (words[number] or 0) if same else 0
-            html = web_parts.row(picture, replies, number, choice, threshold, colormap)
+            html = web_parts.row(picture, replies, number, choice, question.threshold, question.colormap)
             rows += [self.gr.update(visible=True), self.gr.update(choices=choices, value=choice, label=phrase), html]
         rows += hidden * (MOST_PHRASES - len(phrases))
         remarks = [f"{reply.model}: {remark}" for reply in replies for remark in reply.notes]
         return [note(web_parts.times(replies, time.perf_counter() - start), *remarks), tuple(phrases), *rows]
 
-    def row(
-        self,
-        number: int,
-        key: str,
-        text: str,
-        model: str,
-        other: str,
-        mode: str,
-        layer: int | None,
-        threshold: float,
-        colormap: str,
-        asked: tuple[str, ...],
-        word: int | None,
-    ) -> str:
+    def row(self, number: int, *values: Any) -> str:
         """The pictures of one row, for another of its words; of the phrases asked, whatever the box holds by now."""
+        question, (word,) = Question.split(values)
         try:
-            replies = self.ask(key, "\n".join(asked), model, other, mode, layer)
-            return web_parts.row(self.answers.picture(key), replies, number, word or 0, threshold, colormap)
+            replies, picture = self.ask(question, "\n".join(question.asked)), self.answers.picture(question.key)
+            return web_parts.row(picture, replies, number, word or 0, question.threshold, question.colormap)
         except UserError as error:
             return message(str(error))

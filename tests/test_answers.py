@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,10 +19,11 @@ from dataset import scenes_files
 from dataset.reading import DataError
 from dataset.transforms import resize_bilinear_image
 from grounding import answers, offers
-from grounding.answers import Answers, Picture, Recent, Reply, split_phrases
+from grounding.answers import MOST_PHRASES, Answers, Picture, Recent, Reply, split_phrases
 from grounding.ground import Answer, PhraseError, ground_all, of_word
 from grounding.offers import Offer, offered, scene_examples
 from grounding.opening import OpenedModel, open_model
+from grounding.web_page import NOTHING, Events
 from models.albef import build_albef
 from models.vit import VisionTransformer
 from utils import UserError
@@ -85,6 +87,61 @@ def file(seed: int = 0, size: tuple[int, int] = (30, 20), orientation: int = 1) 
     exif[274] = orientation
     Image.fromarray(pixels).save(buffer, "JPEG", exif=exif)
     return buffer.getvalue()
+
+
+# ---- what the controls call
+
+
+@pytest.fixture
+def events(counted: Counted) -> Events:
+    """Gradio's updates are told apart by their keywords."""
+    gradio = mock.Mock(update=dict, skip=lambda: "skipped")
+    return Events(gradio, counted.answers, [])
+
+
+def controls(key: str, text: str, other: str = NOTHING, **changed: Any) -> list[Any]:
+    """What the page's controls hold, with `Question`'s names."""
+    usual = {"key": key, "text": text, "model": "one", "other": other, "mode": "itm", "layer": 1}
+    return list((usual | {"threshold": 0.5, "colormap": "viridis", "asked": ()} | changed).values())
+
+
+def test_a_second_model_is_asked_only_if_there_is_one(events: Events) -> None:
+    key = events.answers.add_picture(file(), "noise.jpg").key
+    for other, models in ((NOTHING, ["one"]), ("one", ["one"]), ("two", ["one", "two"])):
+        _, asked, *rows = events.answer(*controls(key, "a red star\ncircle", other), *[0] * MOST_PHRASES)
+        assert asked == ("a red star", "circle")
+        assert [rows[3 * number]["visible"] for number in range(MOST_PHRASES)] == [True] * 2 + [False] * 4
+        for number, phrase in enumerate(asked):
+            assert rows[3 * number + 1]["label"] == phrase
+            assert [name for name in ("one", "two") if f"map of {phrase}, {name}" in rows[3 * number + 2]] == models
+            assert rows[3 * number + 2].count("<figure>") == len(models)
+            assert 'role="alert"' not in rows[3 * number + 2]
+
+
+def test_a_chosen_word_stays_while_its_phrase_does(events: Events) -> None:
+    key = events.answers.add_picture(file(), "noise.jpg").key
+    words = [2, 1, *[0] * (MOST_PHRASES - 2)]  # "a" of the first phrase; [CLS] of the second
+    rows = events.answer(*controls(key, "a red star\nblue", asked=("a red star", "circle")), *words)[2:]
+    assert [rows[1]["value"], rows[4]["value"]] == [2, 0]
+
+
+def test_a_row_shows_its_phrase_whatever_the_box_holds(events: Events) -> None:
+    key = events.answers.add_picture(file(), "noise.jpg").key
+    values = controls(key, "something else", "two", asked=("a red star", "circle"))
+    for number, phrase in enumerate(("a red star", "circle")):
+        html = events.row(number, *values, 0)
+        assert html.count(f"map of {phrase}, ") == 2
+    word = events.row(0, *values, 3)
+    assert word.count("map of red (in: a red star), ") == 2
+    assert events.row(0, *values, None) == events.row(0, *values, 0) != word
+
+
+def test_messages_in_place_of_rows(events: Events) -> None:
+    status, asked, *rows = events.answer(*controls("", "circle"), *[0] * MOST_PHRASES)
+    assert "choose a picture first" in status
+    assert asked == ()
+    assert not any(update["visible"] for update in rows[::3])
+    assert "choose a picture first" in events.row(0, *controls("", "circle", asked=("circle",)), 0)
 
 
 # ---- what is computed, and how often
