@@ -158,7 +158,7 @@ def place(answer: Answer, height: int, width: int, threshold: float = THRESHOLD)
     cam = ResizedMap(torch.from_numpy(answer.small), height, width)
     shares = share_of_maximum(cam)
     boxes = map_boxes(cam, shares, threshold)
-    y, x = divmod(int(cam.pixels.argmax()), width)  # cam.point(), from pixels that are there already
+    y, x = divmod(int(cam.pixels.numpy().argmax()), width)  # cam.point(), from pixels that are there already
     return Grounding(answer.phrase, answer.text, answer.match, answer.small, shares, (x, y), boxes, answer.words)
 
 

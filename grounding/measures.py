@@ -17,11 +17,16 @@ class Region(NamedTuple):
 
     Args:
         box: the smallest [x, y, w, h] around its pixels.
-        energy: the sum of the map over it.
+        mask: which pixels of the box are its own, bool (h, w).
     """
 
     box: Box
-    energy: float
+    mask: np.ndarray
+
+    def energy(self, cam: np.ndarray) -> float:
+        """The sum of a map over it."""
+        x, y, w, h = self.box
+        return float(cam[y : y + h, x : x + w][self.mask].clip(0).sum(dtype=np.float64))
 
 
 def inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -73,7 +78,7 @@ def hot_inside(region: np.ndarray, mask: np.ndarray) -> float:
     return np.count_nonzero(region & mask) / count if count else 0.0
 
 
-def regions(cam: np.ndarray, pixels: np.ndarray) -> list[Region]:
+def regions(pixels: np.ndarray) -> list[Region]:
     """The connected regions of chosen pixels (neighbours by corners included), in order of their first pixel.
 
     Args:
@@ -82,19 +87,17 @@ def regions(cam: np.ndarray, pixels: np.ndarray) -> list[Region]:
     if not pixels.any():
         return []
     (top, bottom), (left, right) = (_ends(pixels, axis) for axis in (1, 0))
-    labels = label(pixels[top:bottom, left:right], connectivity=2)
-    energies = np.bincount(labels.ravel(), cam[top:bottom, left:right].clip(0).ravel())
     found = []
-    for part in regionprops(labels):  # in the order of their labels, however many, in one pass
+    for part in regionprops(label(pixels[top:bottom, left:right], connectivity=2)):
         y1, x1, y2, x2 = part.bbox
-        found.append(Region((left + x1, top + y1, x2 - x1, y2 - y1), float(energies[part.label])))
+        found.append(Region((left + x1, top + y1, x2 - x1, y2 - y1), part.image))
     return found
 
 
 def map_box(cam: np.ndarray, pixels: np.ndarray) -> Box | None:
     """The box of the region with the most energy, the first of equals; None where no pixel is chosen."""
-    found = regions(cam, pixels)
-    return max(found, key=lambda region: region.energy).box if found else None
+    best = max(regions(pixels), key=lambda region: region.energy(cam), default=None)
+    return best.box if best else None
 
 
 def _ends(pixels: np.ndarray, axis: int) -> tuple[int, int]:

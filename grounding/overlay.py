@@ -247,7 +247,7 @@ def _show(axes: Axes, image: Image.Image, shares: np.ndarray, colours: Colormap)
     """An image and its map, in coordinates of the image's pixels."""
     height, width = _shown_size(image.size, axes)
     if image.size != (width, height):
-        shown = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        shown = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
     else:
         shown = image
     extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)

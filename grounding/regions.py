@@ -52,7 +52,7 @@ def regions(shares: np.ndarray, threshold: float) -> np.ndarray:
     """
     if not 0 < threshold <= 1:
         raise UserError(f"the threshold is a share of the map's maximum, above 0 and at most 1, not {threshold}")
-    boxes = [region.box for region in measures.regions(shares, measures.hot(shares, threshold))]
+    boxes = [region.box for region in measures.regions(measures.hot(shares, threshold))]
     return np.array(boxes, int).reshape(-1, 4)
 
 

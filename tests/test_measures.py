@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from grounding import measures, metrics
-from grounding.measures import Region
 
 
 def cam_of(*rows: str) -> np.ndarray:
@@ -78,12 +77,15 @@ def test_regions() -> None:
         "......7.",
         ".....7..",
     )
-    assert measures.regions(cam, cam > 5) == [  # corners join; the order is that of the first pixel
-        Region((1, 1, 3, 2), 27),
-        Region((7, 1, 1, 1), 8),
-        Region((5, 3, 2, 2), 14),
+    found = measures.regions(cam > 5)
+    assert [(region.box, region.energy(cam)) for region in found] == [
+        ((1, 1, 3, 2), 27),  # corners join; the order is that of the first pixel
+        ((7, 1, 1, 1), 8),
+        ((5, 3, 2, 2), 14),
     ]
-    assert measures.regions(cam, cam > 9) == []
+    assert found[0].mask.astype(int).tolist() == [[1, 1, 0], [0, 0, 1]]
+    assert found[0].energy(-cam) == 0  # values below 0 count as 0
+    assert measures.regions(cam > 9) == []
 
 
 def test_the_box_of_a_map_is_that_of_the_region_with_the_most_energy() -> None:
