@@ -63,7 +63,7 @@ def overlay(
     """The map over its image, its point and best box, a colour bar, and the phrase with its match probability.
 
     Args:
-        image: the RGB image that was asked.
+        image: the RGB image that was asked, or a smaller copy of it.
         truth: boxes [x, y, w, h] in pixels of the image, drawn dashed.
         colormap: of matplotlib; "viridis" is perceptually uniform, "jet" is what many papers show.
         side: inches of the image's longer side; less of it makes text and lines larger beside the image.
@@ -72,7 +72,7 @@ def overlay(
         UserError: there is no such colour map.
     """
     colours = see_through(colormap)
-    width, height = (side * length / max(image.size) for length in image.size)
+    width, height = (side * length / max(found.map.shape) for length in found.map.shape[::-1])
     inner, body = max(width + BAR, LEAST_WIDTH), max(height, LEAST_BODY)
     title = wrap(_title(found.text), inner, TITLE)
     top, bottom = GAP + LINE * (len(title) + 1), GAP + LINE
@@ -82,7 +82,7 @@ def overlay(
     middle = MARGIN + bottom + body / 2
     left = MARGIN + (inner - BAR - width) / 2
     axes = _axes(figure, Place(left, middle - height / 2, width, height))
-    heat = _show(axes, image, _reduced(found.map, axes), colours)
+    heat = _show(axes, image, _reduced(found.map, axes), colours, found.map.shape)
     bar_height = max(height, LEAST_BODY)
     bar = _axes(figure, Place(left + width + GAP, middle - bar_height / 2, 0.16, bar_height))
     figure.colorbar(heat, cax=bar, ticks=[0, 0.5, 1]).set_label("share of the maximum", fontsize=9)
@@ -129,7 +129,7 @@ def word_strip(image: Image.Image, found: Grounding, colormap: str = COLORMAP) -
         axes = _axes(figure, Place(x, MARGIN + total - above - height, width, height))
         shown_height, shown_width = _shown_size(image.size, axes)
         shares = share_of_maximum(ResizedMap(torch.from_numpy(small), shown_height, shown_width))
-        _show(axes, image, shares, colours)
+        _show(axes, image, shares, colours, image.size[::-1])
         axes.set_title("\n".join(name), fontproperties=SMALL, pad=3, parse_math=False)
     note = "each map on its own scale; %: share of the whole map" if found.words else "mode itc: no maps of words"
     _place_text(figure, note, MARGIN, MARGIN, SMALL, va="bottom", color="#555555")
@@ -243,15 +243,13 @@ def _reduced(cam: np.ndarray, axes: Axes) -> np.ndarray:
     return cam if cam.shape == (height, width) else cv2.resize(cam, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def _show(axes: Axes, image: Image.Image, shares: np.ndarray, colours: Colormap) -> AxesImage:
-    """An image and its map, in coordinates of the image's pixels."""
+def _show(axes: Axes, image: Image.Image, shares: np.ndarray, colours: Colormap, shape: tuple[int, ...]) -> AxesImage:
+    """An image and its map, in coordinates of (height, width) = `shape`."""
     height, width = _shown_size(image.size, axes)
     if image.size != (width, height):
-        shown = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    else:
-        shown = image
-    extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
-    axes.imshow(np.asarray(shown), extent=extent, aspect="auto")
+        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
+    extent = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
+    axes.imshow(np.asarray(image), extent=extent, aspect="auto")
     heat = axes.imshow(shares, extent=extent, aspect="auto", cmap=colours, vmin=0, vmax=1)
     axes.set_axis_off()
     return heat

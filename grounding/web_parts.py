@@ -102,7 +102,7 @@ def _figure(
         else:
             shown = answer
         found = place(shown, picture.image.height, picture.image.width, threshold)
-        content = overlay.png(overlay.overlay(picture.image, found, colormap=colormap, side=SIDE), FAST)
+        content = overlay.png(overlay.overlay(picture.reduced, found, colormap=colormap, side=SIDE), FAST)
     except UserError as error:
         return f"<figure>{message(str(error))}<figcaption>{name}</figcaption></figure>"
     source = f"data:image/png;base64,{base64.b64encode(content).decode()}"

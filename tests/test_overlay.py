@@ -135,6 +135,12 @@ def test_large_images_are_reduced_and_small_ones_are_not() -> None:
     assert shown(overlay(Image.new("RGB", (8, 4)), grounding(HOT, (8, 4))).axes[0]) == [(4, 8)] * 2
     assert figure.axes[0].get_xlim() == (-0.5, 1599.5)
     assert figure.axes[0].get_ylim() == (1199.5, -0.5)
+    smaller = overlay(
+        Image.new("RGB", (400, 300)), grounding(HOT, (1600, 1200))
+    )  # a copy: coordinates stay the image's
+    assert shown(smaller.axes[0]) == [(300, 400), (longest * 3 // 4, longest)]
+    assert smaller.axes[0].get_window_extent().bounds == figure.axes[0].get_window_extent().bounds
+    assert (smaller.axes[0].get_xlim(), smaller.axes[0].get_ylim()) == ((-0.5, 1599.5), (1199.5, -0.5))
 
 
 @pytest.mark.parametrize("size", [(8, 4), (4, 8), (200, 100)])
