@@ -5,6 +5,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import PIL
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,9 +82,35 @@ def test_bicubic_resize() -> None:
     image = Image.fromarray(noise())
     resized = resize_bicubic(image, 20)
     assert resized.shape == (20, 20, 3)
-    assert (resized == np.asarray(image.resize((20, 20), Image.Resampling.BICUBIC))).all()
+    across = image.resize((20, image.height), Image.Resampling.BICUBIC)
+    assert (resized == np.asarray(across.resize((20, 20), Image.Resampling.BICUBIC))).all()
     grey = resize_bicubic(image.convert("L"), 20)
     assert (grey[..., 0] == grey[..., 2]).all()
+
+
+@pytest.mark.parametrize(
+    ("width", "height", "size", "vertical_first"),
+    [
+        (300, 400, 384, True),  # 84 wider, 16 lower
+        (320, 640, 256, True),  # 64 narrower, 384 lower
+        (306, 356, 256, False),  # 50 and 100: not more than twice
+        (306, 357, 256, True),
+        (400, 300, 384, False),
+        (90, 100, 384, False),  # both grow
+    ],
+)
+def test_bicubic_resize_rounds_between_the_axes_as_pillow_13(
+    width: int, height: int, size: int, vertical_first: bool
+) -> None:
+    image = Image.fromarray(noise(height, width))
+    orders = [
+        np.asarray(image.resize(first, Image.Resampling.BICUBIC).resize((size, size), Image.Resampling.BICUBIC))
+        for first in ((size, height), (width, size))
+    ]
+    assert (orders[0] != orders[1]).any()
+    assert (resize_bicubic(image, size) == orders[vertical_first]).all()
+    if int(PIL.__version__.partition(".")[0]) >= 13:
+        assert (orders[vertical_first] == np.asarray(image.resize((size, size), Image.Resampling.BICUBIC))).all()
 
 
 # ---- the release's augmentation
