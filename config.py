@@ -350,6 +350,7 @@ def _known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
     keys = []
     for name, field in kind.model_fields.items():
         keys.append(prefix + name)
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+        section = field.annotation
+        if isinstance(section, type(BaseModel)):  # on Python 3.10, list[str] passes for a class but not as one
+            keys += _known_keys(section, f"{prefix}{name}.")
     return keys
