@@ -10,6 +10,8 @@ import os
 import random
 import subprocess
 import sys
+import tarfile
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -201,6 +203,33 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def load_tensors(path: str | Path) -> Any:
+    """`torch.load` onto the CPU that runs no code from the file; a file in the zip format is mapped, not read.
+
+    PyTorch before 2.6 hands the archives of torch.jit.save to TorchScript even with weights_only=True
+    (CVE-2025-32434), and unpacks those of its early .tar format: neither holds a checkpoint.
+
+    Raises:
+        ValueError: it is one of these.
+        OSError, EOFError, RuntimeError, ValueError, TypeError, KeyError, pickle.UnpicklingError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        zipped = file.read(2) == b"PK"
+    if not zipped and tarfile.is_tarfile(path):
+        raise ValueError("a .tar archive")
+    if zipped and "constants.pkl" in {Path(name).name for name in _names_in_zip(path)}:
+        raise ValueError("a TorchScript program")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+
+
+def _names_in_zip(path: str | Path) -> list[str]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return archive.namelist()
+    except zipfile.BadZipFile as error:
+        raise ValueError("a zip archive that is cut off or damaged") from error
 
 
 def shortest_ends(paths: Sequence[Path]) -> list[str]:

@@ -58,7 +58,7 @@ class ResultFolder:
         if not path.exists():
             return None
         try:
-            records = torch.load(path, map_location="cpu", weights_only=True)
+            records = utils.load_tensors(path)
             found = [record["ref_id"] for record in records]
         except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
             print(f"{path} cannot be read, perhaps because its run was interrupted: evaluating again")

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.vit import VisionTransformer
 from models.xbert import TextEncoder
-from utils import UserError, atomic_path
+from utils import UserError, atomic_path, load_tensors
 
 State = dict[str, Tensor]
 
@@ -63,10 +63,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path}: no such checkpoint")
     try:
-        if path.suffix == ".safetensors":
-            content: Any = load_file(path)
-        else:
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=_zip_format(path))
+        content: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
     except UNREADABLE as error:
         if call := _refused_call(error):
             raise CheckpointError(f"{path}: refused, it holds more than tensors and plain values ({call})") from error
@@ -92,11 +89,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, pickle.UnpicklingError):
         return "not a file that PyTorch writes"
     return str(error).split("\n")[0] or type(error).__name__
-
-
-def _zip_format(path: Path) -> bool:
-    with path.open("rb") as file:
-        return file.read(2) == b"PK"
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:

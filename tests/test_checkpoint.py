@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,30 @@ def test_a_function_call_in_a_checkpoint_is_refused_and_not_made(
     else:
         torch.load(path, weights_only=False)
     assert marker.exists()
+
+
+def write_torchscript(path: Path) -> None:
+    torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), path)
+
+
+def write_tar(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+
+
+@pytest.mark.parametrize(
+    ("write", "what"), [(write_torchscript, "a TorchScript program"), (write_tar, r"a \.tar archive")]
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_programs_and_early_formats_never_reach_torch_load(
+    write: Callable[[Path], None], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch before 2.6 runs the first and unpacks the second, weights_only or not."""
+    path = tmp_path / "ALBEF.pth"
+    write(path)
+    monkeypatch.setattr(torch, "load", lambda *args, **options: pytest.fail("torch.load was called"))
+    with pytest.raises(CheckpointError, match=rf"ALBEF\.pth: not a readable checkpoint \({what}\)"):
+        read_checkpoint(path)
 
 
 def test_other_objects_in_a_checkpoint_are_refused_by_name(tmp_path: Path) -> None:
