@@ -300,6 +300,17 @@ def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> N
     assert dict(os.environ) == before
 
 
+def test_a_proxy_is_not_asked_for_the_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing answers
+    monkeypatch.setenv("no_proxy", "example.org")
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    with web.running(Answers([Offer("x", SHIPPED)], pytest.fail), []) as url:
+        assert httpx.get(url).status_code == 200
+        assert os.environ["no_proxy"].startswith("example.org,")
+    assert os.environ["no_proxy"] == "example.org"
+
+
 def test_addresses_that_are_taken(site: Site) -> None:
     taken = int(site.url.rpartition(":")[2])
     before = os.environ["GRADIO_TEMP_DIR"]
