@@ -46,7 +46,7 @@ def running(
     Raises:
         UserError: Gradio is not installed, or the address is taken.
     """
-    with tempfile.TemporaryDirectory(prefix="amc-web-") as folder, _environment(folder):
+    with tempfile.TemporaryDirectory(prefix="amc-web-") as folder, _environment(folder, host):
         gr = gradio()
         page = web_page.build(gr, answers, examples, start)
         from starlette.middleware import Middleware
@@ -90,9 +90,16 @@ def gradio() -> Any:
 
 
 @contextlib.contextmanager
-def _environment(folder: str) -> Iterator[None]:
-    """What Gradio can be told by the environment alone: it reports nothing, and writes into `folder` alone."""
+def _environment(folder: str, host: str = LOOPBACK[0]) -> Iterator[None]:
+    """What Gradio can be told by the environment alone: it reports nothing, and writes into `folder` alone.
+
+    It also asks its own page once, and a proxy that stands in the environment knows nothing of this machine's `host`.
+    """
+    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    direct = ",".join([*filter(None, [direct]), *dict.fromkeys([*LOOPBACK, host])])
     wanted = {
+        "no_proxy": direct,
+        "NO_PROXY": direct,
         "GRADIO_ANALYTICS_ENABLED": "False",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "GRADIO_RUN_HISTORY": "False",

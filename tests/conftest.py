@@ -8,12 +8,19 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import matplotlib as mpl
 import pytest
 import torch
 
 from config import ModelConfig, PretrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _plain_matplotlib() -> None:
+    """The matplotlibrc of whoever runs the tests draws other pictures."""
+    mpl.rcdefaults()
 
 
 @pytest.fixture(scope="session")

@@ -52,7 +52,7 @@ def test_variants_and_seeds(
         ("Pretrain.yaml", ["--seed", "8", *margins]),
         ("Pretrain_control.yaml", ["--seed", "8"]),
     ]
-    table = (tmp_path / "table.md").read_text().splitlines()
+    table = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
     assert table[2:] == [
         "| both terms, published margins | 2 | 10.0 ± 7.1 | 20.0 ± 14.1 | 30.0 ± 21.2 | 2.0 ± 1.4 | 50.0 ± 0.0 |",
         "| control | 2 | 15.0 ± 7.1 | 30.0 ± 14.1 | 45.0 ± 21.2 | 3.0 ± 1.4 | 50.0 ± 0.0 |",

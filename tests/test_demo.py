@@ -50,8 +50,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "photos" / "more").mkdir(parents=True)
     exif = Image.Exif()
     exif[274] = 6
-    for name, size in (("b.jpg", (30, 20)), ("a.png", (9, 8)), ("more/B.png", (12, 12))):
-        image = Image.effect_noise(size, 90).convert("RGB")
+    for seed, (name, size) in enumerate((("b.jpg", (30, 20)), ("a.png", (9, 8)), ("more/B.png", (12, 12)))):
+        grey = np.random.default_rng(seed).normal(128, 90, size[::-1]).clip(0, 255)
+        image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
         image.save(folder / "photos" / name, **({"exif": exif} if name == "b.jpg" else {}))
     (folder / "broken.jpg").write_text("not found")
     return folder

@@ -9,6 +9,8 @@ from typing import Any
 import nbformat
 import numpy as np
 import pytest
+from jupyter_client.kernelspec import KernelSpecManager
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
@@ -22,6 +24,8 @@ ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "demo_amc.ipynb"
 CHECKPOINT, CONFIG = "checkpoints/scenes_stage1.safetensors", "configs/scenes/Grounding_refcoco.yaml"
 PHRASES = ["the small red triangle", "the big circle", "the blue circle", "the star"]
+PATIENCE = 600  # seconds for a cell, and for the kernel to start; a machine may be slow
+pytestmark = pytest.mark.usefixtures("one_thread")  # as in the kernel: what is printed is then the same to the digit
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,10 @@ def execute(place: Path, **parameters: object) -> Any:
         lines = first.source.splitlines()
         assert sum(line.startswith(f"{name} = ") for line in lines) == 1
         first.source = "\n".join(f"{name} = {value!r}" if line.startswith(f"{name} = ") else line for line in lines)
-    client = NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(place)}})
+    # This Python's own kernel, whatever kernels called python3 are installed.
+    kernel = AsyncKernelManager(kernel_name="python3", kernel_spec_manager=KernelSpecManager(kernel_dirs=[]))
+    waits: dict[str, Any] = {"timeout": PATIENCE, "startup_timeout": PATIENCE}
+    client = NotebookClient(notebook, kernel, **waits, resources={"metadata": {"path": str(place)}})
     # No settings of whoever runs the tests, and nothing from a network.
     surroundings = {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     surroundings |= {"IPYTHONDIR": str(place / "ipython"), "JUPYTER_CONFIG_DIR": str(place / "jupyter")}

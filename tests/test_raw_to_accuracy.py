@@ -149,9 +149,10 @@ def refcoco_plus(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     keys = {**refer_keys(scenes, "refcoco+", folder, scenes / "images"), "det_file": folder / "dets.json"}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the tests, whose maps must equal these
-    result = evaluated(REFCOCO, "refcoco", scenes, tmp_path_factory.mktemp("direct"), **keys)
-    torch.set_num_threads(threads)
-    return result
+    try:
+        return evaluated(REFCOCO, "refcoco", scenes, tmp_path_factory.mktemp("direct"), **keys)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize(
