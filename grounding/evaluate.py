@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 import utils
-from config import GroundingConfig, load_config, save_config
+from config import BertConfig, GroundingConfig, load_bert_config, load_config, save_config
 from dataset.expressions import Expression
 from dataset.matching import load_pairs
-from dataset.text import load_tokenizer
+from dataset.text import Tokenizer, load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from grounding import metrics
 from grounding.benchmarks import Benchmark, asked_for
@@ -108,6 +108,25 @@ def find_checkpoints(checkpoint: str) -> dict[str, Path]:
     return found
 
 
+def check_readable(texts: Iterable[str], tokenizer: Tokenizer, bert: BertConfig) -> None:
+    """Raise `EvaluationError` for a vocabulary or a text that the model has no embeddings for."""
+    if tokenizer.vocab_size > bert.vocab_size:
+        raise EvaluationError(
+            f"{tokenizer.source}: {tokenizer.vocab_size} word pieces, and bert_config's vocab_size is "
+            f"{bert.vocab_size}; pass the --text_encoder that the model was trained with"
+        )
+    longest = bert.max_position_embeddings
+    for text in dict.fromkeys(texts):
+        if len(text) * 4 < longest:  # no character is more than 3 pieces: spares tokenising nearly all
+            continue
+        tokens = tokenizer([text]).input_ids.shape[1]
+        if tokens > longest:
+            raise EvaluationError(
+                f"expression {text!r:.60} has {tokens} word pieces, and this model reads at most {longest} "
+                "(bert_config's max_position_embeddings); shorten it or leave it out"
+            )
+
+
 class Evaluation:
     """A benchmark's data, read and checked before anything is computed, and the folder its results go to."""
 
@@ -121,6 +140,9 @@ class Evaluation:
         self.pairs = {Path(file).stem: load_pairs(file, config.image_root) for file in config.matching_file}
         self.line_names = [*benchmark.metrics, *self.pairs]
         self.tokenizer = load_tokenizer(args.text_encoder)
+        asked = [expression.text for expression in self.expressions]
+        asked += [pair.text for pairs in self.pairs.values() for pair in pairs]
+        check_readable(asked, self.tokenizer, load_bert_config(config.bert_config))
         self.images = distinct(expression.image for expression in self.expressions)
         count = len(self.expressions)
         utils.log(f"{benchmark.name}: {count} expressions of {len(self.images)} images, on {self.device}")

@@ -111,7 +111,7 @@ def load_weights(model: nn.Module, state: State, path: str | Path) -> LoadReport
 
     Explained differences: position embeddings of another resolution are resized; `queue_ptr` serves for both pointers;
     a queue of another length starts afresh; a training model given student weights alone copies its teacher from them;
-    an evaluation model leaves teacher, queues and MLM head out.
+    a model without teacher, queues or MLM head leaves those out.
 
     Raises:
         CheckpointError: any other missing, unexpected or differently shaped key.
@@ -129,7 +129,9 @@ def load_weights(model: nn.Module, state: State, path: str | Path) -> LoadReport
     for key in [key for key in target if key not in state and POSITION_IDS.search(key)]:
         state[key] = target[key]  # a constant that some versions of transformers do not save
     for what, pattern in (("teacher", TEACHER), ("queues", QUEUE), ("MLM head", MLM_HEAD)):
-        extra = [key for key in state if key not in target and pattern.match(key)]
+        if any(pattern.match(key) for key in target):
+            continue  # the model has one of its own: a tensor too many is no part of it
+        extra = [key for key in state if pattern.match(key)]
         if extra:
             report.ignored.append(f"{what}, {len(extra)} tensors")
         for key in extra:
@@ -148,10 +150,13 @@ def _convert_queues(state: State, target: State, report: LoadReport) -> None:
     if single is not None:
         for name in names[2:]:
             state.setdefault(name, single.reshape(1).clone())
-    shapes = [tuple(state[name].shape) if name in state else None for name in names[:2]]
-    if all(shape == tuple(target[name].shape) for shape, name in zip(shapes, names[:2], strict=True)):
-        return
-    was = "missing" if shapes[0] is None else f"of length {shapes[0][-1]}"
+    lengths = [state[name].shape[-1:] for name in names[:2] if name in state]
+    if not lengths:
+        was = "missing"
+    elif len(lengths) == 2 and lengths[0] == lengths[1] != target["image_queue"].shape[-1:]:
+        was = f"of length {lengths[0][-1]}"
+    else:
+        return  # they fit, or `_check` says what does not
     report.fresh.append(f"queues ({was} in the file, {target['image_queue'].shape[1]} here)")
     state.update({name: target[name] for name in names})
 

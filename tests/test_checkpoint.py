@@ -3,6 +3,7 @@
 import argparse
 import os
 import pickle
+import re
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -317,6 +318,23 @@ def test_queue_of_another_length_starts_afresh(tiny_config: TinyConfig) -> None:
     assert torch.equal(model.state_dict()["temp"], state["temp"])
 
 
+@pytest.mark.parametrize("name", ["image_queue", "text_queue", "queue_ptr_img"])
+def test_queues_in_part_are_an_error(training: PretrainModel, name: str) -> None:
+    state = state_of(training)
+    del state[name]
+    with pytest.raises(CheckpointError, match=rf"missing: {name}$"):
+        load_weights(training, state, "checkpoint.pth")
+
+
+@pytest.mark.parametrize("rows", [3, 5])
+def test_queue_of_another_embedding_is_an_error(training: PretrainModel, rows: int) -> None:
+    """Only the length of a queue may differ: a start afresh would hide that the features are others."""
+    state = state_of(training)
+    state["image_queue"] = torch.zeros(rows, training.image_queue.shape[1])
+    with pytest.raises(CheckpointError, match=rf"of another shape: image_queue is \[{rows}, 6\]"):
+        load_weights(training, state, "checkpoint.pth")
+
+
 def test_checkpoint_without_queues_or_teacher_starts_them(tiny_config: TinyConfig) -> None:
     model = PretrainModel(tiny_config())
     everything = state_of(model)
@@ -404,6 +422,17 @@ def test_unexpected_key_is_an_error(evaluation: ALBEF) -> None:
     state = state_of(evaluation) | {"itm_head.extra": torch.ones(1)}
     with pytest.raises(CheckpointError, match=r"\n  unexpected: itm_head\.extra$"):
         load_weights(evaluation, state, "more.pth")
+
+
+@pytest.mark.parametrize("key", ["visual_encoder_m.extra", "text_encoder.cls.seq_relationship.weight"])
+def test_unexpected_key_of_a_part_that_the_model_has_is_an_error(
+    training: PretrainModel, evaluation: ALBEF, key: str
+) -> None:
+    """Leaving the whole part out is for evaluation, which has none of it."""
+    state = state_of(training) | {key: torch.ones(1)}
+    load_weights(evaluation, state, "checkpoint.pth")
+    with pytest.raises(CheckpointError, match=rf"\n  unexpected: {re.escape(key)}$"):
+        load_weights(training, state, "checkpoint.pth")
 
 
 def test_other_shape_is_an_error(evaluation: ALBEF) -> None:

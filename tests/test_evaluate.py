@@ -370,6 +370,32 @@ def test_image_encoder_in_bfloat16(mode: str, place: Path, tmp_path: Path) -> No
 # ---- what cannot be done
 
 
+def test_text_that_the_model_has_no_positions_for(place: Path, tmp_path: Path) -> None:
+    """Said before anything is computed, with the text; one that just fits is evaluated."""
+    folder = place / "data" / "refer" / "refclef"
+    row = json.loads((folder / "refclef_val.json").read_text())[0]
+    (tmp_path / "bert.json").write_text(json.dumps({**BERT, "max_position_embeddings": 27}))
+    model = build_albef(load_config(place / "refclef.yaml", GroundingConfig, [f"bert_config={tmp_path}/bert.json"]))
+    torch.save({"model": model.state_dict()}, tmp_path / "short.pth")
+    for letters, fits in ((26, True), (27, False)):
+        text = "red " + " ".join(chr(ord("a") + k % 26) for k in range(letters - 1))
+        (tmp_path / "rows.json").write_text(json.dumps([row, {**row, "text": text}]))
+        words = ["--set", f"test_file=[{tmp_path}/rows.json]", "--set", f"bert_config={tmp_path}/bert.json"]
+        if fits:
+            evaluate(REFCLEF, place, tmp_path, *words, checkpoint=str(tmp_path / "short.pth"))
+            assert len(results(tmp_path)) == 2
+        else:
+            with pytest.raises(EvaluationError, match=r"expression 'red a b .* has 28 word pieces, .* at most 27"):
+                evaluate(REFCLEF, place, tmp_path / "no", *words, checkpoint=str(tmp_path / "short.pth"))
+
+
+def test_vocabulary_larger_than_the_models(place: Path, tmp_path: Path, bert_vocab: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes(bert_vocab.read_bytes())
+    with pytest.raises(EvaluationError, match=r"vocab\.txt: 30522 word pieces, and bert_config's vocab_size is \d+;"):
+        evaluate(REFCLEF, place, tmp_path, "--text_encoder", str(tmp_path), checkpoint=ONE)
+    assert not (tmp_path / "result").exists()
+
+
 def test_clear_messages_before_anything_is_computed(place: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no such file or folder"):
         evaluate(REFCOCO, place, tmp_path, checkpoint="nowhere.pth")
