@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 import utils
 from dataset import scenes_files
-from dataset.raw import flickr_entities, vg_report, visual_genome
+from dataset.raw import flickr_entities, visual_genome
 from dataset.raw import refer as raw_refer
 from dataset.raw.check import check
-from dataset.raw.vg_rules import GROUPINGS, OUTPUTS, POSITIONS, Rules
+from dataset.raw.vg_phrases import GROUPINGS, POSITIONS, Rules
+from dataset.raw.visual_genome import OUTPUTS
 from dataset.refer import SPLITS
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -67,7 +68,7 @@ def prepare_vg(args: argparse.Namespace) -> None:
         sys.exit("error: --min-area must not exceed --max-area, nor --min-words --max-words")
     rules = Rules(**{name: getattr(args, name) for name in Rules._fields})
     report = visual_genome.prepare(args.raw, args.out, rules, args.only, args.exclude_eval, args.image_root)
-    print(vg_report.describe(report))
+    print(visual_genome.describe(report))
     print("\nwrote " + ", ".join(str(args.out / OUTPUTS[name]) for name in report.drafts))
 
 
