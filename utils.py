@@ -5,6 +5,7 @@ import contextlib
 import ctypes
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 import random
@@ -187,7 +188,18 @@ class Meters:
         return means
 
 
-# ---- files
+# ---- text and files
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as lines of columns: the first `left` of a row flush left, the others right; rows may be short."""
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=False)
+        padded = (cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

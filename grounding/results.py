@@ -124,9 +124,7 @@ class ResultFolder:
         for epoch, values in by_epoch.items():
             mark = "*" if epoch == best else " "
             cells.append([epoch + mark, *(percent(values.get(column)) for column in columns)])
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        rows_shown = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in cells]
-        return "\n".join([*rows_shown, f"in %; * best by {' '.join(decisive)}"])
+        return f"{utils.aligned(cells, left=0)}\nin %; * best by {' '.join(decisive)}"
 
 
 def percent(value: float | None) -> str:

@@ -16,7 +16,7 @@ from dataset.raw.vg_fields import Image, Row, Thing, read_each, read_image, read
 from dataset.raw.vg_files import FAST, Draft, Source, Spool, find_sources, read_entries
 from dataset.raw.vg_phrases import DROPPED, Rules, describe_attributes, describe_positions, describe_regions
 from dataset.reading import DataError
-from utils import atomic_path, log
+from utils import aligned, atomic_path, log
 
 T = TypeVar("T")
 
@@ -26,7 +26,6 @@ OUTPUTS = {
     "attributes_spatial": "vg_attributes_spatial.json",
 }
 SOURCES = {"descriptions": "region_descriptions", "attributes": "attributes", "attributes_spatial": "attributes"}
-GAP = "  "
 
 
 class Images(NamedTuple):
@@ -205,7 +204,7 @@ def describe(report: Report) -> str:
     if report.evaluation:
         rows += [["left out: in a val or test split", len(images.evaluation)]]
     rows += [
-        [f"{GAP}{file.path}: of {len(file):,} images", found]
+        [f"  {file.path}: of {len(file):,} images", found]
         for file, found in zip(report.evaluation, images.found, strict=True)
     ]
     rows += [["left out: not on disk", len(images.missing)]] if images.missing else []
@@ -244,7 +243,7 @@ def _outputs(report: Report) -> str:
     rows.append(["dropped, by rule:"])
     for rule in DROPPED:
         if any(draft.dropped[rule] for draft in drafts):
-            rows.append([GAP + rule, *(draft.dropped[rule] for draft in drafts)])
+            rows.append([f"  {rule}", *(draft.dropped[rule] for draft in drafts)])
     text = table(rows)
     for name, draft in report.drafts.items():
         if not draft.entries:
@@ -253,11 +252,6 @@ def _outputs(report: Report) -> str:
 
 
 def table(rows: list[list[object]]) -> str:
-    """Lines of cells in columns: the first flush left, numbers flush right and with thousands separators."""
+    """`aligned`, with thousands separators in numbers."""
     cells = [[f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in row] for row in rows]
-    columns = max(map(len, cells))
-    widths = [max((len(row[i]) for row in cells if i < len(row)), default=0) for i in range(columns)]
-    lines = [
-        [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=False))] for row in cells
-    ]
-    return "\n".join(GAP.join(line).rstrip() for line in lines)
+    return aligned(cells)
