@@ -119,15 +119,21 @@ def parse_boxes(value: Any, what: str) -> np.ndarray:
     Raises:
         EntryProblem: it is something else; `what` says what should have been there.
     """
-    if not isinstance(value, list) or not all(_is_box(box) for box in value):
+    if not isinstance(value, list) or not all(is_box(box, more=True) for box in value):
         raise EntryProblem(f"{what} must be a list of boxes, each four finite numbers", f"found {value!r:.60}")
     return np.array([box[:4] for box in value], dtype=np.float64).reshape(-1, 4)
 
 
-def _is_box(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) < 4:
+def is_box(value: Any, more: bool = False) -> bool:
+    """Whether a JSON value is four finite numbers; `more`: a detection's score may follow them."""
+    if not isinstance(value, list) or len(value) < 4 or (len(value) > 4 and not more):
         return False
-    return all(type(number) in (int, float) and math.isfinite(number) for number in value[:4])
+    return all(map(is_number, value[:4]))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number; a boolean is none."""
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def check_images(images: Iterable[tuple[Path, str]], problems: Problems) -> None:

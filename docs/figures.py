@@ -30,11 +30,12 @@ from torch import Tensor
 import utils
 from config import AMCConfig, PretrainConfig, load_config
 from dataset.photos import read_photo
+from dataset.refer import MAX_WORDS
 from dataset.text import clean_caption
 from demo import check_boxes, demo_model
 from grounding import metrics
 from grounding.anatomy import Terms, Training, look, parts, terms, training_view
-from grounding.ground import MAX_WORDS, Grounding, encode, ground, ground_all
+from grounding.ground import Grounding, encode, ground, ground_all
 from grounding.opening import layers, open_model
 from grounding.overlay import COLORMAP, DPI, SMALL, see_through, word_strip, wrap
 from grounding.predict import Explainer
