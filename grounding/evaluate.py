@@ -9,15 +9,14 @@ from torch import Tensor
 
 import utils
 from config import GroundingConfig, load_config, save_config
-from dataset.expressions import Expression
 from dataset.matching import load_pairs
 from dataset.text import load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from grounding import metrics
 from grounding.benchmarks import Benchmark, asked_for
 from grounding.opening import check_layer, ready
-from grounding.outcomes import size_of
-from grounding.predict import Explainer, ImageData, ask, distinct, load_images
+from grounding.outcomes import score
+from grounding.predict import Explainer, ImageData, ask, load_images
 from grounding.report import report_folders
 from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
@@ -121,7 +120,7 @@ class Evaluation:
         self.pairs = {Path(file).stem: load_pairs(file, config.image_root) for file in config.matching_file}
         self.line_names = [*benchmark.metrics, *self.pairs]
         self.tokenizer = load_tokenizer(args.text_encoder)
-        self.images = distinct(expression.image for expression in self.expressions)
+        self.images = list(dict.fromkeys(expression.image for expression in self.expressions))
         count = len(self.expressions)
         utils.log(f"{benchmark.name}: {count} expressions of {len(self.images)} images, on {self.device}")
         output = Path(args.output_dir)
@@ -192,26 +191,14 @@ class Evaluation:
         """A log line for each metric of the benchmark: reported split -> accuracy."""
         left_out = set(skipped)
         kept = [expression for position, expression in enumerate(self.expressions) if position not in left_out]
-        scores = [self.score(expression, record["pred"]) for expression, record in zip(kept, records, strict=True)]
+        scores = score([record["pred"] for record in records], kept, self.benchmark.metrics)
         splits = [expression.split for expression in kept]
-        return [
-            metrics.split_accuracies([score[metric] for score in scores], splits, self.benchmark.splits)
-            for metric in self.benchmark.metrics
-        ]
-
-    def score(self, expression: Expression, pred: Tensor) -> dict[str, bool]:
-        """Whether a map (h, w) grounds an expression, by each of the benchmark's metrics."""
-        cam = metrics.ResizedMap(pred, *size_of(expression))
-        score = {"point": metrics.point_correct(cam, expression.boxes)}
-        if "box" in self.benchmark.metrics:
-            assert expression.detections is not None
-            score["box"] = metrics.box_correct(cam, expression.detections, expression.boxes[0])
-        return score
+        return [metrics.split_accuracies(column, splits, self.benchmark.splits) for column in scores.T.tolist()]
 
     def matching(self, explainer: Explainer, name: str) -> Line:
         """A log line: how often the model is right about balanced pairs, over all and by kind of text."""
         pairs, config = self.pairs[name], self.config
-        images = distinct(pair.image for pair in pairs)
+        images = list(dict.fromkeys(pair.image for pair in pairs))
         data = ImageData(images, resize_bilinear_image, config.image_res, self.args.skip_broken)
         batches = load_images(data, config.batch_size, self.args.num_workers)
         asked = [(pair.image, pair.text) for pair in pairs]

@@ -170,8 +170,3 @@ def ask(
         for (row, text), answer in zip(asked, answers, strict=True):
             for position in positions[batch[row].path][text]:
                 yield position, answer.clone()
-
-
-def distinct(paths: Iterable[Path]) -> list[Path]:
-    """The different paths, in order of first appearance."""
-    return list(dict.fromkeys(paths))

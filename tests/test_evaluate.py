@@ -25,7 +25,7 @@ from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark, asked_for
 from grounding.evaluate import EvaluationError, find_checkpoints
 from grounding.opening import LayerError
 from grounding.outcomes import ReportError, size_of
-from grounding.predict import ask, distinct
+from grounding.predict import ask
 from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef
 from models.checkpoint import CheckpointError
@@ -469,7 +469,6 @@ def test_ask_computes_each_different_pair_once() -> None:
     from grounding.predict import Loaded
 
     pairs = [(Path("a"), "x"), (Path("b"), "x"), (Path("a"), "x"), (Path("c"), "x"), (Path("a"), "y")]
-    assert distinct(path for path, _ in pairs) == [Path("a"), Path("b"), Path("c")]
     batches = [[Loaded(Path("a"), torch.tensor([10.0])), Loaded(Path("b"), torch.tensor([20.0]))], []]
     asked: list[tuple[float, str]] = []
 
