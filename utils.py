@@ -1,6 +1,7 @@
 """Processes, devices, seeds, meters and safe writing: the small things every program here needs."""
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import datetime
@@ -226,6 +227,11 @@ def shortest_ends(paths: Sequence[Path]) -> list[str]:
     return ends
 
 
+def data_uri(kind: str, content: bytes) -> str:
+    """A file's content as an address, for a page that needs no other file; `kind` is its MIME type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def write_text(path: str | Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -242,34 +248,23 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def write_provenance(path: Path, seed: int, **more: Any) -> None:
     """Leave command, versions, git commit and seed beside a run's results."""
-    libraries = (
-        "torch",
-        "torchvision",
-        "timm",
-        "transformers",
-        "numpy",
-        "opencv-python",
-        "opencv-python-headless",
-        "pillow",
-    )
-    versions = {name: _or_none(importlib.metadata.version, name) for name in libraries}
+    libraries = ["torch", "torchvision", "timm", "transformers", "numpy"]
+    libraries += ["opencv-python", "opencv-python-headless", "pillow"]
+    versions = {}
+    for name in libraries:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     record = {
         "command": sys.argv,
         "seed": seed,
         "world_size": world_size(),
         "python": sys.version.split()[0],
-        "versions": {name: version for name, version in versions.items() if version},
+        "versions": versions,
         "git_commit": _git_commit(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **more,
     }
     write_text(path, json.dumps(record, indent=2) + "\n")
-
-
-def _or_none(function: Callable[[str], str], name: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return function(name)
-    return None
 
 
 def _git_commit() -> str | None:
