@@ -10,8 +10,7 @@ from PIL import Image
 
 from dataset.reading import read_image
 from grounding.charts import Panel, chart
-from grounding.collect import Results
-from grounding.outcomes import MEASURES, THRESHOLDS, size_of
+from grounding.outcomes import MEASURES, THRESHOLDS, Results, size_of
 from grounding.page import Block, Case, Cell, Chart, Part, Sheet, Shot, Table
 from grounding.results import percent
 from grounding.statistics import Group, Interval, by_category, by_length, by_size, intervals
