@@ -23,7 +23,7 @@ from dataset.photos import find_images, read_photo
 from dataset.reading import DataError
 from grounding import metrics, overlay, web, web_page
 from grounding.answers import Answers
-from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO
+from grounding.benchmarks import BENCHMARKS
 from grounding.evaluate import PRECISIONS
 from grounding.gate import LOOPBACK
 from grounding.ground import Grounding, encode, ground_all, notes
@@ -32,7 +32,6 @@ from grounding.opening import OpenedModel, newest_checkpoint, open_model
 from grounding.predict import Explainer
 from grounding.regions import THRESHOLD
 
-BENCHMARKS = {"refcoco": REFCOCO, "refclef": REFCLEF, "flickr": FLICKR}
 DEMO_MODELS = DEMO / TRAINED["AMC"]  # where `make demo` leaves its AMC checkpoints
 
 
