@@ -8,6 +8,7 @@ import datetime
 import importlib.metadata
 import itertools
 import json
+import math
 import os
 import random
 import subprocess
@@ -107,12 +108,18 @@ def boolean(text: str) -> bool:
     return known[text.lower()]
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """An integer from low to high, for argparse."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            upper = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be at least {low}{upper}, not {value}")
+        return value
+
+    parse.__name__ = "integer"  # for argparse's message about what is no integer
+    return parse
 
 
 def choose_device(name: str | None) -> torch.device:
