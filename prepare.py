@@ -57,8 +57,8 @@ def prepare_scenes(args: argparse.Namespace) -> None:
         )
     total = args.train + 3 * args.eval
     with tqdm(total=total, desc="scenes", unit="image", disable=None) as bar:
-        scenes_files.generate(args.out, args.seed, args.train, args.annotated, args.eval, args.size, bar.update)
-    counts = (scenes_files.read_manifest(args.out) or {})["counts"]
+        generate, progress = scenes_files.generate, bar.update
+        counts = generate(args.out, args.seed, args.train, args.annotated, args.eval, args.size, progress)
     listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
     print(f"wrote {total} images and their annotations ({listed}) to {args.out}")
 

@@ -61,6 +61,12 @@ class Cases:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
+    def lines(self, kind: str) -> list[str]:
+        """The kind with the number of its cases, and below it the first of them."""
+        more = self.count - len(self.first)
+        shown = [*self.first, *([f"and {more:,} more"] if more else [])]
+        return [f"{kind} - {self.count:,} found:", *(f"  {line}" for line in shown)]
+
 
 class Problems:
     """Problems gathered over all entries, so that one message shows every kind instead of the first case.
@@ -81,12 +87,7 @@ class Problems:
 
     def paragraphs(self) -> list[str]:
         """A paragraph a kind, with its count and its first cases."""
-        found = []
-        for kind, cases in self.kinds.items():
-            more = cases.count - len(cases.first)
-            lines = [*cases.first, *([f"and {more} more"] if more else [])]
-            found.append("\n  ".join([f"{kind} - {cases.count} found:", *lines]))
-        return found
+        return ["\n".join(cases.lines(kind)) for kind, cases in self.kinds.items()]
 
     def check(self) -> None:
         """Raise `DataError` with all `paragraphs`, if there are any."""

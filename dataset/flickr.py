@@ -5,7 +5,6 @@ Three files a split: image ids, one a line; {image_id: {"boxes": {phrase_id: [[x
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -129,8 +128,10 @@ def read_phrases(
                 if of and phrase_id in of.by_id:
                     text = clean_text(require(row, "phrase", str), MAX_WORDS)
                     record = {"image_height": of.size[0], "image_width": of.size[1], "split": split.name}
-                    expression = Expression(image, text, count, split.name, of.by_id[phrase_id], record, size=of.size)
-                    expression = replace(expression, categories=_types(row))
+                    boxes_of = of.by_id[phrase_id]
+                    expression = Expression(
+                        image, text, count, split.name, boxes_of, record, size=of.size, categories=_types(row)
+                    )
                     count += 1
                 yield Phrase(where, image_id, phrase_id, expression)
             except EntryProblem as problem:

@@ -218,9 +218,7 @@ def refer_files(folder: Path, split_by: str) -> tuple[Path, Path]:
 def load_refer(folder: Path, split_by: str) -> Refer:
     """Read `<folder>/refs(<split_by>).p` and instances.json; raises `DataError` naming the file and the entry."""
     refs_file, instances_file = refer_files(folder, split_by)
-    problems = Problems()
-    refs = read_refs(refs_file, problems)
-    problems.check()
+    refs, problems = load_refs(refs_file), Problems()
     tables = read_instances(instances_file, problems)
     problems.check()
     return Refer({ref["ref_id"]: ref for ref in refs}, *tables, refs_file, instances_file)

@@ -132,9 +132,7 @@ def _lines(row: Row, kind: str, cases: Cases) -> list[str]:
     """A kind of problem and its first cases, below each other; a failure with the key that names the file."""
     if not cases.first:
         return f"{kind}{f' [{row.named_by}]' if row.named_by else ''}".split("\n")
-    more = cases.count - len(cases.first)
-    lines = [*cases.first, *([f"and {more:,} more"] if more else [])]
-    return [f"{kind} - {cases.count:,} found:", *(f"  {line}" for line in lines)]
+    return cases.lines(kind)
 
 
 def _counted(number: int, noun: str) -> str:
