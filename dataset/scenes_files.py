@@ -47,14 +47,8 @@ class Drawn(NamedTuple):
 
 def parameters(seed: int, train: int, annotated: int, evaluation: int, size: int) -> Row:
     """What a folder's content depends on."""
-    return {
-        "version": VERSION,
-        "seed": seed,
-        "train": train,
-        "annotated": annotated,
-        "evaluation": evaluation,
-        "size": size,
-    }
+    counts = {"train": train, "annotated": annotated, "evaluation": evaluation}
+    return {"version": VERSION, "seed": seed, **counts, "size": size}
 
 
 def read_manifest(out: Path) -> Row | None:

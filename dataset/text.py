@@ -85,10 +85,6 @@ class Tokenizer:
             attention_mask[i, : len(row)] = 1
         return Tokens(input_ids, attention_mask)
 
-    def words(self, ids: Tensor) -> list[str]:
-        """The word pieces of one row of ids (T,), for showing."""
-        return [self.pieces.id_to_token(int(i)) or "[UNK]" for i in ids]
-
     def split(self, text: str) -> list[Word]:
         """The words of a cleaned caption; their pieces, one after another, are the ids that `__call__` gives it.
 

@@ -132,8 +132,7 @@ class Answers:
         with self.lock:
             found = self.pictures.get(key)
         if found is None:
-            message = "choose a picture first" if not key else "the picture is no longer kept; choose it again"
-            raise DataError(message)
+            raise DataError("the picture is no longer kept; choose it again" if key else "choose a picture first")
         return found
 
     def layers(self, model: str, mode: str) -> Layers:
