@@ -1,7 +1,7 @@
 """The evaluation program that the three scripts share: checkpoints -> maps -> metrics -> results (SPEC section 3)."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from grounding import metrics
 from grounding.benchmarks import Benchmark, asked_for
 from grounding.opening import check_layer, ready
 from grounding.outcomes import score
-from grounding.predict import Explainer, ImageData, ask, load_images
+from grounding.predict import Ask, Explainer, ImageData, Pair, Resize, ask, load_images
 from grounding.report import report_folders
 from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
@@ -120,9 +120,8 @@ class Evaluation:
         self.pairs = {Path(file).stem: load_pairs(file, config.image_root) for file in config.matching_file}
         self.line_names = [*benchmark.metrics, *self.pairs]
         self.tokenizer = load_tokenizer(args.text_encoder)
-        self.images = list(dict.fromkeys(expression.image for expression in self.expressions))
-        count = len(self.expressions)
-        utils.log(f"{benchmark.name}: {count} expressions of {len(self.images)} images, on {self.device}")
+        images = {expression.image for expression in self.expressions}
+        utils.log(f"{benchmark.name}: {len(self.expressions)} expressions of {len(images)} images, on {self.device}")
         output = Path(args.output_dir)
         self.results = ResultFolder(output / "result")
         if utils.rank() == 0:
@@ -172,11 +171,8 @@ class Evaluation:
 
     def predict(self, explainer: Explainer) -> tuple[list[Row], list[int]]:
         """One record an expression, in their order; and the positions of those whose image could not be read."""
-        config, args = self.config, self.args
-        data = ImageData(self.images, self.benchmark.resize, config.image_res, args.skip_broken)
-        batches = load_images(data, config.batch_size, args.num_workers)
         asked = [(expression.image, expression.text) for expression in self.expressions]
-        maps = merged(ask(explainer.maps, asked, batches))
+        maps = self.ask(explainer.maps, asked, self.benchmark.resize)
         skipped = [position for position in range(len(asked)) if position not in maps]
         if skipped:
             utils.log(f"{len(skipped)} expressions of unreadable images are left out of results and metrics")
@@ -197,12 +193,10 @@ class Evaluation:
 
     def matching(self, explainer: Explainer, name: str) -> Line:
         """A log line: how often the model is right about balanced pairs, over all and by kind of text."""
-        pairs, config = self.pairs[name], self.config
-        images = list(dict.fromkeys(pair.image for pair in pairs))
-        data = ImageData(images, resize_bilinear_image, config.image_res, self.args.skip_broken)
-        batches = load_images(data, config.batch_size, self.args.num_workers)
-        asked = [(pair.image, pair.text) for pair in pairs]
-        found = merged(ask(explainer.match_probabilities, asked, batches))
+        pairs = self.pairs[name]
+        found = self.ask(
+            explainer.match_probabilities, [(pair.image, pair.text) for pair in pairs], resize_bilinear_image
+        )
         answers = [(pairs[position], float(p)) for position, p in found.items()]
         right = [(pair.kind, (p > 0.5) == pair.match) for pair, p in answers]
         line = {name: metrics.accuracy([correct for _, correct in right])}
@@ -210,8 +204,10 @@ class Evaluation:
             line[f"{name}_{kind}"] = metrics.accuracy([correct for of, correct in right if of == kind])
         return line
 
-
-def merged(answers: Iterable[tuple[int, Tensor]]) -> dict[int, Tensor]:
-    """The (position, answer) pairs of all processes, by position."""
-    parts = utils.gather_objects(dict(answers))
-    return {position: answer for part in parts for position, answer in part.items()}
+    def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> dict[int, Tensor]:
+        """A method of `Explainer` for (image, text) pairs, of all processes: the answers by the pairs' positions."""
+        images = list(dict.fromkeys(image for image, _ in pairs))
+        data = ImageData(images, resize, self.config.image_res, self.args.skip_broken)
+        batches = load_images(data, self.config.batch_size, self.args.num_workers)
+        parts = utils.gather_objects(dict(ask(function, pairs, batches)))
+        return {position: answer for part in parts for position, answer in part.items()}
