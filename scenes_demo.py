@@ -182,11 +182,9 @@ def accuracies(benchmark: Benchmark, config: GroundingConfig, folders: dict[str,
     names = [*benchmark.metrics, *(Path(file).stem for file in config.matching_file)]
     for model, folder in folders.items():
         row = table.setdefault(model, {})
-        for name, line in zip(names, folder.lines("00"), strict=True):
-            for key, value in line.items():
-                if key != "epoch":
-                    column = f"{benchmark.name} {name} {key}" if name in benchmark.metrics else key.replace("_", " ")
-                    row[column] = value
+        for (name, key), value in folder.accuracies("00", names).items():
+            column = f"{benchmark.name} {name} {key}" if name in benchmark.metrics else key.replace("_", " ")
+            row[column] = value
     return table
 
 

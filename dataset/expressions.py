@@ -8,13 +8,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dataset.reading import DataError
 from dataset.text import clean_caption
 
+K = TypeVar("K")
+V = TypeVar("V")
 SHOWN_PROBLEMS = 5  # of each kind
 
 
@@ -137,11 +139,16 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and math.isfinite(value)
 
 
+def first_of(pairs: Iterable[tuple[K, V]]) -> dict[K, V]:
+    """The first value of each key, in order."""
+    first: dict[K, V] = {}
+    for key, value in pairs:
+        first.setdefault(key, value)
+    return first
+
+
 def check_images(images: Iterable[tuple[Path, str]], problems: Problems) -> None:
     """Note each image file that does not exist, at the first entry that names it; looks once per image."""
-    first: dict[Path, str] = {}
-    for image, where in images:
-        first.setdefault(image, where)
-    for image, where in first.items():
+    for image, where in first_of(images).items():
         if not image.is_file():
             problems.add(where, EntryProblem("the image file does not exist; check image_root", str(image)))

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import PretrainConfig
-from dataset.expressions import EntryProblem, Problems, is_box, require
+from dataset.expressions import EntryProblem, Problems, first_of, is_box, require
 from dataset.reading import DataError, load_json, read_image
 from dataset.text import Tokenizer, clean_caption
 from dataset.transforms import augment_for_albef, augment_for_amc, normalise
@@ -154,9 +154,7 @@ def _entry(row: Any, source: str, root: Path, max_words: int) -> Entry:
 
 
 def _check_images(entries: list[Entry]) -> None:
-    first: dict[Path, str] = {}
-    for entry in entries:
-        first.setdefault(entry.image, entry.source)
+    first = first_of((entry.image, entry.source) for entry in entries)
     missing = [source for image, source in first.items() if not image.is_file()]
     if missing:
         raise DataError(
