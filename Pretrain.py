@@ -27,10 +27,11 @@ from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
 import utils
-from config import ConfigError, PretrainConfig, load_config, save_config
+from config import PretrainConfig, load_config, save_config
 from dataset.reading import DataError
-from dataset.text import Tokenizer, load_tokenizer
+from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
+from grounding.runs import EPOCHS_LOG, STEPS_LOG
 from models.checkpoint import (
     CheckpointError,
     init_image_encoder,
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_INTERVAL = 20  # steps between looks at the meters, which wait for the device
-EPOCHS_LOG, STEPS_LOG, BOARD = "log.txt", "steps.jsonl", "tensorboard"
+BOARD = "tensorboard"
 
 
 class TrainingError(utils.UserError):
@@ -67,18 +68,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
     parser.add_argument("--seed", default=42, type=int)
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
-    parser.add_argument("--accum_steps", default=1, type=utils.positive, help="batches per optimizer step")
+    parser.add_argument("--accum_steps", default=1, type=utils.integer(1), help="batches per optimizer step")
     parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
     parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
     parser.add_argument("--num_workers", default=4, type=int, help="data loading processes per training process")
-    parser.add_argument(
-        "--max_steps", default=None, type=utils.positive, help="stop after this many optimizer steps in all"
-    )
+    parser.add_argument("--max_steps", type=utils.integer(1), help="stop after this many optimizer steps in all")
     parser.add_argument("--skip_broken", action="store_true", help="replace unreadable images and count them")
     watch = parser.add_argument_group("watching", "what TensorBoard shows of the run; its numbers stay the same")
     watch.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/tensorboard: losses and heat maps")
     watch.add_argument(
-        "--heat_maps_every", default=500, type=utils.positive, metavar="STEPS", help="optimizer steps between maps"
+        "--heat_maps_every", default=500, type=utils.integer(1), metavar="STEPS", help="optimizer steps between maps"
     )
     watch.add_argument(
         "--watch",
@@ -131,7 +130,7 @@ class Run:
 
         utils.seed_everything(args.seed)
         self.model = PretrainModel(config)
-        check_vocabulary(tokenizer, self.model)
+        check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
         resumed = initialise(self.model, config, args)
         self.model.checkpoint_activations(args.grad_checkpointing)
         if args.grad_checkpointing:
@@ -165,11 +164,12 @@ class Run:
             return None
         # Imported here: it brings matplotlib and TensorBoard, which no other run needs.
         from grounding.predict import Explainer
-        from grounding.watch import open_board
+        from grounding.watch import Board, watched_entries, watched_pairs
 
         explainer = Explainer(self.model, tokenizer, self.device, "itm", config.amc.layer)
         samples = config.batch_size * args.accum_steps * utils.world_size()
-        return open_board(explainer, args.watch, self.data.entries, args.skip_broken, args.heat_maps_every, samples)
+        watched = watched_pairs(args.watch) or watched_entries(self.data.entries, args.skip_broken)
+        return Board(explainer, watched, args.heat_maps_every, samples)
 
     def restore(self, checkpoint: dict[str, Any]) -> int:
         """Put optimizer, schedule and loss scale back; returns the epoch to go on with."""
@@ -297,12 +297,6 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )
-
-
-def check_vocabulary(tokenizer: Tokenizer, model: PretrainModel) -> None:
-    size = model.text_encoder.config.vocab_size
-    if tokenizer.vocab_size > size:
-        raise ConfigError(f"--text_encoder has {tokenizer.vocab_size} words, bert_config's vocab_size is {size}")
 
 
 def initialise(model: PretrainModel, config: PretrainConfig, args: argparse.Namespace) -> dict[str, Any] | None:

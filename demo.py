@@ -23,7 +23,7 @@ from dataset.photos import find_images, read_photo
 from dataset.reading import DataError
 from grounding import metrics, overlay, web, web_page
 from grounding.answers import Answers
-from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO
+from grounding.benchmarks import BENCHMARKS
 from grounding.evaluate import PRECISIONS
 from grounding.gate import LOOPBACK
 from grounding.ground import Grounding, encode, ground_all, notes
@@ -32,7 +32,6 @@ from grounding.opening import OpenedModel, newest_checkpoint, open_model
 from grounding.predict import Explainer
 from grounding.regions import THRESHOLD
 
-BENCHMARKS = {"refcoco": REFCOCO, "refclef": REFCLEF, "flickr": FLICKR}
 DEMO_MODELS = DEMO / TRAINED["AMC"]  # where `make demo` leaves its AMC checkpoints
 
 
@@ -78,14 +77,7 @@ def main(args: argparse.Namespace) -> None:
         return
     images, phrases = what_to_ask(args)
     overlay.see_through(args.colormap)  # a wrong name is an error before the model is read, not after
-    opened = open_model(
-        args.checkpoint or demo_model(),
-        config=args.config,
-        text_encoder=args.text_encoder,
-        device=args.device,
-        overrides=args.set,
-        benchmark=BENCHMARKS[args.benchmark],
-    )
+    opened = open_as_asked(args, args.checkpoint or demo_model(), args.config)
     explainer = opened.explainer(args.gradcam_mode, args.block_num, PRECISIONS[args.precision])
     print(opened.report)
     print(f"config: {opened.origin}; {args.gradcam_mode} at layer {explainer.block}")
@@ -120,20 +112,17 @@ def serve_page(args: argparse.Namespace) -> None:
     offers = offered(asked_for, args.config)
 
     def open_offer(offer: Offer) -> OpenedModel:
-        return open_model(
-            offer.checkpoint,
-            config=offer.config,
-            text_encoder=args.text_encoder,
-            device=args.device,
-            overrides=args.set,
-            benchmark=BENCHMARKS[args.benchmark],
-        )
+        return open_as_asked(args, offer.checkpoint, offer.config)
 
-    resize = BENCHMARKS[args.benchmark].resize
-    answers = Answers(offers, open_offer, resize, precision=PRECISIONS[args.precision])
+    answers = Answers(offers, open_offer, BENCHMARKS[args.benchmark].resize, precision=PRECISIONS[args.precision])
     hint = "" if asked_for or len(offers) > 1 else ONLY_BEFORE
     start = web_page.Start(args.gradcam_mode, args.block_num, args.threshold, args.colormap, hint)
     web.serve(answers, examples(), args.host, args.port, start)
+
+
+def open_as_asked(args: argparse.Namespace, checkpoint: str | Path, config: str | None) -> OpenedModel:
+    """A checkpoint, opened by the command line's other options."""
+    return open_model(checkpoint, config, args.text_encoder, args.device, args.set, BENCHMARKS[args.benchmark])
 
 
 def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:

@@ -19,7 +19,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,11 +27,13 @@ from tqdm import tqdm
 
 import utils
 from dataset import scenes_files
-from dataset.raw import flickr_entities, vg_report, visual_genome
+from dataset.raw import flickr_entities, visual_genome
 from dataset.raw import refer as raw_refer
 from dataset.raw.check import check
-from dataset.raw.vg_rules import GROUPINGS, OUTPUTS, POSITIONS, Rules
+from dataset.raw.vg_phrases import GROUPINGS, POSITIONS, Rules
+from dataset.raw.visual_genome import OUTPUTS
 from dataset.refer import SPLITS
+from utils import integer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -55,8 +57,8 @@ def prepare_scenes(args: argparse.Namespace) -> None:
         )
     total = args.train + 3 * args.eval
     with tqdm(total=total, desc="scenes", unit="image", disable=None) as bar:
-        scenes_files.generate(args.out, args.seed, args.train, args.annotated, args.eval, args.size, bar.update)
-    counts = (scenes_files.read_manifest(args.out) or {})["counts"]
+        generate, progress = scenes_files.generate, bar.update
+        counts = generate(args.out, args.seed, args.train, args.annotated, args.eval, args.size, progress)
     listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
     print(f"wrote {total} images and their annotations ({listed}) to {args.out}")
 
@@ -67,7 +69,7 @@ def prepare_vg(args: argparse.Namespace) -> None:
         sys.exit("error: --min-area must not exceed --max-area, nor --min-words --max-words")
     rules = Rules(**{name: getattr(args, name) for name in Rules._fields})
     report = visual_genome.prepare(args.raw, args.out, rules, args.only, args.exclude_eval, args.image_root)
-    print(vg_report.describe(report))
+    print(visual_genome.describe(report))
     print("\nwrote " + ", ".join(str(args.out / OUTPUTS[name]) for name in report.drafts))
 
 
@@ -109,20 +111,6 @@ def check_configs(args: argparse.Namespace) -> None:
         sys.exit(1)
 
 
-def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """An argparse type: an integer from low to high."""
-
-    def parse(word: str) -> int:
-        value = int(word)
-        if not low <= value <= high:
-            upper = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"must be at least {low}{upper}, not {value}")
-        return value
-
-    parse.__name__ = "integer"  # for argparse's message about what is no integer
-    return parse
-
-
 def fraction(word: str) -> float:
     """An argparse type: a number from 0 to 1."""
     value = float(word)
@@ -141,89 +129,52 @@ def spatial_form(word: str) -> str:
 def add_vg(commands: Commands) -> None:
     """The arguments of `vg`. Defaults are those of `Rules`, which keep all that training can use."""
     command = commands.add_parser("vg", help="Visual Genome to the training files", description=ABOUT_VG)
-    rules = Rules()
-    count = integer(1)
-    add = command.add_argument
-    add(
-        "raw", type=Path, nargs="+", help="folders or files: image_data, region_descriptions, attributes, .json or .zip"
-    )
+    rules, count, add = Rules(), integer(1), command.add_argument
+    files = "folders or files: image_data, region_descriptions, attributes, .json or .zip"
+    add("raw", type=Path, nargs="+", help=files)
     add("--out", type=Path, required=True, metavar="DIR", help=f"folder to write {', '.join(OUTPUTS.values())} to")
     add("--only", nargs="+", choices=OUTPUTS, default=list(OUTPUTS), help="the files to make (default: all three)")
-    add(
-        "--exclude-eval",
-        type=Path,
-        nargs="+",
-        default=[],
-        metavar="FILE",
-        help="leave out the images of these files' val and test splits: refs(SPLIT).p, JSON of expressions, "
-        "Flickr30k's ids (.txt)",
+    splits = (
+        "leave out the images of these files' val and test splits: refs(SPLIT).p, JSON of expressions, Flickr30k's ids "
+        "(.txt)"
     )
-    add(
-        "--image-root",
-        type=Path,
-        metavar="DIR",
-        help="leave out images that are not on disk in DIR (default: do not look)",
+    add("--exclude-eval", type=Path, nargs="+", default=[], metavar="FILE", help=splits)
+    on_disk = "leave out images that are not on disk in DIR (default: do not look)"
+    add("--image-root", type=Path, metavar="DIR", help=on_disk)
+    equal = (
+        "make one entry of an image's phrases that are equal once cleaned as in training, or equal but for white "
+        "space, or of none (default: %(default)s)"
     )
-    add(
-        "--group",
-        choices=GROUPINGS,
-        default=rules.group,
-        help="make one entry of an image's phrases that are equal once cleaned as in training, or equal but for white "
-        "space, or of none (default: %(default)s)",
-    )
-    add(
-        "--min-area",
-        type=fraction,
-        default=rules.min_area,
-        help="of a box, as a part of its image (default: %(default)s)",
-    )
-    add(
-        "--max-area",
-        type=fraction,
-        default=rules.max_area,
-        help="of a box, as a part of its image (default: %(default)s)",
-    )
-    add(
-        "--max-boxes",
-        type=count,
-        default=rules.max_boxes,
-        metavar="N",
-        help="leave out entries of more (default: no limit)",
-    )
+    add("--group", choices=GROUPINGS, default=rules.group, help=equal)
+    area = "of a box, as a part of its image (default: %(default)s)"
+    add("--min-area", type=fraction, default=rules.min_area, help=area)
+    add("--max-area", type=fraction, default=rules.max_area, help=area)
+    most = "leave out entries of more (default: no limit)"
+    add("--max-boxes", type=count, default=rules.max_boxes, metavar="N", help=most)
     add("--min-words", type=count, default=rules.min_words, metavar="N", help="of a caption (default: %(default)s)")
     add("--max-words", type=count, default=rules.max_words, metavar="N", help="of a caption (default: no limit)")
     add("--positions", nargs="+", choices=POSITIONS, default=rules.positions, help="to name (default: all five)")
-    add(
-        "--margin",
-        type=fraction,
-        default=rules.margin,
-        help="how far a position's object must be from the others of its name, centre to centre, as a part of the "
-        "image's width or height (default: %(default)s)",
+    apart = (
+        "how far a position's object must be from the others of its name, centre to centre, as a part of the image's "
+        "width or height (default: %(default)s)"
     )
-    add(
-        "--spatial-form",
-        type=spatial_form,
-        default=rules.spatial_form,
-        help="caption of a position and a phrase (default: '%(default)s')",
-    )
+    add("--margin", type=fraction, default=rules.margin, help=apart)
+    form = "caption of a position and a phrase (default: '%(default)s')"
+    add("--spatial-form", type=spatial_form, default=rules.spatial_form, help=form)
     command.set_defaults(run=prepare_vg)
 
 
 def add_scenes(commands: Commands) -> None:
     command = commands.add_parser("scenes", help="draw the embedded data set of synthetic scenes")
-    command.add_argument("out", type=Path, help="folder to write to")
-    count = integer(1, scenes_files.IDS_PER_SPLIT)
-    command.add_argument("--seed", type=integer(0), default=0, help="equal seeds give equal files (default: 0)")
-    command.add_argument("--train", type=count, default=12000, metavar="N", help="training scenes (default: 12000)")
-    command.add_argument(
-        "--annotated", type=count, default=4000, metavar="N", help="of them, scenes with boxes (default: 4000)"
-    )
-    command.add_argument(
-        "--eval", type=count, default=250, metavar="N", help="scenes each of val, testA and testB (default: 250)"
-    )
+    add, count = command.add_argument, integer(1, scenes_files.IDS_PER_SPLIT)
     side = integer(scenes_files.SMALLEST_SIZE)
-    command.add_argument("--size", type=side, default=96, help="mean side of an image in pixels (default: 96)")
-    command.add_argument("--force", action="store_true", help="write anew what is there already")
+    add("out", type=Path, help="folder to write to")
+    add("--seed", type=integer(0), default=0, help="equal seeds give equal files (default: 0)")
+    add("--train", type=count, default=12000, metavar="N", help="training scenes (default: 12000)")
+    add("--annotated", type=count, default=4000, metavar="N", help="of them, scenes with boxes (default: 4000)")
+    add("--eval", type=count, default=250, metavar="N", help="scenes each of val, testA and testB (default: 250)")
+    add("--size", type=side, default=96, help="mean side of an image in pixels (default: 96)")
+    add("--force", action="store_true", help="write anew what is there already")
     command.set_defaults(run=prepare_scenes)
 
 
@@ -233,20 +184,14 @@ def add_flickr(commands: Commands) -> None:
         help="Flickr30k Entities -> the files of Flickr30k evaluation",
         description="Writes <split>.txt, bounding_boxes_<split>.json and sentences_<split>.json, as info-ground does.",
     )
-    command.add_argument(
-        "source",
-        type=Path,
-        help="folder with Annotations/ and Sentences/, or with annotations.zip; or that archive",
+    add = command.add_argument
+    add("source", type=Path, help="folder with Annotations/ and Sentences/, or with annotations.zip; or that archive")
+    add("--out", type=Path, required=True, help="folder to write to")
+    ids = (
+        "files of image ids, one a split, which has the file's name (default: train.txt, val.txt and test.txt beside "
+        "the annotations)"
     )
-    command.add_argument("--out", type=Path, required=True, help="folder to write to")
-    command.add_argument(
-        "--ids",
-        type=Path,
-        nargs="+",
-        metavar="FILE",
-        help="files of image ids, one a split, which has the file's name (default: train.txt, val.txt and test.txt "
-        "beside the annotations)",
-    )
+    add("--ids", type=Path, nargs="+", metavar="FILE", help=ids)
     command.set_defaults(run=prepare_flickr)
 
 
@@ -256,26 +201,18 @@ def add_refer(commands: Commands) -> None:
         help="RefCOCO, RefCOCO+, RefCOCOg, RefCLEF -> lists of expressions",
         description="Writes <dataset>_{train,val,test}.json; test has testA, testB, testC too, with their names.",
     )
-    command.add_argument(
-        "folder", type=Path, help="folder that holds the data sets' folders, refcoco_data of the configs"
+    add, owners = command.add_argument, sorted({name for names in SPLITS.values() for name in names})
+    add("folder", type=Path, help="folder that holds the data sets' folders, refcoco_data of the configs")
+    add("--dataset", choices=SPLITS, required=True)
+    add("--split-by", choices=owners, help="whose split (default: umd for refcocog, unc for the others)")
+    add("--out", type=Path, required=True, help="folder to write to")
+    images = (
+        "the config's image_root: look for every image there and in folders below, and write the path found (default: "
+        "write the name alone, unchecked)"
     )
-    command.add_argument("--dataset", choices=SPLITS, required=True)
-    command.add_argument(
-        "--split-by",
-        choices=sorted({name for names in SPLITS.values() for name in names}),
-        help="whose split (default: umd for refcocog, unc for the others)",
-    )
-    command.add_argument("--out", type=Path, required=True, help="folder to write to")
-    command.add_argument(
-        "--image-root",
-        type=Path,
-        metavar="FOLDER",
-        help="the config's image_root: look for every image there and in folders below, and write the path found "
-        "(default: write the name alone, unchecked)",
-    )
-    command.add_argument(
-        "--keep-repeated", action="store_true", help="equal sentences of a ref as often as they stand there, not once"
-    )
+    add("--image-root", type=Path, metavar="FOLDER", help=images)
+    repeated = "equal sentences of a ref as often as they stand there, not once"
+    add("--keep-repeated", action="store_true", help=repeated)
     command.set_defaults(run=prepare_refer)
 
 
@@ -285,14 +222,11 @@ def add_detections(commands: Commands) -> None:
         help="MAttNet's list of detections -> dets.json, by image",
         description="Groups MAttNet's list of {image_id, box, ...} by image; the order within an image is kept.",
     )
-    command.add_argument("file", type=Path, help="MAttNet's file of detections")
-    command.add_argument("--out", type=Path, required=True, metavar="FILE", help="the dets.json to write")
-    command.add_argument(
-        "--instances",
-        type=Path,
-        metavar="FILE",
-        help="REFER's instances.json: images of it without a detection get an empty list (default: no entry)",
-    )
+    add = command.add_argument
+    add("file", type=Path, help="MAttNet's file of detections")
+    add("--out", type=Path, required=True, metavar="FILE", help="the dets.json to write")
+    images = "REFER's instances.json: images of it without a detection get an empty list (default: no entry)"
+    add("--instances", type=Path, metavar="FILE", help=images)
     command.set_defaults(run=prepare_detections)
 
 
@@ -303,25 +237,15 @@ def add_check(commands: Commands) -> None:
         description="Check configs of training and evaluation, and every file, entry and image that they name. "
         "Exit status: 0 if there are no errors, else 1; warnings and notes do not count.",
     )
-    command.add_argument("configs", nargs="+", metavar="CONFIG", help="a config of training or evaluation")
-    command.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of each of the configs"
-    )
-    command.add_argument(
-        "--sample", type=integer(0), metavar="N", help="decode N images in place of all; of the others read the headers"
-    )
-    cores = os.cpu_count() or 1
-    command.add_argument(
-        "--workers", type=integer(1), default=cores, metavar="N", help="processes that read images (default: all cores)"
-    )
-    command.add_argument(
-        "--show",
-        type=integer(1),
-        default=5,
-        metavar="N",
-        help="list so many cases of each kind of problem (default: 5)",
-    )
-    command.add_argument("--json", action="store_true", help="print JSON in place of the table, and nothing else")
+    add, count, cores = command.add_argument, integer(1), os.cpu_count() or 1
+    add("configs", nargs="+", metavar="CONFIG", help="a config of training or evaluation")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of each of the configs")
+    some = "decode N images in place of all; of the others read the headers"
+    add("--sample", type=integer(0), metavar="N", help=some)
+    add("--workers", type=count, default=cores, metavar="N", help="processes that read images (default: all cores)")
+    cases = "list so many cases of each kind of problem (default: 5)"
+    add("--show", type=count, default=5, metavar="N", help=cases)
+    add("--json", action="store_true", help="print JSON in place of the table, and nothing else")
     command.set_defaults(run=check_configs)
 
 

@@ -21,20 +21,20 @@ from typing import Any
 
 import utils
 from config import GroundingConfig, PretrainConfig, load_config
-from grounding import metrics
-from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark
-from grounding.offers import SHIPPED
+from dataset.expressions import Expression
+from grounding import measures, metrics
+from grounding.benchmarks import BENCHMARKS, REFCOCO, Benchmark
+from grounding.offers import SCENES, SHIPPED
 from grounding.outcomes import Source
 from grounding.page import Section
 from grounding.report import section, write_report
 from grounding.results import ResultFolder, percent
+from grounding.runs import STEPS_LOG
 from grounding.visualize import Case, contact_sheet, loss_curves
 from models.checkpoint import export_student
 
-DATA = Path("data/scenes")
-TEXT_ENCODER = DATA / "text_encoder"
+TEXT_ENCODER = SCENES / "text_encoder"
 CONFIGS = Path("configs/scenes")
-BENCHMARKS = {"refcoco": REFCOCO, "refclef": REFCLEF, "flickr": FLICKR}
 SCRIPTS = {"refcoco": "", "refclef": "_refclef", "flickr": "_flickr"}
 MODELS = {"stage 1": "stage1", "control": "control", "AMC": "amc"}  # the last is what the others are compared with
 SHOWN_CASES = 10
@@ -45,7 +45,7 @@ Table = dict[str, dict[str, float | None]]  # model -> column -> accuracy
 def main(args: argparse.Namespace) -> None:
     started = time.monotonic()
     output: Path = args.output_dir
-    run_step("scenes", ["prepare.py", "scenes", str(DATA)])
+    run_step("scenes", ["prepare.py", "scenes", str(SCENES)])
     stage1 = train_stage1(output) if args.full else SHIPPED
     checkpoints = {"stage1": stage1}
     for name, config in (("amc", "Pretrain.yaml"), ("control", "Pretrain_control.yaml")):
@@ -135,17 +135,16 @@ def report(output: Path, seconds: float) -> None:
     for benchmark, kind in BENCHMARKS.items():
         config = load_config(CONFIGS / f"Grounding_{benchmark}.yaml", GroundingConfig)
         folders = {model: ResultFolder(output / name / benchmark / "result") for model, name in MODELS.items()}
-        for model, row in {**chance(kind, config), **accuracies(kind, config, folders)}.items():
+        expressions = kind.load(config)
+        for model, row in {**chance(kind, config, expressions), **accuracies(kind, config, folders)}.items():
             table.setdefault(model, {}).update(row)
         sources = [Source(model, folder, "00") for model, folder in folders.items()]
-        sections.append(section(kind, kind.load(config), sources, others=len(sources) - 1))
+        sections.append(section(kind, expressions, sources, others=len(sources) - 1))
         if kind is REFCOCO:
-            cases = choose_cases(kind, config, list(folders.values()))
+            cases = choose_cases(expressions, list(folders.values()))
     utils.write_text(output / "table.md", markdown(table))
     contact_sheet(cases, list(MODELS), output / "heat_maps.png")
-    runs = {
-        model: utils.read_log(output / name / "steps.jsonl") for model, name in MODELS.items() if model != "stage 1"
-    }
+    runs = {model: utils.read_log(output / name / STEPS_LOG) for model, name in MODELS.items() if model != "stage 1"}
     loss_curves(runs, output / "loss_curves.png")
     training = [output / name for name in MODELS.values()]
     write_report(output / "report.html", "AMC on the embedded scenes", sections, training)
@@ -157,16 +156,15 @@ def report(output: Path, seconds: float) -> None:
     print(f"Open the report in a browser: {(output / 'report.html').resolve().as_uri()}")
 
 
-def chance(benchmark: Benchmark, config: GroundingConfig) -> Table:
+def chance(benchmark: Benchmark, config: GroundingConfig, expressions: Sequence[Expression]) -> Table:
     """The row of accuracies to expect of a random pixel, a random detection, a random answer."""
-    expressions = benchmark.load(config)
     row: dict[str, float | None] = {}
     for metric in benchmark.metrics:
         values: list[float] = []
         for expression in expressions:
             if metric == "point":
                 assert expression.size is not None
-                values.append(metrics.point_chance(expression.boxes, *expression.size))
+                values.append(float(measures.inside(expression.boxes, *expression.size).mean()))
             else:
                 assert expression.detections is not None
                 values.append(metrics.box_chance(expression.detections, expression.boxes[0]))
@@ -184,11 +182,9 @@ def accuracies(benchmark: Benchmark, config: GroundingConfig, folders: dict[str,
     names = [*benchmark.metrics, *(Path(file).stem for file in config.matching_file)]
     for model, folder in folders.items():
         row = table.setdefault(model, {})
-        for name, line in zip(names, folder.lines("00"), strict=True):
-            for key, value in line.items():
-                if key != "epoch":
-                    column = f"{benchmark.name} {name} {key}" if name in benchmark.metrics else key.replace("_", " ")
-                    row[column] = value
+        for (name, key), value in folder.accuracies("00", names).items():
+            column = f"{benchmark.name} {name} {key}" if name in benchmark.metrics else key.replace("_", " ")
+            row[column] = value
     return table
 
 
@@ -200,9 +196,8 @@ def markdown(table: Table) -> str:
     return "\n".join(lines) + "\n"
 
 
-def choose_cases(benchmark: Benchmark, config: GroundingConfig, folders: list[ResultFolder]) -> list[Case]:
+def choose_cases(expressions: Sequence[Expression], folders: Sequence[ResultFolder]) -> list[Case]:
     """Expressions at equal distances through the test files, with the map of each model."""
-    expressions = benchmark.load(config)
     ids = [expression.ref_id for expression in expressions]
     records: list[list[dict[str, Any]]] = []
     for folder in folders:

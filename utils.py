@@ -1,11 +1,14 @@
 """Processes, devices, seeds, meters and safe writing: the small things every program here needs."""
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import datetime
 import importlib.metadata
+import itertools
 import json
+import math
 import os
 import random
 import subprocess
@@ -107,12 +110,18 @@ def boolean(text: str) -> bool:
     return known[text.lower()]
 
 
-def positive(text: str) -> int:
-    """An integer of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, not {value}")
-    return value
+def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
+    """An integer from low to high, for argparse."""
+
+    def parse(text: str) -> int:
+        value = int(text)
+        if not low <= value <= high:
+            upper = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"must be at least {low}{upper}, not {value}")
+        return value
+
+    parse.__name__ = "integer"  # for argparse's message about what is no integer
+    return parse
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -189,7 +198,18 @@ class Meters:
         return means
 
 
-# ---- files
+# ---- text and files
+
+
+def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Rows of cells as lines of columns: the first `left` of a row flush left, the others right; rows may be short."""
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
+    lines = []
+    for row in rows:
+        cells = zip(row, widths, strict=False)
+        padded = (cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
+        lines.append("  ".join(padded).rstrip())
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager
@@ -243,6 +263,11 @@ def shortest_ends(paths: Sequence[Path]) -> list[str]:
     return ends
 
 
+def data_uri(kind: str, content: bytes) -> str:
+    """A file's content as an address, for a page that needs no other file; `kind` is its MIME type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
 def write_text(path: str | Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -259,34 +284,23 @@ def read_log(path: Path) -> list[dict[str, Any]]:
 
 def write_provenance(path: Path, seed: int, **more: Any) -> None:
     """Leave command, versions, git commit and seed beside a run's results."""
-    libraries = (
-        "torch",
-        "torchvision",
-        "timm",
-        "transformers",
-        "numpy",
-        "opencv-python",
-        "opencv-python-headless",
-        "pillow",
-    )
-    versions = {name: _or_none(importlib.metadata.version, name) for name in libraries}
+    libraries = ["torch", "torchvision", "timm", "transformers", "numpy"]
+    libraries += ["opencv-python", "opencv-python-headless", "pillow"]
+    versions = {}
+    for name in libraries:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     record = {
         "command": sys.argv,
         "seed": seed,
         "world_size": world_size(),
         "python": sys.version.split()[0],
-        "versions": {name: version for name, version in versions.items() if version},
+        "versions": versions,
         "git_commit": _git_commit(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **more,
     }
     write_text(path, json.dumps(record, indent=2) + "\n")
-
-
-def _or_none(function: Callable[[str], str], name: str) -> str | None:
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return function(name)
-    return None
 
 
 def _git_commit() -> str | None:

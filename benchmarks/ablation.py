@@ -20,9 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import utils
 from benchmarks.machine import describe_machine
 from config import GroundingConfig, load_config
-from grounding.offers import SHIPPED
+from grounding.benchmarks import REFCOCO
+from grounding.offers import SCENES, SHIPPED
 from grounding.results import ResultFolder
-from scenes_demo import BENCHMARKS, CONFIGS, DATA, accuracies, evaluation, run_step, train
+from scenes_demo import CONFIGS, accuracies, evaluation, run_step, train
 
 AMC, CONTROL = CONFIGS / "Pretrain.yaml", CONFIGS / "Pretrain_control.yaml"
 VARIANTS: dict[str, tuple[Path, list[str]]] = {  # a config, and what is changed of it
@@ -40,7 +41,7 @@ Rows = dict[str, list[dict[str, float | None]]]  # variant -> the accuracies of 
 
 def main(args: argparse.Namespace) -> None:
     started, rows = time.monotonic(), Rows()
-    run_step("scenes", ["prepare.py", "scenes", str(DATA)])
+    run_step("scenes", ["prepare.py", "scenes", str(SCENES)])
     for seed in args.seeds:
         for variant in args.variants:
             folder: Path = args.output_dir / variant.replace(",", "").replace(" ", "_") / f"seed_{seed}"
@@ -60,7 +61,7 @@ def measure(variant: str, seed: int, folder: Path) -> dict[str, float | None]:
     run_step(f"{variant}, seed {seed}, evaluated", evaluation(checkpoint, "refcoco", folder / "refcoco"))
     grounding = load_config(CONFIGS / "Grounding_refcoco.yaml", GroundingConfig)
     result = ResultFolder(folder / "refcoco" / "result")
-    return accuracies(BENCHMARKS["refcoco"], grounding, {variant: result})[variant]
+    return accuracies(REFCOCO, grounding, {variant: result})[variant]
 
 
 def markdown(rows: Rows) -> str:

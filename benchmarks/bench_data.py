@@ -35,7 +35,7 @@ from grounding.predict import ImageData
 WORKERS = (0, 1, 2)
 
 
-def write_images(folder: Path, count: int) -> list[dict]:
+def write_images(folder: Path, count: int) -> None:
     """Scenes as JPEGs, with an AMC training entry each."""
     entries = []
     for i in range(count):
@@ -43,11 +43,9 @@ def write_images(folder: Path, count: int) -> list[dict]:
         scene = draw_scene(rng, 560)
         Image.fromarray(render(scene, rng)).resize((WIDTH, HEIGHT)).save(folder / f"{i}.jpg", quality=92)
         spec = describe(scene, 0, KINDS[0], rng)
-        entries.append(
-            {"image": f"{i}.jpg", "caption": text(spec, rng) if spec else "it", "bbox": [[50, 60, 300, 350]]}
-        )
+        caption = text(spec, rng) if spec else "it"
+        entries.append({"image": f"{i}.jpg", "caption": caption, "bbox": [[50, 60, 300, 350]]})
     (folder / "train.json").write_text(json.dumps(entries), encoding="utf-8")
-    return entries
 
 
 def by_part(jpeg: bytes, rounds: int) -> None:

@@ -218,7 +218,8 @@ def sweep(config: GroundingConfig, tokenizer: Tokenizer, args: argparse.Namespac
 
 def draw(parts: dict[str, dict[str, float]], path: Path) -> None:
     """The profiles as one stacked bar a mix, milliseconds per image."""
-    axes = Figure(figsize=(8, 1 + len(parts)), layout="constrained").subplots()
+    figure = Figure(figsize=(8, 1 + len(parts)), layout="constrained")
+    axes = figure.subplots()
     labels = list(next(iter(parts.values())))
     left = np.zeros(len(parts))
     for label in labels:
@@ -227,8 +228,6 @@ def draw(parts: dict[str, dict[str, float]], path: Path) -> None:
         left += widths
     axes.set_xlabel("ms per image")
     axes.legend(ncols=3, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    figure = axes.figure
-    assert isinstance(figure, Figure)
     figure.savefig(path, dpi=120)
 
 

@@ -31,18 +31,8 @@ ROOT = Path(__file__).parents[1]
 SIZES = ((800, 600), (500, 375), (1024, 768), (375, 500))
 NAMES = ("man", "woman", "dog", "car", "tree", "building", "window", "shirt", "sign", "table", "chair", "bird", "train")
 ATTRIBUTES = (
-    "red",
-    "white",
-    "black",
-    "large",
-    "small",
-    "wooden",
-    "green",
-    "parked",
-    "old",
-    "tall",
-    "standing",
-    "round",
+    *("red", "white", "black", "large", "small", "wooden"),
+    *("green", "parked", "old", "tall", "standing", "round"),
 )
 FORMS = (
     "the {a} {n} by thing{m}",

@@ -6,7 +6,7 @@ import resource
 import statistics
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -47,10 +47,8 @@ def describe_machine() -> str:
 
 def reset_peak_memory() -> None:
     """Start to count anew, where the system can (Linux); elsewhere `peak_memory` is of the whole run."""
-    try:
+    with suppress(OSError):
         CLEAR_REFS.write_text("5")
-    except OSError:
-        return
 
 
 def peak_memory() -> float:

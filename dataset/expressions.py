@@ -8,13 +8,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from dataset.reading import DataError
 from dataset.text import clean_caption
 
+K = TypeVar("K")
+V = TypeVar("V")
 SHOWN_PROBLEMS = 5  # of each kind
 
 
@@ -61,6 +63,12 @@ class Cases:
     count: int = 0
     first: list[str] = field(default_factory=list)
 
+    def lines(self, kind: str) -> list[str]:
+        """The kind with the number of its cases, and below it the first of them."""
+        more = self.count - len(self.first)
+        shown = [*self.first, *([f"and {more:,} more"] if more else [])]
+        return [f"{kind} - {self.count:,} found:", *(f"  {line}" for line in shown)]
+
 
 class Problems:
     """Problems gathered over all entries, so that one message shows every kind instead of the first case.
@@ -81,12 +89,7 @@ class Problems:
 
     def paragraphs(self) -> list[str]:
         """A paragraph a kind, with its count and its first cases."""
-        found = []
-        for kind, cases in self.kinds.items():
-            more = cases.count - len(cases.first)
-            lines = [*cases.first, *([f"and {more} more"] if more else [])]
-            found.append("\n  ".join([f"{kind} - {cases.count} found:", *lines]))
-        return found
+        return ["\n".join(cases.lines(kind)) for kind, cases in self.kinds.items()]
 
     def check(self) -> None:
         """Raise `DataError` with all `paragraphs`, if there are any."""
@@ -119,22 +122,33 @@ def parse_boxes(value: Any, what: str) -> np.ndarray:
     Raises:
         EntryProblem: it is something else; `what` says what should have been there.
     """
-    if not isinstance(value, list) or not all(_is_box(box) for box in value):
+    if not isinstance(value, list) or not all(is_box(box, more=True) for box in value):
         raise EntryProblem(f"{what} must be a list of boxes, each four finite numbers", f"found {value!r:.60}")
     return np.array([box[:4] for box in value], dtype=np.float64).reshape(-1, 4)
 
 
-def _is_box(value: Any) -> bool:
-    if not isinstance(value, list) or len(value) < 4:
+def is_box(value: Any, more: bool = False) -> bool:
+    """Whether a JSON value is four finite numbers; `more`: a detection's score may follow them."""
+    if not isinstance(value, list) or len(value) < 4 or (len(value) > 4 and not more):
         return False
-    return all(type(number) in (int, float) and math.isfinite(number) for number in value[:4])
+    return all(map(is_number, value[:4]))
+
+
+def is_number(value: Any) -> bool:
+    """Whether a JSON value is a finite number; a boolean is none."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def first_of(pairs: Iterable[tuple[K, V]]) -> dict[K, V]:
+    """The first value of each key, in order."""
+    first: dict[K, V] = {}
+    for key, value in pairs:
+        first.setdefault(key, value)
+    return first
 
 
 def check_images(images: Iterable[tuple[Path, str]], problems: Problems) -> None:
     """Note each image file that does not exist, at the first entry that names it; looks once per image."""
-    first: dict[Path, str] = {}
-    for image, where in images:
-        first.setdefault(image, where)
-    for image, where in first.items():
+    for image, where in first_of(images).items():
         if not image.is_file():
             problems.add(where, EntryProblem("the image file does not exist; check image_root", str(image)))

@@ -5,7 +5,6 @@ Three files a split: image ids, one a line; {image_id: {"boxes": {phrase_id: [[x
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ import numpy as np
 from dataset.expressions import EntryProblem, Expression, Problems, check_images, clean_text, parse_boxes, require
 from dataset.reading import DataError, load_json
 from utils import log
+
+MAX_WORDS = 50  # of a phrase, as the release cuts it
 
 
 class ImageBoxes(NamedTuple):
@@ -54,7 +55,6 @@ def load_expressions(
     phrase_box_file: list[str],
     sentences_file: list[str],
     image_root: str,
-    max_words: int = 50,
 ) -> list[Expression]:
     """Read and check every (sentence, phrase) whose phrase id has boxes, in the order of ids, sentences and phrases.
 
@@ -71,7 +71,7 @@ def load_expressions(
         split = Split(split_of(ids_file), load_ids(ids_file), boxes, sentences, box_file, phrases_file)
         images += [(image_path(image_root, key), f"{ids_file}: image {key}") for key in split.ids]
         found = read_boxes(split, problems)
-        for phrase in read_phrases(split, found, image_root, len(expressions), problems, max_words):
+        for phrase in read_phrases(split, found, image_root, len(expressions), problems):
             if phrase.expression:
                 expressions.append(phrase.expression)
     check_images(images, problems)
@@ -110,7 +110,7 @@ def read_boxes(split: Split, problems: Problems) -> dict[str, ImageBoxes]:
 
 
 def read_phrases(
-    split: Split, boxes: dict[str, ImageBoxes], image_root: str, first: int, problems: Problems, max_words: int = 50
+    split: Split, boxes: dict[str, ImageBoxes], image_root: str, first: int, problems: Problems
 ) -> Iterator[Phrase]:
     """Every (sentence, phrase) of the split, with or without boxes, in order; notes those that cannot be used.
 
@@ -126,10 +126,12 @@ def read_phrases(
             try:
                 phrase_id = require(row, "phrase_id", str)
                 if of and phrase_id in of.by_id:
-                    text = clean_text(require(row, "phrase", str), max_words)
+                    text = clean_text(require(row, "phrase", str), MAX_WORDS)
                     record = {"image_height": of.size[0], "image_width": of.size[1], "split": split.name}
-                    expression = Expression(image, text, count, split.name, of.by_id[phrase_id], record, size=of.size)
-                    expression = replace(expression, categories=_types(row))
+                    boxes_of = of.by_id[phrase_id]
+                    expression = Expression(
+                        image, text, count, split.name, boxes_of, record, size=of.size, categories=_types(row)
+                    )
                     count += 1
                 yield Phrase(where, image_id, phrase_id, expression)
             except EntryProblem as problem:

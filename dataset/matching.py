@@ -10,6 +10,8 @@ from typing import NamedTuple
 from dataset.expressions import EntryProblem, Problems, check_images, clean_text, require
 from dataset.reading import DataError, load_json
 
+MAX_WORDS = 50  # of a text, as of training's captions
+
 
 class Pair(NamedTuple):
     """A cleaned text and an image; `match` says whether it is true of it; `kind` groups pairs in the report."""
@@ -20,10 +22,10 @@ class Pair(NamedTuple):
     kind: str
 
 
-def load_pairs(file: str, image_root: str, max_words: int = 50) -> list[Pair]:
+def load_pairs(file: str, image_root: str) -> list[Pair]:
     """Read and check one file of pairs; raises `DataError` naming file and entries."""
     problems = Problems()
-    found = read_pairs(file, image_root, problems, max_words)
+    found = read_pairs(file, image_root, problems)
     check_images(((pair.image, where) for pair, where in found), problems)
     problems.check()
     if not found:
@@ -31,7 +33,7 @@ def load_pairs(file: str, image_root: str, max_words: int = 50) -> list[Pair]:
     return [pair for pair, _ in found]
 
 
-def read_pairs(file: str, image_root: str, problems: Problems, max_words: int = 50) -> list[tuple[Pair, str]]:
+def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[Pair, str]]:
     """The pairs that can be used, each with where it stands; notes the others. Raises `DataError` for the file."""
     found: list[tuple[Pair, str]] = []
     for index, row in enumerate(load_json(file, list)):
@@ -41,7 +43,7 @@ def read_pairs(file: str, image_root: str, problems: Problems, max_words: int = 
             match = require(row, "match", int)
             if match not in (0, 1):
                 raise EntryProblem("key 'match' must be 0 or 1", f"found {match}")
-            text = clean_text(require(row, "text", str), max_words)
+            text = clean_text(require(row, "text", str), MAX_WORDS)
             found.append((Pair(image, text, bool(match), str(row.get("kind", "pair"))), where))
         except EntryProblem as problem:
             problems.add(where, problem)

@@ -10,10 +10,9 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from dataset.reading import DataError
+from dataset.reading import BROKEN, DataError
 
 FORMATS = ("JPEG", "JPEG2000", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "PPM")  # none that runs a program
-BROKEN = (OSError, UnidentifiedImageError, ValueError, SyntaxError)
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # one channel of more than 8 bits
 
 

@@ -8,6 +8,8 @@ from PIL import Image, UnidentifiedImageError
 
 from utils import UserError
 
+BROKEN = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)  # of decoding images
+
 
 class DataError(UserError):
     """A data file or entry that cannot be used; the message names the file, the entry and the remedy."""
@@ -33,7 +35,7 @@ def read_image(path: str | Path, source: str) -> Image.Image:
             return image.convert("RGB")
     except FileNotFoundError:
         raise DataError(f"{source}: image {path} does not exist; check image_root") from None
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except BROKEN as error:
         raise DataError(f"{source}: image {path} cannot be decoded ({error}); is the download complete?") from error
 
 

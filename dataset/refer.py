@@ -16,6 +16,7 @@ import numpy as np
 from dataset.expressions import EntryProblem, Expression, Problems, check_images, clean_text, parse_boxes, require
 from dataset.reading import DataError, load_json
 
+MAX_WORDS = 30  # of an expression, as the release cuts it
 # The data sets, by whom they are split, and the splits that refs(SPLIT_BY).p then has.
 SPLITS: dict[str, dict[str, tuple[str, ...]]] = {
     "refcoco": {"unc": ("train", "val", "testA", "testB"), "google": ("train", "val", "test")},
@@ -52,7 +53,6 @@ class Reading(NamedTuple):
     refer: Refer | None
     det_file: str | None
     detections: dict[str, Any]
-    max_words: int = 30
     entry_split: bool = False
 
 
@@ -81,7 +81,6 @@ def load_expressions(
     dataset: str,
     split_by: str = "unc",
     det_file: str | None = None,
-    max_words: int = 30,
     entry_split: bool = False,
 ) -> list[Expression]:
     """Read and check the expressions of the test files, in their order.
@@ -105,7 +104,6 @@ def load_expressions(
         refer=load_refer(Path(refer_root) / dataset, split_by),
         det_file=det_file,
         detections=load_json(det_file, dict) if det_file else {},
-        max_words=max_words,
         entry_split=entry_split,
     )
     problems = Problems()
@@ -149,7 +147,7 @@ def read_items(file: str, reading: Reading, problems: Problems) -> list[Item]:
 
 def _entry(row: Any, reading: Reading) -> Entry:
     image = reading.image_root / require(row, "image", str)
-    text = clean_text(require(row, "text", str), reading.max_words)
+    text = clean_text(require(row, "text", str), MAX_WORDS)
     ref_id = require(row, "ref_id", int)
     return Entry(image, text, ref_id, require(row, "split", str) if reading.entry_split else None)
 
@@ -220,9 +218,7 @@ def refer_files(folder: Path, split_by: str) -> tuple[Path, Path]:
 def load_refer(folder: Path, split_by: str) -> Refer:
     """Read `<folder>/refs(<split_by>).p` and instances.json; raises `DataError` naming the file and the entry."""
     refs_file, instances_file = refer_files(folder, split_by)
-    problems = Problems()
-    refs = read_refs(refs_file, problems)
-    problems.check()
+    refs, problems = load_refs(refs_file), Problems()
     tables = read_instances(instances_file, problems)
     problems.check()
     return Refer({ref["ref_id"]: ref for ref in refs}, *tables, refs_file, instances_file)
@@ -237,8 +233,8 @@ def read_instances(path: Path, problems: Problems) -> tuple[Table, Table, dict[i
     for key in ("annotations", "images"):
         if not isinstance(instances.get(key), list):
             raise DataError(f"{path}: key '{key}' must be a list; is this REFER's instances.json?")
-    annotations = _by_id(instances["annotations"], f"{path}: annotations entry", problems)
-    images = _by_id(instances["images"], f"{path}: images entry", problems)
+    annotations = by_id(instances["annotations"], f"{path}: annotations entry", problems)
+    images = by_id(instances["images"], f"{path}: images entry", problems)
     return annotations, images, _category_names(instances.get("categories"))
 
 
@@ -248,7 +244,8 @@ def _category_names(rows: Any) -> dict[int, str]:
     return {number: name for number, name in found if type(number) is int and type(name) is str}
 
 
-def _by_id(rows: list[Any], source: str, problems: Problems) -> Table:
+def by_id(rows: list[Any], source: str, problems: Problems) -> Table:
+    """Rows by their key 'id'; notes those without one, each as `source` and its index."""
     table = {}
     for index, row in enumerate(rows):
         try:

@@ -20,6 +20,7 @@ from dataset import scenes
 from dataset import scenes_phrases as phrases
 from dataset.scenes import Scene, draw_scene, pick, shuffled
 from dataset.scenes_phrases import CAPTION_STYLES, KINDS, Spec, compose, compose_part, describe, matches, nouns, text
+from utils import atomic_path
 
 VERSION = 2
 SPLITS = ("train", "val", "testA", "testB")
@@ -46,14 +47,8 @@ class Drawn(NamedTuple):
 
 def parameters(seed: int, train: int, annotated: int, evaluation: int, size: int) -> Row:
     """What a folder's content depends on."""
-    return {
-        "version": VERSION,
-        "seed": seed,
-        "train": train,
-        "annotated": annotated,
-        "evaluation": evaluation,
-        "size": size,
-    }
+    counts = {"train": train, "annotated": annotated, "evaluation": evaluation}
+    return {"version": VERSION, "seed": seed, **counts, "size": size}
 
 
 def read_manifest(out: Path) -> Row | None:
@@ -72,7 +67,7 @@ def generate(
     evaluation: int = 250,
     size: int = scenes.REFERENCE,
     progress: Callable[[int], object] = lambda count: None,
-) -> None:
+) -> dict[str, int]:
     """Write the data set; equal arguments give equal bytes, and a scene does not depend on how many there are.
 
     Args:
@@ -81,6 +76,9 @@ def generate(
         evaluation: number of scenes of each of val, testA and testB; testB's refer to combinations never trained on.
         size: mean side of the images in pixels.
         progress: called with 1 after each image.
+
+    Returns:
+        how much there is of each part.
     """
     if not (0 < annotated <= train <= IDS_PER_SPLIT and 0 < evaluation <= IDS_PER_SPLIT and size >= SMALLEST_SIZE):
         raise ValueError(
@@ -122,6 +120,7 @@ def generate(
     _write_bytes(out / "text_encoder" / "vocab.txt", ("\n".join(vocabulary()) + "\n").encode())
     manifest = {"parameters": parameters(seed, train, annotated, evaluation, size), "counts": counts}
     _write_json(out / MANIFEST, manifest, indent=2)
+    return counts
 
 
 def vocabulary() -> list[str]:
@@ -378,7 +377,5 @@ def _write_json(path: Path, value: Any, **options: Any) -> None:
 
 
 def _write_bytes(path: Path, content: bytes) -> None:
-    from utils import atomic_path  # imports torch: seconds that reading this module's names should not cost
-
     with atomic_path(path) as temporary:
         temporary.write_bytes(content)

@@ -11,7 +11,7 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
-from utils import UserError
+from utils import UserError, log
 
 DELETED = ",.'!?\"()*#:;~"
 CHARACTERS = str.maketrans("-/", "  ", DELETED)
@@ -85,10 +85,6 @@ class Tokenizer:
             attention_mask[i, : len(row)] = 1
         return Tokens(input_ids, attention_mask)
 
-    def words(self, ids: Tensor) -> list[str]:
-        """The word pieces of one row of ids (T,), for showing."""
-        return [self.pieces.id_to_token(int(i)) or "[UNK]" for i in ids]
-
     def split(self, text: str) -> list[Word]:
         """The words of a cleaned caption; their pieces, one after another, are the ids that `__call__` gives it.
 
@@ -122,6 +118,19 @@ class Tokenizer:
                 "[UNK]), which would change every map; give --text_encoder a folder with the vocab.txt of "
                 "BERT-base-uncased and no other tokenizer files"
             )
+
+
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+    """Compare a vocabulary with bert_config's `vocab_size`: one that is smaller may be another model's, and is told.
+
+    Raises:
+        UserError: it is larger, so that the model has no embeddings for some of its word pieces.
+    """
+    found = f"{tokenizer.source}: {tokenizer.vocab_size} word pieces, and bert_config's vocab_size is {vocab_size}"
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(f"{found}; pass the --text_encoder that the model was trained with")
+    if tokenizer.vocab_size < vocab_size:
+        log(f"WARNING: {found}; is this the --text_encoder that the model was trained with?")
 
 
 def load_tokenizer(text_encoder: str) -> Tokenizer:

@@ -1,6 +1,5 @@
 """AMC training data: JSON entries {"image", "caption", "bbox"} -> samples -> batches (Visual Genome in the paper)."""
 
-import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import PretrainConfig
-from dataset.expressions import EntryProblem, Problems, require
+from dataset.expressions import EntryProblem, Problems, first_of, is_box, require
 from dataset.reading import DataError, load_json, read_image
 from dataset.text import Tokenizer, clean_caption
 from dataset.transforms import augment_for_albef, augment_for_amc, normalise
@@ -149,21 +148,13 @@ def _entry(row: Any, source: str, root: Path, max_words: int) -> Entry:
     if not all(captions):
         raise EntryProblem("a caption is empty once cleaned", repr(texts[captions.index("")])[:60])
     boxes = row.get("bbox", [])
-    if not isinstance(boxes, list) or not all(_is_box(box) for box in boxes):
+    if not isinstance(boxes, list) or not all(map(is_box, boxes)):
         raise EntryProblem("key 'bbox' must be a list of [x1, y1, x2, y2]", f"found {boxes!r:.60}")
     return Entry(image, captions, boxes, source)
 
 
-def _is_box(box: Any) -> bool:
-    if not isinstance(box, list) or len(box) != 4:
-        return False
-    return all(isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x) for x in box)
-
-
 def _check_images(entries: list[Entry]) -> None:
-    first: dict[Path, str] = {}
-    for entry in entries:
-        first.setdefault(entry.image, entry.source)
+    first = first_of((entry.image, entry.source) for entry in entries)
     missing = [source for image, source in first.items() if not image.is_file()]
     if missing:
         raise DataError(

@@ -19,7 +19,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import numpy as np
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Rectangle
@@ -30,17 +29,18 @@ from torch import Tensor
 import utils
 from config import AMCConfig, PretrainConfig, load_config
 from dataset.photos import read_photo
+from dataset.refer import MAX_WORDS
 from dataset.text import clean_caption
 from demo import check_boxes, demo_model
 from grounding import metrics
 from grounding.anatomy import Terms, Training, look, parts, terms, training_view
-from grounding.ground import MAX_WORDS, Grounding, encode, ground, ground_all
+from grounding.ground import Grounding, encode, ground, ground_all
+from grounding.offers import SHIPPED, SHIPPED_CONFIG
 from grounding.opening import layers, open_model
-from grounding.overlay import COLORMAP, DPI, SMALL, see_through, word_strip, wrap
+from grounding.overlay import COLORMAP, DPI, SMALL, pixels, see_through, word_strip, wrap
 from grounding.predict import Explainer
 from grounding.visualize import RIGHT, WRONG
 
-STAGE1, STAGE1_CONFIG = "checkpoints/scenes_stage1.safetensors", "configs/scenes/Grounding_refcoco.yaml"
 Box = Sequence[float]  # [x, y, w, h] in pixels of the image
 
 
@@ -241,9 +241,7 @@ def _extent(size: tuple[int, int]) -> tuple[float, float, float, float]:
 
 def save_small(figure: Figure, path: Path) -> None:
     """Write a figure as a PNG, of 256 colours if it would be larger than `LARGEST` in all of them."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    picture = Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3])
+    picture = Image.fromarray(pixels(figure))
     with utils.atomic_path(path) as temporary:
         picture.save(temporary, format="PNG", optimize=True)
         if temporary.stat().st_size > LARGEST:
@@ -302,8 +300,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--box", nargs=4, type=float, action="append", default=[], metavar=("X", "Y", "W", "H"), help="a true box")
     add("--checkpoint", help="the model after AMC (default: the last one of `make demo`)")
     add("--config", help="its Grounding_*.yaml (default: chosen by the sizes that the checkpoint states)")
-    add("--before", default=STAGE1, help=f"the model before AMC (default: {STAGE1})")
-    add("--before_config", default=STAGE1_CONFIG, help=f"its Grounding_*.yaml (default: {STAGE1_CONFIG})")
+    add("--before", default=SHIPPED, help=f"the model before AMC (default: {SHIPPED})")
+    add("--before_config", default=SHIPPED_CONFIG, help=f"its Grounding_*.yaml (default: {SHIPPED_CONFIG})")
     add("--before_name", default="stage 1", help="what the figure calls it")
     add("--training", default="configs/scenes/Pretrain.yaml", help="the training config with AMC's layer and margins")
     add("--text_encoder", help="hub name or local folder, as in demo.py")

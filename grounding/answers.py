@@ -110,7 +110,7 @@ class Answers:
         self.offers = {offer.name: offer for offer in offers}
         self.open_offer, self.resize, self.explain = open_offer, resize, explain
         self.models: Recent[str, OpenedModel] = Recent(KEPT_MODELS)
-        self.pictures: Recent[str, Picture] = Recent(KEPT_PIXELS, lambda picture: _pixels(picture.image))
+        self.pictures: Recent[str, Picture] = Recent(KEPT_PIXELS, lambda kept: kept.image.width * kept.image.height)
         self.encodings: Recent[tuple[str, str], EncodedImage] = Recent(KEPT_ENCODINGS)
         self.answers: Recent[tuple[str, str, str, int, str], Answer] = Recent(KEPT_ANSWERS)
         self.lock = threading.RLock()  # one answer at a time: an explanation goes back through the model's gradients
@@ -132,8 +132,7 @@ class Answers:
         with self.lock:
             found = self.pictures.get(key)
         if found is None:
-            message = "choose a picture first" if not key else "the picture is no longer kept; choose it again"
-            raise DataError(message)
+            raise DataError("the picture is no longer kept; choose it again" if key else "choose a picture first")
         return found
 
     def layers(self, model: str, mode: str) -> Layers:
@@ -216,7 +215,3 @@ def split_phrases(text: str) -> list[str]:
     if long := [phrase for phrase in phrases if len(phrase) > LONGEST_PHRASE]:
         raise PhraseError(f"a phrase of {len(long[0])} characters, and at most {LONGEST_PHRASE} are read; shorten it")
     return phrases
-
-
-def _pixels(image: Image.Image) -> int:
-    return image.width * image.height

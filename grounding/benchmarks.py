@@ -89,6 +89,7 @@ FLICKR = Benchmark(
     {"val": "val_d", "test": "test"},
     ("point",),
 )
+BENCHMARKS = {"refcoco": REFCOCO, "refclef": REFCLEF, "flickr": FLICKR}  # by their names on command lines
 
 IN_PLACE_OF_REFCOCO_PLUS = {"refcoco": "RefCOCO", "refcocog": "RefCOCOg"}
 

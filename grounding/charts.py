@@ -1,6 +1,5 @@
 """Charts of the report as data URIs of SVG, so that the page needs no other file. Names are drawn as they are."""
 
-import base64
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 
 from grounding.statistics import Interval
 from grounding.visualize import SAME_SVG
+from utils import data_uri
 
 # Okabe and Ito's colours, told apart by the colour-blind; the marks tell them apart in black and white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -75,7 +75,3 @@ def svg_uri(figure: Figure) -> str:
     with matplotlib.rc_context(SAME_SVG):
         figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
     return data_uri("image/svg+xml", content.getvalue())
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -9,15 +9,14 @@ from torch import Tensor
 
 import utils
 from config import BertConfig, GroundingConfig, load_bert_config, load_config, save_config
-from dataset.expressions import Expression
 from dataset.matching import load_pairs
-from dataset.text import Tokenizer, load_tokenizer
+from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from grounding import metrics
 from grounding.benchmarks import Benchmark, asked_for
 from grounding.opening import check_layer, ready
-from grounding.outcomes import size_of
-from grounding.predict import Explainer, ImageData, ask, distinct, load_images
+from grounding.outcomes import score
+from grounding.predict import Ask, Explainer, ImageData, Pair, Resize, ask, load_images
 from grounding.report import report_folders
 from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
@@ -109,12 +108,8 @@ def find_checkpoints(checkpoint: str) -> dict[str, Path]:
 
 
 def check_readable(texts: Iterable[str], tokenizer: Tokenizer, bert: BertConfig) -> None:
-    """Raise `EvaluationError` for a vocabulary or a text that the model has no embeddings for."""
-    if tokenizer.vocab_size > bert.vocab_size:
-        raise EvaluationError(
-            f"{tokenizer.source}: {tokenizer.vocab_size} word pieces, and bert_config's vocab_size is "
-            f"{bert.vocab_size}; pass the --text_encoder that the model was trained with"
-        )
+    """Raise `UserError` for a vocabulary or a text that the model has no embeddings for."""
+    check_vocabulary(tokenizer, bert.vocab_size)
     longest = bert.max_position_embeddings
     for text in dict.fromkeys(texts):
         if len(text) * 4 < longest:  # no character is more than 3 pieces: spares tokenising nearly all
@@ -143,9 +138,8 @@ class Evaluation:
         asked = [expression.text for expression in self.expressions]
         asked += [pair.text for pairs in self.pairs.values() for pair in pairs]
         check_readable(asked, self.tokenizer, load_bert_config(config.bert_config))
-        self.images = distinct(expression.image for expression in self.expressions)
-        count = len(self.expressions)
-        utils.log(f"{benchmark.name}: {count} expressions of {len(self.images)} images, on {self.device}")
+        images = {expression.image for expression in self.expressions}
+        utils.log(f"{benchmark.name}: {len(self.expressions)} expressions of {len(images)} images, on {self.device}")
         output = Path(args.output_dir)
         self.results = ResultFolder(output / "result")
         if utils.rank() == 0:
@@ -195,11 +189,8 @@ class Evaluation:
 
     def predict(self, explainer: Explainer) -> tuple[list[Row], list[int]]:
         """One record an expression, in their order; and the positions of those whose image could not be read."""
-        config, args = self.config, self.args
-        data = ImageData(self.images, self.benchmark.resize, config.image_res, args.skip_broken)
-        batches = load_images(data, config.batch_size, args.num_workers)
         asked = [(expression.image, expression.text) for expression in self.expressions]
-        maps = merged(ask(explainer.maps, asked, batches))
+        maps = self.ask(explainer.maps, asked, self.benchmark.resize)
         skipped = [position for position in range(len(asked)) if position not in maps]
         if skipped:
             utils.log(f"{len(skipped)} expressions of unreadable images are left out of results and metrics")
@@ -214,30 +205,16 @@ class Evaluation:
         """A log line for each metric of the benchmark: reported split -> accuracy."""
         left_out = set(skipped)
         kept = [expression for position, expression in enumerate(self.expressions) if position not in left_out]
-        scores = [self.score(expression, record["pred"]) for expression, record in zip(kept, records, strict=True)]
+        scores = score([record["pred"] for record in records], kept, self.benchmark.metrics)
         splits = [expression.split for expression in kept]
-        return [
-            metrics.split_accuracies([score[metric] for score in scores], splits, self.benchmark.splits)
-            for metric in self.benchmark.metrics
-        ]
-
-    def score(self, expression: Expression, pred: Tensor) -> dict[str, bool]:
-        """Whether a map (h, w) grounds an expression, by each of the benchmark's metrics."""
-        cam = metrics.ResizedMap(pred, *size_of(expression))
-        score = {"point": metrics.point_correct(cam, expression.boxes)}
-        if "box" in self.benchmark.metrics:
-            assert expression.detections is not None
-            score["box"] = metrics.box_correct(cam, expression.detections, expression.boxes[0])
-        return score
+        return [metrics.split_accuracies(column, splits, self.benchmark.splits) for column in scores.T.tolist()]
 
     def matching(self, explainer: Explainer, name: str) -> Line:
         """A log line: how often the model is right about balanced pairs, over all and by kind of text."""
-        pairs, config = self.pairs[name], self.config
-        images = distinct(pair.image for pair in pairs)
-        data = ImageData(images, resize_bilinear_image, config.image_res, self.args.skip_broken)
-        batches = load_images(data, config.batch_size, self.args.num_workers)
-        asked = [(pair.image, pair.text) for pair in pairs]
-        found = merged(ask(explainer.match_probabilities, asked, batches))
+        pairs = self.pairs[name]
+        found = self.ask(
+            explainer.match_probabilities, [(pair.image, pair.text) for pair in pairs], resize_bilinear_image
+        )
         answers = [(pairs[position], float(p)) for position, p in found.items()]
         right = [(pair.kind, (p > 0.5) == pair.match) for pair, p in answers]
         line = {name: metrics.accuracy([correct for _, correct in right])}
@@ -245,8 +222,10 @@ class Evaluation:
             line[f"{name}_{kind}"] = metrics.accuracy([correct for of, correct in right if of == kind])
         return line
 
-
-def merged(answers: Iterable[tuple[int, Tensor]]) -> dict[int, Tensor]:
-    """The (position, answer) pairs of all processes, by position."""
-    parts = utils.gather_objects(dict(answers))
-    return {position: answer for part in parts for position, answer in part.items()}
+    def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> dict[int, Tensor]:
+        """A method of `Explainer` for (image, text) pairs, of all processes: the answers by the pairs' positions."""
+        images = list(dict.fromkeys(image for image, _ in pairs))
+        data = ImageData(images, resize, self.config.image_res, self.args.skip_broken)
+        batches = load_images(data, self.config.batch_size, self.args.num_workers)
+        parts = utils.gather_objects(dict(ask(function, pairs, batches)))
+        return {position: answer for part in parts for position, answer in part.items()}

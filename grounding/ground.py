@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dataset.refer import MAX_WORDS
 from dataset.text import Word, clean_caption
 from dataset.transforms import normalise, resize_bicubic
 from grounding.metrics import ResizedMap
@@ -25,8 +26,6 @@ from grounding.regions import THRESHOLD, ScoredBox, map_boxes, share_of_maximum
 from models.amc import gradcam, token_gradcam
 from models.xbert import KeyValue
 from utils import UserError
-
-MAX_WORDS = 30  # of a phrase, as in RefCOCO+ evaluation
 
 
 class PhraseError(UserError):

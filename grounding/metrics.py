@@ -136,15 +136,6 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     return float(intersection / (aw * ah + bw * bh - intersection))
 
 
-def point_chance(boxes: np.ndarray, height: int, width: int) -> float:
-    """The part of an image's pixels that `point_correct` would count as right, in 0..1."""
-    y, x = np.mgrid[:height, :width]
-    inside = np.zeros((height, width), bool)
-    for bx, by, w, h in boxes.tolist():
-        inside |= (bx < x) & (x < bx + w) & (by < y) & (y < by + h)
-    return float(inside.mean())
-
-
 def box_chance(detections: np.ndarray, box: np.ndarray) -> float:
     """The part of (k, 4) detections that `box_correct` would count as right, in 0..1."""
     right = [iou(detection, box.tolist()) >= IOU_THRESHOLD for detection in detections.tolist()]

@@ -8,7 +8,7 @@ import io
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import cv2
 import matplotlib
@@ -44,15 +44,6 @@ LONGEST_TITLE = 600  # characters
 LONGEST_SLUG = 40
 
 
-class Place(NamedTuple):
-    """A rectangle in inches from the lower left corner."""
-
-    x: float
-    y: float
-    width: float
-    height: float
-
-
 def overlay(
     image: Image.Image,
     found: Grounding,
@@ -76,30 +67,23 @@ def overlay(
     inner, body = max(width + BAR, LEAST_WIDTH), max(height, LEAST_BODY)
     title = wrap(_title(found.text), inner, TITLE)
     top, bottom = GAP + LINE * (len(title) + 1), GAP + LINE
-    figure = _figure(inner + 2 * MARGIN, body + top + bottom + 2 * MARGIN)
+    figure = Figure(figsize=(inner + 2 * MARGIN, body + top + bottom + 2 * MARGIN), dpi=DPI)
     _write(figure, title, TITLE)
     _write(figure, [f"match probability {found.match:.3f}"], PLAIN, skip=len(title))
     middle = MARGIN + bottom + body / 2
     left = MARGIN + (inner - BAR - width) / 2
-    axes = _axes(figure, Place(left, middle - height / 2, width, height))
+    axes = _axes(figure, left, middle - height / 2, width, height)
     heat = _show(axes, image, _reduced(found.map, axes), colours, found.map.shape)
     bar_height = max(height, LEAST_BODY)
-    bar = _axes(figure, Place(left + width + GAP, middle - bar_height / 2, 0.16, bar_height))
+    bar = _axes(figure, left + width + GAP, middle - bar_height / 2, 0.16, bar_height)
     figure.colorbar(heat, cax=bar, ticks=[0, 0.5, 1]).set_label("share of the maximum", fontsize=9)
     bar.tick_params(labelsize=9)
     handles = _boxes(axes, [box.box for box in found.boxes[:1]], BEST, "-", "best box")
     handles += _boxes(axes, truth, TRUTH, "--", "ground truth")  # above: its gaps show a box that it coincides with
     marker: dict[str, Any] = {"marker": "o", "ms": 9, "mfc": POINT, "mec": "black", "mew": 1.8, "ls": "none"}
     handles[:0] = axes.plot(*found.point, label="point", clip_on=False, zorder=5, **marker)
-    figure.legend(
-        handles=handles,
-        loc="lower center",
-        ncols=len(handles),
-        frameon=False,
-        fontsize=9,
-        borderaxespad=0.3,
-        facecolor="white",
-    )
+    legend: dict[str, Any] = {"frameon": False, "fontsize": 9, "borderaxespad": 0.3}
+    figure.legend(handles=handles, loc="lower center", ncols=len(handles), **legend)
     return figure
 
 
@@ -120,13 +104,13 @@ def word_strip(image: Image.Image, found: Grounding, colormap: str = COLORMAP) -
     rows = [range(start, min(start + columns, len(panels))) for start in range(0, len(panels), columns)]
     heads = [LINE * 0.75 * max(len(names[index]) for index in row) + GAP for row in rows]
     total = LINE * len(title) + sum(heads) + len(rows) * (height + GAP) + LINE
-    figure = _figure(inner + 2 * MARGIN, total + 2 * MARGIN)
+    figure = Figure(figsize=(inner + 2 * MARGIN, total + 2 * MARGIN), dpi=DPI)
     _write(figure, title, TITLE)
     for index, (name, (_, small)) in enumerate(zip(names, panels, strict=True)):
         row, column = divmod(index, columns)
         x = MARGIN + column * (cell + GAP) + (cell - width) / 2
         above = LINE * len(title) + sum(heads[: row + 1]) + row * (height + GAP)
-        axes = _axes(figure, Place(x, MARGIN + total - above - height, width, height))
+        axes = _axes(figure, x, MARGIN + total - above - height, width, height)
         shown_height, shown_width = _shown_size(image.size, axes)
         shares = share_of_maximum(ResizedMap(torch.from_numpy(small), shown_height, shown_width))
         _show(axes, image, shares, colours, image.size[::-1])
@@ -223,13 +207,10 @@ def _place_text(figure: Figure, text: str, x: float, y: float, font: FontPropert
 # ---- parts
 
 
-def _figure(width: float, height: float) -> Figure:
-    return Figure(figsize=(width, height), dpi=DPI)
-
-
-def _axes(figure: Figure, place: Place) -> Axes:
-    width, height = figure.get_size_inches()
-    return figure.add_axes((place.x / width, place.y / height, place.width / width, place.height / height))
+def _axes(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
+    """Axes at a place in inches from the figure's lower left corner."""
+    across, up = figure.get_size_inches()
+    return figure.add_axes((x / across, y / up, width / across, height / up))
 
 
 def _shown_size(size: tuple[int, int], axes: Axes) -> tuple[int, int]:

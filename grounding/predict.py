@@ -26,6 +26,7 @@ MAX_PAIRS = 32  # (image, text) pairs in one pass of the fusion layers; each hol
 
 Pair = tuple[Path, str]
 Resize = Callable[[Image.Image, int], np.ndarray]
+Ask = Callable[[Tensor, list[int], list[str]], Tensor]  # `Explainer.maps`, or `Explainer.match_probabilities`
 
 
 class Explainer(NamedTuple):
@@ -148,12 +149,8 @@ def load_images(data: ImageData, batch_size: int, workers: int) -> Iterator[list
             bar.update(len(batch))
 
 
-def ask(
-    function: Callable[[Tensor, list[int], list[str]], Tensor],
-    pairs: Sequence[Pair],
-    batches: Iterable[list[Loaded]],
-) -> Iterator[tuple[int, Tensor]]:
-    """Call a method of `Explainer` for (image, text) pairs, image by image, each different pair once.
+def ask(function: Ask, pairs: Sequence[Pair], batches: Iterable[list[Loaded]]) -> Iterator[tuple[int, Tensor]]:
+    """Answer (image, text) pairs, image by image, each different pair once.
 
     Yields:
         the position of a pair and its row of the answer; pairs of images that `batches` lacks are left out.
@@ -170,8 +167,3 @@ def ask(
         for (row, text), answer in zip(asked, answers, strict=True):
             for position in positions[batch[row].path][text]:
                 yield position, answer.clone()
-
-
-def distinct(paths: Iterable[Path]) -> list[Path]:
-    """The different paths, in order of first appearance."""
-    return list(dict.fromkeys(paths))

@@ -8,8 +8,7 @@ from dataset.expressions import Expression
 from grounding import report_parts as parts
 from grounding.benchmarks import Benchmark
 from grounding.charts import svg_uri
-from grounding.collect import Results, collect
-from grounding.outcomes import Source, named_apart, sources_of
+from grounding.outcomes import Results, Source, collect, named_apart, sources_of
 from grounding.page import Chart, Part, Section, render
 from grounding.runs import EPOCHS_LOG, STEPS_LOG, RunError, read_runs
 from grounding.visualize import loss_figure

@@ -1,19 +1,24 @@
 """The parts of a benchmark's report: from the arrays of `Results` to tables, charts and pictures."""
 
-from collections.abc import Sequence
+import io
+import math
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from grounding.cases import Explained, extremes, pick, picture
+from dataset.reading import read_image
 from grounding.charts import Panel, chart
-from grounding.collect import Results
-from grounding.outcomes import MEASURES, THRESHOLDS
-from grounding.page import Block, Case, Cell, Chart, Part, Sheet, Table
+from grounding.outcomes import MEASURES, THRESHOLDS, Results, size_of
+from grounding.page import Block, Case, Cell, Chart, Part, Sheet, Shot, Table
 from grounding.results import percent
 from grounding.statistics import Group, Interval, by_category, by_length, by_size, intervals
+from grounding.visualize import panel
+from utils import data_uri
 
 CASES, CHANGED_CASES = 6, 4  # pictures of each kind
+JPEG_QUALITY = 82
 INTERVAL_NOTE = "In %, under each its 95% interval (bootstrap over images)."
 
 
@@ -176,9 +181,57 @@ def cases(found: Results) -> Part:
     return Part(f"Cases of {name}", note, blocks)
 
 
+def extremes(values: np.ndarray, images: Sequence[Path], count: int) -> tuple[list[int], list[int], list[int]]:
+    """Positions of the highest, the most median and the lowest values, each up to `count`, at most one of an image.
+
+    Of few images, each gets a third, so that the best and the worst do not meet. Equal values are taken in their order;
+    NaN never; none twice.
+
+    Args:
+        values, images: one an expression.
+    """
+    known = np.flatnonzero(~np.isnan(values))
+    if not len(known):
+        return [], [], []
+    count = min(count, math.ceil(len({images[i] for i in known.tolist()}) / 3))
+    used: set[Path] = set()
+    orders = (-values, values, np.abs(values - np.median(values[known])))
+    best, worst, typical = (
+        pick((known[i] for i in np.argsort(order[known], kind="stable")), images, count, used) for order in orders
+    )
+    return best, typical, worst
+
+
+def pick(order: Iterable[int], images: Sequence[Path], count: int, used: set[Path] | None = None) -> list[int]:
+    """The first `count` positions of an order whose images are not in `used`, which takes them in."""
+    used = set() if used is None else used
+    chosen: list[int] = []
+    for position in map(int, order):
+        if len(chosen) == count:
+            break
+        if images[position] not in used:
+            used.add(images[position])
+            chosen.append(position)
+    return chosen
+
+
 def _picture(found: Results, position: int, note: str) -> Case:
-    models = [Explained(found.sources[i].name, found.maps[i], found.metric("point", i)) for i in found.shown]
-    return picture(position, found.expressions[position], models, note)
+    """An expression: the image with its true boxes, then each shown checkpoint's map and point."""
+    expression = found.expressions[position]
+    image, size, boxes = read_image(expression.image, expression.text), size_of(expression), expression.boxes
+    shots = [Shot("image", _uri(panel(image, size, boxes, None)), None)]
+    for index in found.shown:
+        pred = found.maps[index][position]
+        if pred is not None:
+            right = bool(found.metric("point", index)[position])
+            shots.append(Shot(found.sources[index].name, _uri(panel(image, size, boxes, pred, right)), right))
+    return Case(expression.text, note, shots)
+
+
+def _uri(image: Image.Image) -> str:
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=JPEG_QUALITY)
+    return data_uri("image/jpeg", content.getvalue())
 
 
 def _images(found: Results) -> list[Path]:

@@ -99,6 +99,12 @@ class ResultFolder:
         rows += [{**line, "epoch": epoch} for line in lines]
         utils.write_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
 
+    def accuracies(self, epoch: str, metrics: Sequence[str]) -> dict[tuple[str, str], float | None]:
+        """An epoch's log by metric and key; empty where it has not one line for each of the metrics."""
+        rows = self.lines(epoch)
+        lines = zip(metrics, rows, strict=True) if len(rows) == len(metrics) else ()
+        return {(metric, key): value for metric, row in lines for key, value in row.items() if key != "epoch"}
+
     def table(self, metrics: Sequence[str], decisive: tuple[str, str]) -> str:
         """The epochs of the log as a table, accuracies in %.
 
@@ -106,16 +112,8 @@ class ResultFolder:
             metrics: the name of each log line of an epoch.
             decisive: the metric and the key by which the best epoch is marked.
         """
-        by_epoch: dict[str, dict[tuple[str, str], float | None]] = {}
-        for epoch in dict.fromkeys(row.get("epoch", "?") for row in utils.read_log(self.log)):
-            rows = self.lines(epoch)
-            if len(rows) == len(metrics):
-                by_epoch[epoch] = {
-                    (metric, key): value
-                    for metric, row in zip(metrics, rows, strict=True)
-                    for key, value in row.items()
-                    if key != "epoch"
-                }
+        epochs = dict.fromkeys(row.get("epoch", "?") for row in utils.read_log(self.log))
+        by_epoch = {epoch: found for epoch in epochs if (found := self.accuracies(epoch, metrics))}
         if not by_epoch:
             return "no checkpoint has been evaluated"
         best = max(by_epoch, key=lambda epoch: by_epoch[epoch].get(decisive) or 0.0)
@@ -124,9 +122,7 @@ class ResultFolder:
         for epoch, values in by_epoch.items():
             mark = "*" if epoch == best else " "
             cells.append([epoch + mark, *(percent(values.get(column)) for column in columns)])
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        rows_shown = ["  ".join(cell.rjust(w) for cell, w in zip(row, widths, strict=True)) for row in cells]
-        return "\n".join([*rows_shown, f"in %; * best by {' '.join(decisive)}"])
+        return f"{utils.aligned(cells, left=0)}\nin %; * best by {' '.join(decisive)}"
 
 
 def percent(value: float | None) -> str:

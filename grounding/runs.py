@@ -32,18 +32,17 @@ def read_runs(paths: Sequence[Path], by_epoch: bool = False) -> tuple[dict[str, 
         RunError: a run has none of the two files, or none that is needed.
     """
     names = run_names(paths)
-    found = {name: None if by_epoch else _step_rows(path) for name, path in names.items()}
+    found = {}
     for name, path in names.items():
-        if found[name] is None:
-            found[name] = _epoch_rows(path, in_steps=True)
+        found[name] = ([] if by_epoch else _step_rows(path)) or _epoch_rows(path, in_steps=True)
     if all(found.values()):
-        return {name: rows or [] for name, rows in found.items()}, "steps"
+        return found, "steps"
     rows = {name: _epoch_rows(path, in_steps=False) for name, path in names.items()}
     for name, path in names.items():
         if not rows[name]:
             wanted = EPOCHS_LOG if _step_rows(path) else f"{STEPS_LOG} or {EPOCHS_LOG}"
             raise RunError(f"{path}: no {wanted} of a training run with losses in it; give --output_dir of Pretrain.py")
-    return {name: some or [] for name, some in rows.items()}, "epochs"
+    return rows, "epochs"
 
 
 def run_names(paths: Sequence[Path]) -> dict[str, Path]:
@@ -55,15 +54,14 @@ def run_names(paths: Sequence[Path]) -> dict[str, Path]:
     return dict(zip(names, different.values(), strict=True))
 
 
-def _step_rows(path: Path) -> Rows | None:
-    """The rows of steps.jsonl; None where there are none."""
+def _step_rows(path: Path) -> Rows:
+    """The rows of steps.jsonl."""
     file = path / STEPS_LOG if path.is_dir() else path
-    rows = [row for row in utils.read_log(file) if "step" in row and "epoch" in row]
-    return rows or None
+    return [row for row in utils.read_log(file) if "step" in row and "epoch" in row]
 
 
-def _epoch_rows(path: Path, in_steps: bool) -> Rows | None:
-    """The rows of log.txt in the form of steps.jsonl; None where there are none, or none with its number of steps."""
+def _epoch_rows(path: Path, in_steps: bool) -> Rows:
+    """The rows of log.txt in the form of steps.jsonl; `in_steps`: those that tell their number of steps."""
     file = path / EPOCHS_LOG if path.is_dir() else path
     rows = []
     for row in utils.read_log(file):
@@ -72,4 +70,4 @@ def _epoch_rows(path: Path, in_steps: bool) -> Rows | None:
             length = int(row["steps"]) if in_steps else 1
             numbers = {name: float(value) for name, value in losses.items()}  # the release writes them as strings
             rows.append({"epoch": row["epoch"], "step": length - 1, **numbers})
-    return rows or None
+    return rows

@@ -9,9 +9,7 @@ from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -62,25 +60,19 @@ def contact_sheet(cases: Sequence[Case], models: Sequence[str], path: Path) -> N
     figure = Figure(figsize=(2.2 * (len(models) + 1), 2.2 * len(cases) + 0.4), layout="constrained")
     grid = figure.subplots(len(cases), len(models) + 1, squeeze=False)
     for row, case in zip(grid, cases, strict=True):
-        image = np.asarray(read_image(case.expression.image, case.expression.text))
-        _panel(row[0], image, case.expression)
-        row[0].set_title(case.expression.text, fontsize=8, loc="left", wrap=True, parse_math=False)
+        text, boxes = case.expression.text, case.expression.boxes
+        image = read_image(case.expression.image, text)
+        size = image.height, image.width
+        row[0].imshow(panel(image, size, boxes, None))
+        row[0].set_title(text, fontsize=8, loc="left", wrap=True, parse_math=False)
         for axes, pred in zip(row[1:], case.maps, strict=True):
-            cam = metrics.ResizedMap(pred, *image.shape[:2])
-            _panel(axes, blend(image, cam.pixels.numpy()), case.expression)
-            right = metrics.point_correct(cam, case.expression.boxes)
-            axes.plot(*cam.point(), "o", ms=6, mfc=RIGHT if right else WRONG, mec="black", mew=1)
+            right = metrics.point_correct(metrics.ResizedMap(pred, *size), boxes)
+            axes.imshow(panel(image, size, boxes, pred, right))
+    for axes in grid.flat:
+        axes.set_axis_off()
     for axes, name in zip(grid[0, 1:], models, strict=True):
         axes.set_title(name, fontsize=9, fontweight="bold", parse_math=False)
     _save(figure, path)
-
-
-def _panel(axes: Axes, image: np.ndarray, expression: Expression) -> None:
-    axes.imshow(image)
-    axes.set_axis_off()
-    for x, y, w, h in expression.boxes.tolist():
-        for colour, width in (("black", 2.6), (TRUTH, 1.2)):
-            axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, ec=colour, lw=width))
 
 
 def panel(

@@ -124,22 +124,6 @@ class Board:
         self.writer.flush()
 
 
-def open_board(
-    explainer: Explainer,
-    asked: Sequence[tuple[str, str]],
-    entries: Sequence[Entry],
-    skip_broken: bool,
-    every: int,
-    samples: int,
-) -> Board:
-    """The board of a run, with the (image, phrase) pairs that were asked for, or else some of the training entries.
-
-    Raises:
-        UserError: as `Board`; or an image cannot be read.
-    """
-    return Board(explainer, watched_pairs(asked) or watched_entries(entries, skip_broken), every, samples)
-
-
 def watched_pairs(pairs: Sequence[tuple[str, str]]) -> list[Watched]:
     """Images of any kind and phrases for them; raises `DataError` naming an image that cannot be read."""
     images = {path: read_photo(Path(path), f"--watch {path}") for path, _ in pairs}

@@ -1,6 +1,5 @@
 """The page's pictures and sentences as HTML; pictures are inside it, so that none is left on the server."""
 
-import base64
 import html
 import io
 from collections.abc import Sequence
@@ -8,7 +7,7 @@ from collections.abc import Sequence
 from grounding import overlay
 from grounding.answers import Picture, Reply
 from grounding.ground import Answer, Grounding, of_word, place
-from utils import UserError
+from utils import UserError, data_uri
 
 SIDE = 4.5  # inches of a picture's longer side: text stays legible with three pictures beside each other
 SMALL_SHOWN = 256  # pixels of a longer side; up to this many are sent as PNG and shown pixel by pixel
@@ -105,7 +104,7 @@ def _figure(
         content = overlay.png(overlay.overlay(picture.reduced, found, colormap=colormap, side=SIDE), FAST)
     except UserError as error:
         return f"<figure>{message(str(error))}<figcaption>{name}</figcaption></figure>"
-    source = f"data:image/png;base64,{base64.b64encode(content).decode()}"
+    source = data_uri("image/png", content)
     file = "_".join([overlay.slug(picture.name.rpartition(".")[0] or picture.name), overlay.slug(answer.text)])
     file += f"_{overlay.slug(word)}" * bool(choice) + f"_{overlay.slug(reply.model)}.png"
     alt = html.escape(f"map of {shown.text}, {reply.model}", quote=True)
@@ -132,9 +131,8 @@ def _plain(picture: Picture, credit: str = "") -> str:
     image, buffer = picture.reduced, io.BytesIO()
     small = max(image.size) <= SMALL_SHOWN
     image.save(buffer, "PNG" if small else "JPEG", quality=90)
-    kind = 'class="amc-pixels" src="data:image/png' if small else 'src="data:image/jpeg'
+    look, kind = ('class="amc-pixels" ', "image/png") if small else ("", "image/jpeg")
     name = html.escape(picture.name, quote=True)
     facts = [name, f"{picture.image.width} x {picture.image.height} pixels", *filter(None, [html.escape(credit)])]
-    code = base64.b64encode(buffer.getvalue()).decode()
-    shown = f'<img {kind};base64,{code}" alt="{name}">'
+    shown = f'<img {look}src="{data_uri(kind, buffer.getvalue())}" alt="{name}">'
     return f'<figure class="amc-plain">{shown}<figcaption>{" · ".join(facts)}</figcaption></figure>'

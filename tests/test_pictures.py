@@ -14,7 +14,7 @@ import scenes_demo
 from config import GroundingConfig
 from dataset.expressions import Expression
 from dataset.reading import read_image
-from grounding import metrics
+from grounding import measures, metrics
 from grounding.benchmarks import REFCOCO
 from grounding.results import ResultFolder
 from grounding.visualize import Case, _steps, blend, contact_sheet, loss_curves, loss_figure, panel
@@ -114,9 +114,9 @@ def test_loss_curves(tmp_path: Path) -> None:
 
 def test_chance_of_a_random_pixel() -> None:
     boxes = np.array([[2.0, 1.0, 4.0, 3.0]])  # strictly inside: x 3..5, y 2..3
-    assert metrics.point_chance(boxes, 10, 10) == pytest.approx(6 / 100)
+    assert measures.inside(boxes, 10, 10).mean() == pytest.approx(6 / 100)
     two = np.array([[2.0, 1.0, 4.0, 3.0], [2.0, 1.0, 4.0, 3.0]])
-    assert metrics.point_chance(two, 10, 10) == pytest.approx(6 / 100)  # a pixel counts once
+    assert measures.inside(two, 10, 10).mean() == pytest.approx(6 / 100)  # a pixel counts once
     cam = torch.zeros(10, 10)
     hits = 0
     for y in range(10):

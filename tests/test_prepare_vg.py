@@ -10,8 +10,9 @@ import pytest
 
 import prepare
 from config import PretrainConfig
-from dataset.raw import vg_phrases, vg_report, visual_genome
-from dataset.raw.vg_rules import OUTPUTS, Rules
+from dataset.raw import vg_phrases, visual_genome
+from dataset.raw.vg_phrases import Rules
+from dataset.raw.visual_genome import OUTPUTS
 from dataset.reading import DataError
 from dataset.vg import load_entries
 
@@ -378,4 +379,4 @@ def test_a_slow_parser_is_told(
 
 
 def test_large_numbers_in_the_table() -> None:
-    assert vg_report.table([["a", 1234567], ["long", "b", 3]]) == "a     1,234,567\nlong          b  3"
+    assert visual_genome.table([["a", 1234567], ["long", "b", 3]]) == "a     1,234,567\nlong          b  3"

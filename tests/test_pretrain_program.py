@@ -609,7 +609,7 @@ def test_a_gpu_asked_for_where_there_is_none(place: Path, tmp_path: Path, monkey
 def test_a_vocabulary_too_large_for_the_model(place: Path, tmp_path: Path) -> None:
     bert = json.loads((place / "bert.json").read_text()) | {"vocab_size": 50}
     (tmp_path / "bert.json").write_text(json.dumps(bert))
-    with pytest.raises(ConfigError, match=r"--text_encoder has \d+ words, bert_config's vocab_size is 50"):
+    with pytest.raises(utils.UserError, match=r"vocab\.txt: \d+ word pieces, and bert_config's vocab_size is 50;"):
         train(place, tmp_path, f"bert_config={tmp_path / 'bert.json'}")
 
 

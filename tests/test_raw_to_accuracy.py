@@ -19,7 +19,7 @@ from raw_layouts import mattnet_detections, write_entities, write_refer
 import prepare
 import Pretrain
 from dataset import scenes_files
-from dataset.raw.vg_rules import OUTPUTS
+from dataset.raw.visual_genome import OUTPUTS
 from dataset.scenes import draw_scene
 from grounding import evaluate as program
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark

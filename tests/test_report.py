@@ -17,13 +17,23 @@ from torch import Tensor
 from dataset.expressions import Expression
 from grounding import outcomes, report_parts
 from grounding.benchmarks import FLICKR, REFCOCO, Benchmark
-from grounding.cases import extremes, pick
 from grounding.charts import Panel, chart
-from grounding.collect import Results, best_of, collect
-from grounding.outcomes import ReportError, areas, measure, named_apart, read_maps, score, shown, sources_of
+from grounding.outcomes import (
+    ReportError,
+    Results,
+    areas,
+    best_of,
+    collect,
+    measure,
+    named_apart,
+    read_maps,
+    score,
+    shown,
+    sources_of,
+)
 from grounding.page import Cell, Table
 from grounding.report import report_folders
-from grounding.report_parts import cell
+from grounding.report_parts import cell, extremes, pick
 from grounding.results import ResultError, ResultFolder, percent
 from grounding.statistics import Interval
 

@@ -8,7 +8,7 @@ import tokenizers
 import torch
 from tokenizers.models import WordPiece
 
-from dataset.text import Tokenizer, clean_caption, load_tokenizer, swap_left_right
+from dataset.text import Tokenizer, check_vocabulary, clean_caption, load_tokenizer, swap_left_right
 from utils import UserError
 
 
@@ -70,7 +70,8 @@ def test_tokens_are_padded_to_the_longest_and_masked(tokenizer: Tokenizer) -> No
 
 def test_special_ids_and_size(tokenizer: Tokenizer) -> None:
     assert (tokenizer.pad_id, tokenizer.cls_id, tokenizer.mask_id, tokenizer.vocab_size) == (0, 101, 103, 30522)
-    assert tokenizer.words(torch.tensor([101, 4100, 25778, 2239, 0])) == ["[CLS]", "semi", "##col", "##on", "[PAD]"]
+    pieces = [tokenizer.pieces.id_to_token(index) for index in (101, 4100, 25778, 2239, 0)]
+    assert pieces == ["[CLS]", "semi", "##col", "##on", "[PAD]"]
 
 
 def test_unknown_characters_become_unk(tokenizer: Tokenizer) -> None:
@@ -162,5 +163,19 @@ def test_words_with_their_pieces(tokenizer: Tokenizer) -> None:
         ("x" * 101, ["[UNK]"]),
     ]
     pieces = [piece for word in words for piece in word.pieces]
-    assert tokenizer.words(tokenizer([text]).input_ids[0]) == pieces
+    assert [tokenizer.pieces.id_to_token(index) for index in tokenizer([text]).input_ids[0].tolist()] == pieces
     assert [word.text for word in tokenizer.split("")] == ["[CLS]"]
+
+
+def test_a_vocabulary_of_another_size_than_the_models(tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]) -> None:
+    check_vocabulary(tokenizer, 30522)
+    assert not capsys.readouterr().out
+    check_vocabulary(tokenizer, 30592)  # as some models pad their embeddings; or another model's vocabulary
+    assert (
+        f"WARNING: {tokenizer.source}: 30522 word pieces, and bert_config's vocab_size is 30592"
+        in capsys.readouterr().out
+    )
+    with pytest.raises(
+        UserError, match=r"text_encoder.*: 30522 word pieces, and bert_config's vocab_size is 30521; pass"
+    ):
+        check_vocabulary(tokenizer, 30521)

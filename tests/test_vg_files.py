@@ -9,7 +9,7 @@ import pytest
 
 from dataset.raw import visual_genome
 from dataset.raw.vg_files import Draft, Source, Spool, find_sources, read_entries
-from dataset.raw.vg_rules import Rules
+from dataset.raw.vg_phrases import Rules
 from dataset.reading import DataError
 
 IMAGE = {"image_id": 7, "url": "https://cs.stanford.edu/people/rak248/VG_100K_2/7.jpg", "width": 100, "height": 80}

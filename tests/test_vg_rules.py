@@ -7,7 +7,7 @@ import pytest
 
 from dataset.raw import vg_phrases
 from dataset.raw.vg_fields import Image, Region, Thing, read_box, read_texts
-from dataset.raw.vg_rules import Rules
+from dataset.raw.vg_phrases import Rules
 
 IMAGE = Image("VG_100K/1.jpg", 100, 100, None, None)
 

@@ -269,7 +269,7 @@ def test_an_earlier_runs_events_move_with_it(tmp_path: Path) -> None:
 
 def test_what_is_watched_when_nothing_is_named(place: Path) -> None:
     entries = load_entries(place / "data" / "train_phrases.json", explainer(place).model.config)
-    board = watch.open_board(explainer(place), [], entries, skip_broken=False, every=1, samples=1)
+    board = watch.Board(explainer(place), watch.watched_entries(entries), every=1, samples=1)
     boxed = [entry for entry in entries if entry.boxes]
     chosen = [boxed[len(boxed) * number // 4].captions[0] for number in range(4)]
     assert [one.phrase for one in board.watched] == chosen

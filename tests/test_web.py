@@ -370,7 +370,7 @@ def test_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch, site: Site
     assert [offer.checkpoint for offer in answers.offers.values()] == [SHIPPED, changed]
     assert answers.layers(changed.name, "itm") == ((2, 3, 4), 4, True)
     assert answers.explain == {"precision": torch.bfloat16}
-    assert answers.resize is demo.FLICKR.resize
+    assert answers.resize is demo.BENCHMARKS["flickr"].resize
     demo.main(demo.parse_args(["--web", "--checkpoint", str(SHIPPED)]))
     assert list(calls[1][0].offers) == [SHIPPED.name]
     monkeypatch.setattr(demo, "offered", lambda paths, config: [Offer(BEFORE, SHIPPED)])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dataset import flickr, matching, refer, vg
-from dataset.expressions import EntryProblem, Expression
+from dataset.expressions import EntryProblem, first_of
 from dataset.raw.check_images import Placed
 from dataset.raw.check_report import Report, Row
 from dataset.reading import load_json
@@ -147,20 +147,12 @@ def test_file(gathered: Gathered, file: str, of: ReferFiles, config: str) -> Cou
     gathered.name_images(of.image_root, ((item.entry.image, item.where) for item in items))
     note_repeated(row, (((item.entry.image, item.entry.text), item.where) for item in items))
     usable = [(item.where, item.expression) for item in items if item.expression]
-    for where, expression in _first(usable, lambda expression: expression.ref_id):
+    for where, expression in first_of((item[1].ref_id, item) for item in usable).values():
         gathered.placed.append(Placed(row, where, expression.image, _corners(expression.boxes), None, True))
-    for where, expression in _first(usable, lambda expression: expression.image):
+    for where, expression in first_of((item[1].image, item) for item in usable).values():
         if expression.size:
             gathered.stated.append(Stated(row, where, expression.image, expression.size))
     return Counter(expression.split for _, expression in usable)
-
-
-def _first(found: list[tuple[str, Expression]], key: Callable[[Expression], Hashable]) -> list[tuple[str, Expression]]:
-    """The first expression of each key, and where it stands."""
-    first: dict[Hashable, tuple[str, Expression]] = {}
-    for where, expression in found:
-        first.setdefault(key(expression), (where, expression))
-    return list(first.values())
 
 
 def _corners(boxes: np.ndarray) -> list[list[float]]:

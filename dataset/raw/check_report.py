@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from dataset.expressions import Cases, Problems
-from utils import UserError
+from utils import UserError, aligned
 
 Level = Literal["error", "warning"]
+LEVELS: tuple[Level, ...] = ("error", "warning")
 
 
 @dataclass
@@ -81,9 +82,8 @@ class Report:
 
     def text(self) -> str:
         """The table, the problems and the notes, for people."""
-        parts = ["\n".join(_table(self.rows))]
-        levels: tuple[Level, ...] = ("error", "warning")
-        for level in levels:
+        parts = [_table(self.rows)]
+        for level in LEVELS:
             lines = [line for row in self.rows for kind, cases in row.found(level) for line in _lines(row, kind, cases)]
             if lines:
                 parts.append("\n".join([f"{level}s", *(f"  {line}" for line in lines)]))
@@ -102,8 +102,7 @@ class Report:
         for row in self.rows:
             counts = {"count": row.count, "errors": row.total("error"), "warnings": row.total("warning")}
             files.append({"file": row.file, "checked": row.checked, "named_by": row.named_by, **counts})
-        levels: tuple[Level, ...] = ("error", "warning")
-        for level in levels:
+        for level in LEVELS:
             for row in self.rows:
                 for kind, cases in row.found(level):
                     found = {"kind": kind, "count": cases.count, "first": cases.first}
@@ -119,34 +118,22 @@ class Report:
         return json.dumps(content, indent=2)
 
 
-def _table(rows: list[Row]) -> list[str]:
+def _table(rows: list[Row]) -> str:
     """Aligned columns; zero problems are a dash, so that the others catch the eye."""
-    cells = [("file", "checked", "count", "errors", "warnings")]
+    cells: list[tuple[str, ...]] = [("file", "checked", "count", "errors", "warnings")]
     for row in rows:
         count = "-" if row.count is None else f"{row.count:,}"
-        errors, warnings = row.total("error"), row.total("warning")
-        cells.append(
-            (row.file, row.checked, count, f"{errors:,}" if errors else "-", f"{warnings:,}" if warnings else "-")
-        )
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    lines = []
-    for line in cells:
-        padded = [
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ]
-        lines.append("  ".join(padded))
-    return lines
+        totals = (row.total(level) for level in LEVELS)
+        cells.append((row.file, row.checked, count, *(f"{n:,}" if n else "-" for n in totals)))
+    return aligned(cells, left=2)
 
 
 def _lines(row: Row, kind: str, cases: Cases) -> list[str]:
     """A kind of problem and its first cases, below each other; a failure with the key that names the file."""
     if not cases.first:
         return f"{kind}{f' [{row.named_by}]' if row.named_by else ''}".split("\n")
-    more = cases.count - len(cases.first)
-    lines = [*cases.first, *([f"and {more:,} more"] if more else [])]
-    return [f"{kind} - {cases.count:,} found:", *(f"  {line}" for line in lines)]
+    return cases.lines(kind)
 
 
 def _counted(number: int, noun: str) -> str:
-    return f"{number or 'no':,} {noun}{'' if number == 1 else 's'}" if number else f"no {noun}s"
+    return f"{f'{number:,}' if number else 'no'} {noun}{'' if number == 1 else 's'}"

@@ -5,7 +5,6 @@ RefCLEF's images are of another collection (SAIAPR TC-12), whose ids Visual Geno
 """
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,10 +67,6 @@ def _read_json(path: Path) -> EvaluationImages:
             raise DataError(f"{path}: entry {index}: {problem.kind} {problem.detail}".strip()) from None
         if not is_train(split):
             images.add(image)
-    return _by_name(path, images)
-
-
-def _by_name(path: Path, images: Iterable[str]) -> EvaluationImages:
     matches = [COCO_NAME.match(image.rpartition("/")[2]) for image in images]
     coco = frozenset(int(match[1]) for match in matches if match)
     return EvaluationImages(path, coco=coco, unknown=matches.count(None))

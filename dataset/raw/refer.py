@@ -6,15 +6,14 @@ MAttNet (Yu et al., CVPR 2018): a list of {"det_id", "box": [x, y, w, h], "image
 """
 
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dataset.expressions import EntryProblem, Problems, require
+from dataset.expressions import EntryProblem, Problems, is_box, require
 from dataset.reading import DataError, load_json
-from dataset.refer import Refer, load_refer, reference_box, splits_of
+from dataset.refer import Refer, by_id, load_refer, reference_box, splits_of
 from dataset.text import clean_caption
 from utils import write_text
 
@@ -195,7 +194,7 @@ def group_detections(file: Path, instances: Path | None = None) -> dict[str, lis
     for index, row in enumerate(rows):
         try:
             box = require(row, "box", list)
-            if len(box) != 4 or not all(type(value) in (int, float) and math.isfinite(value) for value in box):
+            if not is_box(box):
                 raise EntryProblem("key 'box' must be four finite numbers [x, y, w, h]", f"found {box!r:.60}")
             found.setdefault(_image_id(row), []).append(box)
         except EntryProblem as problem:
@@ -219,14 +218,9 @@ def _image_ids(instances: Path) -> list[int]:
     if not isinstance(rows, list):
         raise DataError(f"{instances}: key 'images' must be a list; is this REFER's instances.json?")
     problems = Problems()
-    ids = []
-    for index, row in enumerate(rows):
-        try:
-            ids.append(require(row, "id", int))
-        except EntryProblem as problem:
-            problems.add(f"{instances}: images entry {index}", problem)
+    images = by_id(rows, f"{instances}: images entry", problems)
     problems.check()
-    return ids
+    return list(images)
 
 
 def _load(path: Path, kind: type) -> Any:

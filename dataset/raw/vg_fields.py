@@ -4,13 +4,12 @@ All functions raise `EntryProblem` at what cannot be used.
 """
 
 import functools
-import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar
 
-from dataset.expressions import EntryProblem
+from dataset.expressions import EntryProblem, is_number
 from dataset.text import clean_caption
 from dataset.vg import clip_box
 
@@ -127,7 +126,7 @@ def read_box(row: Row, image: Image) -> Box | None:
 
 def _number(row: Row, key: str) -> float:
     value: Any = row.get(key)
-    if type(value) not in (int, float) or not math.isfinite(value):
+    if not is_number(value):
         raise EntryProblem(f"key '{key}' must be a number", f"found {value!r:.60}" if key in row else "it is missing")
     return value
 

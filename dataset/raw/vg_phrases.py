@@ -6,12 +6,14 @@ Every candidate, a phrase with its box, ends as a box of an entry or in `counts`
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from dataset.raw.vg_fields import Box, Image, Region, Thing, clean, one_line
-from dataset.raw.vg_rules import POSITIONS, Rules
 
 Phrase = tuple[str, Box | None]
+
+GROUPINGS = ("cleaned", "exact", "none")
+POSITIONS = ("left", "right", "top", "bottom", "middle")
 
 EMPTY_BOX = "box empty or outside the image"
 OTHER_IMAGE = "region of another image"
@@ -31,6 +33,33 @@ DROPPED = (
     *(OTHER_IMAGE, NO_NAME, NO_ATTRIBUTE, EMPTY_BOX, SAYS_WHERE, ALONE, NO_POSITION),
     *(NO_TEXT, FEW_WORDS, MANY_WORDS, SMALL_BOX, LARGE_BOX, REPEATED, MANY_BOXES),
 )
+
+
+class Rules(NamedTuple):
+    """What can be chosen for all three files; the defaults keep everything that the trainer can use.
+
+    The authors' rules are not published: these are ours.
+
+    Args:
+        group: which phrases of an image are one entry with all their boxes. "cleaned": those that are equal after the
+            trainer's own cleaning (case, punctuation); "exact": equal but for white space; "none": an entry a phrase.
+        min_area, max_area: smallest and largest area of a box, as a fraction of its image's.
+        max_boxes: an entry of more boxes than this is left out, as it tells nothing apart; None: no limit.
+        min_words, max_words: words that a cleaned caption has; None: no limit (the trainer cuts at its max_words).
+        positions: the positions that attributes_spatial may name.
+        margin: how far apart two centres must be, as a fraction of the image's width (left, right) or height.
+        spatial_form: how a caption is made of {position} and {phrase}.
+    """
+
+    group: str = "cleaned"
+    min_area: float = 0.0
+    max_area: float = 1.0
+    max_boxes: int | None = None
+    min_words: int = 1
+    max_words: int | None = None
+    positions: tuple[str, ...] = POSITIONS
+    margin: float = 0.1
+    spatial_form: str = "{position} {phrase}"
 
 
 def describe_regions(
