@@ -129,7 +129,8 @@ def spatial_form(word: str) -> str:
 def add_vg(commands: Commands) -> None:
     """The arguments of `vg`. Defaults are those of `Rules`, which keep all that training can use."""
     command = commands.add_parser("vg", help="Visual Genome to the training files", description=ABOUT_VG)
-    rules, count, add = Rules(), integer(1), command.add_argument
+    add = command.add_argument
+    rules, count = Rules(), integer(1)
     files = "folders or files: image_data, region_descriptions, attributes, .json or .zip"
     add("raw", type=Path, nargs="+", help=files)
     add("--out", type=Path, required=True, metavar="DIR", help=f"folder to write {', '.join(OUTPUTS.values())} to")
@@ -166,7 +167,8 @@ def add_vg(commands: Commands) -> None:
 
 def add_scenes(commands: Commands) -> None:
     command = commands.add_parser("scenes", help="draw the embedded data set of synthetic scenes")
-    add, count = command.add_argument, integer(1, scenes_files.IDS_PER_SPLIT)
+    add = command.add_argument
+    count = integer(1, scenes_files.IDS_PER_SPLIT)
     side = integer(scenes_files.SMALLEST_SIZE)
     add("out", type=Path, help="folder to write to")
     add("--seed", type=integer(0), default=0, help="equal seeds give equal files (default: 0)")
@@ -201,7 +203,8 @@ def add_refer(commands: Commands) -> None:
         help="RefCOCO, RefCOCO+, RefCOCOg, RefCLEF -> lists of expressions",
         description="Writes <dataset>_{train,val,test}.json; test has testA, testB, testC too, with their names.",
     )
-    add, owners = command.add_argument, sorted({name for names in SPLITS.values() for name in names})
+    add = command.add_argument
+    owners = sorted({name for names in SPLITS.values() for name in names})
     add("folder", type=Path, help="folder that holds the data sets' folders, refcoco_data of the configs")
     add("--dataset", choices=SPLITS, required=True)
     add("--split-by", choices=owners, help="whose split (default: umd for refcocog, unc for the others)")
@@ -237,7 +240,8 @@ def add_check(commands: Commands) -> None:
         description="Check configs of training and evaluation, and every file, entry and image that they name. "
         "Exit status: 0 if there are no errors, else 1; warnings and notes do not count.",
     )
-    add, count, cores = command.add_argument, integer(1), os.cpu_count() or 1
+    add = command.add_argument
+    count, cores = integer(1), os.cpu_count() or 1
     add("configs", nargs="+", metavar="CONFIG", help="a config of training or evaluation")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of each of the configs")
     some = "decode N images in place of all; of the others read the headers"
