@@ -123,18 +123,21 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
         asking = [*question, *(word for _, word, _ in rows)]
         everything = [status, asked, *(part for parts in rows for part in parts)]
         usual = {"concurrency_id": "answers", "concurrency_limit": 1, "api_visibility": "private"}
-        answer = {"fn": events.answer, "inputs": asking, "outputs": everything, **usual}
-        layers = {"fn": events.layers, "inputs": [model, other, mode, layer], "outputs": [layer, about], **usual}
+        # Gradio drops what is pressed while the same event is under way, unless told otherwise. A change of a control is
+        # answered once more at the end, by what the controls hold then; of pictures, each event brings its own.
+        last, each = {**usual, "trigger_mode": "always_last"}, {**usual, "trigger_mode": "multiple"}
+        answer = {"fn": events.answer, "inputs": asking, "outputs": everything, **last}
+        layers = {"fn": events.layers, "inputs": [model, other, mode, layer], "outputs": [layer, about], **last}
         page.load(**layers)
-        file.upload(events.upload, [file, key], [key, shown, file, said], **usual).then(**answer)
-        gallery.select(example, None, [key, shown, said, text], **usual).then(**answer)
+        file.upload(events.upload, [file, key], [key, shown, file, said], **each).then(**answer)
+        gallery.select(example, None, [key, shown, said, text], **each).then(**answer)
         for component in (model, other, mode):
             component.input(**layers).then(**answer)
         for event in (button.click, text.submit, layer.input, colormap.input):
             event(**answer)
-        threshold.input(**answer, trigger_mode="always_last", show_progress="hidden")  # while it is dragged, or typed
+        threshold.input(**answer, show_progress="hidden")  # while it is dragged, or typed
         for number, (_, word, html) in enumerate(rows):
-            word.input(lambda *values, number=number: events.row(number, *values), [*question, word], html, **usual)
+            word.input(lambda *values, number=number: events.row(number, *values), [*question, word], html, **last)
     return page
 
 
