@@ -6,6 +6,7 @@ the model nothing (`grounding.ground.place`). What is kept is bounded in number 
 
 import hashlib
 import io
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -23,6 +24,7 @@ from grounding.predict import Resize
 from utils import UserError
 
 MOST_BYTES = 10 * 2**20  # of an uploaded file
+TOO_LARGE = f"MB, and at most {MOST_BYTES / 2**20:g} MB are read; save it as JPEG or with fewer pixels"
 MOST_PIXELS = 40_000_000
 MOST_PHRASES, LONGEST_PHRASE = 6, 300  # phrases at a time; characters
 LONGEST_SHOWN = 640  # pixels of the longer side of a picture that is shown without a map
@@ -118,7 +120,7 @@ class Answers:
     def add_picture(self, content: bytes, name: str) -> Picture:
         """Decode an uploaded file and keep it; raises `DataError` when it is too large or no image."""
         if len(content) > MOST_BYTES:
-            raise DataError(f"{name}: {len(content) / 2**20:.1f} MB, and at most {MOST_BYTES / 2**20:g} MB are read")
+            raise DataError(f"{name}: {math.ceil(len(content) / 2**20 * 10) / 10:.1f} {TOO_LARGE}")
         key = hashlib.sha256(content).hexdigest()
         with self.lock:
             kept = self.pictures.get(key)

@@ -59,6 +59,7 @@ def running(
                 server_port=port,
                 theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
                 css=web_parts.STYLE,
+                head=web_parts.SCRIPT,
                 max_file_size=MOST_BYTES,
                 app_kwargs={"middleware": [gate], "docs_url": None, "redoc_url": None},
                 footer_links=[],

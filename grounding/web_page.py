@@ -10,7 +10,7 @@ from PIL import Image
 
 from dataset.photos import read_photo
 from grounding import overlay, web_parts
-from grounding.answers import MOST_PHRASES, Answers, Reply, split_phrases
+from grounding.answers import MOST_BYTES, MOST_PHRASES, Answers, Reply, split_phrases
 from grounding.offers import Example
 from grounding.regions import THRESHOLD
 from grounding.web_parts import message, note
@@ -84,9 +84,10 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
         )
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
-                shown = gr.HTML(note("Choose an example, or upload a picture."))
+                shown = gr.HTML(note(f"Choose an example, or upload a picture of up to {MOST_BYTES / 2**20:g} MB."))
                 file = gr.File(label="Upload a picture", file_types=["image"], height=130)
-                said = gr.HTML()
+                gr.HTML(web_parts.REFUSED)
+                said = gr.HTML(elem_id="amc-said")
             with gr.Column(scale=4, min_width=320):
                 gallery = gr.Gallery(
                     [(_thumbnail(example), example.name) for example in examples],
@@ -115,7 +116,7 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
         rows = []
         for _ in range(MOST_PHRASES):
             with gr.Column(visible=False) as column:
-                rows.append((column, gr.Radio([], label="phrase"), gr.HTML()))
+                rows.append((column, gr.Radio([], label="phrase", elem_classes="amc-words"), gr.HTML()))
         credits = [f"{example.name}: {example.credit}" for example in examples if example.credit]
         gr.HTML(note(f"Photographs from scikit-image; {'; '.join(credits)}.") if credits else "")
 
@@ -123,8 +124,8 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
         asking = [*question, *(word for _, word, _ in rows)]
         everything = [status, asked, *(part for parts in rows for part in parts)]
         usual = {"concurrency_id": "answers", "concurrency_limit": 1, "api_visibility": "private"}
-        # Gradio drops what is pressed while the same event is under way, unless told otherwise. A change of a control is
-        # answered once more at the end, by what the controls hold then; of pictures, each event brings its own.
+        # Unless told otherwise, Gradio drops what is pressed while the same event is under way. A change of a control
+        # is answered once more at the end, by what the controls hold then; of pictures, each event brings its own.
         last, each = {**usual, "trigger_mode": "always_last"}, {**usual, "trigger_mode": "multiple"}
         answer = {"fn": events.answer, "inputs": asking, "outputs": everything, **last}
         layers = {"fn": events.layers, "inputs": [model, other, mode, layer], "outputs": [layer, about], **last}

@@ -5,7 +5,7 @@ import io
 from collections.abc import Sequence
 
 from grounding import overlay
-from grounding.answers import Picture, Reply
+from grounding.answers import MOST_BYTES, TOO_LARGE, Picture, Reply
 from grounding.ground import Answer, Grounding, of_word, place
 from utils import UserError, data_uri
 
@@ -16,6 +16,37 @@ FAST = 1  # of PNG's compression
 WHOLE = "whole phrase"
 SAVE = "this.href = this.closest('figure').querySelector('img').src"  # the picture is sent once, not again for this
 
+REFUSED = '<div id="amc-refused"></div>'  # where `SCRIPT` writes
+SCRIPT = f"""<script>
+// A file that is too large is refused before it is sent; Gradio would leave "Error" where its box was.
+const refused = (event, files, clear) => {{
+    const place = document.getElementById("amc-refused");
+    const large = Array.from(files ?? []).find((file) => file.size > {MOST_BYTES});
+    if (!place) return;
+    place.replaceChildren();
+    if (!large) return;
+    event.preventDefault();
+    event.stopImmediatePropagation();
+    clear();
+    const said = document.createElement("div");
+    said.className = "amc-error";
+    said.role = "alert";
+    said.textContent = large.name + ": " + (Math.ceil(large.size / 2 ** 20 * 10) / 10).toFixed(1) + " {TOO_LARGE}";
+    place.append(said);
+}};
+window.addEventListener("change", (event) => {{
+    const box = event.target;
+    if (box.type === "file") refused(event, box.files, () => {{ box.value = ""; }});
+}}, true);
+window.addEventListener("drop", (event) => {{
+    const leave = () => event.target.dispatchEvent(new DragEvent("dragleave", {{bubbles: true, cancelable: true}}));
+    refused(event, event.dataTransfer?.files, leave);
+}}, true);
+window.addEventListener("click", (event) => {{
+    if (event.target.closest("#amc-examples")) document.getElementById("amc-refused")?.replaceChildren();
+}}, true);
+</script>"""
+
 STYLE = """
 .amc-row {display: grid; gap: 12px; align-items: start; grid-template-columns: minmax(0, 2fr) repeat(2, minmax(0, 3fr))}
 .amc-row figure, .amc-picture figure {margin: 0; min-width: 0}
@@ -23,6 +54,7 @@ STYLE = """
 .amc-row img {width: 100%; max-width: 640px; height: auto}
 .amc-row a {margin: 0; padding: 0}
 .amc-row .amc-plain {margin-top: 8%}
+.amc-row .amc-plain img {max-height: 800px; object-position: left top}
 .amc-picture img {max-width: 100%; max-height: 240px; min-height: 120px; margin: 0 auto}
 .amc-row figcaption, .amc-picture figcaption {font-size: 14px; line-height: 1.4; margin-top: 4px}
 .amc-row figcaption, .amc-picture figcaption, .amc-error, .amc-note {overflow-wrap: anywhere}
@@ -30,6 +62,8 @@ STYLE = """
 .amc-pixels {image-rendering: pixelated}
 .amc-error {border-left: 4px solid #c62828; padding: 6px 10px}
 .amc-note {font-size: 14px; opacity: 0.85}
+body:has(#amc-refused > *) #amc-said {display: none}
+.amc-words, .amc-words label {overflow-wrap: anywhere}
 #amc-examples, #amc-examples .grid-wrap {height: auto !important; min-height: 0 !important}
 #amc-examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px; padding: 6px}
 #amc-examples .thumbnail-item {width: 100%; height: auto; aspect-ratio: 1}

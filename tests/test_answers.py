@@ -292,7 +292,7 @@ def png_header(width: int, height: int) -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"x" * (10 * 2**20 + 1), r"^up\.png: 10\.0 MB, and at most 10 MB are read"),
+        (b"x" * (10 * 2**20 + 1), r"^up\.png: 10\.1 MB, and at most 10 MB are read; save it as JPEG"),
         (png_header(8000, 5001), r"^up\.png: cannot be decoded \(8000 x 5001 pixels, and at most 40 megapixels"),
         (
             png_header(80_000, 50_000),

@@ -10,7 +10,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,12 +46,13 @@ CROSS_ATTENTION = "text_encoder.bert.encoder.layer.3.crossattention.self.query.w
 
 
 class Site(NamedTuple):
-    """A page that is served: its address, its folder, the scene that is its example, and its models by name."""
+    """A page that is served: its address, folder and answers, the scene that is its example, and its models by name."""
 
     url: str
     folder: Path
     scene: Path
     explainers: dict[str, Explainer]
+    answers: Answers
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +72,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     scene = folder / "scenes/images/100000.jpg"
     examples = [Example("scene 1", scene, (PHRASE,)), Example("cat", scene, ("the cat",), "by its owner, CC0")]
     explainers = {offer.name: open_offer(offer).explainer() for offer in offers}
-    with web.running(Answers(offers, open_offer), examples) as url:
-        yield Site(url.rstrip("/"), Path(os.environ["GRADIO_TEMP_DIR"]), scene, explainers)
+    answers = Answers(offers, open_offer)
+    with web.running(answers, examples) as url:
+        yield Site(url.rstrip("/"), Path(os.environ["GRADIO_TEMP_DIR"]), scene, explainers, answers)
 
 
 def expected(site: Site, model: str, word: int = 0, threshold: float = 0.5) -> tuple[Grounding, bytes]:
@@ -107,6 +109,25 @@ def picture(page: Any, alt: str) -> bytes:
     return base64.b64decode(image.get_attribute("src").removeprefix("data:image/png;base64,"))
 
 
+def choose(page: Any, size: int) -> None:
+    """Choose a file of zeros in the upload's dialog."""
+    page.locator("input[type=file]").set_input_files(
+        {"name": "large.png", "mimeType": "image/png", "buffer": bytes(size)}
+    )
+
+
+def drop(page: Any, size: int) -> None:
+    """Drop a file of zeros on the upload's box."""
+    code = f"""() => {{
+        const files = new DataTransfer();
+        files.items.add(new File([new Uint8Array({size})], "large.png", {{type: "image/png"}}));
+        return files;
+    }}"""
+    files = page.evaluate_handle(code)
+    for event in ("dragenter", "dragover", "drop"):
+        page.get_by_label("Click to upload or drop files").dispatch_event(event, {"dataTransfer": files})
+
+
 def visit(program: str, site: Site, folder: Path) -> None:
     """Use the page as people do, and look at what it shows."""
     from playwright.sync_api import expect, sync_playwright
@@ -132,8 +153,14 @@ def visit(program: str, site: Site, folder: Path) -> None:
         upload = page.locator("input[type=file]")
         upload.set_input_files({"name": "bad.png", "mimeType": "image/png", "buffer": b"<html>"})
         expect(page.get_by_text("bad.png: not an image, or of another kind")).to_be_visible()
-        upload.set_input_files({"name": "large.png", "mimeType": "image/png", "buffer": bytes(10 * 2**20 + 1)})
-        expect(page.get_by_text("maximum allowed size of 10")).to_be_visible()
+        for way in (choose, drop):  # in words of ours, and the box stays as it was
+            way(page, 10 * 2**20 + 1)
+            expect(page.get_by_text("large.png: 10.1 MB, and at most 10 MB are read; save it as JPEG")).to_be_visible()
+            expect(page.get_by_text("bad.png")).to_be_hidden()
+            way(page, 10)
+            expect(page.get_by_text("large.png: not an image")).to_be_visible()
+            expect(page.get_by_text("at most 10 MB are read")).to_have_count(0)
+        assert not page.get_by_text("Error", exact=True).count()
 
         # two models side by side
         upload.set_input_files(site.scene)
@@ -180,6 +207,57 @@ def visit(program: str, site: Site, folder: Path) -> None:
         expect(page.get_by_role("radio", name="cat", exact=True)).to_have_count(0)
         page.get_by_label("Layer").click()
         expect(page.get_by_role("option")).to_have_text([f"✓ {layer}" for layer in ("0", "1", "2", "3 (usual)")])
+
+        # what is pressed while an answer is under way is answered as well
+        page.keyboard.press("Escape")
+        page.get_by_role("radio", name="itm").check()
+        page.get_by_role("radio", name="cat", exact=True).wait_for()
+
+        def busy(*actions: Callable[[], None]) -> None:
+            with site.answers.lock:
+                for action in actions:
+                    action()
+                    page.wait_for_timeout(200)
+
+        def press(role: str, name: str) -> Callable[[], None]:
+            return lambda: page.get_by_role(role, name=name, exact=True).click()
+
+        def write(phrase: str) -> Callable[[], None]:
+            return lambda: page.get_by_label("Phrases").fill(phrase)
+
+        def thumbnail(number: int) -> Callable[[], None]:
+            return lambda: page.get_by_label(f"Thumbnail {number} of 2").click()
+
+        busy(press("radio", "the"), press("radio", "cat"))
+        picture(page, "map of cat (in: the cat), changed")
+        show = press("button", "Show")
+        busy(write("a star"), show, write("a circle"), show)
+        picture(page, "map of a circle, changed")
+        busy(thumbnail(2), thumbnail(1))
+        picture(page, f"map of {PHRASE}, changed")
+        expect(page.get_by_label("Phrases")).to_have_value(PHRASE)
+        page.get_by_label("Thumbnail 2 of 2").click()
+        picture(page, "map of the cat, changed")
+        busy(press("radio", "itc"), press("radio", "itm"), press("radio", "itc"))
+        expect(page.get_by_label("Layer")).to_have_value("3 (usual)")
+        page.get_by_label("Layer").click()
+        expect(page.get_by_role("option")).to_have_text([f"✓ {layer}" for layer in ("0", "1", "2", "3 (usual)")])
+
+        # long words and high pictures stay within the page
+        page.keyboard.press("Escape")
+        high = Image.new("RGB", (10, 1000))
+        high.save(folder / "high.png")
+        page.get_by_label("Phrases").fill("x" * 300)
+        upload.set_input_files(folder / "high.png")
+        page.get_by_text("high.png · 10 x 1000 pixels").nth(1).wait_for()
+        box = page.locator(".amc-row .amc-plain img").bounding_box()
+        assert box is not None
+        assert box["height"] <= 800
+        label = page.get_by_text("x" * 300, exact=True).first.bounding_box()
+        assert label is not None
+        assert label["width"] < 1280
+        page.get_by_label("Thumbnail 2 of 2").click()
+        picture(page, "map of the cat, changed")
 
         # a narrow window; nobody else is asked for anything
         page.keyboard.press("Escape")
