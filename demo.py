@@ -103,7 +103,8 @@ def serve_page(args: argparse.Namespace) -> None:
     """Serve the page of docs/web.md until interrupted.
 
     Raises:
-        UserError: images or phrases are named, a checkpoint is missing, Gradio is, or the address is taken.
+        UserError: images or phrases are named, a checkpoint is missing, Gradio is, the address is taken, or no model
+            has the layer.
     """
     if args.words or args.images or args.phrase or args.box:
         raise utils.UserError("--web: images and phrases are chosen on the page; leave them out of the command")
@@ -115,6 +116,8 @@ def serve_page(args: argparse.Namespace) -> None:
         return open_as_asked(args, offer.checkpoint, offer.config)
 
     answers = Answers(offers, open_offer, BENCHMARKS[args.benchmark].resize, precision=PRECISIONS[args.precision])
+    if args.block_num is not None:
+        answers.check_layer(args.gradcam_mode, args.block_num)
     hint = "" if asked_for or len(offers) > 1 else ONLY_BEFORE
     start = web_page.Start(args.gradcam_mode, args.block_num, args.threshold, args.colormap, hint)
     web.serve(answers, examples(), args.host, args.port, start)

@@ -19,7 +19,7 @@ from dataset.reading import DataError
 from dataset.transforms import resize_bicubic
 from grounding.ground import Answer, EncodedImage, PhraseError, ask, encode, notes
 from grounding.offers import Offer
-from grounding.opening import OpenedModel, layers, of_scenes
+from grounding.opening import LayerError, OpenedModel, layers, of_scenes
 from grounding.predict import Resize
 from utils import UserError
 
@@ -27,6 +27,7 @@ MOST_BYTES = 10 * 2**20  # of an uploaded file
 TOO_LARGE = f"MB, and at most {MOST_BYTES / 2**20:g} MB are read; save it as JPEG or with fewer pixels"
 MOST_PIXELS = 40_000_000
 MOST_PHRASES, LONGEST_PHRASE = 6, 300  # phrases at a time; characters
+LONGEST_NAMED = 60  # characters of a phrase in a remark on it
 LONGEST_SHOWN = 640  # pixels of the longer side of a picture that is shown without a map
 KEPT_MODELS, KEPT_ENCODINGS, KEPT_ANSWERS = 3, 8, 512
 KEPT_PIXELS = 120_000_000  # of all pictures together
@@ -75,6 +76,10 @@ class Layers(NamedTuple):
     choices: tuple[int, ...]
     usual: int
     of_scenes: bool
+
+    def lacks(self, model: str, mode: str, layer: int) -> str:
+        """The message that a model has no such layer."""
+        return f"{model} has no layer {layer} in mode {mode}, only {', '.join(map(str, self.choices))}"
 
 
 class Reply(NamedTuple):
@@ -143,6 +148,19 @@ class Answers:
             opened = self._opened(model, {})
         return Layers(tuple(layers(opened.model, mode)), opened.config.block_num, of_scenes(opened.config))
 
+    def check_layer(self, mode: str, layer: int) -> None:
+        """Raise `LayerError` when no model has a layer; they are opened in their order until one has it."""
+        lacking = []
+        for model in self.offers:
+            try:
+                found = self.layers(model, mode)
+            except UserError:
+                return  # the page says what is wrong with it
+            if layer in found.choices:
+                return
+            lacking.append(found.lacks(model, mode, layer))
+        raise LayerError(f"--block_num {layer}: {'; '.join(lacking)}")
+
     def ask(self, key: str, phrases: Sequence[str], model: str, mode: str, layer: int | None) -> Reply:
         """Ask a model about a picture; what it cannot answer is a message in the reply, never an exception of ours.
 
@@ -154,6 +172,8 @@ class Answers:
             seconds: dict[str, float] = {}
             try:
                 opened = self._opened(model, seconds)
+                if layer is not None and layer not in (known_layers := self.layers(model, mode)).choices:
+                    raise LayerError(known_layers.lacks(model, mode, layer))
                 explainer = opened.explainer(mode, layer, **self.explain)
                 encoded = self._encoded(key, model, opened, seconds)
             except UserError as error:
@@ -162,7 +182,8 @@ class Answers:
             remarks: list[str] = []
             for phrase in dict.fromkeys(phrases):
                 try:
-                    remarks += [f"{phrase}: {note}" for note in notes(explainer, phrase)]
+                    start_of_it = phrase if len(phrase) <= LONGEST_NAMED else f"{phrase[:LONGEST_NAMED]}…"
+                    remarks += [f"{start_of_it}: {note}" for note in notes(explainer, phrase)]
                 except PhraseError as error:
                     said[phrase] = str(error)
             keys = {phrase: (key, model, mode, explainer.block, phrase) for phrase in phrases if phrase not in said}

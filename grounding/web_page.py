@@ -176,7 +176,7 @@ class Events:
         return picture.key, web_parts.shown_picture(picture, example.credit), "", "\n".join(example.phrases)
 
     def layers(self, model: str, other: str, mode: str, layer: int | None) -> tuple[Any, str]:
-        """The layers of the first model, the chosen one kept if it has it; outputs: layer, what models are good for."""
+        """The layers of the first model, the chosen one kept if it has it; outputs: layer, remarks on the models."""
         try:
             found = self.answers.layers(model, mode)
         except UserError as error:
@@ -189,7 +189,10 @@ class Events:
             if other != NOTHING and self.answers.layers(other, mode).of_scenes:
                 small.append(other)
         models = " and ".join(dict.fromkeys(small))
-        return self.gr.update(choices=choices, value=value), note(ABOUT_SCENES.format(models=models)) if small else ""
+        remarks = [ABOUT_SCENES.format(models=models)] if small else []
+        if wanted not in (None, value):
+            remarks.append(f"{found.lacks(model, mode, wanted)}; {value} was chosen in its place.")
+        return self.gr.update(choices=choices, value=value), note(*remarks)
 
     def ask(self, question: Question, text: str) -> list[Reply]:
         """The replies of the chosen models; raises `UserError` when there is nothing to ask."""
@@ -222,8 +225,8 @@ class Events:
             html = web_parts.row(picture, replies, number, choice, question.threshold, question.colormap)
             rows += [self.gr.update(visible=True), self.gr.update(choices=choices, value=choice, label=phrase), html]
         rows += hidden * (MOST_PHRASES - len(phrases))
-        remarks = [f"{reply.model}: {remark}" for reply in replies for remark in reply.notes]
-        return [note(web_parts.times(replies, time.perf_counter() - start), *remarks), tuple(phrases), *rows]
+        status = note(web_parts.times(replies, time.perf_counter() - start), *web_parts.remarks(replies))
+        return [status, tuple(phrases), *rows]
 
     def row(self, number: int, *values: Any) -> str:
         """The pictures of one row, for another of its words; of the phrases asked, whatever the box holds by now."""

@@ -121,6 +121,15 @@ def times(replies: Sequence[Reply], drawing: float) -> str:
     return "; ".join([*parts, f"pictures {drawing:.2f} s"])
 
 
+def remarks(replies: Sequence[Reply]) -> list[str]:
+    """What is to be known of how phrases are read, each once: "one and two: cut to 30 words, as in evaluation"."""
+    models: dict[str, list[str]] = {}
+    for reply in replies:
+        for remark in reply.notes:
+            models.setdefault(remark, []).append(reply.model)
+    return [f"{' and '.join(names)}: {remark}" for remark, names in models.items()]
+
+
 def _figure(
     picture: Picture, reply: Reply, number: int, choice: int, word: str, threshold: float, colormap: str
 ) -> str:

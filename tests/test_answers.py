@@ -18,11 +18,11 @@ from config import PretrainConfig
 from dataset import scenes_files
 from dataset.reading import DataError
 from dataset.transforms import resize_bilinear_image
-from grounding import answers, offers
+from grounding import answers, offers, web_parts
 from grounding.answers import MOST_PHRASES, Answers, Picture, Recent, Reply, split_phrases
 from grounding.ground import Answer, PhraseError, ground_all, of_word
 from grounding.offers import Offer, offered, scene_examples
-from grounding.opening import OpenedModel, open_model
+from grounding.opening import LayerError, OpenedModel, open_model
 from grounding.web_page import NOTHING, Events
 from models.albef import build_albef
 from models.vit import VisionTransformer
@@ -253,7 +253,7 @@ def test_phrases_that_cannot_be_read_leave_the_others(counted: Counted) -> None:
     assert "nothing is left of it" in str(reply.answers[1])
     assert reply.notes == [
         "a red $: the vocabulary lacks $; the model reads [UNK]",
-        f"{phrases[3]}: cut to 30 words, as in evaluation",
+        f"{'big ' * 15}…: cut to 30 words, as in evaluation",
     ]
 
 
@@ -265,7 +265,7 @@ def test_models_that_cannot_be_asked(counted: Counted) -> None:
     with pytest.raises(UserError, match=r"broken\.pth"):
         counted.answers.layers("broken", "itm")
     (message,) = counted.answers.ask(key, ["circle"], "two", "itm", 2).answers
-    assert "the fusion layers are 1 to 1" in str(message)
+    assert message == "two has no layer 2 in mode itm, only 1"
     (message,) = counted.answers.ask(key, ["circle"], "three", "itm", None).answers
     assert "not among those offered: one, two, broken" in str(message)
     (message,) = counted.answers.ask("gone", ["circle"], "one", "itm", None).answers
@@ -277,6 +277,30 @@ def test_layers_follow_the_model_and_the_mode(counted: Counted) -> None:
     assert counted.answers.layers("one", "itc") == ((0, 1), 1, False)
     assert counted.answers.layers("two", "itm") == ((1,), 1, False)
     assert counted.took() == (2, 0, 0)
+
+
+def test_a_layer_that_a_model_lacks(counted: Counted) -> None:
+    """It is refused at the start if no model has it; if another one has, the page says what it shows in its place."""
+    offers = counted.answers.offers
+    counted.answers.offers = {name: offers[name] for name in ("two", "one")}
+    counted.answers.check_layer("itm", 2)
+    counted.answers.check_layer("itc", 0)
+    with pytest.raises(LayerError, match=r"^--block_num 9: two has no .* itm, only 1; one has no .* itm, only 1, 2$"):
+        counted.answers.check_layer("itm", 9)
+    events = Events(mock.Mock(update=dict), counted.answers, [], 2)
+    update, said = events.layers("two", NOTHING, "itm", None)
+    assert (update["value"], update["choices"]) == (1, [("1 (usual)", 1)])
+    assert "two has no layer 2 in mode itm, only 1; 1 was chosen in its place." in said
+    assert events.layers("one", NOTHING, "itm", None)[0]["value"] == 2
+    for model, layer in (("one", None), ("one", 1), ("two", 1)):
+        assert "has no layer" not in events.layers(model, NOTHING, "itm", layer)[1]
+    counted.answers.offers = {"broken": offers["broken"], **counted.answers.offers}
+    counted.answers.check_layer("itm", 9)  # the page says why the model cannot be opened
+
+
+def test_remarks_are_made_once() -> None:
+    replies = [Reply("one", [], ["a: short", "b: long"], {}), Reply("two", [], ["b: long", "c: cut"], {})]
+    assert web_parts.remarks(replies) == ["one: a: short", "one and two: b: long", "two: c: cut"]
 
 
 def png_header(width: int, height: int) -> bytes:

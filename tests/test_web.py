@@ -457,12 +457,16 @@ def test_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch, site: Site
     assert "`make demo` trains one with AMC" in calls[2][4].hint
 
 
-def test_command_lines_that_do_not_fit_a_page() -> None:
+def test_command_lines_that_do_not_fit_a_page(site: Site) -> None:
     for message, words in {
         "^--web: images and phrases are chosen on the page": ["--web", "x.jpg"],
         "^--checkpoints belongs to --web": ["x.jpg", "dog", "--checkpoints", "a", "b"],
         "^--colormap nope": ["--web", "--colormap", "nope"],
         "^none.pth: no such checkpoint": ["--web", "--checkpoints", "none.pth"],
+        f"^--block_num 9: {SHIPPED.name} has no layer 9 in mode itm, only 2, 3, 4$": [
+            *("--web", "--checkpoint", str(SHIPPED), "--block_num", "9"),
+            *("--text_encoder", str(site.scene.parents[1] / "text_encoder"), "--device", "cpu"),
+        ],
     }.items():
         with pytest.raises(UserError, match=message):
             demo.main(demo.parse_args(words))
