@@ -30,7 +30,7 @@ from grounding.ground import Grounding, encode, ground_all, notes
 from grounding.offers import DEMO, ONLY_BEFORE, TRAINED, Offer, examples, offered
 from grounding.opening import OpenedModel, newest_checkpoint, open_model
 from grounding.predict import Explainer
-from grounding.regions import THRESHOLD
+from grounding.regions import THRESHOLD, check_threshold
 
 DEMO_MODELS = DEMO / TRAINED["AMC"]  # where `make demo` leaves its AMC checkpoints
 
@@ -76,7 +76,8 @@ def main(args: argparse.Namespace) -> None:
         serve_page(args)
         return
     images, phrases = what_to_ask(args)
-    overlay.see_through(args.colormap)  # a wrong name is an error before the model is read, not after
+    overlay.see_through(args.colormap)  # what is wrong is an error before the model is read, not after
+    check_threshold(args.threshold)
     opened = open_as_asked(args, args.checkpoint or demo_model(), args.config)
     explainer = opened.explainer(args.gradcam_mode, args.block_num, PRECISIONS[args.precision])
     print(opened.report)
@@ -109,6 +110,7 @@ def serve_page(args: argparse.Namespace) -> None:
     if args.words or args.images or args.phrase or args.box:
         raise utils.UserError("--web: images and phrases are chosen on the page; leave them out of the command")
     overlay.see_through(args.colormap)
+    check_threshold(args.threshold)
     asked_for = [*([args.checkpoint] if args.checkpoint else []), *args.checkpoints]
     offers = offered(asked_for, args.config)
 

@@ -50,10 +50,15 @@ def regions(shares: np.ndarray, threshold: float) -> np.ndarray:
     Raises:
         UserError: the threshold is outside of its range.
     """
-    if not 0 < threshold <= 1:
-        raise UserError(f"the threshold is a share of the map's maximum, above 0 and at most 1, not {threshold}")
+    check_threshold(threshold)
     boxes = [region.box for region in measures.regions(measures.hot(shares, threshold))]
     return np.array(boxes, int).reshape(-1, 4)
+
+
+def check_threshold(threshold: float) -> None:
+    """Raise `UserError` when a threshold is outside of its range."""
+    if not 0 < threshold <= 1:
+        raise UserError(f"the threshold is a share of the map's maximum, above 0 and at most 1, not {threshold}")
 
 
 def map_boxes(cam: ResizedMap, shares: np.ndarray, threshold: float) -> tuple[ScoredBox, ...]:

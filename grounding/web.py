@@ -5,6 +5,7 @@ Gradio is imported when the page is made, so that all else works without it.
 
 import contextlib
 import os
+import signal
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,16 @@ START = Start()
 
 
 def serve(answers: Answers, examples: Sequence[Example], host: str, port: int | None, start: Start) -> None:
-    """Serve the page until interrupted; raises `UserError` as `running` does."""
+    """Serve the page until Ctrl-C or SIGTERM; raises `UserError` as `running` does."""
     if host not in LOOPBACK:
         print(f"warning: --host {host}: everyone who reaches this address can use the page; it asks for no password")
-    with running(answers, examples, host, port, start) as url, contextlib.suppress(KeyboardInterrupt):
-        print(f"the page is at {url} ; stop it with Ctrl-C", flush=True)
-        threading.Event().wait()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # its own way would leave the folder behind
+    try:
+        with contextlib.suppress(KeyboardInterrupt), running(answers, examples, host, port, start) as url:
+            print(f"the page is at {url} ; stop it with Ctrl-C", flush=True)
+            threading.Event().wait()
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextlib.contextmanager
@@ -72,9 +77,12 @@ def running(
                 enable_monitoring=False,
                 pwa=False,
             )
-        except OSError as error:
+        except (OSError, OverflowError) as error:  # Gradio keeps the reason to itself
             where = f"{host}, port {port}" if port is not None else f"{host}, ports from 7860"
-            raise UserError(f"the page cannot be served at {where}: {error}") from error
+            remedy = "; without --port, the next free one from 7860 is taken" if port is not None else ""
+            raise UserError(
+                f"the page cannot be served at {where}: that is taken, forbidden, or no address of this machine{remedy}"
+            ) from error
         try:
             yield url
         finally:

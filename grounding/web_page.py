@@ -110,7 +110,8 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
                     mode = gr.Radio(MODES, value=start.mode, label="Explained", min_width=140)
                     layer = gr.Dropdown([], label="Layer", min_width=140)
                 with gr.Row():
-                    threshold = gr.Slider(0.05, 1, start.threshold, step=0.05, label="Threshold", min_width=140)
+                    lowest = min(0.05, start.threshold)
+                    threshold = gr.Slider(lowest, 1, start.threshold, step=0.05, label="Threshold", min_width=140)
                     colormap = gr.Dropdown(colormaps, value=start.colormap, label="Colours", min_width=140)
         about, status = gr.HTML(), gr.HTML()
         rows = []

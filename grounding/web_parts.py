@@ -117,7 +117,8 @@ def times(replies: Sequence[Reply], drawing: float) -> str:
     parts = []
     for reply in replies:
         took = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in reply.seconds.items())
-        parts.append(f"{reply.model}: {took or 'known already'}")
+        known = "known already" if any(isinstance(answer, Answer) for answer in reply.answers) else "no answer"
+        parts.append(f"{reply.model}: {took or known}")
     return "; ".join([*parts, f"pictures {drawing:.2f} s"])
 
 

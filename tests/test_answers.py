@@ -397,5 +397,11 @@ def test_examples(tmp_path: Path) -> None:
 def test_times_are_told() -> None:
     from grounding.web_parts import times
 
-    replies = [Reply("AMC", [], [], {"image": 0.8, "phrase": 0.04}), Reply("control", [], [], {})]
-    assert times(replies, 0.3) == "AMC: image 0.80 s, phrase 0.04 s; control: known already; pictures 0.30 s"
+    found = Answer("P", "p", 0.5, np.zeros((2, 2), np.float32), ())
+    replies = [
+        Reply("AMC", [found], [], {"image": 0.8, "phrase": 0.04}),
+        Reply("control", ["no words", found], [], {}),
+        Reply("broken", ["no checkpoint", "no checkpoint"], [], {}),
+    ]
+    took = "AMC: image 0.80 s, phrase 0.04 s; control: known already; broken: no answer; pictures 0.30 s"
+    assert times(replies, 0.3) == took

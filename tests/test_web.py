@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -397,11 +398,12 @@ def test_a_proxy_is_not_asked_for_the_page(monkeypatch: pytest.MonkeyPatch) -> N
 def test_addresses_that_are_taken(site: Site) -> None:
     taken = int(site.url.rpartition(":")[2])
     before = os.environ["GRADIO_TEMP_DIR"]
-    with (
-        pytest.raises(UserError, match=rf"cannot be served at 127\.0\.0\.1, port {taken}"),
-        web.running(Answers([Offer("x", SHIPPED)], pytest.fail), [], port=taken),
-    ):
-        pass
+    for port in (taken, 80_000):
+        with (
+            pytest.raises(UserError, match=rf"served at 127\.0\.0\.1, port {port}: that is taken, .* without --port"),
+            web.running(Answers([Offer("x", SHIPPED)], pytest.fail), [], port=port),
+        ):
+            pass
     assert os.environ["GRADIO_TEMP_DIR"] == before
     with web.running(Answers([Offer("x", SHIPPED)], pytest.fail), []) as url:  # the next free one
         assert url.rstrip("/") != site.url
@@ -411,6 +413,24 @@ def test_addresses_that_are_taken(site: Site) -> None:
     assert not folder.exists()
     with socket.socket() as closed:
         assert closed.connect_ex(("127.0.0.1", port)) != 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_server_that_is_stopped_leaves_nothing(number: signal.Signals, tmp_path: Path) -> None:
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job ignores it
+        "from grounding import web, web_page; from grounding.answers import Answers; from grounding.offers import *; "
+        "web.serve(Answers([Offer('x', SHIPPED)], None), [], '127.0.0.1', None, web_page.Start())"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], env={**os.environ, "TMPDIR": str(tmp_path)}, stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        assert "stop it with Ctrl-C" in server.stdout.readline()
+        assert [path.name.startswith("amc-web-") for path in tmp_path.iterdir()] == [True]
+        server.send_signal(number)
+        assert server.wait(30) == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("host", "warned"), [("127.0.0.1", False), ("0.0.0.0", True), ("localhost", False)])
@@ -462,6 +482,7 @@ def test_command_lines_that_do_not_fit_a_page(site: Site) -> None:
         "^--web: images and phrases are chosen on the page": ["--web", "x.jpg"],
         "^--checkpoints belongs to --web": ["x.jpg", "dog", "--checkpoints", "a", "b"],
         "^--colormap nope": ["--web", "--colormap", "nope"],
+        "^the threshold is a share .* not 7.0": ["--web", "--threshold", "7"],
         "^none.pth: no such checkpoint": ["--web", "--checkpoints", "none.pth"],
         f"^--block_num 9: {SHIPPED.name} has no layer 9 in mode itm, only 2, 3, 4$": [
             *("--web", "--checkpoint", str(SHIPPED), "--block_num", "9"),
