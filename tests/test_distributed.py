@@ -117,6 +117,25 @@ def test_training(place: Path, tmp_path: Path, launcher: str, add_gcam: bool) ->
         assert all([step for step, _ in shown] == [0, ends[1]] for shown in images.values())
 
 
+def test_watching_changes_nothing(tmp_path: Path) -> None:
+    """As in tests/test_watch.py, but the first of two processes draws: with dropout, maps every two steps."""
+    place = make_workplace(tmp_path / "place")
+    words = ["schedular.epochs=1", "batch_size=4"]
+    plain, watched = tmp_path / "plain", tmp_path / "watched"
+    launch("torchrun", "Pretrain.py", *arguments(place, plain, *words))
+    launch("torchrun", "Pretrain.py", *arguments(place, watched, *words, "--tensorboard", "--heat_maps_every", "2"))
+    _, images = read_events(watched)
+    steps = log_rows(plain)[0]["steps"]
+    assert all([step for step, _ in shown] == [*range(0, steps, 2), steps] for shown in images.values())
+    assert log_rows(watched) == log_rows(plain)
+    assert step_rows(watched) == step_rows(plain)
+    one, other = saved(watched, 0), saved(plain, 0)
+    assert_equal(one["model"], other["model"])
+    assert one["optimizer"]["state"].keys() == other["optimizer"]["state"].keys()
+    for key, state in other["optimizer"]["state"].items():
+        assert_equal(one["optimizer"]["state"][key], state)
+
+
 # ---- one step of two processes
 
 
