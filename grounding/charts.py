@@ -1,11 +1,13 @@
 """Charts of the report as data URIs of SVG, so that the page needs no other file. Names are drawn as they are."""
 
 import io
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
@@ -42,11 +44,20 @@ def chart(panels: Sequence[Panel], joined: bool = True) -> str:
     axes_of = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     for axes, panel in zip(axes_of, panels, strict=True):
         _draw(axes, panel, joined)
-    handles, names = axes_of[0].get_legend_handles_labels()
-    legend = figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)), fontsize=8)
-    for text in legend.get_texts():
-        text.set_parse_math(False)
+    _legend(figure, *axes_of[0].get_legend_handles_labels())
     return svg_uri(figure)
+
+
+def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
+    """The names below the panels, in as many columns as the figure is wide enough for."""
+    lines = [textwrap.fill(name, LETTERS) for name in names]
+    for columns in range(min(4, len(names)), 0, -1):
+        legend = figure.legend(handles, lines, loc="outside lower center", ncols=columns, fontsize=8)
+        for text in legend.get_texts():
+            text.set_parse_math(False)
+        if legend.get_window_extent().width <= figure.bbox.width or columns == 1:
+            return
+        legend.remove()
 
 
 def _draw(axes: Axes, panel: Panel, joined: bool) -> None:

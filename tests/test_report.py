@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from dataset.expressions import Expression
-from grounding import outcomes, report_parts
+from grounding import charts, outcomes, report_parts
 from grounding.benchmarks import FLICKR, REFCOCO, Benchmark
 from grounding.charts import Panel, chart
 from grounding.outcomes import (
@@ -450,3 +451,26 @@ def test_names_that_look_like_formulas_are_drawn_as_they_are() -> None:
 
 def test_percent_of_the_log_is_that_of_the_table() -> None:
     assert cell(Interval(float(np.float64(2) / 3), 0, 1)).text == percent(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (["AMC", "control"], 2),
+        (["checkpoint_00", "output/refcoco/amc epoch 02", "output/refcoco/amc epoch 04"], 2),
+        ([f"/home/someone/experiments/{'long' * 30} epoch {number}" for number in range(4)], 1),
+    ],
+)
+def test_long_names_stay_within_a_chart(names: list[str], columns: int) -> None:
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axes = figure.subplots()
+    lines = [axes.plot([0, 1])[0] for _ in names]
+    charts._legend(figure, lines, names)
+    (legend,) = figure.legends
+    shown = legend.get_window_extent()
+    assert shown.width <= figure.bbox.width
+    figure.draw_without_rendering()
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
+    assert ["".join(text.get_text().split()) for text in legend.get_texts()] == [
+        "".join(name.split()) for name in names
+    ]
