@@ -34,7 +34,8 @@ from grounding.opening import open_model
 from grounding.predict import Explainer
 from utils import UserError
 
-httpx = pytest.importorskip("httpx", reason="comes with Gradio; `make test` runs this file in .venv-web")
+pytest.importorskip("gradio", reason="the page needs requirements-web.txt")
+httpx = pytest.importorskip("httpx", reason="comes with Gradio")
 PHRASE = "the small red triangle"
 PATIENCE = 120  # seconds to wait for what will come; a machine may be slow, and it is no test of speed
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
