@@ -221,7 +221,7 @@ def test_a_fixed_set_is_learned(place: Path, tmp_path: Path) -> None:
     words = ["schedular.epochs=8", "optimizer.lr=3e-3", "mlm_distill_axis=vocabulary", "mlm_probability=0.4"]
     rows = train(place, tmp_path, *words, "augment={flip_prob: 0, grayscale_prob: 0, jitter_prob: 0}")
     assert rows[-1]["train_loss_mlm"] < 0.9 * rows[0]["train_loss_mlm"]
-    assert total(rows[-1]) < 0.85 * total(rows[0])
+    assert rows[-1]["train_loss_cam2"] < 0.8 * rows[0]["train_loss_cam2"]
 
 
 # ---- repeating a run
@@ -469,7 +469,8 @@ def test_a_file_of_weights_alone_cannot_be_resumed(place: Path, finished: Path, 
     (row,) = train(place, tmp_path, "--checkpoint", str(path), "--max_steps", "1")  # but it can be started from
     assert row["epoch"] == 0
     assert steps_taken(saved(tmp_path, 0)) == 1
-    assert row["train_loss_ita"] < 0.8 * log_rows(finished)[0]["train_loss_ita"]  # it has learned something already
+    moved = saved(tmp_path, 0)["model"]["temp"] - saved(finished, 0)["model"]["temp"]
+    assert 0 < abs(float(moved)) <= 1.01 * row["train_lr"]  # AdamW's first step from there
 
 
 # ---- options
