@@ -71,7 +71,11 @@ def barrier() -> None:
 
 
 def shutdown_distributed() -> None:
-    if dist.is_initialized():
+    """Leave the process group at a program's end, as NCCL asks for; Gloo's connections end with the process.
+
+    PyTorch 2.4 now and then never returns from destroying a Gloo group while the other process does the same.
+    """
+    if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.destroy_process_group()
 
 

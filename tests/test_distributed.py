@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from test_pretrain_program import (
     KEYS,
     LOSSES,
@@ -23,6 +24,7 @@ from test_pretrain_program import (
 )
 from test_watch import read_events
 
+import utils
 from config import PretrainConfig, load_config
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
@@ -219,3 +221,13 @@ def test_accumulation_averages_once(step: list[dict[str, Any]]) -> None:
     first, second = step
     assert not torch.equal(first["half"]["itm_head.weight"], second["half"]["itm_head.weight"])  # not yet exchanged
     assert_equal(first["accumulated"], second["accumulated"])
+
+
+@pytest.mark.parametrize(("backend", "left"), [("nccl", 1), ("gloo", 0)])
+def test_only_nccl_is_left_in_so_many_words(backend: str, left: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    destroyed: list[bool] = []
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: backend)
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: destroyed.append(True))
+    utils.shutdown_distributed()
+    assert len(destroyed) == left
