@@ -31,9 +31,9 @@ def normalise(image: np.ndarray) -> Tensor:
 def resize_bicubic(image: Image.Image, size: int) -> np.ndarray:
     """PIL's bicubic resize (antialiased): RefCOCO+ and RefCLEF evaluation.
 
-    The pixels are those of Pillow 13 with every version. It resizes one axis, rounds to 8 bits and resizes the other,
-    the vertical axis first where the height shrinks by more than twice what the width does; older ones always begin
-    with the horizontal axis, and differ by up to 24 of 255 on noise.
+    The pixels are those of Pillow 13, of the golden numbers, with every version. It resizes one axis, rounds to 8 bits
+    and resizes the other, the vertical axis first where the height shrinks by more than twice what the width does.
+    Older ones, the paper's time's among them, always begin with the horizontal axis: on noise, up to 24 of 255 apart.
     """
     width, height = image.size
     shrinks = height - size

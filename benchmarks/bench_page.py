@@ -1,0 +1,99 @@
+"""The page of `demo.py --web`: seconds from an upload to its picture, and from a phrase to its map, at full size.
+
+    python benchmarks/bench_page.py             on one thread; mode itm, layer 8, random weights
+    python benchmarks/bench_page.py --mode itc
+
+What a browser would wait for, without the way there: decoding, the model, the map at the image's size, and the picture
+as PNG. An image is encoded for its first phrase alone. Medians of some rounds, each with a picture not yet seen.
+"""
+
+import argparse
+import io
+import sys
+import tempfile
+from pathlib import Path
+
+import skimage.data
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from benchmarks.machine import Clock, describe_machine
+from config import GroundingConfig, load_config
+from dataset.scenes_files import vocabulary
+from dataset.text import load_tokenizer
+from grounding import web_parts
+from grounding.answers import Answers
+from grounding.offers import Offer
+from grounding.opening import OpenedModel
+from grounding.regions import THRESHOLD
+from models.albef import build_albef
+from models.checkpoint import LoadReport
+from models.onednn import use_onednn
+
+SIZES = ((512, 512), (640, 427), (4000, 3000))
+STEPS = ("upload", "first phrase", "new phrase", "another threshold")
+MODEL = "random weights"
+ROUNDS = 5
+
+
+def open_random(config: GroundingConfig) -> OpenedModel:
+    """A model of a config's size with random weights, ready to be asked."""
+    torch.manual_seed(0)
+    model = build_albef(config).requires_grad_(False).eval()
+    use_onednn(model)
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
+        tokenizer = load_tokenizer(folder)
+    return OpenedModel(model, tokenizer, torch.device("cpu"), config, "", LoadReport(MODEL))
+
+
+def jpeg(size: tuple[int, int], number: int) -> bytes:
+    """A photograph of (width, height) pixels, another file for another number."""
+    image = Image.fromarray(skimage.data.astronaut()).resize(size)
+    image.putpixel((0, 0), (number, 0, 0))
+    content = io.BytesIO()
+    image.save(content, "JPEG", quality=90)
+    return content.getvalue()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Time the page of demo.py --web.")
+    parser.add_argument("--mode", choices=("itm", "itc"), default="itm")
+    parser.add_argument("--threads", type=int, default=1)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    opened = open_random(load_config("configs/Grounding_refcoco.yaml", GroundingConfig))
+    print(describe_machine())
+    print(f"\n| seconds | {' | '.join(STEPS)} | new / first |\n|---|{'---:|' * (len(STEPS) + 1)}")
+    for size in SIZES:
+        clock = Clock()
+        for number in range(ROUNDS + 1):
+            one_round(Answers([Offer(MODEL, Path())], lambda offer: opened), jpeg(size, number), args.mode, clock)
+        medians = [clock.median(step, skip=1) for step in STEPS]
+        cells = [f"{seconds:.2f}" for seconds in [*medians, medians[2] / medians[1]]]
+        print(f"| {size[0]} x {size[1]} | {' | '.join(cells)} |")
+
+
+def one_round(answers: Answers, content: bytes, mode: str, clock: Clock) -> None:
+    """An upload and two phrases, as the page's events ask them."""
+    with clock.measure("upload"):
+        picture = answers.add_picture(content, "a.jpg")
+        web_parts.shown_picture(picture)
+
+    def draw(phrase: str, threshold: float) -> None:
+        reply = answers.ask(picture.key, [phrase], MODEL, mode, None)
+        web_parts.row(picture, [reply], 0, 0, threshold, "viridis")
+
+    for step, phrase, threshold in (
+        ("first phrase", "the red circle on the left", THRESHOLD),
+        ("new phrase", "the small blue square", THRESHOLD),
+        ("another threshold", "the small blue square", 0.7),
+    ):
+        with clock.measure(step):
+            draw(phrase, threshold)
+
+
+if __name__ == "__main__":
+    main()
