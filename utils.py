@@ -261,7 +261,7 @@ def shortest_ends(paths: Sequence[Path]) -> list[str]:
     longest = max((len(path.parts) for path in paths), default=0)
     ends: list[str] = []
     for count in range(1, longest + 1):
-        ends = ["/".join(path.parts[-count:]) for path in paths]
+        ends = [str(Path(*path.parts[-count:])) for path in paths]
         if len(set(ends)) == len(ends):
             break
     return ends

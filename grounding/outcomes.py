@@ -149,14 +149,12 @@ def sources_of(folders: Sequence[Path], metrics_count: int) -> list[Source]:
 
 
 def named_apart(sources: Sequence[Source]) -> list[Source]:
-    """The sources, those that are called alike by their folder and epoch instead."""
+    """The sources, those that are called alike by as much of folder and epoch as tells them apart instead."""
     names = [source.name for source in sources]
-    return [
-        source
-        if names.count(source.name) == 1
-        else source._replace(name=f"{source.folder.folder.parent} epoch {source.epoch}")
-        for source in sources
-    ]
+    alike = [source for source in sources if names.count(source.name) > 1]
+    paths = [source.folder.folder.parent / f"epoch {source.epoch}" for source in alike]
+    ends = iter(utils.shortest_ends(paths))
+    return [source._replace(name=next(ends)) if source in alike else source for source in sources]
 
 
 def shown(count: int, compared: Sequence[int]) -> list[int]:

@@ -164,7 +164,9 @@ def test_sources_are_the_complete_checkpoints_of_the_folders(expressions: list[E
         log.write(json.dumps({"val_d": 0.5, "epoch": "02"}) + "\n")  # of two lines
     found = sources_of([other, one], 2)
     assert [(source.name, source.epoch) for source in found] == [("ck_01", "01"), ("ck_00", "00"), ("ck_01", "01")]
-    assert [source.name for source in named_apart(found)] == [f"{other} epoch 01", "ck_00", f"{one} epoch 01"]
+    assert [source.name for source in named_apart(found)] == ["other/epoch 01", "ck_00", "one/epoch 01"]
+    again = sources_of([one, one], 2)  # alike in all: the whole path, at least
+    assert {source.name for source in named_apart(again)} == {f"{one}/epoch 00", f"{one}/epoch 01"}
     with pytest.raises(ReportError, match="nowhere: no complete results"):
         sources_of([tmp_path / "nowhere"], 2)
 
@@ -457,7 +459,7 @@ def test_percent_of_the_log_is_that_of_the_table() -> None:
     ("names", "columns"),
     [
         (["AMC", "control"], 2),
-        (["checkpoint_00", "output/refcoco/amc epoch 02", "output/refcoco/amc epoch 04"], 2),
+        (["checkpoint_00", "output/refcoco/amc/epoch 02", "output/refcoco/amc/epoch 04"], 2),
         ([f"/home/someone/experiments/{'long' * 30} epoch {number}" for number in range(4)], 1),
     ],
 )
