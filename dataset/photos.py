@@ -41,7 +41,8 @@ def read_photo(file: Path | BinaryIO, name: str = "", most_pixels: int | None = 
     except IsADirectoryError:
         raise DataError(f"{name}: a folder, not an image") from None
     except UnidentifiedImageError:
-        raise DataError(f"{name}: not an image, or of another kind than {', '.join(_formats())}") from None
+        kinds = ", ".join(_formats())
+        raise DataError(f"{name}: not an image, or of another kind than {kinds}; convert it to one of these") from None
     except BROKEN as error:
         raise DataError(f"{name}: cannot be decoded ({error}); is the file complete?") from error
 

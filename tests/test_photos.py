@@ -105,7 +105,7 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     halves((90, 90)).save(tmp_path / "whole.png")
     (tmp_path / "half.png").write_bytes((tmp_path / "whole.png").read_bytes()[:-60])
     expected = {
-        "text.jpg": r"text\.jpg: not an image, or of another kind than JPEG, .*PNG",
+        "text.jpg": r"text\.jpg: not an image, or of another kind than JPEG, .*PNG.*; convert it to one of these",
         "empty.png": r"empty\.png: not an image",
         "program.eps": r"program\.eps: not an image",  # Pillow would start Ghostscript
         "half.jpg": r"half\.jpg: cannot be decoded .*; is the file complete\?",
