@@ -29,7 +29,7 @@ def normalise(image: np.ndarray) -> Tensor:
 
 
 def resize_bicubic(image: Image.Image, size: int) -> np.ndarray:
-    """PIL's bicubic resize (antialiased): RefCOCO+ and RefCLEF evaluation.
+    """PIL's bicubic resize (antialiased): RefCOCO+ and RefCLEF evaluation, and ALBEF's augmentation.
 
     The pixels are those of Pillow 13, of the golden numbers, with every version. It resizes one axis, rounds to 8 bits
     and resizes the other, the vertical axis first where the height shrinks by more than twice what the width does.
@@ -101,7 +101,7 @@ def augment_for_albef(
     picture = Image.fromarray(image)
     top, left, height, width = crop_window(image.shape[0], image.shape[1], options.crop_scale, rng)
     # Not resize's own `box`: that one lets pixels around the crop bleed into its border.
-    picture = picture.crop((left, top, left + width, top + height)).resize((size, size), Image.Resampling.BICUBIC)
+    picture = Image.fromarray(resize_bicubic(picture.crop((left, top, left + width, top + height)), size))
     if rng.random() < options.flip_prob:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         caption = flip_caption(caption, options)
