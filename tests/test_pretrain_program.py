@@ -219,9 +219,11 @@ def test_batches_without_a_masked_word(place: Path, tmp_path: Path, axis: str) -
 
 def test_a_fixed_set_is_learned(place: Path, tmp_path: Path) -> None:
     words = ["schedular.epochs=8", "optimizer.lr=3e-3", "mlm_distill_axis=vocabulary", "mlm_probability=0.4"]
+    words += ["queue_size=8", "alpha=0"]  # with a random queue's many keys, the start decides how far the sum can fall
     rows = train(place, tmp_path, *words, "augment={flip_prob: 0, grayscale_prob: 0, jitter_prob: 0}")
-    assert rows[-1]["train_loss_mlm"] < 0.9 * rows[0]["train_loss_mlm"]
+    assert rows[-1]["train_loss_mlm"] < 0.8 * rows[0]["train_loss_mlm"]
     assert rows[-1]["train_loss_cam2"] < 0.8 * rows[0]["train_loss_cam2"]
+    assert total(rows[-1]) < 0.85 * total(rows[0])
 
 
 # ---- repeating a run
