@@ -1,7 +1,7 @@
 """`prepare.py vg` on a synthetic Visual Genome: minutes, and the most memory that it needs.
 
     python benchmarks/bench_prepare.py                              100,000 images, 5 million regions, 3 million objects
-    python benchmarks/bench_prepare.py --images 1000 --out /tmp/x   less, and elsewhere
+    python benchmarks/bench_prepare.py --images 1000 --out FOLDER   fewer, and elsewhere
 
 The files (1.4 GB at full size) are written entry by entry to a temporary folder, in the owners' layouts and shuffled
 orders of images, and deleted at the end with what was made of them. Boxes and words are random: most phrases are unlike
