@@ -11,18 +11,21 @@ import json
 import math
 import os
 import random
+import re
 import subprocess
 import sys
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from system_errors import describe_os_error, explain
 
 T = TypeVar("T")
 
@@ -32,29 +35,88 @@ class UserError(ValueError):
 
 
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Run a program: a `UserError` becomes one message and exit status 1; the process group is left in any case."""
+    """Run a program. What the user can put right becomes one message and exit status 1; a fault of ours is raised.
+
+    What files hold reaches the terminal escaped (`Escaping`). NCCL's process group is shut down at the end.
+    """
+    plain = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Escaping(sys.stdout), Escaping(sys.stderr)
     try:
         main(args)
-    except UserError as error:
-        # A loader's worker wraps the message in its traceback; the message is what comes last.
-        text = str(error)
-        text = text.rpartition("Error: ")[2] if "Original Traceback" in text else text
-        sys.exit(f"error: {text.strip()}")
+    except Exception as error:
+        message = _own_words(error) if isinstance(error, UserError) else explain(error, vars(args))
+        if message is None:
+            raise
+        sys.exit(printable(f"error: {message}", plain[1]))
     finally:
+        sys.stdout, sys.stderr = plain
         shutdown_distributed()
+
+
+def _own_words(error: UserError) -> str:
+    """The message of an error, without the traceback that a loader's process wraps it in."""
+    text = str(error)
+    if "Original Traceback" in text:
+        text = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", text, flags=re.MULTILINE)[-1]
+    return text.strip()
+
+
+# ---- terminal
+
+CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\r\t"}
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """A text as a stream can show it: control characters, and those that its encoding lacks, become escapes."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return text.translate(CONTROLS).encode(encoding, "backslashreplace").decode(encoding)
+
+
+class Escaping:
+    """A text stream whose `write` makes text `printable`: phrases and paths come from files, and terminals obey."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self.stream = stream
+
+    def write(self, text: str) -> int:
+        return self.stream.write(printable(text, self.stream))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
 
 
 # ---- processes
 
 
 def init_distributed(device: torch.device, dist_url: str = "env://") -> None:
-    """Join the process group that torchrun or torch.distributed.launch set up; without one, stay a single process."""
+    """Join the process group that torchrun or torch.distributed.launch set up; without one, stay a single process.
+
+    Raises:
+        UserError: the environment describes a group that cannot be joined.
+    """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return
+    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if lacking and dist_url == "env://":
+        if os.environ["WORLD_SIZE"] == "1":
+            return  # a job's environment, and no launcher
+        raise UserError(
+            f"RANK and WORLD_SIZE are set, but not {' and '.join(lacking)}: start the program by torchrun, which sets "
+            "all of them, or pass --distributed false to run one process"
+        )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, init_method=dist_url, timeout=datetime.timedelta(minutes=60))
+    try:
+        dist.init_process_group(backend, init_method=dist_url, timeout=datetime.timedelta(minutes=60))
+    except (dist.DistError, ValueError) as error:
+        names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"the process group cannot be joined ({reason}); --dist_url {dist_url}, {found}: start the program by "
+            "torchrun, or pass --distributed false to run one process"
+        ) from error
 
 
 def rank() -> int:
@@ -132,18 +194,26 @@ def choose_device(name: str | None) -> torch.device:
     """The device asked for, or else the GPU if there is one (this process's, by its local rank) and the CPU if not.
 
     Raises:
-        UserError: a GPU is asked for where there is none.
+        UserError: it is no device's name, or a GPU that is not there.
     """
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
         if name == "cpu" and int(os.environ.get("RANK", 0)) == 0:
             print("No GPU found: running on the CPU.", flush=True)
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"--device {name}: must be cpu, cuda, or one GPU as cuda:0")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if device.type == "cpu":
+        return device
+    if not torch.cuda.is_available():
         raise UserError(f"--device {name}: this machine has no CUDA device that PyTorch can use; try --device cpu")
-    if device.type == "cuda" and device.index is None:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return device
+    index = int(os.environ.get("LOCAL_RANK", 0)) if device.index is None else device.index
+    if index >= (count := torch.cuda.device_count()):
+        raise UserError(
+            f"--device {name}: GPU {index} is asked for, and PyTorch sees {count}; give a lower number, start no more "
+            "processes than GPUs (--nproc_per_node), or check CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", index)
 
 
 def seed_everything(*key: int) -> None:
@@ -217,16 +287,29 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 
 @contextlib.contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends well: a reader never sees half a file."""
+def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
+    """A temporary name beside `path`, renamed to it when the block ends well: a reader never sees half a file.
+
+    Args:
+        needed: bytes that will be written, if that is known; for the message when the disk is full.
+
+    Raises:
+        UserError: the file cannot be written; nothing of it is left.
+    """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        own = error.filename in (None, str(temporary), str(path), str(path.parent))  # else of what the block reads
+        if error.errno is None or not own:
+            raise
+        raise UserError(describe_os_error(error, path, needed)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # of a folder that could not be made
+            temporary.unlink(missing_ok=True)
 
 
 def load_tensors(path: str | Path) -> Any:
@@ -274,7 +357,8 @@ def data_uri(kind: str, content: bytes) -> str:
 
 def write_text(path: str | Path, text: str) -> None:
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # A lone surrogate, as Python reads a file name that is no UTF-8, is escaped: in JSON that is its own escape.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
