@@ -9,15 +9,17 @@ import difflib
 import json
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from utils import UserError
+from utils import UserError, atomic_path
 
 
 class ConfigError(UserError):
@@ -48,7 +50,14 @@ PathText = Annotated[str, AfterValidator(expand_path)]  # the type of every key 
 class Section(BaseModel):
     """A group of keys. Lax about types the way YAML is (`"1e-5"` is a number), strict about names."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        if isinstance(value, bool) and cls.model_fields[str(info.field_name)].annotation is not bool:
+            raise PydanticCustomError("truth_value", "Input should not be {value}", {"value": str(value)})
+        return value
 
 
 class OptimizerConfig(Section):
@@ -66,10 +75,10 @@ class ScheduleConfig(Section):
     lr: float = Field(1e-5, gt=0)  # a copy of optimizer.lr in the released files; the optimizer's is the one used
     epochs: int = Field(30, ge=1)
     min_lr: float = Field(1e-6, ge=0)
-    decay_rate: float = 1
+    decay_rate: float = Field(1, gt=0)
     warmup_lr: float = Field(1e-6, ge=0)
     warmup_epochs: int = Field(20, ge=0)
-    cooldown_epochs: int = 0
+    cooldown_epochs: int = Field(0, ge=0)
     warmup_interval: int = Field(100, ge=1)  # iterations of epoch 0 that count as one warm-up "epoch"
     interval: Literal["epoch", "iteration"] = "epoch"  # when the rate changes after the warm-up; release: "epoch"
 
@@ -80,8 +89,8 @@ class AMCConfig(Section):
     layer: int = Field(8, ge=0)  # BERT layer index whose cross-attention is explained; must be a fusion layer
     margin_mean: float = 0.1
     margin_max: float = 0.5
-    weight_mean: float = 0.2
-    weight_max: float = 0.8
+    weight_mean: float = Field(0.2, ge=0)
+    weight_max: float = Field(0.8, ge=0)
     # release: "batch", one mean over the pixels of all samples; "sample": a hinge per sample, then averaged, so that
     # a large box does not outweigh a small one.
     mean_over: Literal["batch", "sample"] = "batch"
@@ -105,6 +114,14 @@ class AugmentConfig(Section):
     crop_scale: tuple[float, float] = (0.2, 1.0)
     randaugment: bool = True
 
+    @field_validator("crop_scale")
+    @classmethod
+    def _in_order(cls, scale: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < scale[0] <= scale[1] <= 1:
+            message = "must be [smallest, largest] part of the image's area, above 0 and at most 1"
+            raise PydanticCustomError("crop_scale", message)
+        return scale
+
 
 class ModelConfig(Section):
     """What decides the model's shapes; shared by training and evaluation."""
@@ -115,10 +132,10 @@ class ModelConfig(Section):
     vision_width: int = Field(768, ge=1)
     vision_depth: int = Field(12, ge=1)
     vision_heads: int = Field(12, ge=1)
-    vision_mlp_ratio: float = 4.0
+    vision_mlp_ratio: float = Field(4.0, gt=0)
     vision_initializer_range: float = Field(0.02, gt=0)  # std of the linear layers' first weights, as BERT's key says
     embed_dim: int = Field(256, ge=1)
-    temp: float = 0.07
+    temp: float = Field(0.07, gt=0)
     queue_size: int = Field(65536, ge=1)
     momentum: float = Field(0.995, ge=0, le=1)
     alpha: float = Field(0.4, ge=0, le=1)
@@ -184,23 +201,23 @@ class BertConfig(BaseModel):
     The file belongs to transformers, which adds keys freely; those that do not concern us are ignored.
     """
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
     fusion_layer: int = Field(ge=0)
     encoder_width: int = Field(ge=1)
-    vocab_size: int = 30522
+    vocab_size: int = Field(30522, ge=1)
     hidden_size: int = Field(768, ge=1)
-    num_hidden_layers: int = 12
+    num_hidden_layers: int = Field(12, ge=1)
     num_attention_heads: int = Field(12, ge=1)
-    intermediate_size: int = 3072
+    intermediate_size: int = Field(3072, ge=1)
     hidden_act: Literal["gelu"] = "gelu"
-    hidden_dropout_prob: float = 0.1
-    attention_probs_dropout_prob: float = 0.1
-    max_position_embeddings: int = 512
-    type_vocab_size: int = 2
-    initializer_range: float = 0.02
-    layer_norm_eps: float = 1e-12
-    pad_token_id: int = 0
+    hidden_dropout_prob: float = Field(0.1, ge=0, lt=1)
+    attention_probs_dropout_prob: float = Field(0.1, ge=0, lt=1)
+    max_position_embeddings: int = Field(512, ge=1)
+    type_vocab_size: int = Field(2, ge=1)
+    initializer_range: float = Field(0.02, ge=0)
+    layer_norm_eps: float = Field(1e-12, gt=0)
+    pad_token_id: int = Field(0, ge=0)
 
     @property
     def fusion_layers(self) -> range:
@@ -295,6 +312,12 @@ def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
     ):
         if size % parts:
             problems.append(f"{key} is {size}, which its {of} of {parts} does not divide")
+    if int(config.vision_width * config.vision_mlp_ratio) < 1:
+        problems.append(
+            f"vision_mlp_ratio is {config.vision_mlp_ratio}: it leaves the MLP of the image encoder no width"
+        )
+    if bert.pad_token_id >= bert.vocab_size:
+        problems.append(f"bert_config has pad_token_id {bert.pad_token_id}, and vocab_size is {bert.vocab_size}")
     fusion = bert.fusion_layers
     if not fusion:
         layers = bert.num_hidden_layers
@@ -304,9 +327,20 @@ def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
     return problems
 
 
+@contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Put a config file's name before the messages of `ConfigError`s that only its use brings up."""
+    try:
+        yield
+    except ConfigError as error:
+        if str(path) in str(error):
+            raise
+        raise ConfigError("\n".join(f"{path}: {line}" for line in str(error).splitlines())) from error
+
+
 def save_config(config: BaseModel, path: str | Path) -> None:
     """Write the whole configuration, defaults included, as YAML that `load_config` reads back."""
-    with open(path, "w", encoding="utf-8") as file:
+    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         YAML(typ="safe", pure=True).dump(config.model_dump(mode="json"), file)
 
 

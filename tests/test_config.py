@@ -17,7 +17,9 @@ from config import (
     PretrainConfig,
     load_bert_config,
     load_config,
+    naming,
     save_config,
+    size_problems,
 )
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -426,3 +428,66 @@ def test_quirks_have_two_values_and_the_shipped_config_names_the_release_s(
     assert read(load_config(path, PretrainConfig, [f"{key}={other}"])) == other
     with pytest.raises(ConfigError, match=f"{release}' or '{other}'"):
         load_config(path, PretrainConfig, [f"{key}=neither"])
+
+
+# ---- values that make no sense
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, value) for key in ("temp", "optimizer.lr", "momentum", "alpha") for value in (".inf", "-.inf", ".nan")),
+        *(("temp", value) for value in ("0", "-0.07")),
+        *((f"amc.{name}", value) for name in ("weight_mean", "weight_max") for value in ("-0.1", ".inf", ".nan")),
+        *((f"amc.{name}", ".nan") for name in ("margin_mean", "margin_max")),
+        *(("vision_mlp_ratio", value) for value in ("0", "-1", ".inf")),
+        *(
+            ("augment.crop_scale", value)
+            for value in ("[1.0, 0.2]", "[0, 1]", "[-1, 1]", "[0.2, 1.5]", "[0.2]", "[.nan, 1]")
+        ),
+        *(("batch_size", value) for value in ("True", "1", "2.5", "")),
+        *(("image_res", value) for value in ("0", "yes", "[256]")),
+        *(("schedular.decay_rate", value) for value in ("0", "-1")),
+        ("schedular.cooldown_epochs", "-1"),
+        ("schedular.epochs", "0"),
+        ("optimizer.weight_decay", "-1"),
+        ("train_file", "vg.json"),
+        ("add_gcam", "2"),
+    ],
+)
+def test_a_value_that_makes_no_sense_names_file_and_key(tmp_path: Path, key: str, value: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        pretrain(tmp_path, overrides=[f"{key}={value}"])
+    for line in str(refused.value).splitlines():
+        assert line.startswith(f"{tmp_path / 'some.yaml'}: key '{key}")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *((key, 0) for key in ("vocab_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")),
+        *((key, value) for key in ("hidden_dropout_prob", "attention_probs_dropout_prob") for value in (-0.1, 1, 2)),
+        *(("layer_norm_eps", value) for value in (0, -1)),
+        *(("pad_token_id", value) for value in (-1, None)),
+        *(("fusion_layer", value) for value in (-1, "six")),
+    ],
+)
+def test_a_bert_value_that_makes_no_sense_names_file_and_key(tmp_path: Path, key: str, value: Any) -> None:
+    path = tmp_path / "bert.json"
+    path.write_text(json.dumps({"fusion_layer": 6, "encoder_width": 768, key: value}))
+    with pytest.raises(ConfigError, match=rf"bert.json: key '{key}': "):
+        load_bert_config(path)
+
+
+def test_an_error_that_only_the_use_of_a_config_brings_up_names_its_file() -> None:
+    with pytest.raises(ConfigError, match=r"^a\.yaml: two\na\.yaml: lines$"), naming("a.yaml"):
+        raise ConfigError("two\nlines")
+    with pytest.raises(ConfigError, match=r"^a\.yaml: known$"), naming("a.yaml"):
+        raise ConfigError("a.yaml: known")
+
+
+def test_sizes_that_leave_nothing(tiny_config: Any) -> None:
+    config = tiny_config(PretrainConfig, {"pad_token_id": 30}, vision_mlp_ratio=0.01)
+    found = size_problems(config, load_bert_config(config.bert_config))
+    assert any(problem.startswith("vision_mlp_ratio is 0.01") for problem in found)
+    assert any("pad_token_id 30, and vocab_size is 30" in problem for problem in found)
