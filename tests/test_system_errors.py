@@ -69,7 +69,10 @@ def test_what_the_system_refuses_names_the_file(code: int) -> None:
 
 
 def test_a_missing_file_is_told() -> None:
-    assert message(lambda: Path("no/such/file").read_text()) == "error: no/such/file: No such file or directory; check the path"
+    assert (
+        message(lambda: Path("no/such/file").read_text())
+        == "error: no/such/file: No such file or directory; check the path"
+    )
 
 
 def test_an_error_of_reading_inside_the_block_names_what_was_read(tmp_path: Path) -> None:
