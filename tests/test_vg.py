@@ -201,6 +201,21 @@ def test_broken_images_are_replaced_and_counted(own: Path, tmp_path: Path) -> No
     assert data.broken.tolist() == [True, True, False, False, False]  # each image counts once
 
 
+def test_missing_images_are_told_and_counted(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [GOOD, {**GOOD, "image": "8.png"}, {**GOOD, "image": "x" * 300}, GOOD]
+    data = TrainingData(configure(images, tmp_path / "train.json", rows), seed=0, skip_broken=True)
+    assert "2 of 3 training images are missing, the first at" in capsys.readouterr().out
+    assert data.replaced() == []
+    assert data[1].has_box
+    assert data[2].has_box
+    assert data.replaced() == [f"{tmp_path / 'train.json'}: entry {i} ({rows[i]['image']})" for i in (1, 2)]
+    elsewhere = torch.tensor([True, False, False, False])  # of another process
+    monkeypatch.setattr("dataset.vg.gather_objects", lambda flags: [flags, elsewhere])
+    assert len(data.replaced()) == 3
+
+
 def test_nothing_but_broken_images(images: Path, tmp_path: Path) -> None:
     config = configure(images, tmp_path / "train.json", [{**GOOD, "image": f"absent{i}.png"} for i in range(3)])
     with pytest.raises(DataError, match="none of the 3 training images can be read"):
