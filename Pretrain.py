@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 import utils
 from config import PretrainConfig, load_config, save_config
+from dataset.expressions import SHOWN_PROBLEMS
 from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
@@ -73,7 +74,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
     parser.add_argument("--num_workers", default=4, type=int, help="data loading processes per training process")
     parser.add_argument("--max_steps", type=utils.integer(1), help="stop after this many optimizer steps in all")
-    parser.add_argument("--skip_broken", action="store_true", help="replace unreadable images and count them")
+    parser.add_argument(
+        "--skip_broken", action="store_true", help="replace missing and unreadable images and count them"
+    )
     watch = parser.add_argument_group("watching", "what TensorBoard shows of the run; its numbers stay the same")
     watch.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/tensorboard: losses and heat maps")
     watch.add_argument(
@@ -109,8 +112,9 @@ def main(args: argparse.Namespace) -> None:
         run.finish_epoch(epoch, run.train_epoch(epoch, steps))
     if run.board:
         run.board.close()
-    if run.data.broken.any():
-        utils.log(f"{int(run.data.broken.sum())} unreadable images were replaced by others")
+    if broken := run.data.replaced():
+        shown = ", ".join(broken[:SHOWN_PROBLEMS]) + (", ..." if len(broken) > SHOWN_PROBLEMS else "")
+        utils.log(f"{len(broken)} unreadable images were replaced by others: {shown}")
     utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
 
 
@@ -255,10 +259,11 @@ class Run:
 
     def finish_epoch(self, epoch: int, stats: dict[str, float]) -> None:
         """Append the epoch's log line and write its checkpoint."""
+        broken = self.data.replaced()
         if utils.rank() == 0:
             plain = {"steps", "seconds"}
             row = {name if name in plain else f"train_{name}": value for name, value in stats.items()}
-            row |= {"epoch": epoch, "broken_images": int(self.data.broken.sum())}
+            row |= {"epoch": epoch, "broken_images": len(broken)}
             # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
             self.log_line(EPOCHS_LOG, row)
             content = {

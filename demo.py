@@ -20,7 +20,7 @@ from PIL import Image
 
 import utils
 from dataset.photos import find_images, read_photo
-from dataset.reading import DataError
+from dataset.reading import SKIP, DataError
 from grounding import metrics, overlay, web, web_page
 from grounding.answers import Answers
 from grounding.benchmarks import BENCHMARKS
@@ -54,7 +54,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--block_num", type=int, help="layer to explain (default: the config's, 8)")
     add("--precision", choices=PRECISIONS, default="fp32", help="of the image encoder; maps are computed in fp32")
     add("--threshold", type=float, default=THRESHOLD, help="of the boxes, a share of the map's maximum")
-    add("--skip_broken", action="store_true", help="leave out unreadable images and say so")
+    add("--skip_broken", action="store_true", help="leave out missing and unreadable images and say so")
     shown = parser.add_argument_group("what is shown and written")
     add = shown.add_argument
     add("--output_dir", type=Path, default=Path("output/demo"))
@@ -91,13 +91,15 @@ def main(args: argparse.Namespace) -> None:
             image = read_photo(path)
         except DataError as error:
             if not args.skip_broken:
-                raise
+                raise DataError(f"{error}{SKIP}") from None
             print(f"skipped: {error}")
             broken += 1
             continue
         ask_one(args, opened, explainer, image, path, name, phrases)
     if broken == len(images):
         raise DataError("none of the images could be read")
+    if broken:
+        print(f"{broken} of {len(images)} images could not be read and were left out")
 
 
 def serve_page(args: argparse.Namespace) -> None:
@@ -148,7 +150,7 @@ def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
         what = "a phrase is" if words else "an image is" if phrases else "an image and a phrase are"
         raise utils.UserError(f'{what} missing: python demo.py IMAGE "the dog on the left"')
     remedy = "beside --images, phrases are given by --phrase" if args.images else "the image comes first, then phrases"
-    images = find_images(words, remedy)
+    images = find_images(words, remedy, args.skip_broken)
     if args.box and len(images) > 1:
         raise utils.UserError(f"--box belongs to one image, and there are {len(images)}")
     return images, phrases

@@ -5,6 +5,7 @@ width must not be recovered from x + w (it rounds), while Flickr30k's integer co
 """
 
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -147,8 +148,25 @@ def first_of(pairs: Iterable[tuple[K, V]]) -> dict[K, V]:
     return first
 
 
+def locate(image_root: str, name: str) -> Path:
+    """Where an image of a data set lies: `name` below image_root, or where image_root is empty, anywhere.
+
+    Raises:
+        EntryProblem: the name is absolute, or leads out of image_root.
+    """
+    path = Path(name)
+    if image_root and path.anchor:
+        kind = "the image's path is absolute, so that image_root is not used; set image_root to '' or make it relative"
+        raise EntryProblem(kind, f"found {name!r:.200}")
+    if image_root and ".." in path.parts:
+        kind = "the image's path leads out of image_root by '..'; correct it, or set image_root to ''"
+        raise EntryProblem(kind, f"found {name!r:.200}")
+    return Path(image_root, path)
+
+
 def check_images(images: Iterable[tuple[Path, str]], problems: Problems) -> None:
     """Note each image file that does not exist, at the first entry that names it; looks once per image."""
     for image, where in first_of(images).items():
-        if not image.is_file():
-            problems.add(where, EntryProblem("the image file does not exist; check image_root", str(image)))
+        if not os.path.isfile(image):
+            kind = "the image file does not exist; check image_root and the entry, or pass --skip_broken"
+            problems.add(where, EntryProblem(kind, str(image)))

@@ -10,7 +10,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.expressions import EntryProblem, Expression, Problems, check_images, clean_text, parse_boxes, require
+from dataset.expressions import (
+    EntryProblem,
+    Expression,
+    Problems,
+    check_images,
+    clean_text,
+    locate,
+    parse_boxes,
+    require,
+)
 from dataset.reading import DataError, load_json
 from utils import log
 
@@ -55,10 +64,12 @@ def load_expressions(
     phrase_box_file: list[str],
     sentences_file: list[str],
     image_root: str,
+    skip_missing: bool = False,
 ) -> list[Expression]:
     """Read and check every (sentence, phrase) whose phrase id has boxes, in the order of ids, sentences and phrases.
 
     Each phrase is grounded alone, in `<image_root>/<id>.jpg`; its ref_id is its index in this order, over all files.
+    With skip_missing, nobody looks whether the images are there.
 
     Raises:
         DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
@@ -68,13 +79,14 @@ def load_expressions(
     problems = Problems()
     for ids_file, box_file, phrases_file in triples(image_ids_file, phrase_box_file, sentences_file):
         boxes, sentences = load_json(box_file, dict), load_json(phrases_file, dict)
-        split = Split(split_of(ids_file), load_ids(ids_file), boxes, sentences, box_file, phrases_file)
+        split = Split(split_of(ids_file), load_ids(ids_file, image_root), boxes, sentences, box_file, phrases_file)
         images += [(image_path(image_root, key), f"{ids_file}: image {key}") for key in split.ids]
         found = read_boxes(split, problems)
         for phrase in read_phrases(split, found, image_root, len(expressions), problems):
             if phrase.expression:
                 expressions.append(phrase.expression)
-    check_images(images, problems)
+    if not skip_missing:
+        check_images(images, problems)
     problems.check()
     if not expressions:
         raise DataError(f"{', '.join(image_ids_file) or 'image_ids_file'}: no phrase has boxes; do the files match?")
@@ -94,8 +106,8 @@ def triples(
 
 
 def image_path(image_root: str, image_id: str) -> Path:
-    """Where the image of an id is."""
-    return Path(image_root) / f"{image_id}.jpg"
+    """Where the image of an id is; raises `EntryProblem` for an id that `load_ids` refuses."""
+    return locate(image_root, f"{image_id}.jpg")
 
 
 def read_boxes(split: Split, problems: Problems) -> dict[str, ImageBoxes]:
@@ -156,8 +168,8 @@ def split_of(ids_file: str, warn: Callable[[str], object] = _warn) -> str:
     return split
 
 
-def load_ids(path: str) -> list[str]:
-    """The image ids of a split file, one a line, blank lines left out; raises `DataError`."""
+def load_ids(path: str, image_root: str = ".") -> list[str]:
+    """The image ids of a split file, one a line, blank lines left out; raises `DataError`, also for ids like '../1'."""
     try:
         ids = Path(path).read_text(encoding="utf-8").split()
     except OSError as error:
@@ -166,6 +178,13 @@ def load_ids(path: str) -> list[str]:
         raise DataError(f"{path}: not a text file ({error}); it must list image ids, one a line") from error
     if not ids:
         raise DataError(f"{path}: lists no image ids")
+    problems = Problems()
+    for image_id in ids:
+        try:
+            image_path(image_root, image_id)
+        except EntryProblem:
+            problems.add(path, EntryProblem("an image id is absolute or leads out of its folder", repr(image_id)[:200]))
+    problems.check()
     return ids
 
 

@@ -7,7 +7,7 @@ cannot match has nothing to explain.
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.expressions import EntryProblem, Problems, check_images, clean_text, require
+from dataset.expressions import EntryProblem, Problems, check_images, clean_text, locate, require
 from dataset.reading import DataError, load_json
 
 MAX_WORDS = 50  # of a text, as of training's captions
@@ -22,11 +22,12 @@ class Pair(NamedTuple):
     kind: str
 
 
-def load_pairs(file: str, image_root: str) -> list[Pair]:
-    """Read and check one file of pairs; raises `DataError` naming file and entries."""
+def load_pairs(file: str, image_root: str, skip_missing: bool = False) -> list[Pair]:
+    """Read and check one file of pairs, their images unless `skip_missing`; raises `DataError` naming the entries."""
     problems = Problems()
     found = read_pairs(file, image_root, problems)
-    check_images(((pair.image, where) for pair, where in found), problems)
+    if not skip_missing:
+        check_images(((pair.image, where) for pair, where in found), problems)
     problems.check()
     if not found:
         raise DataError(f"{file}: holds no pairs")
@@ -39,7 +40,7 @@ def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[Pai
     for index, row in enumerate(load_json(file, list)):
         where = f"{file}: entry {index}"
         try:
-            image = Path(image_root) / require(row, "image", str)
+            image = locate(image_root, require(row, "image", str))
             match = require(row, "match", int)
             if match not in (0, 1):
                 raise EntryProblem("key 'match' must be 0 or 1", f"found {match}")

@@ -1,14 +1,17 @@
 """Reading files with errors that say which file, which entry, and what to do."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
+from dataset.images import decode, opened
 from utils import UserError
 
-BROKEN = (OSError, UnidentifiedImageError, ValueError, SyntaxError, Image.DecompressionBombError)  # of decoding images
+SKIP = " (--skip_broken goes on without it)"
 
 
 class DataError(UserError):
@@ -29,17 +32,25 @@ def load_json(path: str | Path, kind: type) -> Any:
 
 
 def read_image(path: str | Path, source: str) -> Image.Image:
-    """Decode an image fully, as RGB; raises `DataError` naming it and its entry (`source`) when missing or broken."""
-    try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
-    except FileNotFoundError:
-        raise DataError(f"{source}: image {path} does not exist; check image_root") from None
-    except BROKEN as error:
-        raise DataError(f"{source}: image {path} cannot be decoded ({error}); is the download complete?") from error
+    """Decode an image of a data set, as RGB and not turned; raises `DataError` naming it and its entry (`source`)."""
+    with _named(f"{source}: image {path}"):
+        return decode(Path(path))
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
-    """(height, width) of an image file, from its header."""
-    with Image.open(path) as image:
+    """(height, width) of an image file, from its header; raises `DataError` naming it."""
+    with _named(f"image {path}"), opened(Path(path)) as image:
         return image.height, image.width
+
+
+@contextlib.contextmanager
+def _named(image: str) -> Iterator[None]:
+    """Turn whatever reading an image raises into a `DataError` that names it."""
+    try:
+        yield
+    except (FileNotFoundError, NotADirectoryError):
+        raise DataError(f"{image} does not exist; check image_root{SKIP}") from None
+    except Exception as error:  # a decoder can raise anything
+        problem = str(error) or type(error).__name__
+        remedy = "make it smaller" if isinstance(error, Image.DecompressionBombError) else "is the download complete?"
+        raise DataError(f"{image} cannot be decoded ({problem}); {remedy}{SKIP}") from error

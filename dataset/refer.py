@@ -13,7 +13,16 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dataset.expressions import EntryProblem, Expression, Problems, check_images, clean_text, parse_boxes, require
+from dataset.expressions import (
+    EntryProblem,
+    Expression,
+    Problems,
+    check_images,
+    clean_text,
+    locate,
+    parse_boxes,
+    require,
+)
 from dataset.reading import DataError, load_json
 
 MAX_WORDS = 30  # of an expression, as the release cuts it
@@ -49,7 +58,7 @@ class Refer(NamedTuple):
 class Reading(NamedTuple):
     """How to read the entries of the test files; see `load_expressions`. Without `refer` nothing is looked up."""
 
-    image_root: Path
+    image_root: str
     refer: Refer | None
     det_file: str | None
     detections: dict[str, Any]
@@ -82,6 +91,7 @@ def load_expressions(
     split_by: str = "unc",
     det_file: str | None = None,
     entry_split: bool = False,
+    skip_missing: bool = False,
 ) -> list[Expression]:
     """Read and check the expressions of the test files, in their order.
 
@@ -94,13 +104,14 @@ def load_expressions(
         det_file: JSON of {"<image_id>": [[x, y, w, h, ...], ...]}; None: the expressions have no detections.
         entry_split: RefCLEF: the split is the entry's own key `split`, and any that contains 'test' counts as "test".
             Otherwise it is that of the ref in refs(SPLIT).p.
+        skip_missing: do not look whether the images are there.
 
     Raises:
         DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
     """
     splits_of(dataset, split_by)
     reading = Reading(
-        image_root=Path(image_root),
+        image_root=image_root,
         refer=load_refer(Path(refer_root) / dataset, split_by),
         det_file=det_file,
         detections=load_json(det_file, dict) if det_file else {},
@@ -108,7 +119,8 @@ def load_expressions(
     )
     problems = Problems()
     items = [item for file in test_file for item in read_items(file, reading, problems)]
-    check_images(((item.entry.image, item.where) for item in items), problems)
+    if not skip_missing:
+        check_images(((item.entry.image, item.where) for item in items), problems)
     problems.check()
     if not items:
         raise DataError(f"{', '.join(test_file) or 'test_file'}: holds no entries")
@@ -146,7 +158,7 @@ def read_items(file: str, reading: Reading, problems: Problems) -> list[Item]:
 
 
 def _entry(row: Any, reading: Reading) -> Entry:
-    image = reading.image_root / require(row, "image", str)
+    image = locate(reading.image_root, require(row, "image", str))
     text = clean_text(require(row, "text", str), MAX_WORDS)
     ref_id = require(row, "ref_id", int)
     return Entry(image, text, ref_id, require(row, "split", str) if reading.entry_split else None)

@@ -1,5 +1,6 @@
 """AMC training data: JSON entries {"image", "caption", "bbox"} -> samples -> batches (Visual Genome in the paper)."""
 
+import os
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import PretrainConfig
-from dataset.expressions import EntryProblem, Problems, first_of, is_box, require
+from dataset.expressions import EntryProblem, Problems, first_of, is_box, locate, require
 from dataset.reading import DataError, load_json, read_image
 from dataset.text import Tokenizer, clean_caption
 from dataset.transforms import augment_for_albef, augment_for_amc, normalise
+from utils import gather_objects, log
 
 
 class Sample(NamedTuple):
@@ -41,7 +43,7 @@ class TrainingData(Dataset[Sample]):
     """Entries of the config's train files, drawn and augmented anew each epoch from (seed, epoch, index) alone.
 
     Args:
-        skip_broken: replace an unreadable image by another sample and count it in `broken`, instead of stopping.
+        skip_broken: replace a missing or unreadable image by another sample and count it in `broken`; else stop.
 
     Raises:
         DataError: a file or entry that cannot be used; all entries are checked here, before training starts.
@@ -53,13 +55,17 @@ class TrainingData(Dataset[Sample]):
         self.epoch = 0
         self.skip_broken = skip_broken
         self.entries = [entry for file in config.train_file for entry in load_entries(file, config)]
-        if not skip_broken:
-            _check_images(self.entries)
+        _check_images(self.entries, skip_broken)
         # One flag an entry, in shared memory: the loader's workers set them, the training process counts them.
         self.broken = torch.zeros(len(self.entries), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    def replaced(self) -> list[str]:
+        """The sources of all entries whose images could not be read, on any process (a collective call)."""
+        broken = torch.stack(gather_objects(self.broken)).any(dim=0)
+        return [self.entries[index].source for index in broken.nonzero().flatten().tolist()]
 
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng([self.seed, self.epoch, index])
@@ -126,19 +132,19 @@ def read_entries(file: str | Path, image_root: str, max_words: int, problems: Pr
     rows = load_json(file, list)
     if not rows:
         raise DataError(f"{file}: holds no entries")
-    entries, root = [], Path(image_root)
+    entries = []
     for index, row in enumerate(rows):
         image = row.get("image") if isinstance(row, dict) else None
         source = f"{file}: entry {index}" + (f" ({image})" if isinstance(image, str) else "")
         try:
-            entries.append(_entry(row, source, root, max_words))
+            entries.append(_entry(row, source, image_root, max_words))
         except EntryProblem as problem:
             problems.add(source, problem)
     return entries
 
 
-def _entry(row: Any, source: str, root: Path, max_words: int) -> Entry:
-    image = root / require(row, "image", str)
+def _entry(row: Any, source: str, image_root: str, max_words: int) -> Entry:
+    image = locate(image_root, require(row, "image", str))
     if "caption" not in row:
         raise EntryProblem("key 'caption' is missing")
     texts = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
@@ -153,14 +159,17 @@ def _entry(row: Any, source: str, root: Path, max_words: int) -> Entry:
     return Entry(image, captions, boxes, source)
 
 
-def _check_images(entries: list[Entry]) -> None:
+def _check_images(entries: list[Entry], skip_broken: bool) -> None:
     first = first_of((entry.image, entry.source) for entry in entries)
-    missing = [source for image, source in first.items() if not image.is_file()]
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(first)} training images are missing, the first at {missing[0]}: "
-            "check image_root, or pass --skip_broken to train without them"
-        )
+    missing = [source for image, source in first.items() if not os.path.isfile(image)]
+    if not missing:
+        return
+    said = f"{len(missing)} of {len(first)} training images are missing, the first at {missing[0]}: "
+    if not skip_broken:
+        raise DataError(f"{said}check image_root, or pass --skip_broken to train without them")
+    if len(missing) == len(first):
+        raise DataError(f"none of the {len(first)} training images can be read; check image_root")
+    log(f"{said}others take their place")
 
 
 class Masked(NamedTuple):

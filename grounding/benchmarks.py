@@ -17,7 +17,7 @@ class Benchmark(NamedTuple):
 
     Args:
         config: the config file that is used unless another is named.
-        load: reads and checks its expressions, in the order of the result file.
+        load: (config, skip_missing=False) -> its expressions, read and checked, in the order of the result file.
         resize: (image, side) -> uint8 (side, side, 3).
         splits: split -> the name it is reported under.
         metrics: "box" and "point", in the order of the log lines.
@@ -25,13 +25,13 @@ class Benchmark(NamedTuple):
 
     name: str
     config: str
-    load: Callable[[GroundingConfig], list[Expression]]
+    load: Callable[..., list[Expression]]
     resize: Callable[[Image.Image, int], np.ndarray]
     splits: dict[str, str]
     metrics: tuple[str, ...]
 
 
-def _load_refcoco(config: GroundingConfig) -> list[Expression]:
+def _load_refcoco(config: GroundingConfig, skip_missing: bool = False) -> list[Expression]:
     config.require("test_file", "refcoco_data", "det_file")
     return refer.load_expressions(
         test_file=config.test_file,
@@ -40,10 +40,11 @@ def _load_refcoco(config: GroundingConfig) -> list[Expression]:
         dataset=config.refer_dataset,
         split_by=config.refer_split,
         det_file=config.det_file,
+        skip_missing=skip_missing,
     )
 
 
-def _load_refclef(config: GroundingConfig) -> list[Expression]:
+def _load_refclef(config: GroundingConfig, skip_missing: bool = False) -> list[Expression]:
     config.require("test_file", "refcoco_data")
     return refer.load_expressions(
         test_file=config.test_file,
@@ -52,16 +53,18 @@ def _load_refclef(config: GroundingConfig) -> list[Expression]:
         dataset="refclef",
         split_by=config.refer_split,
         entry_split=True,
+        skip_missing=skip_missing,
     )
 
 
-def _load_flickr(config: GroundingConfig) -> list[Expression]:
+def _load_flickr(config: GroundingConfig, skip_missing: bool = False) -> list[Expression]:
     config.require("image_ids_file", "phrase_box_file", "sentences_file")
     return flickr.load_expressions(
         image_ids_file=config.image_ids_file,
         phrase_box_file=config.phrase_box_file,
         sentences_file=config.sentences_file,
         image_root=config.image_root,
+        skip_missing=skip_missing,
     )
 
 

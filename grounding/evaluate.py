@@ -10,6 +10,7 @@ from torch import Tensor
 import utils
 from config import BertConfig, GroundingConfig, load_bert_config, load_config, save_config
 from dataset.matching import load_pairs
+from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from grounding import metrics
@@ -46,7 +47,9 @@ def parse_args(benchmark: Benchmark, argv: Sequence[str] | None = None) -> argpa
     )
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images")
-    parser.add_argument("--skip_broken", action="store_true", help="leave out unreadable images and count them")
+    parser.add_argument(
+        "--skip_broken", action="store_true", help="leave out missing and unreadable images and count them"
+    )
     parser.add_argument("--report", action="store_true", help="write OUTPUT_DIR/report.html: tables, charts, pictures")
     parser.add_argument(
         "--compare", action="append", default=[], metavar="FOLDER", help="another --output_dir, to put into the report"
@@ -131,8 +134,10 @@ class Evaluation:
         benchmark = asked_for(benchmark, config)
         self.benchmark, self.config, self.args, self.device = benchmark, config, args, device
         self.block = config.block_num if args.block_num is None else args.block_num
-        self.expressions = benchmark.load(config)
-        self.pairs = {Path(file).stem: load_pairs(file, config.image_root) for file in config.matching_file}
+        self.expressions = benchmark.load(config, args.skip_broken)
+        self.pairs = {
+            Path(file).stem: load_pairs(file, config.image_root, args.skip_broken) for file in config.matching_file
+        }
         self.line_names = [*benchmark.metrics, *self.pairs]
         self.tokenizer = load_tokenizer(args.text_encoder)
         asked = [expression.text for expression in self.expressions]
@@ -215,6 +220,8 @@ class Evaluation:
         found = self.ask(
             explainer.match_probabilities, [(pair.image, pair.text) for pair in pairs], resize_bilinear_image
         )
+        if len(found) < len(pairs):
+            utils.log(f"{name}: {len(pairs) - len(found)} pairs of unreadable images are left out")
         answers = [(pairs[position], float(p)) for position, p in found.items()]
         right = [(pair.kind, (p > 0.5) == pair.match) for pair, p in answers]
         line = {name: metrics.accuracy([correct for _, correct in right])}
@@ -228,4 +235,7 @@ class Evaluation:
         data = ImageData(images, resize, self.config.image_res, self.args.skip_broken)
         batches = load_images(data, self.config.batch_size, self.args.num_workers)
         parts = utils.gather_objects(dict(ask(function, pairs, batches)))
-        return {position: answer for part in parts for position, answer in part.items()}
+        found = {position: answer for part in parts for position, answer in part.items()}
+        if pairs and not found:
+            raise DataError(f"none of the {len(images)} images can be read; check image_root")
+        return found

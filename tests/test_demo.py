@@ -257,6 +257,17 @@ def test_broken_images_are_named_or_skipped(place: Path, tmp_path: Path, capsys:
     run(place, tmp_path / "lenient", *words, "--skip_broken")
     assert written(tmp_path / "lenient") == ["a_01_circle.png"]
     assert "skipped: " in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"not an image.*--skip_broken"):
+        run(place, tmp_path, str(place / "broken.jpg"), "circle")
+    words[2:2] = [str(place / "absent.jpg"), str(place / "absent*.png")]
+    with pytest.raises(DataError, match=r"absent\.jpg: no such file"):
+        run(place, tmp_path, *words)
+    run(place, tmp_path / "missing", *words, "--skip_broken")
+    assert written(tmp_path / "missing") == ["a_01_circle.png"]
+    printed = capsys.readouterr().out
+    assert printed.count("skipped: ") == 3
+    assert "absent.jpg: no such image" in printed
+    assert "3 of 4 images could not be read and were left out" in printed
     with pytest.raises(DataError, match="none of the images"):
         run(place, tmp_path, str(place / "broken.jpg"), "circle", "--skip_broken")
 

@@ -329,6 +329,36 @@ def test_broken_images_are_skipped_on_request(
     assert "already evaluated" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("benchmark", [REFCOCO, REFCLEF, FLICKR], ids=lambda benchmark: benchmark.name)
+def test_missing_images_are_skipped_as_broken_ones(
+    benchmark: Benchmark, place: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first image of val is broken, the second is missing: results, metrics and report go on without either."""
+    (broken / "100001.jpg").unlink()
+    words = ["--set", f"image_root={broken}", "--set", f"matching_file=[{place / 'data' / 'matching_val.json'}]"]
+    with pytest.raises(DataError, match=r"(?s)does not exist; check image_root .*--skip_broken - 1 found.*100001\.jpg"):
+        evaluate(benchmark, place, tmp_path / "strict", *words, checkpoint=ONE)
+    evaluate(benchmark, place, tmp_path / "out", *words, "--skip_broken", "--report", checkpoint=ONE)
+    printed = capsys.readouterr().out
+    assert "100000.jpg cannot be decoded" in printed
+    assert "100001.jpg does not exist" in printed
+    name = {"RefCOCO+": "refcoco", "RefCLEF": "refclef", "Flickr30k": "flickr"}[benchmark.name]
+    expressions = benchmark.load(load_config(place / f"{name}.yaml", GroundingConfig))
+    kept = [e.ref_id for e in expressions if e.image.name not in ("100000.jpg", "100001.jpg")]
+    assert [record["ref_id"] for record in results(tmp_path / "out")] == kept
+    assert f"{len(expressions) - len(kept)} expressions of unreadable images are left out" in printed
+    pairs = json.loads((place / "data" / "matching_val.json").read_text())
+    gone = sum(pair["image"] in ("100000.jpg", "100001.jpg") for pair in pairs)
+    assert f"matching_val: {gone} pairs of unreadable images are left out" in printed
+    assert (tmp_path / "out" / "report.html").is_file()
+
+
+def test_nothing_but_missing_images(place: Path, tmp_path: Path) -> None:
+    words = ["--set", f"image_root={tmp_path}", "--skip_broken"]
+    with pytest.raises(DataError, match=r"none of the \d+ images can be read; check image_root"):
+        evaluate(REFCLEF, place, tmp_path / "out", *words, checkpoint=ONE)
+
+
 # ---- several processes, reduced precision
 
 

@@ -127,7 +127,8 @@ def test_too_many_pixels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_which_images_words_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for name in ("b.jpg", "a.PNG", "notes.txt", "inner/c.webp", "inner.jpg/d.txt", "odd"):
+    hidden = ("._b.jpg", ".DS_Store", ".a.png", "inner.jpg/._e.jpg")  # what macOS and editors leave
+    for name in ("b.jpg", "a.PNG", "notes.txt", "inner/c.webp", "inner.jpg/d.txt", "odd", *hidden):
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).touch()
 
@@ -146,3 +147,7 @@ def test_which_images_words_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         with pytest.raises(DataError) as error:
             find_images([word], "help")
         assert str(error.value).startswith(message)
+    missing = [Path("gone.jpg"), Path("no*.png"), Path("x" * 300)]
+    assert find_images([str(path) for path in missing], skip_missing=True) == missing
+    with pytest.raises(DataError, match="holds no image"):
+        find_images(["inner.jpg"], skip_missing=True)

@@ -579,7 +579,9 @@ def test_broken_images_are_replaced_on_request(place: Path, tmp_path: Path, caps
     ]  # batches of 2: nearly all entries are used
     (row,) = train(place, tmp_path / "out", *words, "--skip_broken")
     assert 1 <= row["broken_images"] <= entries
-    assert f"{row['broken_images']} unreadable images were replaced by others" in capsys.readouterr().out
+    assert (
+        f"{row['broken_images']} unreadable images were replaced by others: {place / 'data'}" in capsys.readouterr().out
+    )
     # Without the option it stops; a message from a loader's worker comes out of its traceback.
     args = Pretrain.parse_args([*arguments(place, tmp_path / "out", *words), "--num_workers", "1"])
     with pytest.raises(SystemExit) as stopped:

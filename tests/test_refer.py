@@ -137,7 +137,7 @@ def without(row: dict[str, Any], key: str) -> dict[str, Any]:
         (["cat"], r"an entry must be an object.*\n.*entry 0 \(found a str\)"),
         (
             [{**ENTRY, "image": "8.png"}] * 2,
-            r"file does not exist; check image_root - 1 found:\n.*entry 0 \(.*8\.png\)",
+            r"file does not exist; check image_root .*--skip_broken - 1 found:\n.*entry 0 \(.*8\.png\)",
         ),
         ([], r"test\.json: holds no entries"),
         ({"a": 1}, r"test\.json: expected a JSON list, found a dict"),

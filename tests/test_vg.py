@@ -1,6 +1,7 @@
 """Training data: what a file may hold and what is said when it does not; how samples, masks and batches are drawn."""
 
 import json
+import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
         pixels = np.random.default_rng(i).integers(256, size=(HEIGHT, WIDTH, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{i}.png")
     return folder
+
+
+@pytest.fixture
+def own(images: Path, tmp_path: Path) -> Path:
+    """A copy of the images to write into."""
+    return Path(shutil.copytree(images, tmp_path / "own"))
 
 
 @pytest.fixture(scope="module")
@@ -169,12 +176,12 @@ def cut_jpeg(folder: Path) -> str:
     """The name of a JPEG of noise whose second half is lost."""
     Image.fromarray(np.random.default_rng(0).integers(256, size=(64, 64, 3), dtype=np.uint8)).save(folder / "cut.jpg")
     (folder / "cut.jpg").write_bytes((folder / "cut.jpg").read_bytes()[: (folder / "cut.jpg").stat().st_size // 2])
-    return str(folder / "cut.jpg")
+    return "cut.jpg"
 
 
-def test_a_truncated_image_is_named(images: Path, tmp_path: Path) -> None:
-    cut = cut_jpeg(tmp_path)
-    data = open_data(images, tmp_path / "train.json", [GOOD, {**GOOD, "image": cut}])
+def test_a_truncated_image_is_named(own: Path, tmp_path: Path) -> None:
+    cut = cut_jpeg(own)
+    data = open_data(own, tmp_path / "train.json", [GOOD, {**GOOD, "image": cut}])
     assert data[0].has_box
     with pytest.raises(DataError, match="cannot be decoded") as refused:
         data[1]
@@ -182,9 +189,9 @@ def test_a_truncated_image_is_named(images: Path, tmp_path: Path) -> None:
     assert not data.broken.any()
 
 
-def test_broken_images_are_replaced_and_counted(images: Path, tmp_path: Path) -> None:
-    rows = [{**GOOD, "image": cut_jpeg(tmp_path)}, {**GOOD, "image": "absent.png"}, *[GOOD] * 3]
-    config = configure(images, tmp_path / "train.json", rows)
+def test_broken_images_are_replaced_and_counted(own: Path, tmp_path: Path) -> None:
+    rows = [{**GOOD, "image": cut_jpeg(own)}, {**GOOD, "image": "absent.png"}, *[GOOD] * 3]
+    config = configure(own, tmp_path / "train.json", rows)
     data = TrainingData(config, seed=1, skip_broken=True)
     assert data[3].has_box
     assert not data.broken.any()
@@ -192,6 +199,21 @@ def test_broken_images_are_replaced_and_counted(images: Path, tmp_path: Path) ->
         assert torch.equal(data[index].image, data[3].image)
         assert equal(data[index], TrainingData(config, seed=1, skip_broken=True)[index])
     assert data.broken.tolist() == [True, True, False, False, False]  # each image counts once
+
+
+def test_missing_images_are_told_and_counted(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [GOOD, {**GOOD, "image": "8.png"}, {**GOOD, "image": "x" * 300}, GOOD]
+    data = TrainingData(configure(images, tmp_path / "train.json", rows), seed=0, skip_broken=True)
+    assert "2 of 3 training images are missing, the first at" in capsys.readouterr().out
+    assert data.replaced() == []
+    assert data[1].has_box
+    assert data[2].has_box
+    assert data.replaced() == [f"{tmp_path / 'train.json'}: entry {i} ({rows[i]['image']})" for i in (1, 2)]
+    elsewhere = torch.tensor([True, False, False, False])  # of another process
+    monkeypatch.setattr("dataset.vg.gather_objects", lambda flags: [flags, elsewhere])
+    assert len(data.replaced()) == 3
 
 
 def test_nothing_but_broken_images(images: Path, tmp_path: Path) -> None:
@@ -236,24 +258,24 @@ def boxes_drawn(data: TrainingData, epochs: int) -> Counter[tuple[int, ...]]:
     return drawn
 
 
-def square(images: Path, folder: Path) -> str:
-    """An image of 40 x 40, on which a mask of 40 x 40 is not resized."""
-    Image.open(images / "0.png").resize((40, 40)).save(folder / "square.png")
-    return str(folder / "square.png")
+def square(folder: Path) -> str:
+    """The name of a new image of 40 x 40, on which a mask of 40 x 40 is not resized."""
+    Image.open(folder / "0.png").resize((40, 40)).save(folder / "square.png")
+    return "square.png"
 
 
-def test_one_box_is_drawn(images: Path, tmp_path: Path) -> None:
+def test_one_box_is_drawn(own: Path, tmp_path: Path) -> None:
     boxes = [[1, 2, 10, 20], [5.5, 5.5, 39.5, 39.9], [30, -5, 99, 7]]
-    row = {**GOOD, "image": square(images, tmp_path), "bbox": boxes}
-    drawn = boxes_drawn(open_data(images, tmp_path / "train.json", [row], mask_size=40), epochs=90)
+    row = {**GOOD, "image": square(own), "bbox": boxes}
+    drawn = boxes_drawn(open_data(own, tmp_path / "train.json", [row], mask_size=40), epochs=90)
     assert drawn.keys() == {(1, 2, 10, 20), (5, 5, 39, 39), (30, 0, 40, 7)}
     assert min(drawn.values()) > 15
 
 
-def test_an_empty_box_is_redrawn(images: Path, tmp_path: Path) -> None:
+def test_an_empty_box_is_redrawn(own: Path, tmp_path: Path) -> None:
     boxes = [[50, 50, 60, 60], [1, 2, 10, 20], [9, 9, 3, 3], [20, 20, 30, 40]]
-    row = {**GOOD, "image": square(images, tmp_path), "bbox": boxes}
-    drawn = boxes_drawn(open_data(images, tmp_path / "train.json", [row], mask_size=40), epochs=40)
+    row = {**GOOD, "image": square(own), "bbox": boxes}
+    drawn = boxes_drawn(open_data(own, tmp_path / "train.json", [row], mask_size=40), epochs=40)
     assert drawn.keys() == {(1, 2, 10, 20), (20, 20, 30, 40)}
     assert min(drawn.values()) > 8
 
@@ -269,11 +291,11 @@ def test_an_entry_with_an_empty_box_only(images: Path, tmp_path: Path, empty_box
 
 
 @pytest.mark.parametrize("phrase_input", [True, False])
-def test_mask_all_is_the_union(images: Path, tmp_path: Path, phrase_input: bool) -> None:
+def test_mask_all_is_the_union(own: Path, tmp_path: Path, phrase_input: bool) -> None:
     boxes = [[1, 2, 10, 20], [5, 5, 30, 12], [50, 50, 60, 60]]
-    row = {**GOOD, "image": square(images, tmp_path), "bbox": boxes}
+    row = {**GOOD, "image": square(own), "bbox": boxes}
     options = {"mask_all": True, "phrase_input": phrase_input, "mask_size": 40}
-    sample = open_data(images, tmp_path / "train.json", [row], **options)[0]
+    sample = open_data(own, tmp_path / "train.json", [row], **options)[0]
     union = torch.zeros(40, 40)
     union[2:20, 1:10] = 1
     union[5:12, 5:30] = 1
@@ -303,14 +325,14 @@ def test_a_sample(images: Path, tmp_path: Path, add_gcam: bool) -> None:
     assert sample.mask.unique().tolist() == ([0, 1] if add_gcam else [0])
 
 
-def test_the_mask_lies_where_the_box_is(images: Path, tmp_path: Path) -> None:
+def test_the_mask_lies_where_the_box_is(own: Path, tmp_path: Path) -> None:
     """The box is made red, and after flip and resize the red pixels and the mask still agree."""
     pixels = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     pixels[5:25, 10:16] = (255, 0, 0)
-    Image.fromarray(pixels).save(tmp_path / "red.png")
-    row = {**GOOD, "image": str(tmp_path / "red.png"), "bbox": [[10, 5, 16, 25]]}
+    Image.fromarray(pixels).save(own / "red.png")
+    row = {**GOOD, "image": "red.png", "bbox": [[10, 5, 16, 25]]}
     flipping = {**PLAIN, "flip_prob": 0.5}
-    data = open_data(images, tmp_path / "train.json", [row], augment=flipping, image_res=96, mask_size=96)
+    data = open_data(own, tmp_path / "train.json", [row], augment=flipping, image_res=96, mask_size=96)
     sides = Counter()
     for data.epoch in range(20):
         sample = data[0]

@@ -131,7 +131,7 @@ def test_file(gathered: Gathered, file: str, of: ReferFiles, config: str) -> Cou
     tables = gathered.once(refer_tables, of.folder, of.split_by, config=config)
     found = gathered.once(detections, of.det_file, config=config) if of.det_file else None
     reading = refer.Reading(
-        image_root=Path(of.image_root),
+        image_root=of.image_root,
         refer=tables,
         det_file=None if found is None else of.det_file,
         detections=found or {},
@@ -194,7 +194,7 @@ def image_ids(gathered: Gathered, file: str, image_root: str, config: str) -> tu
     """Read the ids of a split, each once; returns its name and them, or nothing if the file cannot be read."""
     row = gathered.report.row(file, "image ids", f"image_ids_file of {config}")
     with row.attempt():
-        counts = Counter(flickr.load_ids(file))
+        counts = Counter(flickr.load_ids(file, image_root))
         for image_id, count in counts.items():
             if count > 1:
                 row.warnings.add(f"{file}: image {image_id}", EntryProblem("the image id is listed more than once"))

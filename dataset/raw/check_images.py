@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from dataset.expressions import EntryProblem
+from dataset.images import as_rgb, opened
 from dataset.raw.check_report import Row
 from dataset.vg import clip_box
 
@@ -71,10 +72,10 @@ def look(task: tuple[Path, bool]) -> Seen:
     path, decode = task
     seen = Seen()
     try:
-        with Image.open(path) as image:
+        with opened(path) as image:
             seen = Seen((image.height, image.width), image.format)
             if decode:
-                image.convert("RGB")
+                as_rgb(image)
     except (FileNotFoundError, NotADirectoryError):
         return Seen(problem="")
     except Exception as error:  # a broken image can raise anything, and the others are to be looked at all the same

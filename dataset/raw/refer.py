@@ -160,7 +160,7 @@ def find_images(root: Path) -> dict[str, str]:
     below = sorted(path for path in root.iterdir() if path.is_dir())
     found: dict[str, str] = {}
     for folder in (root, *below, *(path / "images" for path in below)):
-        for path in folder.glob("*.jpg"):
+        for path in folder.glob("[!.]*.jpg"):
             found.setdefault(path.name, path.relative_to(root).as_posix())
     if not found:
         raise DataError(f"{root}: holds no .jpg; --image-root must be the folder of the images")
