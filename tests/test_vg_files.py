@@ -69,6 +69,7 @@ def test_entries_are_read_one_at_a_time(tmp_path: Path) -> None:
         ("[" * 100_000 + "]" * 100_000, "not valid JSON .*recursion"),
         ('[{"image_id": ' + "1" * 5000 + "}]", "cannot be read .*4300 digits"),
         ('[{"image_id": ' + "1" * 400 + "}]", r"an id must be an integer \(entry 0, found 1111"),
+        ('[{"image_id": 1, "url": "", "image_id": 2}]', r"a key more than once.* \('image_id'\); correct the entry"),
         ("[1, 2", r"an object \{key: value\} \(entry 0"),
         ("[{}, {]", r"not valid JSON|key 'image_id'"),
         ("[{} {}]", r"not valid JSON \(Expecting ',' delimiter\)"),

@@ -13,6 +13,7 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
+from dataset.expressions import EntryProblem
 from dataset.raw.archives import AT_ONCE, BROKEN_ZIP, check_ratio, visible_members
 from dataset.reading import DataError
 
@@ -26,7 +27,18 @@ def _refuse(constant: str) -> None:
     raise json.JSONDecodeError(f"{constant} is no JSON", constant, 0)
 
 
-DECODER = json.JSONDecoder(parse_constant=_refuse)
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise EntryProblem(
+            "an object holds a key more than once, and one would be lost", f"{repeated!r:.60}"
+        )
+    return row
+
+
+DECODER = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_unique)
 
 
 class Source(NamedTuple):
@@ -84,6 +96,7 @@ def read_entries(source: Source) -> Iterator[Any]:
 
     Raises:
         DataError: the file cannot be read or unpacked, or holds something else.
+        EntryProblem: an object of an item holds a key twice.
     """
     with _readable(source), _opened(source) as (file, size):
         start = file.peek(8)
