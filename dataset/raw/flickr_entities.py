@@ -263,18 +263,18 @@ def parse_sentence(line: str) -> Row:
                 break
             phrase_id, *types = token.removeprefix(SPAN).split("/")
             if not (phrase_id and types and all(types)) or token.endswith("]"):
-                raise EntryProblem(f"a span must be {SPAN}<phrase id>/<type> and words up to a ']'", token)
+                raise EntryProblem(f"a span must be {SPAN}<phrase id>/<type> and words up to a ']'", token[:60])
             mark = token
             row = {"first_word_index": len(words), "phrase_id": phrase_id, "phrase_type": types}
         elif mark is not None and token.endswith("]"):
             words.append(token[:-1])
             phrase = " ".join(words[row["first_word_index"] :])
             if not phrase:
-                raise EntryProblem("a span has no words", mark)
+                raise EntryProblem("a span has no words", mark[:60])
             phrases.append({**row, "phrase": phrase})
             mark = None
         else:
             words.append(token)
     if mark is not None:
-        raise EntryProblem("a span is not closed: no word of it ends in ']'", mark)
+        raise EntryProblem("a span is not closed: no word of it ends in ']'", mark[:60])
     return {"sentence": " ".join(words), "phrases": phrases}

@@ -32,9 +32,7 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(row) != len(pairs):
         keys = [key for key, _ in pairs]
         repeated = next(key for key in keys if keys.count(key) > 1)
-        raise EntryProblem(
-            "an object holds a key more than once, and one would be lost", f"{repeated!r:.60}"
-        )
+        raise EntryProblem("an object holds a key more than once, and one would be lost", f"{repeated!r:.60}")
     return row
 
 
