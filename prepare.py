@@ -87,10 +87,17 @@ def prepare_flickr(args: argparse.Namespace) -> None:
 
 def prepare_refer(args: argparse.Namespace) -> None:
     """Write the lists of expressions of one of REFER's data sets."""
-    split_by = args.split_by or next(iter(SPLITS[args.dataset]))
-    lists = raw_refer.make_lists(args.folder, args.dataset, split_by, args.image_root, args.keep_repeated)
+    split_by = args.split_by or raw_refer.default_split(args.folder, args.dataset)
+    if args.skip_missing and not args.image_root:
+        sys.exit("error: --skip-missing needs --image-root, since no images are looked for without it")
+    lists = raw_refer.make_lists(
+        args.folder, args.dataset, split_by, args.image_root, args.keep_repeated, args.skip_missing
+    )
     raw_refer.write_lists(args.out, args.dataset, lists)
     print(lists.table())
+    usual = raw_refer.usual_split(args.dataset)
+    if split_by != usual and not args.split_by:
+        print(f"note: refs({usual}).p is not there, of which the published numbers are; this is refs({split_by}).p")
     files = ", ".join(f"{args.dataset}_{part}.json: {len(rows)}" for part, rows in lists.parts.items())
     print(f"wrote the expressions of {args.dataset}, split by {split_by}, to {args.out} ({files})")
 
@@ -206,16 +213,22 @@ def add_refer(commands: Commands) -> None:
     add = command.add_argument
     owners = sorted({name for names in SPLITS.values() for name in names})
     add("folder", type=Path, help="folder that holds the data sets' folders, refcoco_data of the configs")
+    whose = (
+        "whose split (default: umd for refcocog, berkeley for refclef, unc for the others; if its refs(...).p is not "
+        "there, another that is)"
+    )
     add("--dataset", choices=SPLITS, required=True)
-    add("--split-by", choices=owners, help="whose split (default: umd for refcocog, unc for the others)")
+    add("--split-by", choices=owners, help=whose)
     add("--out", type=Path, required=True, help="folder to write to")
     images = (
         "the config's image_root: look for every image there and in folders below, and write the path found (default: "
         "write the name alone, unchecked)"
     )
     add("--image-root", type=Path, metavar="FOLDER", help=images)
-    repeated = "equal sentences of a ref as often as they stand there, not once"
-    add("--keep-repeated", action="store_true", help=repeated)
+    missing = "leave out refs whose image is not under --image-root, and count them (default: an error)"
+    add("--skip-missing", action="store_true", help=missing)
+    repeated = "equal sentences of a ref as often as they stand there, as the published counts do, or once"
+    add("--keep-repeated", action=argparse.BooleanOptionalAction, default=True, help=repeated)
     command.set_defaults(run=prepare_refer)
 
 

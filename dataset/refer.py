@@ -286,7 +286,10 @@ def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check refcoco_data in the config") from error
+        others = ", ".join(sorted(other.name for other in path.parent.glob("refs(*).p") if other != path))
+        there = f", or correct refer_split: there is {others}" if others else ""
+        message = f"{path}: cannot be read ({error.strerror}); check refcoco_data in the config{there}"
+        raise DataError(message) from error
     refs = _unpickle(data, path)
     if not isinstance(refs, list):
         raise DataError(f"{path}: expected a pickled list of refs, found a {type(refs).__name__}")

@@ -29,6 +29,7 @@ from check_damage import (
     wrong_extension,
 )
 from PIL import Image
+from raw_layouts import write_refer
 
 import prepare
 from config import GroundingConfig
@@ -122,6 +123,100 @@ def test_splits_of_the_published_size_are_not(
 ) -> None:
     monkeypatch.setattr("dataset.raw.check.PUBLISHED", {"Flickr30k": {"val": 4, "test": 8}})
     assert "notes" not in check(*CONFIGS).out
+
+
+BERKELEY = {"val": 1_000, "test": 10_000}
+UNC = {"val": 2_000, "testA": 485, "testB": 490, "testC": 465}
+OF_BERKELEY = (
+    "by the numbers of their images the test files are of the berkeley split, while refs are looked up in refs(unc)"
+)
+
+
+@pytest.mark.parametrize(
+    ("split_by", "images", "notes"),
+    [
+        ("berkeley", BERKELEY, []),
+        ("berkeley", {"val": 1_000, "test": 9_999}, []),  # without an image that REFER's archive lacks
+        ("unc", UNC, []),
+        ("unc", BERKELEY, [OF_BERKELEY]),  # the released files and config
+        ("berkeley", UNC, [OF_BERKELEY.replace("berkeley", "unc").replace("refs(unc)", "refs(berkeley)")]),
+        (
+            "berkeley",
+            {"val": 1_001, "test": 9_000},
+            [
+                "RefCLEF (berkeley) val: 1,001 images; published: 1,000",
+                "RefCLEF (berkeley) test: 9,000 images; published: 10,000",
+            ],
+        ),
+        (
+            "unc",
+            {"val": 2_000},
+            [f"RefCLEF (unc) {s}: 0 images; published: {UNC[s]}" for s in ("testA", "testB", "testC")],
+        ),
+    ],
+)
+def test_the_sizes_of_refclef_s_splits(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    check: Callable[..., Outcome],
+    split_by: str,
+    images: dict[str, int],
+    notes: list[str],
+) -> None:
+    """Images are counted, each once however many expressions it has."""
+    monkeypatch.chdir(tmp_path)
+    names = [(split, i) for split, count in images.items() for i in range(count)]
+    ids = {name: number for number, name in enumerate(names)}
+    refs = [{"ref_id": n, "ann_id": n, "image_id": n, "split": split} for (split, _), n in ids.items()]
+    instances = {"annotations": [{"id": n, "bbox": [0, 0, 5, 5]} for n in ids.values()], "images": []}
+    write_refer(Path("refer/refclef"), split_by, refs, instances)
+    rows = [
+        {"image": f"{n}.jpg", "text": text, "ref_id": n, "split": split}
+        for (split, _), n in ids.items()
+        for text in "ab"
+    ]
+    for part in ("val", "test"):
+        Path(f"refclef_{part}.json").write_text(json.dumps([row for row in rows if row["split"].startswith(part)]))
+    keys = {"test_file": ["refclef_val.json", "refclef_test.json"], "refcoco_data": "refer", "image_root": "nowhere"}
+    Path("clef.yaml").write_text(json.dumps(keys | {"refer_split": split_by}))
+    found = [note["note"] for note in json.loads(check("clef.yaml", "--json").out)["notes"]]
+    assert [note[: len(start)] for note, start in zip(found, notes, strict=True)] == notes
+
+
+@pytest.mark.parametrize(
+    ("dataset", "split_by", "sizes"),
+    [
+        ("refcoco", "unc", {"val": 10_834, "testA": 5_657, "testB": 5_095}),
+        ("refcoco+", "unc", {"val": 10_758, "testA": 5_726, "testB": 4_889}),
+        ("refcocog", "umd", {"val": 4_896, "test": 9_602}),
+    ],
+)
+def test_the_lists_that_prepare_makes_of_refs_of_the_published_sizes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    check: Callable[..., Outcome],
+    dataset: str,
+    split_by: str,
+    sizes: dict[str, int],
+) -> None:
+    """Repeated sentences count, as they do in the papers."""
+    monkeypatch.chdir(tmp_path)
+    refs: list[dict[str, Any]] = []
+    for n, (split, size) in enumerate(sizes.items()):
+        sentences = [{"sent": "the same" if i % 7 else f"left {i}"} for i in range(size)]
+        refs.append({"ref_id": n, "ann_id": n, "image_id": n, "split": split, "sentences": sentences})
+    instances = {"annotations": [{"id": row["ref_id"], "bbox": [0, 0, 5, 5]} for row in refs]}
+    write_refer(Path("refer", dataset), split_by, refs, instances | {"images": [{"id": row["ref_id"]} for row in refs]})
+    args = prepare.parse_args(["refer", "refer", "--dataset", dataset, "--out", "out"])
+    args.run(args)
+    keys = {"test_file": [f"out/{dataset}_{part}.json" for part in ("val", "test")], "refcoco_data": "refer"}
+    Path("dets.json").write_text(json.dumps({str(row["ref_id"]): [] for row in refs}))
+    keys |= {"image_root": "nowhere", "det_file": "dets.json", "refer_dataset": dataset, "refer_split": split_by}
+    Path("some.yaml").write_text(json.dumps(keys))
+    assert json.loads(check("some.yaml", "--json").out)["notes"] == []
+    args = prepare.parse_args(["refer", "refer", "--dataset", dataset, "--out", "out", "--no-keep-repeated"])
+    args.run(args)
+    assert len(json.loads(check("some.yaml", "--json").out)["notes"]) == len(sizes)
 
 
 def test_shipped_configs_without_data(
@@ -620,7 +715,7 @@ def test_evaluation_configs(
     [
         ("Grounding_refcoco_unc.yaml", "refcoco/refs(unc).p", "evaluation config, RefCOCO (unc)"),
         ("Grounding_refcocog.yaml", "refcocog/refs(umd).p", "evaluation config, RefCOCOg (umd)"),
-        ("Grounding_refclef.yaml", "refclef/refs(unc).p", "evaluation config, RefCLEF (unc)"),
+        ("Grounding_refclef.yaml", "refclef/refs(berkeley).p", "evaluation config, RefCLEF (berkeley)"),
     ],
 )
 def test_the_config_s_refer_dataset_and_split(

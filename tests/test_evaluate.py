@@ -213,6 +213,10 @@ def test_the_split_of_refclef(tmp_path: Path) -> None:
     values = {**VALUES, "test_file": [str(tmp_path / "x.json")], "refcoco_data": str(tmp_path)}
     with pytest.raises(DataError, match=r"refclef/refs\(berkeley\)\.p: cannot be read"):
         REFCLEF.load(GroundingConfig.model_validate({**values, "refer_split": "berkeley"}))
+    (tmp_path / "refclef").mkdir()
+    (tmp_path / "refclef" / "refs(berkeley).p").touch()
+    with pytest.raises(DataError, match=r"refs\(unc\)\.p: .*, or correct refer_split: there is refs\(berkeley\)\.p"):
+        REFCLEF.load(GroundingConfig.model_validate(values))
 
 
 def test_the_published_command_line_is_accepted() -> None:

@@ -361,21 +361,12 @@ def test_the_table(
     raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(visual_genome, "FAST", True)
     write(Path("test.txt"), "55\n1000092795\n")
     write(Path("train.txt"), "1\n")
     write(Path("saiapr.json"), [{"image": "saiapr_tc-12/00/images/25.jpg", "split": "test"}])
     files = ["--exclude-eval", "test.txt", "train.txt", "saiapr.json"]
     run(Path("raw"), Path("out"), *files, "--margin", "0.6")
     assert capsys.readouterr().out == TABLE
-
-
-def test_a_slow_parser_is_told(
-    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(visual_genome, "FAST", False)
-    run(raw, tmp_path / "out")
-    assert capsys.readouterr().out.startswith("ijson is without its C parser here")
 
 
 def test_large_numbers_in_the_table() -> None:

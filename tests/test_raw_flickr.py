@@ -1,6 +1,7 @@
 """Flickr30k Entities' own files -> info-ground's: whole outputs, every odd case, what each broken file says."""
 
 import json
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from raw_layouts import write_entities, zip_entities
 
 import prepare
 from dataset import flickr
-from dataset.raw import flickr_entities
+from dataset.raw import archives, flickr_entities
 from dataset.raw.flickr_entities import parse_annotation, parse_sentence, parse_sentences
 from dataset.reading import DataError
 
@@ -223,7 +224,7 @@ def test_evaluation_reads_the_files(raw: Path, tmp_path: Path) -> None:
 
 IDS = st.integers(1, 10**6).map(str)
 WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(
-    lambda word: word.split() == [word] and not word.startswith("[/EN#") and not word.endswith("]")
+    lambda word: word.split() == [word] and not word.startswith(("[/EN#", "\ufeff")) and not word.endswith("]")
 )
 TYPES = st.lists(st.sampled_from(["people", "bodyparts", "scene", "notvisual", "\u00e9"]), min_size=1, max_size=3)
 
@@ -235,7 +236,7 @@ def images(draw: Callable[..., Any]) -> dict[str, Any]:
     boxes = {name: draw(st.lists(box, min_size=1, max_size=3)) for name in names if draw(st.booleans())}
     flagged = st.lists(st.sampled_from([name for name in names if name not in boxes] or ["1"]), max_size=3)
     row = {"boxes": boxes, "scene": draw(flagged), "nobox": draw(flagged)}
-    return row | {key: draw(st.integers(0, 5000)) for key in ("width", "height", "depth")}
+    return row | {key: draw(st.integers(1, 5000)) for key in ("width", "height", "depth")}
 
 
 @st.composite
@@ -293,6 +294,17 @@ BOX = "<bndbox><xmin>1</xmin><ymin>2</ymin><xmax>3</xmax><ymax>4</ymax></bndbox>
             r"<nobndbox> must hold an integer.*\n.*\(object 1, which has no <bndbox>: found nothing\)",
         ),
         (f"<annotation>{HEAD.replace('64', '')}</annotation>", r"<width> must.*\n.*\(<size>: found ''\)"),
+        (f"<annotation>{HEAD.replace('64', '6_4')}</annotation>", r"<width> must.*\n.*\(<size>: found '6_4'\)"),
+        (f"<annotation>{HEAD.replace('64', '1' * 5000)}</annotation>", r"<width> must.*\n.*\(<size>: found '1{39}\)"),
+        (f"<annotation>{HEAD.replace('48', '0')}</annotation>", r"<height> must be at least 1.*\n.*found 64 and 0"),
+        (f"<annotation>{HEAD.replace('64', '-64')}</annotation>", r"must be at least 1.*\n.*found -64 and 48"),
+        (f"<annotation>{HEAD}{HEAD}</annotation>", r"<width> must hold an integer.*\n.*found '64' and '64'"),
+        (
+            f"<annotation>{HEAD}<object><name>1</name>{BOX.replace('<ymin>', '<xmin>9</xmin><ymin>')}"
+            "</object></annotation>",
+            r"<xmin> must hold an integer.*\n.*\(object 1: found '1' and '9'\)",
+        ),
+        ("<a>" * 300_000, r"the XML is malformed"),
         (f"<annotation>{HEAD}<object><name>&who;</name></object></annotation>", r"malformed.*\n.*undefined entity"),
         ('<?xml version="1.0" encoding="utf-7"?><annotation/>', r"the XML is malformed"),
     ],
@@ -339,6 +351,64 @@ def test_broken_sentences(raw: Path, tmp_path: Path, lines: bytes, message: str)
     with pytest.raises(DataError, match=message):
         run(raw, "--out", tmp_path / "out", "--ids", raw / "test.txt")
     assert not (tmp_path / "out").exists()
+
+
+BOM = b"\xef\xbb\xbf"
+
+
+@pytest.mark.parametrize("name", ["Annotations/11.xml", "Sentences/11.txt"])
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "archive"])
+def test_files_that_an_editor_saved_with_a_byte_order_mark(raw: Path, tmp_path: Path, name: str, zipped: bool) -> None:
+    """LINES_11 begins with a phrase, which must not be lost."""
+    run(raw, "--out", tmp_path / "expected", "--ids", raw / "val.txt")
+    data = (raw / name).read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
+    (raw / name).write_bytes(BOM + data)
+    zip_entities(raw, tmp_path / "annotations.zip")
+    run(tmp_path / "annotations.zip" if zipped else raw, "--out", tmp_path / "out", "--ids", raw / "val.txt")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+
+
+def test_marks_within_words_are_counted(raw: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The owners' reader makes no phrase of them either; the summary says so."""
+    (raw / "Sentences" / "11.txt").write_text(f'A man .\n"[/EN#1/people Two men]\n\ufeff{LINES_11}', encoding="utf-8")
+    run(raw, "--out", tmp_path / "out", "--ids", raw / "test.txt")
+    said = "; warning: 2 sentences have '[/EN#' within a word, which marks no phrase\n"
+    assert said in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("zipped", [False, True], ids=["folder", "archive"])
+@pytest.mark.parametrize("name", ["Annotations/11.xml", "Sentences/11.txt"])
+def test_a_file_that_is_far_too_large(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zipped: bool, name: str
+) -> None:
+    """It is not read to its end, whatever an archive says of its size."""
+    monkeypatch.setattr(archives, "AT_ONCE", 1 << 16)
+    (raw / name).write_bytes(b" " * (1 << 20))
+    with zipfile.ZipFile(tmp_path / "annotations.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        for path in raw.glob("*/*"):
+            archive.write(path, path.relative_to(raw))
+    source = tmp_path / "annotations.zip" if zipped else raw
+    with pytest.raises(DataError, match=rf"the file is larger than 16 MB, .*\n.*{name}"):
+        run(source, "--out", tmp_path / "out", "--ids", raw / "val.txt")
+
+
+def test_an_archive_with_hidden_and_repeated_files(raw: Path, tmp_path: Path) -> None:
+    run(raw, "--out", tmp_path / "expected", "--ids", raw / "val.txt")
+    path = tmp_path / "annotations.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        for file in sorted(raw.glob("*/*")):
+            archive.write(file, f"flickr/{file.relative_to(raw)}")
+        for folder in ("__MACOSX/flickr", "flickr/__MACOSX", ".Trash-1000", "flickr/.git"):
+            archive.writestr(f"{folder}/Annotations/11.xml", b"\x00\x05\x16\x07")
+            archive.writestr(f"{folder}/Annotations/._11.xml", b"\x00\x05\x16\x07")
+    run(path, "--out", tmp_path / "out", "--ids", raw / "val.txt")
+    assert contents(tmp_path / "out") == contents(tmp_path / "expected")
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("old/Annotations/11.xml", XML_5)
+    with pytest.raises(
+        DataError, match=r"annotations\.zip: holds Annotations/11\.xml twice \(flickr/Ann.* and old/Ann.*remove one"
+    ):
+        run(path, "--out", tmp_path / "out", "--ids", raw / "val.txt")
 
 
 @pytest.mark.parametrize("zipped", [False, True], ids=["folder", "archive"])

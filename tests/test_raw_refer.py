@@ -56,17 +56,19 @@ VAL = [entry(COCO[7], "left man", 6, "val"), entry(COCO[7], "the left man", 6, "
 TEST = [
     entry(COCO[581857], "caf\u00e9 sign", 8, "testB"),
     entry(COCO[581857], "blue", 8, "testB"),
+    entry(COCO[581857], "caf\u00e9 sign", 8, "testB"),
+    entry(COCO[581857], "caf\u00e9 sign", 8, "testB"),
     entry(COCO[581857], "Blue", 8, "testB"),
-    entry(COCO[123456789012], "man", 5, "testA"),
-    entry(COCO[123456789012], "woman", 5, "testA"),
+    *(entry(COCO[123456789012], text, 5, "testA") for text in ("man", " ?! ", "woman", "...")),
     entry(COCO[581857], "blue", 9, "testA"),
+    entry(COCO[7], "", 3, "testC"),
 ]
 TABLE = """split            refs    sentences     repeated        empty  expressions
 train               1            1            0            0            1
 val                 1            2            0            0            2
-testA               2            5            0            2            3
-testB               1            5            2            0            3
-testC               1            1            0            1            0
+testA               2            5            0            2            5
+testB               1            5            2            0            5
+testC               1            1            0            1            1
 """
 
 
@@ -103,7 +105,7 @@ def test_lists_of_coco_images(root: Path, capsys: pytest.CaptureFixture[str]) ->
         "ref_id",
         "split",
     ]
-    files = f"{dataset}_train.json: 1, {dataset}_val.json: 2, {dataset}_test.json: 6"
+    files = f"{dataset}_train.json: 1, {dataset}_val.json: 2, {dataset}_test.json: 11"
     last = f"wrote the expressions of {dataset}, split by {split_by}, to {root / 'out'} ({files})\n"
     assert capsys.readouterr().out == TABLE + last
 
@@ -125,10 +127,14 @@ def test_lists_of_saiapr_images(root: Path) -> None:
     assert make(root, "refclef") == expected
 
 
-def test_repeated_sentences_on_request(root: Path) -> None:
-    texts = [row["text"] for row in make(root, "refcoco+", "--keep-repeated")["test"]]
-    sign = "caf\u00e9 sign"
-    assert texts == [sign, "blue", sign, sign, "Blue", "man", "woman", "blue"]
+@pytest.mark.parametrize("option", [[], ["--keep-repeated"], ["--no-keep-repeated"]], ids=["default", "kept", "once"])
+def test_repeated_sentences(root: Path, capsys: pytest.CaptureFixture[str], option: list[str]) -> None:
+    """All of them, as the published numbers count, unless once is asked for; the table counts them either way."""
+    texts = [row["text"] for row in make(root, "refcoco+", *option)["test"]]
+    sign, once = "caf\u00e9 sign", option == ["--no-keep-repeated"]
+    assert texts == [sign, "blue", *([] if once else [sign, sign]), "Blue", "man", " ?! ", "woman", "...", "blue", ""]
+    rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[:-1]}
+    assert rows["testB"] == ["1", "5", "2", "0", "3" if once else "5"]
 
 
 def test_another_split_and_a_part_that_it_lacks(root: Path) -> None:
@@ -145,13 +151,16 @@ def test_images_are_looked_for_on_disk(root: Path) -> None:
         "01/images/lies.jpg",
         "00/12.jpg",
         "02/12.jpg",
+        "._7.jpg",
+        ".Trashes/12.jpg",
+        "__MACOSX/12.jpg",
     )
     for name in files:
         (root / "saiapr" / name).parent.mkdir(parents=True, exist_ok=True)
         (root / "saiapr" / name).touch()
     found = make(root, "refclef", "--image-root", root / "saiapr")
     assert {row["image"] for row in found["train"] + found["val"]} == {"7.jpg"}
-    assert [row["image"] for row in found["test"]][2:5] == ["01/images/lies.jpg", "00/12.jpg", "00/12.jpg"]
+    assert [row["image"] for row in found["test"]][4:7] == ["01/images/lies.jpg", "00/12.jpg", "00/12.jpg"]
 
 
 def test_coco_images_in_a_folder_below(root: Path) -> None:
@@ -164,9 +173,103 @@ def test_coco_images_in_a_folder_below(root: Path) -> None:
     with pytest.raises(DataError) as caught:
         make(root, "refcoco+", "--image-root", root / "coco")
     lines = str(caught.value).splitlines()
-    assert lines[0] == "the ref's image is not under --image-root; check the folder - 3 found:"
+    kind = "the ref's image is not under --image-root; check the folder, or leave such refs out by --skip-missing"
+    assert lines[0] == f"{kind} - 3 found:"
     refs_file = root / "refer" / "refcoco+" / "refs(unc).p"
     assert lines[1] == f"  {refs_file}: ref 1 (ref_id 2) (image_id 7, {COCO[7]})"
+
+
+def refclef(root: Path, *image_ids: int) -> Path:
+    """RefCLEF by berkeley, a ref an image: train, val and test in turn. Neither 404 nor the known ones are on disk."""
+    refs = [ref(i, image, ("train", "val", "test")[i % 3], "sky", "sky") for i, image in enumerate(image_ids)]
+    images = [{"id": image, "file_name": f"{image}.jpg", "width": 9, "height": 9} for image in image_ids]
+    annotations = [{"id": row["ann_id"], "image_id": row["image_id"], "bbox": [0, 0, 5, 5]} for row in refs]
+    write_refer(root / "clef" / "refclef", "berkeley", refs, {"images": images, "annotations": annotations})
+    (root / "saiapr").mkdir()
+    for image in set(image_ids) - {17975, 19575, 19579, 404}:
+        (root / "saiapr" / f"{image}.jpg").touch()
+    return root / "clef"
+
+
+def test_images_that_are_known_to_be_missing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = refclef(root, 17975, 1, 19575, 19579, 2, 3)
+    words = ["refer", folder, "--dataset", "refclef", "--image-root", root / "saiapr", "--out", root / "out"]
+    with pytest.raises(DataError) as caught:
+        run(*words)
+    assert str(caught.value).splitlines() == [
+        "the ref's image is not under --image-root, and REFER's archive of SAIAPR is known to lack it; --skip-missing "
+        "leaves it out - 3 found:",
+        *(
+            f"  {folder / 'refclef' / 'refs(berkeley).p'}: ref {i} (ref_id {i}) (image_id {image}, {image}.jpg)"
+            for i, image in ((0, 17975), (2, 19575), (3, 19579))
+        ),
+    ]
+    assert not (root / "out").exists()
+    run(*words, "--skip-missing")
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        "split            refs    sentences     repeated        empty      missing  expressions",
+        "train               2            4            0            0            4            0",
+        "val                 2            4            2            0            0            4",
+        "test                2            4            1            0            2            2",
+        "left out, not under --image-root: 3 images (17975.jpg, 19575.jpg, 19579.jpg)",
+    ]
+    found = {part: json.loads((root / "out" / f"refclef_{part}.json").read_text()) for part in ("train", "val", "test")}
+    assert [len(rows) for rows in found.values()] == [0, 4, 2]
+    assert {row["image"] for rows in found.values() for row in rows} == {"1.jpg", "2.jpg", "3.jpg"}
+
+
+def test_other_missing_images(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = refclef(root, 404, 1, 17975)
+    words = ["refer", folder, "--dataset", "refclef", "--out", root / "out"]
+    with pytest.raises(DataError) as caught:
+        run(*words, "--image-root", root / "saiapr")
+    kinds = [line for line in str(caught.value).splitlines() if not line.startswith("  ")]
+    assert ["known to lack it" in kind for kind in kinds] == [False, True]
+    assert all("--skip-missing" in kind for kind in kinds)
+    with pytest.raises(SystemExit, match="--skip-missing needs --image-root"):
+        run(*words, "--skip-missing")
+    run(*words)  # nothing is looked for
+    assert " missing " not in capsys.readouterr().out
+    (root / "coco").mkdir()
+    (root / "coco" / COCO[581857]).touch()
+    words = ["refer", root / "refer", "--dataset", "refcoco+", "--out", root / "out"]
+    run(*words, "--image-root", root / "coco", "--skip-missing")
+    assert "left out, not under --image-root: 2 images (COCO_train2014_000000000007.jpg, C" in capsys.readouterr().out
+
+
+def test_many_missing_images_are_counted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = refclef(root, *range(1, 11))
+    for image in range(2, 10):
+        (root / "saiapr" / f"{image}.jpg").unlink()
+    run("refer", folder, "--dataset", "refclef", "--out", root / "o", "--image-root", root / "saiapr", "--skip-missing")
+    said = "left out, not under --image-root: 8 images (2.jpg, 3.jpg, 4.jpg, 5.jpg, 6.jpg and 3 more)"
+    assert said in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "there", "used", "noted"),
+    [
+        ("refclef", ["unc", "berkeley"], "berkeley", False),
+        ("refclef", ["unc"], "unc", True),
+        ("refcocog", ["google", "umd"], "umd", False),
+        ("refcocog", ["google"], "google", True),
+        ("refcoco", ["google", "unc"], "unc", False),
+    ],
+)
+def test_the_default_split(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str, there: list[str], used: str, noted: bool
+) -> None:
+    """That of the published numbers; else the one that is there, and a note says so."""
+    for split_by in there:
+        write_refer(tmp_path / "refer" / dataset, split_by, [REFS[1], REFS[3]], INSTANCES)
+    make(tmp_path, dataset)
+    printed = capsys.readouterr().out
+    assert f"wrote the expressions of {dataset}, split by {used}, to " in printed
+    usual = {"refclef": "berkeley", "refcocog": "umd"}.get(dataset)
+    said = f"note: refs({usual}).p is not there, of which the published numbers are; this is refs({used}).p\n"
+    assert (said in printed) == noted
+    make(tmp_path, dataset, "--split-by", used)
+    assert "note" not in capsys.readouterr().out
 
 
 def test_an_image_root_without_images(root: Path) -> None:
@@ -177,6 +280,7 @@ def test_an_image_root_without_images(root: Path) -> None:
 
 
 def test_evaluation_reads_the_lists(root: Path) -> None:
+    write_refer(root / "refer" / "refcocog", "umd", [row for row in REFS if row["ref_id"] not in (5, 3)], INSTANCES)
     make(root, "refcocog")
     (root / "images").mkdir()
     for name in COCO.values():
@@ -189,7 +293,8 @@ def test_evaluation_reads_the_lists(root: Path) -> None:
         split_by="umd",
     )
     found = [(one.text, one.ref_id, one.split) for one in expressions]
-    assert found == [(row["text"].lower(), row["ref_id"], row["split"]) for row in VAL + TEST]
+    expected = [row for row in VAL + TEST if row["ref_id"] not in (5, 3)]
+    assert found == [(row["text"].lower(), row["ref_id"], row["split"]) for row in expected]
     assert expressions[2].boxes.tolist() == [[-3, 60.5, 100, 2]]
 
 
@@ -206,6 +311,10 @@ def test_a_way_of_splitting_that_there_is_not(root: Path) -> None:
 def test_missing_files(root: Path) -> None:
     with pytest.raises(DataError, match=r"refs\(unc\)\.p: does not exist; .* must hold refcoco/ as .* refcoco\.zip"):
         make(root, "refcoco")
+    with pytest.raises(
+        DataError, match=r"refs\(berkeley\)\.p: does not exist; there is refs\(unc\)\.p, see --split-by"
+    ):
+        make(root, "refclef", "--split-by", "berkeley")
     (root / "refer" / "refclef" / "instances.json").unlink()
     with pytest.raises(DataError, match=r"instances\.json: does not exist; .*refer must hold refclef/"):
         make(root, "refclef")

@@ -1,13 +1,17 @@
 """Visual Genome's files: found, read as a stream, and what is said of each that cannot be used."""
 
+import gzip
+import io
 import json
+import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from dataset.raw import visual_genome
+from dataset.raw import archives, vg_files, visual_genome
 from dataset.raw.vg_files import Draft, Source, Spool, find_sources, read_entries
 from dataset.raw.vg_phrases import Rules
 from dataset.reading import DataError
@@ -60,7 +64,17 @@ def test_entries_are_read_one_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"image_id": 1}', "expected a JSON list"),
+        ('{"image_id": 1}', "expected a JSON list, found an object"),
+        ('{"image_id": 1}\n{"image_id": 2}\n', r"found an object; .* If it holds an object a line, make a list"),
+        ("[" * 100_000 + "]" * 100_000, "not valid JSON .*recursion"),
+        ('[{"image_id": ' + "1" * 5000 + "}]", "cannot be read .*4300 digits"),
+        ('[{"image_id": ' + "1" * 400 + "}]", r"an id must be an integer \(entry 0, found 1111"),
+        ('[{"image_id": 1, "url": "", "image_id": 2}]', r"a key more than once.* \('image_id'\); correct the entry"),
+        ("[1, 2", r"an object \{key: value\} \(entry 0"),
+        ("[{}, {]", r"not valid JSON|key 'image_id'"),
+        ("[{} {}]", r"not valid JSON \(Expecting ',' delimiter\)"),
+        ("[{},]", r"key 'image_id' or 'id' is missing"),
+        ("[", r"not valid JSON \(Expecting value\)"),
         ("<html>not found</html>", "expected a JSON list"),
         ("", "not valid JSON"),
         ("[] []", "not valid JSON"),
@@ -73,6 +87,123 @@ def test_a_file_that_is_no_list(raw: Path, tmp_path: Path, text: str, message: s
     with pytest.raises(DataError, match=message) as refused:
         make(raw, tmp_path / "out")
     assert str(raw / "image_data.json") in str(refused.value)
+
+
+ENCODINGS: dict[str, Callable[[bytes], bytes]] = {
+    "BOM": lambda data: b"\xef\xbb\xbf" + data,
+    "BOM and CRLF": lambda data: b"\xef\xbb\xbf\r\n" + data.replace(b", ", b",\r\n"),
+    "indented": lambda data: json.dumps(json.loads(data), indent=4, ensure_ascii=False).encode(),
+}
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("zipped", [False, True], ids=["file", "zip"])
+def test_files_as_editors_save_them(raw: Path, tmp_path: Path, encoding: str, zipped: bool) -> None:
+    make(raw, tmp_path / "expected")
+    for path in sorted(raw.iterdir()):
+        data = ENCODINGS[encoding](path.read_bytes())
+        path.write_bytes(data)
+        if zipped:
+            with zipfile.ZipFile(path.with_suffix(".json.zip"), "w") as archive:
+                archive.writestr(path.name, data)
+            path.unlink()
+    make(raw, tmp_path / "out")
+    for path in (tmp_path / "expected").iterdir():
+        assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("piece", [1, 2, 3, 7, 1 << 20])
+def test_items_do_not_depend_on_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
+    items: list[Any] = [{"a": [1, {"b": '],[}{ \\" é \u2028 𝄞'}]}, -12.5e-3, "x", None, [], 1234567, True, {}]
+    monkeypatch.setattr(vg_files, "PIECE", piece)
+    for index, ascii_only in enumerate((True, False)):
+        path = write(tmp_path / f"{index}.json", json.dumps(items, indent=1, ensure_ascii=ascii_only) + "\n \n")
+        assert list(read_entries(Source(path))) == items
+    for text in ("[]", " [ ] "):
+        assert list(read_entries(Source(write(tmp_path / "x.json", text)))) == []
+    for text in ("[1] x", "[] []", "[1, 2", "[1 2]", "[1]]", '["\\ud8', "", "[1,]", "[,1]"):
+        with pytest.raises(DataError, match=r"x\.json: not valid JSON"):
+            list(read_entries(Source(write(tmp_path / "x.json", text))))
+
+
+def test_an_entry_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A text without end is not read to its end: memory is what it would cost."""
+    monkeypatch.setattr(vg_files, "PIECE", 1 << 10)
+    monkeypatch.setattr(vg_files, "AT_ONCE", 1 << 14)
+    path = write(tmp_path / "x.json", "[1, " + '"' + "a" * (1 << 18) + '"]')
+    read = 0
+
+    class Counting(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            nonlocal read
+            data = super().read(size)
+            read += len(data)
+            return data
+
+    with pytest.raises(json.JSONDecodeError):
+        list(vg_files._items(Counting(path.read_bytes())))
+    assert read < 1 << 16
+    with pytest.raises(DataError, match=r"x\.json: not valid JSON \(Unterminated string"):
+        list(read_entries(Source(path)))
+
+
+def test_gzip_is_named(raw: Path, tmp_path: Path) -> None:
+    data = (raw / "image_data.json").read_bytes()
+    (raw / "image_data.json").write_bytes(gzip.compress(data))
+    with pytest.raises(DataError, match=r"image_data\.json: is compressed by gzip, whatever its name says; unpack it"):
+        make(raw, tmp_path / "out")
+    (raw / "image_data.json").rename(raw / "image_data.json.gz")
+    with pytest.raises(DataError, match=r"image_data\.json\.gz: is compressed by gzip; unpack it first \(gunzip\)"):
+        make(raw, tmp_path / "out")
+    (raw / "image_data.json").write_bytes(data)  # as `gunzip --keep` leaves it
+    make(raw, tmp_path / "out")
+
+
+def test_hidden_files_are_passed_over(raw: Path, tmp_path: Path) -> None:
+    """What macOS, version control and editors put beside files, in folders and in archives."""
+    hidden = ("._image_data.json", ".image_data.json.swp", ".DS_Store", "._image_data.json.zip")
+    for name in hidden:
+        (raw / name).write_bytes(b"\x00\x05\x16\x07")
+    make(raw, tmp_path / "out")
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.writestr("vg/", b"")
+        for name, value in FILES.items():
+            archive.writestr(f"vg/{name}.json", json.dumps(value))
+        for folder in ("__MACOSX/vg", "vg/__MACOSX", ".Trash-0", "vg/.git"):
+            for name in (*hidden, "image_data.json"):
+                archive.writestr(f"{folder}/{name}", b"\x00\x05\x16\x07")
+    visual_genome.prepare([tmp_path / "all.zip"], tmp_path / "zipped", Rules())
+    for path in (tmp_path / "out").iterdir():
+        assert (tmp_path / "zipped" / path.name).read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_an_archive_that_unpacks_to_far_more_than_it_weighs(
+    raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: int
+) -> None:
+    monkeypatch.setattr(archives, "LARGE", 1 << 20)
+    (raw / "image_data.json").unlink()
+    with zipfile.ZipFile(raw / "image_data.json.zip", "w", method) as archive:
+        archive.writestr("image_data.json", b"[" + b" " * (2 << 20) + b"]")
+    with pytest.raises(
+        DataError, match=r"zip \(image_data\.json\): unpacks from [\d,]+ bytes to 2,097,154, more than 100"
+    ):
+        make(raw, tmp_path / "out")
+    monkeypatch.setattr(archives, "LARGE", 4 << 20)  # not large
+    with pytest.raises(DataError, match="holds no images"):
+        make(raw, tmp_path / "out")
+
+
+def test_a_member_of_a_zip_ends_where_it_says(raw: Path, tmp_path: Path) -> None:
+    """A header that states less than the member unpacks to does not get the rest read."""
+    (raw / "image_data.json").unlink()
+    path = raw / "image_data.json.zip"
+    text = json.dumps([IMAGE]) + " " * 100_000
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("image_data.json", text)
+    path.write_bytes(path.read_bytes().replace(struct.pack("<L", len(text)), struct.pack("<L", 20)))
+    with pytest.raises(DataError, match=r"zip \(image_data\.json\): (cannot be read \(Bad CRC|not valid JSON)"):
+        make(raw, tmp_path / "out")
 
 
 def test_the_file_goes_before_its_zip(tmp_path: Path) -> None:
@@ -181,6 +312,19 @@ def test_spool(tmp_path: Path) -> None:
             {"image_id": 30, "attributes": [{**THING, "attributes": ["red", 5]}]},
             r"key 'attributes' must be a text or a list of texts \(entry 1, .*, object 0, found \['red', 5\]\)",
         ),
+        (
+            "attributes",
+            {"image_id": 30, "attributes": [{**THING, "names": ["\ud800"]}]},
+            r"'names' must be a text or a list",
+        ),
+        (
+            "region_descriptions",
+            {"id": 30, "regions": [{**REGION, "phrase": "half \udc00"}]},
+            "key 'phrase' must be a text",
+        ),
+        ("region_descriptions", {"id": 30, "regions": [{**REGION, "x": 10**400}]}, "key 'x' must be a number"),
+        ("image_data", {**IMAGE, "width": 10**400}, r"'width' and 'height' must be positive .*\(entry 1, image 7\)"),
+        ("image_data", {**IMAGE, "id": 8}, r"keys 'image_id' and 'id' mean the same but differ.*\(entry 1, 7 and 8\)"),
         ("attributes", {"image_id": 30, "attributes": [{**THING, "object_id": []}]}, "object 0, found \\[\\]"),
         ("objects", {"image_id": 30, "attributes": []}, r"key 'objects' must be a list \(entry 1, image 30\)"),
     ],
@@ -194,6 +338,23 @@ def test_a_malformed_entry_is_named(raw: Path, tmp_path: Path, file: str, entry:
         make(raw, out)
     assert str(refused.value).startswith(str(raw / f"{file}.json"))
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("vg_descriptions.json", "from before")]
+
+
+def test_repeated_ids_of_regions_and_objects_are_all_kept(raw: Path, tmp_path: Path) -> None:
+    """Nothing is looked up by them, so that the last does not win."""
+    regions = [REGION, {**REGION, "phrase": "a cat"}, {**REGION, "x": 40}]
+    write(raw / "region_descriptions.json", [{"id": 7, "regions": regions}])
+    things = [THING, {**THING, "attributes": ["old"]}, {**THING, "x": 40}]
+    write(raw / "attributes.json", [{"image_id": 7, "attributes": things}])
+    write(raw / "objects.json", [{"image_id": 7, "objects": [{**THING, "object_id": 9, "x": x} for x in (60, 80)]}])
+    make(raw, tmp_path / "out")
+    found = {path.name: json.loads(path.read_text()) for path in (tmp_path / "out").iterdir()}
+    boxes = [[1, 1, 6, 6], [40, 1, 45, 6]]
+    captions = [(row["caption"], row["bbox"]) for row in found["vg_descriptions.json"]]
+    assert captions == [("a dog", boxes), ("a cat", boxes[:1])]
+    captions = [(row["caption"], row["bbox"]) for row in found["vg_attributes.json"]]
+    assert captions == [("brown dog", boxes), ("old dog", boxes[:1])]
+    assert [row["caption"] for row in found["vg_attributes_spatial.json"]] == ["left brown dog", "left old dog"]
 
 
 def test_nothing_is_half_written(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
+from dataset.expressions import EntryProblem
 from dataset.raw import vg_phrases
-from dataset.raw.vg_fields import Image, Region, Thing, read_box, read_texts
+from dataset.raw.vg_fields import Image, Region, Thing, read_box, read_image_id, read_regions, read_texts, read_things
 from dataset.raw.vg_phrases import Rules
 
 IMAGE = Image("VG_100K/1.jpg", 100, 100, None, None)
@@ -214,3 +215,48 @@ def test_boxes(row: dict[str, Any], box: Any) -> None:
 )
 def test_texts(row: dict[str, Any], texts: list[str]) -> None:
     assert read_texts(row, "t") == texts
+
+
+BOX = {"x": 1, "y": 2, "w": 3, "h": 4}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"object_names": ["clock"], "id": 5, "attributes": ["green"]},  # 1.0
+        {"names": ["clock"], "object_id": 5, "synsets": ["clock.n.01"], "attributes": ["green"]},  # 1.2
+        {"names": ["clock"], "object_id": 5, "merged_object_ids": [6, 7], "attributes": ["green"]},  # 1.4
+        {"name": "clock", "object_id": "5", "attributes": "green"},
+        {"names": ["clock"], "name": "clock", "object_names": None, "object_id": 5, "id": "5", "attributes": ["green"]},
+    ],
+)
+def test_objects_of_every_version(row: dict[str, Any]) -> None:
+    assert read_things([{**row, **BOX}], IMAGE) == [Thing(5, ["clock"], ["green"], (1, 2, 4, 6))]
+
+
+@pytest.mark.parametrize("key", ["region_id", "id"])
+def test_regions_of_every_version(key: str) -> None:
+    row = {key: 1382, "phrase": "a clock", "x": 1, "y": 2, "width": 3, "height": 4}
+    assert read_regions([row, {**row, "image_id": 1}], IMAGE) == [
+        Region(None, "a clock", (1, 2, 4, 6)),
+        Region(1, "a clock", (1, 2, 4, 6)),
+    ]
+
+
+@pytest.mark.parametrize("row", [{"image_id": 5}, {"id": 5}, {"id": "5", "image_id": 5}, {"image_id": None, "id": 5}])
+def test_image_ids_of_every_version(row: dict[str, Any]) -> None:
+    assert read_image_id(row) == 5
+
+
+@pytest.mark.parametrize(
+    ("row", "kind", "detail"),
+    [
+        ({"object_id": 5, "id": 6, "names": ["a"]}, "keys 'object_id' and 'id' mean the same but differ", "5 and 6"),
+        ({"names": ["a"], "object_names": ["b"]}, "keys 'names' and 'object_names' mean", r"\['a'\] and \['b'\]"),
+        ({"names": ["a", "b"], "name": "b"}, "keys 'names' and 'name' mean", ""),
+        ({"names": ["a"], "width": 4}, "keys 'w' and 'width' mean the same but differ", "3 and 4"),
+    ],
+)
+def test_two_keys_for_one_thing_must_agree(row: dict[str, Any], kind: str, detail: str) -> None:
+    with pytest.raises(EntryProblem, match=f"{kind}.*object 0, {detail}"):
+        read_things([{**BOX, **row}], IMAGE)

@@ -14,11 +14,16 @@ from dataset.raw import check_files
 from dataset.raw.check_files import Gathered
 from dataset.raw.check_images import evenly, inspect, note_boxes, note_images
 from dataset.raw.check_report import Report, Row
+from dataset.raw.refer import NOT_IN_SAIAPR
 
 NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "refclef": "RefCLEF"}
-# What the papers count: expressions, each as often as it stands in the refs; images of Flickr30k Entities.
+# What the papers count: expressions, each as often as it stands in the refs; images of Flickr30k Entities and RefCLEF.
 PUBLISHED = {
+    "RefCOCO (unc)": {"val": 10_834, "testA": 5_657, "testB": 5_095},
     "RefCOCO+ (unc)": {"val": 10_758, "testA": 5_726, "testB": 4_889},
+    "RefCOCOg (umd)": {"val": 4_896, "test": 9_602},
+    "RefCLEF (berkeley)": {"val": 1_000, "test": 10_000},
+    "RefCLEF (unc)": {"val": 2_000, "testA": 485, "testB": 490, "testC": 465},
     "Flickr30k": {"val": 1_000, "test": 1_000},
 }
 
@@ -121,7 +126,22 @@ def _refer(gathered: Gathered, path: str, config: GroundingConfig, row: Row) -> 
     counts: Counter[str] = Counter()
     for file in config.test_file:
         counts += gathered.once(check_files.test_file, file, of, config=path)
-    _note_sizes(row, name, "expressions", counts)
+    if refclef and (fitting := [other for other in refer.SPLITS[dataset] if _has_sizes(counts, f"RefCLEF ({other})")]):
+        if config.refer_split not in fitting:
+            row.notes.append(
+                f"by the numbers of their images the test files are of the {fitting[0]} split, while refs are looked "
+                f"up in refs({config.refer_split}).p; the release does so, since both hold the same refs"
+            )
+    else:
+        _note_sizes(row, name, "images" if refclef else "expressions", counts)
+
+
+def _has_sizes(counts: Counter[str], name: str) -> bool:
+    """Whether these are RefCLEF's published numbers of images, some of which REFER's archive is known to lack."""
+    published = PUBLISHED.get(name, {})
+    return counts.keys() - {"train"} == published.keys() and all(
+        size - len(NOT_IN_SAIAPR) <= counts[split] <= size for split, size in published.items()
+    )
 
 
 def is_refclef(path: str, config: GroundingConfig) -> bool:

@@ -127,7 +127,10 @@ def detections(gathered: Gathered, file: str, config: str) -> dict[str, Any] | N
 
 
 def test_file(gathered: Gathered, file: str, of: ReferFiles, config: str) -> Counter[str]:
-    """Read one test file, and before it what its entries refer to; returns its number of expressions by split."""
+    """Read one test file, and before it what its entries refer to.
+
+    Returns its number of expressions by split; of RefCLEF, whose splits are known by them, its number of images.
+    """
     tables = gathered.once(refer_tables, of.folder, of.split_by, config=config)
     found = gathered.once(detections, of.det_file, config=config) if of.det_file else None
     reading = refer.Reading(
@@ -152,6 +155,9 @@ def test_file(gathered: Gathered, file: str, of: ReferFiles, config: str) -> Cou
     for where, expression in first_of((item[1].image, item) for item in usable).values():
         if expression.size:
             gathered.stated.append(Stated(row, where, expression.image, expression.size))
+    if of.entry_split:
+        images = {(str(item.entry.split), item.entry.image) for item in items if item.expression}
+        return Counter(split for split, _ in images)
     return Counter(expression.split for _, expression in usable)
 
 

@@ -8,8 +8,8 @@ something of it: an object without a name counts for nothing, and boxes are neit
 
 import contextlib
 import json
+import re
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
@@ -18,6 +18,7 @@ from xml.etree import ElementTree
 
 from dataset.expressions import EntryProblem, Problems
 from dataset.flickr import load_ids
+from dataset.raw.archives import AT_ONCE, BROKEN_ZIP, read_at_once, visible_members
 from dataset.reading import DataError
 from utils import atomic_path, write_text
 
@@ -40,7 +41,9 @@ class Split(NamedTuple):
         """How many images, sentences and phrases with a box; these last are what evaluation counts."""
         sentences = [(self.boxes[key]["boxes"], row) for key, rows in self.sentences.items() for row in rows]
         phrases = sum(phrase["phrase_id"] in boxes for boxes, row in sentences for phrase in row["phrases"])
-        return f"{len(self.ids)} images, {len(sentences)} sentences, {phrases} phrases with a box"
+        marked = sum(SPAN in row["sentence"] for _, row in sentences)
+        odd = f"; warning: {marked} sentences have {SPAN!r} within a word, which marks no phrase" if marked else ""
+        return f"{len(self.ids)} images, {len(sentences)} sentences, {phrases} phrases with a box{odd}"
 
 
 def convert(
@@ -113,14 +116,19 @@ def opened(source: Path) -> Iterator[tuple[Path, Read]]:
     The function raises `EntryProblem` when the file is missing or broken; this one `DataError`.
     """
     missing = EntryProblem("the file is missing; check that the image ids belong to these annotations")
+    too_large = EntryProblem(f"the file is larger than {AT_ONCE >> 20} MB, which none of Flickr30k Entities is")
 
     def from_folder(name: str) -> bytes:
         try:
-            return (source / name).read_bytes()
+            with open(source / name, "rb") as file:
+                data = read_at_once(file)
         except FileNotFoundError:
             raise missing from None
         except OSError as error:
             raise EntryProblem("the file cannot be read; check it and its permissions", str(error.strerror)) from None
+        if data is None:
+            raise too_large
+        return data
 
     if all((source / folder).is_dir() for folder in ("Annotations", "Sentences")):
         yield source, from_folder
@@ -133,19 +141,27 @@ def opened(source: Path) -> Iterator[tuple[Path, Read]]:
         )
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError) as error:
-        raise DataError(f"{path}: not a readable zip archive ({error}); {INCOMPLETE}") from None
-    members = {"/".join(PurePosixPath(name).parts[-2:]): name for name in archive.namelist()}
-
-    def from_archive(name: str) -> bytes:
-        if name not in members:
-            raise missing
-        try:
-            return archive.read(members[name])
-        except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
-            raise EntryProblem(f"the file cannot be unpacked; {INCOMPLETE}", str(error)) from None
-
+    except BROKEN_ZIP as error:
+        raise DataError(f"{path}: not a readable zip archive ({str(error)[:100]}); {INCOMPLETE}") from None
+    members: dict[str, zipfile.ZipInfo] = {}
     with archive:
+        for info in visible_members(archive):
+            key = "/".join(PurePosixPath(info.filename).parts[-2:])
+            if members.setdefault(key, info) is not info:
+                raise DataError(f"{path}: holds {key} twice ({members[key].filename} and {info.filename}); remove one")
+
+        def from_archive(name: str) -> bytes:
+            if name not in members:
+                raise missing
+            try:
+                with archive.open(members[name]) as file:
+                    data = read_at_once(file)
+            except BROKEN_ZIP as error:
+                raise EntryProblem(f"the file cannot be unpacked; {INCOMPLETE}", str(error)[:100]) from None
+            if data is None:
+                raise too_large
+            return data
+
         yield path, from_archive
 
 
@@ -176,7 +192,9 @@ def parse_annotation(data: bytes) -> Row:
         raise EntryProblem(f"the XML is malformed; {INCOMPLETE}", str(error)) from None
     image: Row = {"boxes": {}, "scene": [], "nobox": []}
     for tag in ("width", "height", "depth"):
-        image[tag] = _integer(root.find("size"), tag, "<size>")
+        image[tag] = _integer(root, f"size/{tag}", "<size>")
+    if min(image["width"], image["height"]) < 1:
+        raise EntryProblem("<width> and <height> must be at least 1", f"found {image['width']} and {image['height']}")
     for number, item in enumerate(root.iterfind("object"), 1):
         where = f"object {number}"
         names = [(name.text or "").strip() for name in item.iterfind("name")]
@@ -196,13 +214,13 @@ def parse_annotation(data: bytes) -> Row:
     return image
 
 
-def _integer(parent: ElementTree.Element | None, tag: str, where: str) -> int:
-    text = None if parent is None else parent.findtext(tag)
-    try:
-        return int(text or "")
-    except ValueError:
-        found = "found nothing" if text is None else f"found {text!r:.40}"
-        raise EntryProblem(f"<{tag}> must hold an integer", f"{where}: {found}") from None
+def _integer(parent: ElementTree.Element, path: str, where: str) -> int:
+    """The integer of the only element of that path; it has at most 9 digits, as numbers of pixels do."""
+    texts = [item.text or "" for item in parent.iterfind(path)]
+    if len(texts) != 1 or not re.fullmatch("[+-]?[0-9]{1,9}", texts[0].strip()):
+        found = " and ".join(f"{text!r:.40}" for text in texts[:2]) or "nothing"
+        raise EntryProblem(f"<{path.rpartition('/')[2]}> must hold an integer", f"{where}: found {found}")
+    return int(texts[0])
 
 
 # ---- Sentences
@@ -211,7 +229,7 @@ def _integer(parent: ElementTree.Element | None, tag: str, where: str) -> int:
 def parse_sentences(data: bytes) -> list[Row]:
     """An image's sentences, one a line, blank lines left out; see `parse_sentence`. Raises `EntryProblem`."""
     try:
-        lines = data.decode("utf-8").split("\n")
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise EntryProblem(f"the file is not UTF-8 text; {INCOMPLETE}", str(error)) from None
     sentences = []
@@ -245,18 +263,18 @@ def parse_sentence(line: str) -> Row:
                 break
             phrase_id, *types = token.removeprefix(SPAN).split("/")
             if not (phrase_id and types and all(types)) or token.endswith("]"):
-                raise EntryProblem(f"a span must be {SPAN}<phrase id>/<type> and words up to a ']'", token)
+                raise EntryProblem(f"a span must be {SPAN}<phrase id>/<type> and words up to a ']'", token[:60])
             mark = token
             row = {"first_word_index": len(words), "phrase_id": phrase_id, "phrase_type": types}
         elif mark is not None and token.endswith("]"):
             words.append(token[:-1])
             phrase = " ".join(words[row["first_word_index"] :])
             if not phrase:
-                raise EntryProblem("a span has no words", mark)
+                raise EntryProblem("a span has no words", mark[:60])
             phrases.append({**row, "phrase": phrase})
             mark = None
         else:
             words.append(token)
     if mark is not None:
-        raise EntryProblem("a span is not closed: no word of it ends in ']'", mark)
+        raise EntryProblem("a span is not closed: no word of it ends in ']'", mark[:60])
     return {"sentence": " ".join(words), "phrases": phrases}

@@ -12,45 +12,52 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dataset.expressions import EntryProblem, Problems, is_box, require
+from dataset.raw.archives import is_hidden
 from dataset.reading import DataError, load_json
-from dataset.refer import Refer, by_id, load_refer, reference_box, splits_of
+from dataset.refer import SPLITS, Refer, by_id, load_refer, refer_files, reference_box, splits_of
 from dataset.text import clean_caption
 from utils import write_text
 
 PARTS = ("train", "val", "test")  # one file each; "test" holds every testing split
 COCO_NAME = "COCO_train2014_{:012d}.jpg"
 NAMED_BY_FILE = ("refclef",)  # its images are SAIAPR's, named by instances.json; all others are COCO's, named by id
+USUAL_SPLITS = {"refclef": "berkeley"}  # of which the published numbers are, where that is not the first of `SPLITS`
+# Images that the refs name and REFER's archive of SAIAPR lacks or holds broken, in all its copies.
+NOT_IN_SAIAPR = {17975, 19575, 19579}
+SHOWN_MISSING = 5
 Row = dict[str, Any]
 
 
 @dataclass
 class Count:
-    """What a split of refs(SPLIT_BY).p holds: refs, sentences, and those of them that are left out."""
+    """What a split of refs(SPLIT_BY).p holds, and how many entries are made of it."""
 
     refs: int = 0
     sentences: int = 0
     repeated: int = 0  # equal to an earlier sentence of the same ref
-    empty: int = 0  # nothing is left once cleaned
-
-    @property
-    def expressions(self) -> int:
-        """The entries that are written."""
-        return self.sentences - self.repeated - self.empty
+    empty: int = 0  # nothing is left once cleaned; written all the same, as the published counts have them
+    missing: int = 0  # of refs that --skip-missing leaves out; counted nowhere else but in `refs` and `sentences`
+    expressions: int = 0
 
 
 @dataclass
 class Lists:
-    """The entries of each of `PARTS`, and by split what they were made of."""
+    """The entries of each of `PARTS`, by split what they were made of, and the images that are missing, by id."""
 
     parts: dict[str, list[Row]] = field(default_factory=lambda: {part: [] for part in PARTS})
     counts: dict[str, Count] = field(default_factory=dict)
+    missing: dict[int, str] = field(default_factory=dict)
 
     def table(self) -> str:
-        """The counts, a line a split."""
-        names = ("refs", "sentences", "repeated", "empty", "expressions")
+        """The counts, a line a split; if images are missing, the number of their sentences, and the first of them."""
+        names = ["refs", "sentences", "repeated", "empty", *(["missing"] if self.missing else []), "expressions"]
         lines = [f"{'split':8}" + "".join(f"{name:>13}" for name in names)]
         for split, count in self.counts.items():
             lines.append(f"{split:8}" + "".join(f"{getattr(count, name):>13}" for name in names))
+        if self.missing:
+            first = ", ".join(list(self.missing.values())[:SHOWN_MISSING])
+            more = f" and {len(self.missing) - SHOWN_MISSING:,} more" if len(self.missing) > SHOWN_MISSING else ""
+            lines.append(f"left out, not under --image-root: {len(self.missing):,} images ({first}{more})")
         return "\n".join(lines)
 
 
@@ -61,10 +68,27 @@ class _Making(NamedTuple):
     by_file_name: bool
     on_disk: dict[str, str] | None
     keep_repeated: bool
+    skip_missing: bool
+
+
+def usual_split(dataset: str) -> str:
+    """By whom a data set is split in the published numbers."""
+    return USUAL_SPLITS.get(dataset, next(iter(SPLITS[dataset])))
+
+
+def default_split(folder: Path, dataset: str) -> str:
+    """The usual split, or if its refs(SPLIT_BY).p is not there another that is."""
+    names = [usual_split(dataset), *SPLITS[dataset]]
+    return next((name for name in names if refer_files(folder / dataset, name)[0].is_file()), names[0])
 
 
 def make_lists(
-    folder: Path, dataset: str, split_by: str, image_root: Path | None = None, keep_repeated: bool = False
+    folder: Path,
+    dataset: str,
+    split_by: str,
+    image_root: Path | None = None,
+    keep_repeated: bool = True,
+    skip_missing: bool = False,
 ) -> Lists:
     """Make the lists of a data set.
 
@@ -76,23 +100,26 @@ def make_lists(
         dataset, split_by: keys of `dataset.refer.SPLITS`.
         image_root: where the images are: each must be there, or in a folder below (`find_images`), and has that path.
             None: the name alone, unchecked.
-        keep_repeated: write equal sentences of a ref as often as they stand there, instead of once.
+        keep_repeated: write equal sentences of a ref as often as they stand there, as published counts do; else once.
+        skip_missing: leave out refs whose image is not under image_root, instead of raising.
 
     Raises:
         DataError: files that cannot be used; all kinds of problems of the refs in one message.
     """
     lists = Lists(counts={split: Count() for split in splits_of(dataset, split_by)})
-    for name in (f"refs({split_by}).p", "instances.json"):
-        if not (folder / dataset / name).is_file():
+    for path in refer_files(folder / dataset, split_by):
+        if not path.is_file():
+            others = sorted(other.name for other in path.parent.glob("refs(*).p"))
+            there = f"; there is {', '.join(others)}, see --split-by" if others and path.suffix == ".p" else ""
             raise DataError(
-                f"{folder / dataset / name}: does not exist; {folder} must hold {dataset}/ as it is in REFER's "
-                f"{dataset}.zip"
+                f"{path}: does not exist{there}; {folder} must hold {dataset}/ as it is in REFER's {dataset}.zip"
             )
     making = _Making(
         refer=load_refer(folder / dataset, split_by),
         by_file_name=dataset in NAMED_BY_FILE,
         on_disk=None if image_root is None else find_images(image_root),
         keep_repeated=keep_repeated,
+        skip_missing=skip_missing,
     )
     problems = Problems()
     for index, ref in enumerate(making.refer.refs.values()):
@@ -105,7 +132,7 @@ def make_lists(
 
 
 def _add_ref(ref: Row, making: _Making, lists: Lists) -> None:
-    part, image = part_of(ref["split"]), _image(ref, making)
+    part, image = part_of(ref["split"]), _image(ref, making, lists)
     reference_box(ref, making.refer)
     count = lists.counts.setdefault(ref["split"], Count())
     count.refs += 1
@@ -113,12 +140,14 @@ def _add_ref(ref: Row, making: _Making, lists: Lists) -> None:
     for sentence in require(ref, "sentences", list):
         text = require(sentence, "sent", str)
         count.sentences += 1
-        if not clean_caption(text, max_words=1):
-            count.empty += 1
-        elif text in seen and not making.keep_repeated:
-            count.repeated += 1
-        else:
+        if image is None:
+            count.missing += 1
+            continue
+        count.empty += not clean_caption(text, max_words=1)
+        count.repeated += text in seen
+        if text not in seen or making.keep_repeated:
             seen.add(text)
+            count.expressions += 1
             row = {"image": image, "text": text, "ref_id": ref["ref_id"], "split": ref["split"]}
             lists.parts[part].append(row)
 
@@ -132,8 +161,8 @@ def part_of(split: str) -> str:
     raise EntryProblem("the ref's split is none of train, val and test...", repr(split))
 
 
-def _image(ref: Row, making: _Making) -> str:
-    """The path of a ref's image, under image_root where that is known."""
+def _image(ref: Row, making: _Making, lists: Lists) -> str | None:
+    """The path of a ref's image, under image_root where that is known; None: it is missing, which is noted."""
     refer, image_id = making.refer, ref["image_id"]
     detail = f"image_id {image_id}"
     if image_id not in refer.images:
@@ -144,9 +173,21 @@ def _image(ref: Row, making: _Making) -> str:
     if making.on_disk is None:
         return name
     path = making.on_disk.get(Path(name).name)
-    if path is None:
-        raise EntryProblem("the ref's image is not under --image-root; check the folder", f"{detail}, {name}")
-    return path
+    if path is not None:
+        return path
+    if making.skip_missing:
+        lists.missing[image_id] = name
+        return None
+    if making.by_file_name and image_id in NOT_IN_SAIAPR:
+        raise EntryProblem(
+            "the ref's image is not under --image-root, and REFER's archive of SAIAPR is known to lack it; "
+            "--skip-missing leaves it out",
+            f"{detail}, {name}",
+        )
+    raise EntryProblem(
+        "the ref's image is not under --image-root; check the folder, or leave such refs out by --skip-missing",
+        f"{detail}, {name}",
+    )
 
 
 def find_images(root: Path) -> dict[str, str]:
@@ -157,7 +198,7 @@ def find_images(root: Path) -> dict[str, str]:
     """
     if not root.is_dir():
         raise DataError(f"{root}: is not a folder; --image-root must be the one that holds the images")
-    below = sorted(path for path in root.iterdir() if path.is_dir())
+    below = sorted(path for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
     found: dict[str, str] = {}
     for folder in (root, *below, *(path / "images" for path in below)):
         for path in folder.glob("[!.]*.jpg"):

@@ -1,15 +1,15 @@
-"""The fields of Visual Genome's annotations, which differ in name and form from release to release.
+"""The fields of Visual Genome's annotations, which differ in name and form from version to version: 1.0, 1.2 and 1.4.
 
-All functions raise `EntryProblem` at what cannot be used.
+docs/data/visual_genome.md has a table of them. All functions raise `EntryProblem` at what cannot be used.
 """
 
 import functools
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
-from dataset.expressions import EntryProblem, is_number
+from dataset.expressions import EntryProblem
 from dataset.text import clean_caption
 from dataset.vg import clip_box
 
@@ -17,7 +17,11 @@ T = TypeVar("T")
 Row = dict[str, Any]
 Box = tuple[int, int, int, int]  # [x1, y1, x2, y2] in pixels, inside the image, not empty
 
-ON_DISK = re.compile(r"(?:^|/)(VG_100K(?:_2)?/(\d+)\.jpg)$")
+# What versions call the same, the newest first.
+IMAGE_ID, OBJECT_ID = ("image_id", "id"), ("object_id", "id")
+NAMES = ("names", "object_names", "name")
+MOST_PIXELS = 1 << 20  # of an image's side; numbers far above cannot be multiplied by fractions
+ON_DISK = re.compile(r"(?:^|/)(VG_100K(?:_2)?/([0-9]{1,18})\.jpg)$")
 
 
 class Image(NamedTuple):
@@ -58,14 +62,14 @@ def read_image(row: Row) -> tuple[int, Image]:
             f"image {image_id}, found {url!r:.100}",
         )
     width, height = row.get("width"), row.get("height")
-    if type(width) is not int or type(height) is not int or width < 1 or height < 1:
+    if type(width) is not int or type(height) is not int or min(width, height) < 1 or max(width, height) > MOST_PIXELS:
         raise EntryProblem("keys 'width' and 'height' must be positive integers", f"image {image_id}")
     return image_id, Image(match[1], width, height, as_id(row.get("coco_id")), as_id(row.get("flickr_id")))
 
 
 def read_image_id(row: Row) -> int:
     """The id of the image that an entry belongs to."""
-    image_id = as_id(row.get("image_id", row.get("id")))
+    image_id = the_same(row, IMAGE_ID, lambda key: as_id(row.get(key)))
     if image_id is None:
         raise EntryProblem("key 'image_id' or 'id' is missing")
     return image_id
@@ -74,7 +78,7 @@ def read_image_id(row: Row) -> int:
 def read_regions(rows: list[Any], image: Image) -> list[Region]:
     def read(row: Row) -> Region:
         phrase = row.get("phrase")
-        if phrase is not None and not isinstance(phrase, str):
+        if phrase is not None and not is_text(phrase):
             raise EntryProblem("key 'phrase' must be a text", f"found {phrase!r:.60}")
         return Region(as_id(row.get("image_id")), phrase or "", read_box(row, image))
 
@@ -83,12 +87,28 @@ def read_regions(rows: list[Any], image: Image) -> list[Region]:
 
 def read_things(rows: list[Any], image: Image) -> list[Thing]:
     def read(row: Row) -> Thing:
-        if "names" not in row and "name" not in row:
+        if row.keys().isdisjoint(NAMES):
             raise EntryProblem("key 'names' is missing")
-        names = read_texts(row, "names" if "names" in row else "name")
-        return Thing(as_id(row.get("object_id")), names, read_texts(row, "attributes"), read_box(row, image))
+        object_id = the_same(row, OBJECT_ID, lambda key: as_id(row.get(key)))
+        names = the_same(row, NAMES, lambda key: read_texts(row, key)) or []
+        return Thing(object_id, names, read_texts(row, "attributes"), read_box(row, image))
 
     return list(read_each(rows, f"{image.name}, object", read))
+
+
+def the_same(row: Row, keys: Sequence[str], read: Callable[[str], T]) -> T | None:
+    """`read` of the first of these keys, which versions call the same, that the row has; None if it has none.
+
+    Raises:
+        EntryProblem: it has several, and they differ; null is no difference.
+    """
+    found = {key: read(key) for key in keys if row.get(key) is not None}
+    (first, value), *others = found.items() or [("", None)]
+    for other, another in others:
+        if another != value:
+            kind = f"keys '{first}' and '{other}' mean the same but differ; leave out the wrong one"
+            raise EntryProblem(kind, f"{value!r:.60} and {another!r:.60}")
+    return value
 
 
 def read_each(rows: Iterable[Any], what: str, read: Callable[[Row], T]) -> Iterator[T]:
@@ -110,7 +130,7 @@ def read_texts(row: Row, key: str) -> list[str]:
     texts = value if isinstance(value, list) else [value]
     unique: dict[str, str] = {}
     for text in texts:
-        if text is not None and not isinstance(text, str):
+        if text is not None and not is_text(text):
             raise EntryProblem(f"key '{key}' must be a text or a list of texts", f"found {value!r:.60}")
         unique.setdefault(clean(text or ""), one_line(text or ""))
     unique.pop("", None)
@@ -120,24 +140,36 @@ def read_texts(row: Row, key: str) -> list[str]:
 def read_box(row: Row, image: Image) -> Box | None:
     """The box from x, y and w, h or width, height, clipped to the image as the trainer does; None if that is empty."""
     x, y = _number(row, "x"), _number(row, "y")
-    w, h = _number(row, "w" if "w" in row else "width"), _number(row, "h" if "h" in row else "height")
+    w, h = _side(row, "w", "width"), _side(row, "h", "height")
     return clip_box((x, y, x + w, y + h), image.height, image.width)
+
+
+def _side(row: Row, short: str, long: str) -> float:
+    value = _number(row, short if short in row else long)
+    if row.get(long, value) != value:
+        raise EntryProblem(f"keys '{short}' and '{long}' mean the same but differ", f"{value} and {row[long]!r:.60}")
+    return value
 
 
 def _number(row: Row, key: str) -> float:
     value: Any = row.get(key)
-    if not is_number(value):
+    if type(value) not in (int, float) or not abs(value) < MOST_PIXELS**2:  # not: NaN is none either
         raise EntryProblem(f"key '{key}' must be a number", f"found {value!r:.60}" if key in row else "it is missing")
     return value
 
 
 def as_id(value: Any) -> int | None:
     """An id: an integer, the same as a string in some releases, or None."""
-    if value is None or type(value) is int:
-        return value
-    if isinstance(value, str) and value.strip().isdecimal():
+    if isinstance(value, str) and value.strip().isdecimal() and len(value) < 20:
         return int(value)
+    if value is None or (type(value) is int and abs(value) < 1 << 64):
+        return value
     raise EntryProblem("an id must be an integer", f"found {value!r:.60}")
+
+
+def is_text(value: Any) -> bool:
+    """Whether a value is a text that can be encoded: a half of a surrogate pair is no character."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= c <= "\udfff" for c in value))
 
 
 def one_line(text: str) -> str:

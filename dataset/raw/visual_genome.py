@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, TypeVar
 from dataset.expressions import EntryProblem
 from dataset.raw.evaluation_images import EvaluationImages, read_evaluation_images
 from dataset.raw.vg_fields import Image, Row, Thing, read_each, read_image, read_image_id, read_regions, read_things
-from dataset.raw.vg_files import FAST, Draft, Source, Spool, find_sources, read_entries
+from dataset.raw.vg_files import Draft, Source, Spool, find_sources, read_entries
 from dataset.raw.vg_phrases import DROPPED, Rules, describe_attributes, describe_positions, describe_regions
 from dataset.reading import DataError
-from utils import aligned, atomic_path, log
+from utils import aligned, atomic_path
 
 T = TypeVar("T")
 
@@ -80,8 +80,6 @@ def prepare(
         if kind not in sources:
             where = ", ".join(map(str, raw))
             raise DataError(f"{where}: neither {kind}.json nor {kind}.json.zip is there; download it, or see --only")
-    if not FAST:
-        log("ijson is without its C parser here, which is some 20 times as fast: pip install --upgrade ijson")
     evaluation = [read_evaluation_images(path) for path in exclude]
     images = read_images(sources["image_data"], evaluation, image_root)
     try:
