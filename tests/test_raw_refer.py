@@ -58,15 +58,18 @@ TEST = [
     entry(COCO[581857], "blue", 8, "testB"),
     entry(COCO[581857], "Blue", 8, "testB"),
     entry(COCO[123456789012], "man", 5, "testA"),
+    entry(COCO[123456789012], " ?! ", 5, "testA"),
     entry(COCO[123456789012], "woman", 5, "testA"),
+    entry(COCO[123456789012], "...", 5, "testA"),
     entry(COCO[581857], "blue", 9, "testA"),
+    entry(COCO[7], "", 3, "testC"),
 ]
 TABLE = """split            refs    sentences     repeated        empty  expressions
 train               1            1            0            0            1
 val                 1            2            0            0            2
-testA               2            5            0            2            3
+testA               2            5            0            2            5
 testB               1            5            2            0            3
-testC               1            1            0            1            0
+testC               1            1            0            1            1
 """
 
 
@@ -103,7 +106,7 @@ def test_lists_of_coco_images(root: Path, capsys: pytest.CaptureFixture[str]) ->
         "ref_id",
         "split",
     ]
-    files = f"{dataset}_train.json: 1, {dataset}_val.json: 2, {dataset}_test.json: 6"
+    files = f"{dataset}_train.json: 1, {dataset}_val.json: 2, {dataset}_test.json: 9"
     last = f"wrote the expressions of {dataset}, split by {split_by}, to {root / 'out'} ({files})\n"
     assert capsys.readouterr().out == TABLE + last
 
@@ -125,10 +128,19 @@ def test_lists_of_saiapr_images(root: Path) -> None:
     assert make(root, "refclef") == expected
 
 
+def test_annotation_ids_may_be_texts(root: Path) -> None:
+    """As RefCLEF's are, "8756_2" say."""
+    expected = make(root, "refclef")
+    refs = [{**row, "ann_id": f"{row['ann_id']}_1"} for row in REFS]
+    annotations = [{**row, "id": f"{row['id']}_1"} for row in INSTANCES["annotations"]]
+    write_refer(root / "refer" / "refclef", "unc", refs, {**INSTANCES, "annotations": annotations})
+    assert make(root, "refclef") == expected
+
+
 def test_repeated_sentences_on_request(root: Path) -> None:
     texts = [row["text"] for row in make(root, "refcoco+", "--keep-repeated")["test"]]
     sign = "caf\u00e9 sign"
-    assert texts == [sign, "blue", sign, sign, "Blue", "man", "woman", "blue"]
+    assert texts == [sign, "blue", sign, sign, "Blue", "man", " ?! ", "woman", "...", "blue", ""]
 
 
 def test_another_split_and_a_part_that_it_lacks(root: Path) -> None:
@@ -189,7 +201,10 @@ def test_evaluation_reads_the_lists(root: Path) -> None:
         split_by="umd",
     )
     found = [(one.text, one.ref_id, one.split) for one in expressions]
-    assert found == [(row["text"].lower(), row["ref_id"], row["split"]) for row in VAL + TEST]
+    empty = {" ?! ": "", "...": ""}
+    texts = [empty.get(row["text"], row["text"].lower()) for row in VAL + TEST]
+    rows = zip(texts, VAL + TEST, strict=True)
+    assert found == [(text, row["ref_id"], row["split"]) for text, row in rows]
     assert expressions[2].boxes.tolist() == [[-3, 60.5, 100, 2]]
 
 
@@ -230,6 +245,16 @@ def test_broken_refs(root: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         make(root, "refclef")
     assert not (root / "out").exists()
+
+
+def test_repeated_ids(root: Path) -> None:
+    write_refer(root / "refer" / "refclef", "unc", [*REFS, {**REFS[1], "ann_id": 60}], INSTANCES)
+    with pytest.raises(DataError, match=r"an earlier entry has the same ref_id.*\n.*ref 6 \(ref_id 2\)"):
+        make(root, "refclef")
+    annotations = [*INSTANCES["annotations"], {**INSTANCES["annotations"][0], "bbox": [0, 0, 1, 1]}]
+    write_refer(root / "refer" / "refclef", "unc", REFS, {**INSTANCES, "annotations": annotations})
+    with pytest.raises(DataError, match=r"an earlier entry has the same id.*\n.*annotations entry 6 \(id 80\)"):
+        make(root, "refclef")
 
 
 def test_broken_instances(root: Path) -> None:

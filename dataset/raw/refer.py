@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 from dataset.expressions import EntryProblem, Problems, is_box, require
 from dataset.reading import DataError, load_json
-from dataset.refer import Refer, by_id, load_refer, reference_box, splits_of
-from dataset.text import clean_caption
+from dataset.refer import MAX_WORDS, Refer, by_id, load_refer, reference_box, splits_of
+from dataset.text import clean_caption, has_content
 from utils import write_text
 
 PARTS = ("train", "val", "test")  # one file each; "test" holds every testing split
@@ -25,17 +25,17 @@ Row = dict[str, Any]
 
 @dataclass
 class Count:
-    """What a split of refs(SPLIT_BY).p holds: refs, sentences, and those of them that are left out."""
+    """What a split of refs(SPLIT_BY).p holds: refs and sentences."""
 
     refs: int = 0
     sentences: int = 0
-    repeated: int = 0  # equal to an earlier sentence of the same ref
-    empty: int = 0  # nothing is left once cleaned
+    repeated: int = 0  # equal to an earlier sentence of the same ref, and left out
+    empty: int = 0  # nothing is left once cleaned; kept all the same, since the published counts hold them
 
     @property
     def expressions(self) -> int:
         """The entries that are written."""
-        return self.sentences - self.repeated - self.empty
+        return self.sentences - self.repeated
 
 
 @dataclass
@@ -113,9 +113,8 @@ def _add_ref(ref: Row, making: _Making, lists: Lists) -> None:
     for sentence in require(ref, "sentences", list):
         text = require(sentence, "sent", str)
         count.sentences += 1
-        if not clean_caption(text, max_words=1):
-            count.empty += 1
-        elif text in seen and not making.keep_repeated:
+        count.empty += not has_content(clean_caption(text, MAX_WORDS))
+        if text in seen and not making.keep_repeated:
             count.repeated += 1
         else:
             seen.add(text)
@@ -218,7 +217,7 @@ def _image_ids(instances: Path) -> list[int]:
     if not isinstance(rows, list):
         raise DataError(f"{instances}: key 'images' must be a list; is this REFER's instances.json?")
     problems = Problems()
-    images = by_id(rows, f"{instances}: images entry", problems)
+    images = by_id(rows, f"{instances}: images entry", problems, int)
     problems.check()
     return list(images)
 
