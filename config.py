@@ -17,9 +17,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
-from utils import UserError, atomic_path
+from utils import UserError, atomic_path, decode_text, parse_json
 
 
 class ConfigError(UserError):
@@ -160,6 +159,9 @@ class PretrainConfig(ModelConfig):
     phrase_input: bool = True  # one (caption, box) drawn per entry; False: captions of whole images, without boxes
     mask_all: bool = False  # the mask is the union of the entry's boxes
     max_words: int = Field(50, ge=1)
+    # Captions of which cleaning leaves nothing, such as "?!". release: "keep" reads them as [CLS] alone; "drop" leaves
+    # them out, and entries without another caption as well. Either is counted in a warning.
+    empty_captions: Literal["keep", "drop"] = "keep"
     max_tokens: int = Field(25, ge=1)
     add_gcam: bool = True  # False: plain ALBEF, with ALBEF's augmentation
     mask_size: int = Field(256, ge=1)
@@ -260,13 +262,10 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Pre
 
 def _read_values(path: str | Path, overrides: list[str] | None) -> dict[str, Any]:
     """The keys and values of a YAML file, `overrides` laid over them."""
+    text = _read_text(path, "the config")
     try:
-        values = YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read the config ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file ({error})") from error
-    except (YAMLError, ValueError) as error:  # ValueError: a date that does not exist
+        values = YAML(typ="safe", pure=True).load(text)
+    except Exception as error:  # besides YAMLError: a date that does not exist, deep nesting, an odd tag
         raise ConfigError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
@@ -286,15 +285,23 @@ def parse_config(
 
 def load_bert_config(path: str | Path) -> BertConfig:
     """Read config_bert.json; raises `ConfigError` naming the file and the key."""
+    text = _read_text(path, "bert_config")
     try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot read bert_config ({error.strerror})") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not a text file ({error})") from error
+        values = parse_json(text)
     except json.JSONDecodeError as error:
         raise ConfigError(f"{path}: not valid JSON: {error}") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
     return _validate(path, BertConfig, values)
+
+
+def _read_text(path: str | Path, what: str) -> str:
+    try:
+        return decode_text(Path(path).read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot read {what} ({error.strerror})") from error
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a text file ({error})") from error
 
 
 def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
@@ -355,8 +362,8 @@ def _override(values: dict[str, Any], item: str) -> None:
             raise ConfigError(f"--set {item}: '{section}' is a single value, not a section")
     try:
         values[last] = YAML(typ="safe", pure=True).load(text) if text else None
-    except (YAMLError, ValueError) as error:
-        raise ConfigError(f"--set {item}: not a valid YAML value ({str(error).splitlines()[0]})") from error
+    except Exception as error:  # as in `_read_values`
+        raise ConfigError(f"--set {item}: not a valid YAML value ({str(error).partition(chr(10))[0]})") from error
 
 
 def _validate(path: str | Path, kind: type[AnyConfig], values: Any) -> AnyConfig:

@@ -2,6 +2,7 @@
 
 import argparse
 import base64
+import codecs
 import contextlib
 import ctypes
 import datetime
@@ -16,6 +17,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
@@ -353,6 +355,57 @@ def shortest_ends(paths: Sequence[Path]) -> list[str]:
 def data_uri(kind: str, content: bytes) -> str:
     """A file's content as an address, for a page that needs no other file; `kind` is its MIME type."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def decode_text(data: bytes) -> str:
+    """The text of a user's file: UTF-8, or UTF-16 with a byte-order mark; the mark is dropped, CRLF becomes a newline.
+
+    Raises:
+        ValueError: it is something else; says what.
+    """
+    if data.startswith(b"\x1f\x8b"):
+        raise ValueError("it is compressed by gzip: unpack it first, with gunzip")
+    if data.startswith(b"PK\x03\x04"):
+        raise ValueError("it is a zip archive: unpack it first")
+    utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = data.decode("utf-16" if utf16 else "utf-8-sig")
+    if "\0" in text:
+        raise ValueError("it holds NUL characters: a binary file, or text that is not UTF-8")
+    return text.replace("\r\n", "\n")
+
+
+def parse_json(text: str) -> Any:
+    """The value of a JSON text.
+
+    Raises:
+        json.JSONDecodeError: it is no JSON.
+        ValueError: it is JSON that cannot be used, for instance with a key twice in an object; says why.
+    """
+    repeated: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        row = dict(pairs)
+        if len(row) != len(pairs):
+            repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+        return row
+
+    try:
+        value = json.loads(text, object_pairs_hook=unique)
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and text[error.pos] in "{[":
+            raise ValueError(
+                "holds JSON lines, one value each; make one list of them, say with: jq -s . FILE"
+            ) from None
+        raise
+    except RecursionError:
+        raise ValueError("lists or objects are nested too deeply") from None
+    except ValueError:
+        raise ValueError("an integer has thousands of digits") from None
+    if repeated:
+        raise ValueError(
+            f"an object holds the key {repeated[0]!r:.80} more than once, so that all but one would be lost"
+        )
+    return value
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -4,21 +4,26 @@ Boxes are [x, y, w, h] in pixels of the original image everywhere in evaluation,
 width must not be recovered from x + w (it rounds), while Flickr30k's integer corners lose nothing in x2 - x1.
 """
 
-import math
 import os
+import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
 from dataset.reading import DataError
-from dataset.text import clean_caption
+from dataset.text import clean_caption, has_content
+from utils import log
 
 K = TypeVar("K")
 V = TypeVar("V")
 SHOWN_PROBLEMS = 5  # of each kind
+SURROGATE = "holds half of a surrogate pair, which is no character; correct the entry"
+SHORT = reprlib.Repr()  # ends soon, however large or nested the value is
+SHORT.maxlist = SHORT.maxdict = SHORT.maxtuple = SHORT.maxstring = SHORT.maxother = SHORT.maxlong = 60
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,7 +32,7 @@ class Expression:
 
     Args:
         image: path of the image file; it exists.
-        text: the cleaned expression; not empty.
+        text: the cleaned expression; nothing may be left of it (`dataset.text.has_content`).
         ref_id: REFER's ref_id, or the index of the phrase in Flickr30k's evaluation order.
         split: the split it counts for, in the reader's terms ("val", "testA", "test", ...).
         boxes: (n, 4) float64 [x, y, w, h], n >= 1; any of them is right.
@@ -76,6 +81,9 @@ class Problems:
 
     Args:
         shown: how many cases of a kind are kept to be shown; of the others only the number is.
+
+    Attributes:
+        warnings: what is odd about entries that can be used.
     """
 
     def __init__(self, shown: int = SHOWN_PROBLEMS) -> None:
@@ -88,32 +96,59 @@ class Problems:
         if len(cases.first) < self.shown:
             cases.first.append(where + (f" ({problem.detail})" if problem.detail else ""))
 
+    @cached_property
+    def warnings(self) -> "Problems":
+        return Problems(self.shown)
+
     def paragraphs(self) -> list[str]:
         """A paragraph a kind, with its count and its first cases."""
         return ["\n".join(cases.lines(kind)) for kind, cases in self.kinds.items()]
 
     def check(self) -> None:
-        """Raise `DataError` with all `paragraphs`, if there are any."""
+        """Raise `DataError` with all `paragraphs`, if there are any; log the `warnings` if not."""
         if paragraphs := self.paragraphs():
             raise DataError("\n".join(paragraphs))
+        for paragraph in self.warnings.paragraphs():
+            log(f"warning: {paragraph}")
 
 
-def require(row: Any, key: str, kind: type) -> Any:
-    """`row[key]`, of exactly the JSON type `kind` (a boolean is no integer); raises `EntryProblem` otherwise."""
+def require(row: Any, key: str, *kinds: type) -> Any:
+    """`row[key]`, of exactly one of the JSON types `kinds` (a boolean is no integer); raises `EntryProblem` otherwise.
+
+    Integers have 64 bits, and texts no lone surrogates, which cannot be written or tokenised.
+    """
     if not isinstance(row, dict):
         raise EntryProblem("an entry must be an object {key: value}", f"found a {type(row).__name__}")
     if key not in row:
         raise EntryProblem(f"key '{key}' is missing")
-    if type(row[key]) is not kind:
-        raise EntryProblem(f"key '{key}' must be of type {kind.__name__}", f"found {row[key]!r:.60}")
-    return row[key]
+    value = row[key]
+    if type(value) not in kinds or (type(value) is int and abs(value) >= 2**63):
+        names = " or ".join(kind.__name__ for kind in kinds)
+        raise EntryProblem(f"key '{key}' must be of type {names}", f"found {shown(value)}")
+    if type(value) is str and not is_text(value):
+        raise EntryProblem(f"key '{key}' {SURROGATE}", shown(value))
+    return value
 
 
-def clean_text(text: str, max_words: int) -> str:
-    """`clean_caption`, raising `EntryProblem` when nothing is left of the text."""
+def is_text(value: Any) -> TypeGuard[str]:
+    r"""Whether a value is a text that can be written: JSON's \ud800 alone is half a character, a lone surrogate."""
+    return isinstance(value, str) and (value.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in value))
+
+
+def shown(value: Any) -> str:
+    """A value as Python writes it, cut to what a message can hold."""
+    try:
+        return SHORT.repr(value)[:60]
+    except ValueError:
+        return "an integer of thousands of digits"
+
+
+def clean_text(text: str, max_words: int, file: str, where: str, problems: Problems) -> str:
+    """`clean_caption`; warns, by file, when nothing is left of a text, which stays as in the release: [CLS] alone."""
     cleaned = clean_caption(text, max_words)
-    if not cleaned.strip():
-        raise EntryProblem("the expression is empty once cleaned; correct or leave out the entry", repr(text)[:60])
+    if not has_content(cleaned):
+        kind = f"{file}: nothing is left of a text once cleaned; it stays, and the model reads [CLS] alone"
+        problems.warnings.add(where, EntryProblem(kind, shown(text)))
     return cleaned
 
 
@@ -124,7 +159,7 @@ def parse_boxes(value: Any, what: str) -> np.ndarray:
         EntryProblem: it is something else; `what` says what should have been there.
     """
     if not isinstance(value, list) or not all(is_box(box, more=True) for box in value):
-        raise EntryProblem(f"{what} must be a list of boxes, each four finite numbers", f"found {value!r:.60}")
+        raise EntryProblem(f"{what} must be a list of boxes, each four finite numbers", f"found {shown(value)}")
     return np.array([box[:4] for box in value], dtype=np.float64).reshape(-1, 4)
 
 
@@ -136,8 +171,8 @@ def is_box(value: Any, more: bool = False) -> bool:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a JSON value is a finite number; a boolean is none."""
-    return type(value) in (int, float) and math.isfinite(value)
+    """Whether a JSON value is a finite number, that counts pixels: below 2^53; a boolean is none."""
+    return type(value) in (int, float) and abs(value) < 2**53
 
 
 def first_of(pairs: Iterable[tuple[K, V]]) -> dict[K, V]:
@@ -167,6 +202,6 @@ def locate(image_root: str, name: str) -> Path:
 def check_images(images: Iterable[tuple[Path, str]], problems: Problems) -> None:
     """Note each image file that does not exist, at the first entry that names it; looks once per image."""
     for image, where in first_of(images).items():
-        if not os.path.isfile(image):
+        if not os.path.isfile(image):  # False, too, for a name that the system finds too long
             kind = "the image file does not exist; check image_root and the entry, or pass --skip_broken"
             problems.add(where, EntryProblem(kind, str(image)))

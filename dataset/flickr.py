@@ -4,6 +4,7 @@ Three files a split: image ids, one a line; {image_id: {"boxes": {phrase_id: [[x
 "height"}}; {image_id: [{"phrases": [{"phrase", "phrase_id", "phrase_type"}]}]}, a list of sentences.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,14 +17,16 @@ from dataset.expressions import (
     Problems,
     check_images,
     clean_text,
+    is_text,
     locate,
     parse_boxes,
     require,
 )
-from dataset.reading import DataError, load_json
+from dataset.reading import DataError, load_json, read_text
 from utils import log
 
 MAX_WORDS = 50  # of a phrase, as the release cuts it
+LONGEST_SIDE = 65_535  # pixels; no JPEG is longer
 
 
 class ImageBoxes(NamedTuple):
@@ -79,7 +82,8 @@ def load_expressions(
     problems = Problems()
     for ids_file, box_file, phrases_file in triples(image_ids_file, phrase_box_file, sentences_file):
         boxes, sentences = load_json(box_file, dict), load_json(phrases_file, dict)
-        split = Split(split_of(ids_file), load_ids(ids_file, image_root), boxes, sentences, box_file, phrases_file)
+        ids = read_ids(ids_file, problems, image_root)
+        split = Split(split_of(ids_file), ids, boxes, sentences, box_file, phrases_file)
         images += [(image_path(image_root, key), f"{ids_file}: image {key}") for key in split.ids]
         found = read_boxes(split, problems)
         for phrase in read_phrases(split, found, image_root, len(expressions), problems):
@@ -106,7 +110,7 @@ def triples(
 
 
 def image_path(image_root: str, image_id: str) -> Path:
-    """Where the image of an id is; raises `EntryProblem` for an id that `load_ids` refuses."""
+    """Where the image of an id is; raises `EntryProblem` for an id that `read_ids` leaves out."""
     return locate(image_root, f"{image_id}.jpg")
 
 
@@ -138,7 +142,8 @@ def read_phrases(
             try:
                 phrase_id = require(row, "phrase_id", str)
                 if of and phrase_id in of.by_id:
-                    text = clean_text(require(row, "phrase", str), MAX_WORDS)
+                    phrase = require(row, "phrase", str)
+                    text = clean_text(phrase, MAX_WORDS, split.sentences_file, where, problems)
                     record = {"image_height": of.size[0], "image_width": of.size[1], "split": split.name}
                     boxes_of = of.by_id[phrase_id]
                     expression = Expression(
@@ -169,22 +174,28 @@ def split_of(ids_file: str, warn: Callable[[str], object] = _warn) -> str:
 
 
 def load_ids(path: str, image_root: str = ".") -> list[str]:
-    """The image ids of a split file, one a line, blank lines left out; raises `DataError`, also for ids like '../1'."""
-    try:
-        ids = Path(path).read_text(encoding="utf-8").split()
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check image_ids_file in the config") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text file ({error}); it must list image ids, one a line") from error
-    if not ids:
-        raise DataError(f"{path}: lists no image ids")
+    """The image ids of a split file, one a line, blank lines left out; `DataError` for what `read_ids` notes, too."""
     problems = Problems()
-    for image_id in ids:
+    ids = read_ids(path, problems, image_root)
+    problems.check()
+    return ids
+
+
+def read_ids(path: str, problems: Problems, image_root: str = ".") -> list[str]:
+    """As `load_ids`; notes ids that are repeated, which count once, and ids like '../1', which are left out."""
+    counts = Counter(read_text(path, "image_ids_file").split())
+    if not counts:
+        raise DataError(f"{path}: lists no image ids")
+    ids = []
+    for image_id, count in counts.items():
+        if count > 1:
+            kind = "the image id is listed more than once; leave out the repeated lines"
+            problems.add(f"{path}: image {image_id}", EntryProblem(kind, f"{count} times"))
         try:
             image_path(image_root, image_id)
+            ids.append(image_id)
         except EntryProblem:
             problems.add(path, EntryProblem("an image id is absolute or leads out of its folder", repr(image_id)[:200]))
-    problems.check()
     return ids
 
 
@@ -193,6 +204,9 @@ def _image_boxes(boxes: dict[str, Any], image_id: str) -> ImageBoxes:
         raise EntryProblem("the image id has no entry; check that phrase_box_file belongs to image_ids_file")
     row = boxes[image_id]
     size = require(row, "height", int), require(row, "width", int)
+    if not all(1 <= side <= LONGEST_SIDE for side in size):
+        kind = f"keys 'height' and 'width' must be the image's pixels, 1 to {LONGEST_SIDE:,}; correct the entry"
+        raise EntryProblem(kind, f"found {size[0]} and {size[1]}")
     by_id = {}
     for phrase_id, corners in require(row, "boxes", dict).items():
         found = parse_boxes(corners, "the boxes of a phrase id")
@@ -206,7 +220,7 @@ def _image_boxes(boxes: dict[str, Any], image_id: str) -> ImageBoxes:
 def _types(phrase: dict[str, Any]) -> tuple[str, ...]:
     """The phrase's types ("people", "clothing", ...), if the file tells them."""
     types = phrase.get("phrase_type")
-    return tuple(name for name in types if type(name) is str) if type(types) is list else ()
+    return tuple(filter(is_text, types)) if type(types) is list else ()
 
 
 def _phrases(sentences: dict[str, Any], image_id: str, file: str, problems: Problems) -> Iterator[tuple[str, Any]]:

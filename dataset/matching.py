@@ -7,7 +7,17 @@ cannot match has nothing to explain.
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.expressions import EntryProblem, Problems, check_images, clean_text, locate, require
+from dataset.expressions import (
+    SURROGATE,
+    EntryProblem,
+    Problems,
+    check_images,
+    clean_text,
+    is_text,
+    locate,
+    require,
+    shown,
+)
 from dataset.reading import DataError, load_json
 
 MAX_WORDS = 50  # of a text, as of training's captions
@@ -44,8 +54,11 @@ def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[Pai
             match = require(row, "match", int)
             if match not in (0, 1):
                 raise EntryProblem("key 'match' must be 0 or 1", f"found {match}")
-            text = clean_text(require(row, "text", str), MAX_WORDS)
-            found.append((Pair(image, text, bool(match), str(row.get("kind", "pair"))), where))
+            text = clean_text(require(row, "text", str), MAX_WORDS, file, where, problems)
+            kind = str(row.get("kind", "pair"))
+            if not is_text(kind):
+                raise EntryProblem(f"key 'kind' {SURROGATE}", shown(kind))
+            found.append((Pair(image, text, bool(match), kind), where))
         except EntryProblem as problem:
             problems.add(where, problem)
     return found

@@ -9,7 +9,7 @@ from typing import Any
 from PIL import Image
 
 from dataset.images import decode, opened
-from utils import UserError
+from utils import UserError, decode_text, parse_json
 
 SKIP = " (--skip_broken goes on without it)"
 
@@ -18,14 +18,25 @@ class DataError(UserError):
     """A data file or entry that cannot be used; the message names the file, the entry and the remedy."""
 
 
-def load_json(path: str | Path, kind: type) -> Any:
-    """Read a JSON file whose top level is a `kind` (list or dict); raises `DataError`."""
+def read_text(path: str | Path, named_by: str) -> str:
+    """`decode_text` of a file; raises `DataError`, with `named_by` as what to check in the config."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
+        return decode_text(Path(path).read_bytes())
     except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path in the config") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}); check {named_by} in the config") from error
+    except ValueError as error:
+        raise DataError(f"{path}: not a text file ({error})") from error
+
+
+def load_json(path: str | Path, kind: type) -> Any:
+    """Read a JSON file whose top level is a `kind` (list or dict); raises `DataError`, for a repeated key as well."""
+    text = read_text(path, "the path")
+    try:
+        value = parse_json(text)
+    except json.JSONDecodeError as error:
         raise DataError(f"{path}: not valid JSON ({error}); is the file complete?") from error
+    except ValueError as error:
+        raise DataError(f"{path}: {error}") from error
     if not isinstance(value, kind):
         raise DataError(f"{path}: expected a JSON {kind.__name__}, found a {type(value).__name__}")
     return value

@@ -19,6 +19,7 @@ from dataset.expressions import (
     Problems,
     check_images,
     clean_text,
+    is_text,
     locate,
     parse_boxes,
     require,
@@ -41,15 +42,19 @@ SAFE_GLOBALS = {
 }
 
 
+Table = dict[Any, dict[str, Any]]  # rows by id
+
+
 class Refer(NamedTuple):
     """One REFER data set, rows as they stand in the files: refs by ref_id, annotations and images by id.
 
-    `categories` are names by id; a file need not have any.
+    The ids are integers, but for RefCLEF's annotations, which have strings ("8756_2"). `categories` are names by id; a
+    file need not have any.
     """
 
-    refs: dict[int, dict[str, Any]]
-    annotations: dict[int, dict[str, Any]]
-    images: dict[int, dict[str, Any]]
+    refs: Table
+    annotations: Table
+    images: Table
     categories: dict[int, str]
     refs_file: Path
     instances_file: Path
@@ -66,8 +71,12 @@ class Reading(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """What an entry of a test file says; `split` is its own, or None where the ref's counts."""
+    """What an entry of a test file says; `split` is its own, or None where the ref's counts.
 
+    `name` is its image as it is written there; `image` is where that is.
+    """
+
+    name: str
     image: Path
     text: str
     ref_id: int
@@ -144,7 +153,7 @@ def read_items(file: str, reading: Reading, problems: Problems) -> list[Item]:
     for index, row in enumerate(load_json(file, list)):
         where = f"{file}: entry {index}"
         try:
-            entry = _entry(row, reading)
+            entry = _entry(row, reading, file, where, problems)
         except EntryProblem as problem:
             problems.add(where, problem)
             continue
@@ -157,11 +166,11 @@ def read_items(file: str, reading: Reading, problems: Problems) -> list[Item]:
     return items
 
 
-def _entry(row: Any, reading: Reading) -> Entry:
-    image = locate(reading.image_root, require(row, "image", str))
-    text = clean_text(require(row, "text", str), MAX_WORDS)
-    ref_id = require(row, "ref_id", int)
-    return Entry(image, text, ref_id, require(row, "split", str) if reading.entry_split else None)
+def _entry(row: Any, reading: Reading, file: str, where: str, problems: Problems) -> Entry:
+    name, text, ref_id = require(row, "image", str), require(row, "text", str), require(row, "ref_id", int)
+    image = locate(reading.image_root, name)
+    split = require(row, "split", str) if reading.entry_split else None
+    return Entry(name, image, clean_text(text, MAX_WORDS, file, where, problems), ref_id, split)
 
 
 def _expression(entry: Entry, reading: Reading, refer: Refer) -> Expression:
@@ -171,7 +180,7 @@ def _expression(entry: Entry, reading: Reading, refer: Refer) -> Expression:
             f"ref_id is not in {refer.refs_file}; check that refcoco_data belongs to the test file",
             f"ref_id {entry.ref_id}",
         )
-    record: dict[str, Any] = {"image_path": str(entry.image)}
+    record: dict[str, Any] = {"image_path": entry.name}
     split = ref["split"]
     if entry.split is not None:
         record["split"] = entry.split
@@ -184,7 +193,7 @@ def _expression(entry: Entry, reading: Reading, refer: Refer) -> Expression:
         boxes=reference_box(ref, refer),
         record=record,
         detections=_detections(ref["image_id"], reading) if reading.det_file else None,
-        size=_stated_size(refer.images.get(ref["image_id"], {})),
+        size=_stated_size(refer.images.get(ref["image_id"], {}), refer),
         categories=_category(ref, refer),
     )
 
@@ -217,9 +226,14 @@ def _detections(image_id: int, reading: Reading) -> np.ndarray:
     return parse_boxes(reading.detections[key], f"{reading.det_file}: the image's detections")
 
 
-def _stated_size(image: dict[str, Any]) -> tuple[int, int] | None:
+def _stated_size(image: dict[str, Any], refer: Refer) -> tuple[int, int] | None:
     height, width = image.get("height"), image.get("width")
-    return (height, width) if type(height) is int and type(width) is int else None
+    if type(height) is not int or type(width) is not int:
+        return None
+    if min(height, width) < 1:
+        kind = f"{refer.instances_file}: 'height' and 'width' of the ref's image must be positive; correct its entry"
+        raise EntryProblem(kind, f"image_id {image['id']}, found {height} and {width}")
+    return height, width
 
 
 def refer_files(folder: Path, split_by: str) -> tuple[Path, Path]:
@@ -236,35 +250,45 @@ def load_refer(folder: Path, split_by: str) -> Refer:
     return Refer({ref["ref_id"]: ref for ref in refs}, *tables, refs_file, instances_file)
 
 
-Table = dict[int, dict[str, Any]]  # rows by id
-
-
 def read_instances(path: Path, problems: Problems) -> tuple[Table, Table, dict[int, str]]:
-    """Annotations, images and names of categories by id; notes rows without one. Raises `DataError` for the file."""
+    """Annotations, images and names of categories by id; notes rows without one, and rows that share one.
+
+    Raises:
+        DataError: for the file itself.
+    """
     instances = load_json(path, dict)
     for key in ("annotations", "images"):
         if not isinstance(instances.get(key), list):
             raise DataError(f"{path}: key '{key}' must be a list; is this REFER's instances.json?")
-    annotations = by_id(instances["annotations"], f"{path}: annotations entry", problems)
-    images = by_id(instances["images"], f"{path}: images entry", problems)
+    annotations = by_id(instances["annotations"], f"{path}: annotations entry", problems, int, str)
+    images = by_id(instances["images"], f"{path}: images entry", problems, int)
     return annotations, images, _category_names(instances.get("categories"))
 
 
 def _category_names(rows: Any) -> dict[int, str]:
     """Names by id of COCO's `categories`; rows without them are passed over, since nothing depends on them."""
     found = [(row.get("id"), row.get("name")) for row in rows if isinstance(row, dict)] if type(rows) is list else []
-    return {number: name for number, name in found if type(number) is int and type(name) is str}
+    return {number: name for number, name in found if type(number) is int and is_text(name)}
 
 
-def by_id(rows: list[Any], source: str, problems: Problems) -> Table:
-    """Rows by their key 'id'; notes those without one, each as `source` and its index."""
-    table = {}
+def by_id(rows: list[Any], source: str, problems: Problems, *kinds: type) -> Table:
+    """Rows by their key 'id', of a type of `kinds`; notes those that `_put` refuses, each as `source` and its index."""
+    table: Table = {}
     for index, row in enumerate(rows):
         try:
-            table[require(row, "id", int)] = row
+            _put(table, row, "id", *kinds)
         except EntryProblem as problem:
             problems.add(f"{source} {index}", problem)
     return table
+
+
+def _put(table: Table, row: Any, key: str, *kinds: type) -> None:
+    """Add a row by its id; raises `EntryProblem` when it has none, or that of an earlier row, which would be lost."""
+    row_id = require(row, key, *kinds)
+    if row_id in table:
+        kind = f"an earlier entry has the same {key}, and only one can be meant; were two data sets joined?"
+        raise EntryProblem(kind, f"{key} {row_id}")
+    table[row_id] = row
 
 
 def load_refs(path: Path) -> list[dict[str, Any]]:
@@ -273,7 +297,8 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
     Nothing in the pickle is executed: it may hold plain values and containers only.
 
     Raises:
-        DataError: the file is missing or no such pickle, names anything else, or a ref lacks one of these keys.
+        DataError: the file is missing or no such pickle, names anything else, a ref lacks one of these keys, or two
+            have one ref_id.
     """
     problems = Problems()
     refs = read_refs(path, problems)
@@ -282,7 +307,7 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
 
 
 def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
-    """As `load_refs`, but refs that lack a key are noted and left out."""
+    """As `load_refs`, but refs that lack a key or repeat a ref_id are noted and left out."""
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -293,15 +318,15 @@ def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
     refs = _unpickle(data, path)
     if not isinstance(refs, list):
         raise DataError(f"{path}: expected a pickled list of refs, found a {type(refs).__name__}")
-    usable = []
+    usable: Table = {}
     for index, ref in enumerate(refs):
         try:
-            for key, kind in (("ref_id", int), ("ann_id", int), ("image_id", int), ("split", str)):
-                require(ref, key, kind)
-            usable.append(ref)
+            for key, *kinds in (("ann_id", int, str), ("image_id", int), ("split", str)):
+                require(ref, str(key), *kinds)
+            _put(usable, ref, "ref_id", int)
         except EntryProblem as problem:
             problems.add(f"{path}: ref {index}", problem)
-    return usable
+    return list(usable.values())
 
 
 class _PlainUnpickler(pickle.Unpickler):

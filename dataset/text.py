@@ -1,6 +1,8 @@
 """Captions: cleaning them, mirroring them, turning them into token ids (SPEC section 2; ALBEF, arXiv 2107.07651)."""
 
+import os
 import re
+import unicodedata
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,11 +13,12 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
-from utils import UserError, log
+from utils import UserError, decode_text, log
 
 DELETED = ",.'!?\"()*#:;~"
 CHARACTERS = str.maketrans("-/", "  ", DELETED)
 MIRRORED = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
+NORMALIZER = BertNormalizer(lowercase=True)
 VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")  # in order of preference
 
 
@@ -29,6 +32,14 @@ def clean_caption(text: str, max_words: int) -> str:
     text = text.lower().translate(CHARACTERS).replace("<person>", "person")
     text = re.sub(r"\s\s+", " ", text).rstrip("\n").strip(" ")
     return " ".join(text.split(" ")[:max_words])
+
+
+def has_content(text: str) -> bool:
+    """Whether the model reads anything but [CLS] of a cleaned text: not of white space, of marks without a letter, or
+    of characters that are invisible, control codes or unassigned."""
+    if re.search("[a-z0-9]", text):
+        return True
+    return any(not (c.isspace() or unicodedata.category(c)[0] == "C") for c in NORMALIZER.normalize_str(text))
 
 
 def swap_left_right(text: str) -> str:
@@ -64,7 +75,8 @@ class Tokenizer:
     def __init__(self, pieces: tokenizers.Tokenizer, source: str) -> None:
         self.pieces = pieces
         self.source = source
-        self.vocab_size = pieces.get_vocab_size()
+        # one more than the last id: a tokenizer.json may leave ids out
+        self.vocab_size = max(pieces.get_vocab().values(), default=-1) + 1
         self.pad_id = self._special("[PAD]")
         self.cls_id = self._special("[CLS]")
         self.mask_id = self._special("[MASK]")
@@ -144,27 +156,35 @@ def load_tokenizer(text_encoder: str) -> Tokenizer:
         return Tokenizer(_word_pieces(path), str(path))
     except UserError:
         raise
-    except Exception as error:  # tokenizers raises plain Exception for a file that it cannot read
+    except BaseException as error:  # tokenizers raises plain Exception for a file that it cannot read, or panics
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
         raise UserError(f"{path}: cannot be read as a vocabulary ({error}); is the file complete?") from error
 
 
 def _word_pieces(path: Path) -> tokenizers.Tokenizer:
+    text = decode_text(path.read_bytes())
     if path.suffix == ".json":
-        pieces = tokenizers.Tokenizer.from_file(str(path))
+        pieces = tokenizers.Tokenizer.from_str(text)
         pieces.no_truncation()
         pieces.no_padding()
         return pieces
-    with open(path, encoding="utf-8") as file:
-        vocabulary = {line.rstrip("\n"): index for index, line in enumerate(file)}
+    vocabulary: dict[str, int] = {}
+    for index, piece in enumerate(text.rstrip("\n").split("\n")):
+        if vocabulary.setdefault(piece, index) != index:
+            raise UserError(
+                f"{path}: line {index + 1} repeats {piece!r:.60} of line {vocabulary[piece] + 1}, so that its id would "
+                f"be {vocabulary[piece]} or {index}; every line of a vocabulary must differ: get the file anew"
+            )
     pieces = tokenizers.Tokenizer(WordPiece(vocabulary, unk_token="[UNK]"))
-    pieces.normalizer = BertNormalizer(lowercase=True)
+    pieces.normalizer = NORMALIZER
     pieces.pre_tokenizer = BertPreTokenizer()
     return pieces
 
 
 def _find_vocabulary(text_encoder: str) -> Path:
     folder = Path(text_encoder)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # False, too, for a name that the system finds too long
         for name in VOCABULARY_FILES:
             if (folder / name).is_file():
                 return folder / name

@@ -1,5 +1,6 @@
 """AMC training data: JSON entries {"image", "caption", "bbox"} -> samples -> batches (Visual Genome in the paper)."""
 
+import difflib
 import os
 import warnings
 from collections.abc import Sequence
@@ -13,11 +14,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from config import PretrainConfig
-from dataset.expressions import EntryProblem, Problems, first_of, is_box, locate, require
+from dataset.expressions import SURROGATE, EntryProblem, Problems, first_of, is_box, is_text, locate, require, shown
 from dataset.reading import DataError, load_json, read_image
-from dataset.text import Tokenizer, clean_caption
+from dataset.text import Tokenizer, clean_caption, has_content
 from dataset.transforms import augment_for_albef, augment_for_amc, normalise
 from utils import gather_objects, log
+
+KEYS = ("image", "caption", "bbox")  # of an entry
+NO_BOXES = "add_gcam is True, but no entry has boxes for AMC to learn from; is their key spelled 'bbox'?"
 
 
 class Sample(NamedTuple):
@@ -55,6 +59,8 @@ class TrainingData(Dataset[Sample]):
         self.epoch = 0
         self.skip_broken = skip_broken
         self.entries = [entry for file in config.train_file for entry in load_entries(file, config)]
+        if config.add_gcam and not any(entry.boxes for entry in self.entries):
+            log(f"warning: {NO_BOXES}")
         _check_images(self.entries, skip_broken)
         # One flag an entry, in shared memory: the loader's workers set them, the training process counts them.
         self.broken = torch.zeros(len(self.entries), dtype=torch.bool).share_memory_()
@@ -122,41 +128,75 @@ def load_entries(file: str | Path, config: PretrainConfig) -> list[Entry]:
         DataError: the file or entries of it cannot be used; all kinds of problems of the entries in one message.
     """
     problems = Problems()
-    entries = read_entries(file, config.image_root, config.max_words, problems)
+    entries = read_entries(file, config.image_root, config.max_words, problems, config.empty_captions)
     problems.check()
     return entries
 
 
-def read_entries(file: str | Path, image_root: str, max_words: int, problems: Problems) -> list[Entry]:
-    """The entries of one training JSON that can be used; notes the others. Raises `DataError` for the file itself."""
+def read_entries(
+    file: str | Path, image_root: str, max_words: int, problems: Problems, empty_captions: str = "keep"
+) -> list[Entry]:
+    """The entries of one training JSON that can be used; notes the others, and captions of which nothing is left.
+
+    Args:
+        empty_captions: as in `PretrainConfig`.
+
+    Raises:
+        DataError: for the file itself, or when it has no entries.
+    """
     rows = load_json(file, list)
-    if not rows:
-        raise DataError(f"{file}: holds no entries")
     entries = []
+    remedy = {"keep": "they stay, and the model reads [CLS] alone", "drop": "they are left out"}[empty_captions]
+    empty = f"{file}: captions of which nothing is left once cleaned; as empty_captions says, {remedy}"
     for index, row in enumerate(rows):
         image = row.get("image") if isinstance(row, dict) else None
-        source = f"{file}: entry {index}" + (f" ({image})" if isinstance(image, str) else "")
+        source = f"{file}: entry {index}" + (f" ({image})" if is_text(image) else "")
         try:
-            entries.append(_entry(row, source, image_root, max_words))
+            entry = _entry(row, source, image_root, max_words)
         except EntryProblem as problem:
             problems.add(source, problem)
+            continue
+        if not all(map(has_content, entry.captions)):
+            for text, cleaned in zip(_texts(row), entry.captions, strict=True):
+                if not has_content(cleaned):
+                    problems.warnings.add(source, EntryProblem(empty, shown(text)))
+            if empty_captions == "drop":
+                entry = entry._replace(captions=list(filter(has_content, entry.captions)))
+        if entry.captions:
+            entries.append(entry)
+    if not entries and not problems.kinds:
+        raise DataError(f"{file}: holds no entries" + (" that have a caption" if rows else ""))
     return entries
 
 
 def _entry(row: Any, source: str, image_root: str, max_words: int) -> Entry:
+    _check_spelling(row)
     image = locate(image_root, require(row, "image", str))
     if "caption" not in row:
         raise EntryProblem("key 'caption' is missing")
-    texts = row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+    texts = _texts(row)
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise EntryProblem("key 'caption' must be a string or a list of strings", f"found {row['caption']!r:.60}")
-    captions = [clean_caption(text, max_words) for text in texts]
-    if not all(captions):
-        raise EntryProblem("a caption is empty once cleaned", repr(texts[captions.index("")])[:60])
+        raise EntryProblem("key 'caption' must be a string or a list of strings", f"found {shown(row['caption'])}")
+    if not all(map(is_text, texts)):
+        raise EntryProblem(f"key 'caption' {SURROGATE}", shown(row["caption"]))
     boxes = row.get("bbox", [])
     if not isinstance(boxes, list) or not all(map(is_box, boxes)):
-        raise EntryProblem("key 'bbox' must be a list of [x1, y1, x2, y2]", f"found {boxes!r:.60}")
-    return Entry(image, captions, boxes, source)
+        raise EntryProblem("key 'bbox' must be a list of [x1, y1, x2, y2]", f"found {shown(boxes)}")
+    return Entry(image, [clean_caption(text, max_words) for text in texts], boxes, source)
+
+
+def _texts(row: dict[str, Any]) -> list[Any]:
+    return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+
+
+def _check_spelling(row: Any) -> None:
+    """Raise `EntryProblem` where a key is missing, and another looks like it; files may have keys of their own."""
+    if not isinstance(row, dict) or len(row) <= sum(key in row for key in KEYS):
+        return
+    others = {other.lower(): other for other in row if other not in KEYS}
+    for key in KEYS:
+        if key not in row and (close := difflib.get_close_matches(key, others, n=1, cutoff=0.65)):
+            raise EntryProblem(f"unknown key {shown(others[close[0]])}; did you mean '{key}'?")
 
 
 def _check_images(entries: list[Entry], skip_broken: bool) -> None:

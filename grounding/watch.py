@@ -21,6 +21,7 @@ from PIL import Image
 from config import ConfigError
 from dataset.photos import read_photo
 from dataset.reading import DataError, read_image
+from dataset.text import has_content
 from dataset.vg import Entry, clip_box
 from grounding.ground import clean_phrase, encode, ground
 from grounding.overlay import overlay, pixels
@@ -133,6 +134,8 @@ def watched_pairs(pairs: Sequence[tuple[str, str]]) -> list[Watched]:
 def watched_entries(entries: Sequence[Entry], skip_broken: bool = False, count: int = SHOWN_ENTRIES) -> list[Watched]:
     """The first captions of entries at equal distances through the training data, of those with boxes if any has.
 
+    Entries with no caption that holds anything are passed over.
+
     Args:
         skip_broken: take the next entry in place of one whose image cannot be read.
 
@@ -144,6 +147,9 @@ def watched_entries(entries: Sequence[Entry], skip_broken: bool = False, count: 
     watched = []
     for start, end in itertools.pairwise(starts):
         for entry in suitable[start:end]:
+            phrase = next(filter(has_content, entry.captions), None)
+            if phrase is None:
+                continue
             try:
                 image = read_image(entry.image, entry.source)
             except DataError:
@@ -152,7 +158,7 @@ def watched_entries(entries: Sequence[Entry], skip_broken: bool = False, count: 
                 continue
             clipped = (clip_box(box, image.height, image.width) for box in entry.boxes)
             truth = tuple((x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in filter(None, clipped))
-            watched.append(Watched(image, entry.captions[0], truth))
+            watched.append(Watched(image, phrase, truth))
             break
     return watched
 

@@ -73,7 +73,52 @@ def wrong_type_of_box() -> Problem:
 def empty_text() -> Problem:
     file = f"{REFCLEF}/refclef_val.json"
     edit(file, lambda rows: rows[1].update(text="?!"))
-    return Problem("error", file, "the expression is empty once cleaned", [f"{file}: entry 1 ('?!')"])
+    kind = f"{file}: nothing is left of a text once cleaned; it stays, and the model reads [CLS] alone"
+    return Problem("warning", file, kind, [f"{file}: entry 1 ('?!')"])
+
+
+def empty_caption() -> Problem:
+    edit(PHRASES, lambda rows: rows[2].update(caption="\u200b"))
+    kind = f"{PHRASES}: captions of which nothing is left once cleaned; as empty_captions says, they stay"
+    where = f"{PHRASES}: entry 2 ({load(PHRASES)[2]['image']}) ('\\u200b')"
+    return Problem("warning", PHRASES, kind, [where])
+
+
+def lone_surrogate() -> Problem:
+    file = f"{SCENES}/matching_testB.json"
+    edit(file, lambda rows: rows[4].update(text="red \ud800 star"))
+    return Problem(
+        "error", file, "key 'text' holds half of a surrogate pair", [f"{file}: entry 4 ('red \\ud800 star')"]
+    )
+
+
+def misspelt_key() -> Problem:
+    edit(PHRASES, lambda rows: rows.append({"image": "000000.jpg", "caption": "a star", "bboxes": [[1, 2, 3, 4]]}))
+    where = f"{PHRASES}: entry {len(load(PHRASES)) - 1} (000000.jpg)"
+    return Problem("error", PHRASES, "unknown key 'bboxes'; did you mean 'bbox'?", [where])
+
+
+def repeated_annotation() -> Problem:
+    file = f"{REFCLEF}/instances.json"
+    edit(file, lambda tables: tables["annotations"].append({**tables["annotations"][0], "bbox": [0, 0, 1, 1]}))
+    tables = load(file)
+    where = f"{file}: annotations entry {len(tables['annotations']) - 1} (id {tables['annotations'][0]['id']})"
+    return Problem("error", file, "an earlier entry has the same id", [where])
+
+
+def repeated_ref() -> Problem:
+    file = Path(f"{REFCOCO}/refs(unc).p")
+    refs = pickle.loads(file.read_bytes())
+    file.write_bytes(pickle.dumps([*refs, {**refs[0], "image_id": refs[1]["image_id"]}]))
+    where = f"{file}: ref {len(refs)} (ref_id {refs[0]['ref_id']})"
+    return Problem("error", str(file), "an earlier entry has the same ref_id", [where])
+
+
+def height_of_nothing() -> Problem:
+    file = f"{FLICKR}/bounding_boxes_test.json"
+    edit(file, lambda rows: rows["200003"].update(height=0))
+    where = f"{file}: image 200003 (found 0 and {load(file)['200003']['width']})"
+    return Problem("error", file, "keys 'height' and 'width' must be the image's pixels", [where])
 
 
 def missing_split() -> Problem:
@@ -258,7 +303,7 @@ def image_without_boxes_entry() -> Problem:
 def repeated_id() -> Problem:
     file = f"{FLICKR}/val.txt"
     Path(file).write_text(Path(file).read_text() + "100003\n")
-    return Problem("warning", file, "the image id is listed more than once", [f"{file}: image 100003"])
+    return Problem("error", file, "the image id is listed more than once", [f"{file}: image 100003 (2 times)"])
 
 
 def repeated_training_entry() -> Problem:
@@ -290,6 +335,12 @@ DAMAGE: list[Callable[[], Problem]] = [
     wrong_type,
     wrong_type_of_box,
     empty_text,
+    empty_caption,
+    lone_surrogate,
+    misspelt_key,
+    repeated_annotation,
+    repeated_ref,
+    height_of_nothing,
     missing_split,
     sentence_without_phrases,
     neither_true_nor_false,

@@ -665,7 +665,7 @@ def test_training_configs(
 
 
 def test_amc_needs_boxes(small: Path, check: Callable[..., Outcome]) -> None:
-    edit("train.json", lambda rows: [row.update(box=row.pop("bbox")) for row in rows])
+    edit("train.json", lambda rows: [row.update(regions=row.pop("bbox")) for row in rows])
     status, out = check("some.yaml", "--json")
     (problem,) = json.loads(out)["problems"]
     assert (status, problem["level"], problem["file"], problem["first"]) == (0, "warning", "some.yaml", ["some.yaml"])

@@ -1,5 +1,6 @@
 """Configuration: what users' files hold loads, and what does not load is named."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -109,7 +110,7 @@ def assert_published_recipe(config: PretrainConfig) -> None:
     assert (config.image_res, config.batch_size, config.mask_size, config.max_words) == (256, 64, 256, 50)
     assert (config.mlm_probability, config.max_tokens) == (0.15, 25)
     assert (config.phrase_input, config.add_gcam, config.mask_all, config.vit_init) == (True, True, False, None)
-    assert config.negative_sharpness == 1
+    assert (config.negative_sharpness, config.empty_captions) == (1, "keep")
     schedule = config.schedular
     assert (schedule.sched, schedule.epochs, schedule.warmup_epochs, schedule.cooldown_epochs) == ("cosine", 30, 20, 0)
     assert (schedule.lr, schedule.min_lr, schedule.warmup_lr, schedule.decay_rate) == (1e-5, 1e-6, 1e-6, 1)
@@ -303,6 +304,12 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("{", "not valid JSON"),
+        (
+            '{"fusion_layer": 6, "encoder_width": 8, "fusion_layer": 7}',
+            "an object holds the key 'fusion_layer' more than",
+        ),
+        ("[" * 100_000, "nested too deeply"),
+        ("9" * 5000, "an integer has thousands of digits"),
         ("[]", "config_bert.json: key '"),
         ('{"encoder_width": 8}', "key 'fusion_layer' is missing"),
         ('{"fusion_layer": "six", "encoder_width": 8}', "key 'fusion_layer'"),
@@ -322,6 +329,33 @@ def test_bert_config_may_hold_more_than_we_read(tmp_path: Path) -> None:
     path = tmp_path / "config_bert.json"
     path.write_text(json.dumps({"fusion_layer": 2, "encoder_width": 8, "use_cache": True, "architectures": ["x"]}))
     assert load_bert_config(path) == BertConfig(fusion_layer=2, encoder_width=8)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_byte_order_marks_and_line_ends_change_nothing(tmp_path: Path, encoding: str) -> None:
+    expected = pretrain(tmp_path)
+    text = "\ufeff" + RELEASED_PRETRAIN.replace("\n", "\r\n")
+    (tmp_path / "some.yaml").write_bytes(text.encode(encoding))
+    assert load_config(tmp_path / "some.yaml", PretrainConfig) == expected
+    text = '\ufeff{"fusion_layer": 2,\r\n"encoder_width": 8}\r\n'
+    (tmp_path / "bert.json").write_bytes(text.encode(encoding))
+    assert load_bert_config(tmp_path / "bert.json") == BertConfig(fusion_layer=2, encoder_width=8)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 3000, "{a: " * 3000, "? [a]\n: b", "!!python/object:os.system {}", "!!binary [1]"]
+)
+def test_odd_yaml_is_one_message(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"some\.yaml: "):
+        pretrain(tmp_path, text)
+    with pytest.raises(ConfigError, match=r"--set alpha=.*not a valid YAML value|key 'alpha'"):
+        pretrain(tmp_path, overrides=[f"alpha={text}"])
+
+
+def test_a_compressed_config_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "some.yaml").write_bytes(gzip.compress(RELEASED_PRETRAIN.encode()))
+    with pytest.raises(ConfigError, match=r"some\.yaml: not a text file \(it is compressed by gzip: unpack it first"):
+        load_config(tmp_path / "some.yaml", PretrainConfig)
 
 
 def test_config_cannot_be_changed_afterwards(tmp_path: Path) -> None:
@@ -411,6 +445,7 @@ def test_saved_config_holds_the_defaults_too(tmp_path: Path) -> None:
         (AugmentConfig, "augment.flip_words", "keep", "swap"),
         (AugmentConfig, "augment.jitter", "release", "standard"),
         (PretrainConfig, "mlm_distill_axis", "sequence", "vocabulary"),
+        (PretrainConfig, "empty_captions", "keep", "drop"),
     ],
 )
 def test_quirks_have_two_values_and_the_shipped_config_names_the_release_s(

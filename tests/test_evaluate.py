@@ -511,7 +511,9 @@ def test_matching_is_decided_at_one_half(
     [
         ([{"image": "a.jpg", "text": "cat", "match": 2}], r"must be 0 or 1.*\n.*pairs\.json: entry 0 \(found 2"),
         ([{"image": "a.jpg", "text": "cat"}], r"key 'match' is missing"),
-        ([{"image": "a.jpg", "text": "...", "match": 1}], r"empty once cleaned"),
+        ([{"image": "a.jpg", "text": "\ud800", "match": 1}], r"key 'text' holds half of a surrogate pair"),
+        ([{"image": "a.jpg", "text": "a", "match": 1, "kind": "\ud800"}], r"key 'kind' holds half of a surrogate pair"),
+        ([{"image": "x" * 300, "text": "a", "match": 1}], r"does not exist; check image_root"),
         ([{"image": "b.jpg", "text": "cat", "match": 1}], r"does not exist; check image_root"),
         ([], r"holds no pairs"),
     ],
@@ -521,6 +523,24 @@ def test_broken_pairs(rows: list[Any], message: str, tmp_path: Path) -> None:
     (tmp_path / "a.jpg").touch()
     with pytest.raises(DataError, match=message):
         load_pairs(str(tmp_path / "pairs.json"), str(tmp_path))
+
+
+@pytest.mark.parametrize("mode", ["itm", "itc"])
+def test_texts_without_content_are_evaluated_as_cls_alone(mode: str, place: Path, tmp_path: Path) -> None:
+    test, pairs = tmp_path / "test.json", tmp_path / "pairs.json"
+    rows = json.loads((place / "data" / "refer" / "refclef" / "refclef_val.json").read_text())
+    rows[0]["text"], rows[1]["text"] = "?!", "\u200b"
+    test.write_text(json.dumps(rows))
+    pairs.write_text(json.dumps([{"image": rows[0]["image"], "text": ".", "match": 1}]))
+    words = ["--set", f"test_file=[{test}]", "--set", f"matching_file=[{pairs}]", "--gradcam_mode", mode]
+    evaluate(REFCLEF, place, tmp_path / "out", *words, "--block_num", "1", "--report", checkpoint=ONE)
+    found = results(tmp_path / "out")
+    assert len(found) == len(rows)
+    for record, row in zip(found, rows, strict=True):
+        assert record["image_path"] == row["image"]
+        assert record["pred"].shape == (3, 3)
+        assert bool(record["pred"].isfinite().all())
+    assert log(tmp_path / "out")[1]["pairs"] in (0.0, 1.0)
 
 
 # ---- parts

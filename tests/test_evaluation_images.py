@@ -40,6 +40,8 @@ def test_images_of_refclef_are_not_cocos(tmp_path: Path) -> None:
     )
     found = read_evaluation_images(path)
     assert (found.coco, found.flickr, found.unknown) == (set(), set(), 2)
+    path.write_bytes(pickle.dumps([{**ref(42, "val", "42.jpg"), "ann_id": "42_1"}]))  # as they are in the real files
+    assert read_evaluation_images(path).unknown == 1
 
 
 def test_images_of_expressions(tmp_path: Path) -> None:
@@ -72,6 +74,8 @@ def test_images_of_flickr30k(tmp_path: Path) -> None:
         ("test.json", '[{"image": "a"}, {"text": "b"}]', r"test\.json: entry 1: key 'image' is missing"),
         ("test.json", '[{"image": "a", "split": 3}]', r"test\.json: entry 0: key 'split' must be of type str found 3"),
         ("test.json", "{}", "expected a JSON list"),
+        ("test.json", '[{"image": "a", "image": "b"}]', r"test\.json: an object holds the key 'image' more than once"),
+        ("test.txt", "12\n13\n12\n", r"image id is listed more than once.*\n.*test\.txt: image 12 \(2 times\)"),
         ("refs(unc).p", "no pickle", "not a readable pickle"),
         ("test.csv", "", r"test\.csv: expected REFER's refs"),
         (None, "", r"absent\.txt: no such file"),

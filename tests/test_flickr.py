@@ -1,5 +1,6 @@
 """Reading Flickr30k Entities in info-ground's form: order, boxes, splits, and what each broken file says."""
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -148,6 +149,16 @@ IMAGE = BOXES["11"]
         ({}, r"the image id has no entry; check that phrase_box_file .*\n.*boxes\.json: image 11"),
         ({"11": {"boxes": {}, "height": 48}}, r"key 'width' is missing - 1 found:\n.*boxes\.json: image 11"),
         ({"11": {**IMAGE, "height": "48"}}, r"key 'height' must be of type int.*\n.*\(found '48'\)"),
+        *(
+            (
+                {"11": {**IMAGE, "height": height}},
+                r"'height' and 'width' must be the image's pixels.*\n.*image 11 \(found ",
+            )
+            for height in (0, -48, 65_536, 10**18)
+        ),
+        ({"11": {**IMAGE, "width": 0}}, r"'height' and 'width' must be .*\n.*\(found 48 and 0\)"),
+        ({"11": {**IMAGE, "height": 10**400}}, r"key 'height' must be of type int.*\n.*\(found 1000"),
+        ({"11": {**IMAGE, "boxes": {"1": [[1, 2, 3, 10**400]]}}}, r"boxes of a phrase id must be a list of boxes"),
         ({"11": {**IMAGE, "boxes": [1]}}, r"key 'boxes' must be of type dict"),
         ({"11": {**IMAGE, "boxes": {"1": [1, 2, 3, 4]}}}, r"boxes of a phrase id must be a list of boxes"),
         ({"11": {**IMAGE, "boxes": {}}}, r"test\.txt: no phrase has boxes; do the files match\?"),
@@ -170,8 +181,8 @@ def test_broken_boxes(root: Path, boxes: Any, message: str) -> None:
             r"'phrase_id' must be of type str.*\n.*phrase 1 ",
         ),
         (
-            {"11": [{"phrases": [phrase("...", "1")]}]},
-            r"empty once cleaned.*\n.*sentence 0, phrase 0 \('\.\.\.'",
+            {"11": [{"phrases": [phrase("a \udfff", "1")]}]},
+            r"'phrase' holds half of a surrogate pair.*\n.*sentence 0, phrase 0 \('a \\udfff'",
         ),
         ({"11": [{"phrases": [{"phrase_id": "1"}]}]}, r"key 'phrase' is missing"),
         ({"11": ["cat"]}, r"an entry must be an object.*\n.*image 11, sentence 0 \(found a str\)"),
@@ -181,6 +192,45 @@ def test_broken_sentences(root: Path, sentences: Any, message: str) -> None:
     (root / "sentences.json").write_text(json.dumps(sentences))
     with pytest.raises(DataError, match=message):
         load(root)
+
+
+@pytest.mark.parametrize("name", ["boxes.json", "sentences.json"])
+@pytest.mark.parametrize(("key", "again"), [("11", '"11": {}, "11"'), ("phrase_id", '"phrase_id": "9", "phrase_id"')])
+def test_a_repeated_key_is_named(root: Path, name: str, key: str, again: str) -> None:
+    text = (root / name).read_text()
+    if key == "phrase_id" and name == "boxes.json":
+        key, again = "2", '"2": [], "2"'
+    (root / name).write_text(text.replace(f'"{key}":', f"{again}:", 1))
+    with pytest.raises(DataError, match=rf"{name}: an object holds the key '{key}' more than once"):
+        load(root)
+
+
+def test_an_image_id_that_is_listed_twice_would_count_twice(root: Path) -> None:
+    (root / "test.txt").write_text("11\r\n12\r\n11\r\n")
+    match = r"image id is listed more than once; .* - 1 found:\n  .*test\.txt: image 11 \(2 times\)"
+    for read in (lambda: load(root), lambda: load_ids(str(root / "test.txt"))):
+        with pytest.raises(DataError, match=match):
+            read()
+
+
+def test_a_phrase_without_content_stays_and_is_counted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    phrases = [phrase("...", "1"), phrase("the dog", "1"), phrase("\u200b", "3")]  # the last has no boxes
+    (root / "sentences.json").write_text(json.dumps({"11": [{"phrases": phrases}]}))
+    assert [expression.text for expression in load(root)] == ["", "the dog"]
+    file = root / "sentences.json"
+    assert capsys.readouterr().out == (
+        f"warning: {file}: nothing is left of a text once cleaned; it stays, and the model reads [CLS] alone"
+        f" - 1 found:\n  {file}: image 11, sentence 0, phrase 0 ('...')\n"
+    )
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_files_of_windows_editors(root: Path, encoding: str) -> None:
+    expected = [expression.text for expression in load(root)]
+    for name in ("test.txt", "boxes.json", "sentences.json"):
+        text = (root / name).read_text().replace('", ', '",\n').strip() + "\n"
+        (root / name).write_text(text, encoding=encoding, newline="\r\n")
+    assert [expression.text for expression in load(root)] == expected
 
 
 def test_a_missing_image_is_named_once(root: Path) -> None:
@@ -194,7 +244,14 @@ def test_a_missing_image_is_named_once(root: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"\n \n", r"ids\.txt: lists no image ids"), (b"\xff\xfe\x00", r"ids\.txt: not a text file")],
+    [
+        (b"\n \n", r"ids\.txt: lists no image ids"),
+        (b"\xef\xbb\xbf", r"ids\.txt: lists no image ids"),
+        (b"\xff\xfe\x00", r"ids\.txt: not a text file"),
+        (b"caf\xe9", r"ids\.txt: not a text file"),
+        (b"1\x001\x00", r"ids\.txt: not a text file \(it holds NUL characters"),
+        (gzip.compress(b"11"), r"ids\.txt: not a text file \(it is compressed by gzip: unpack it first"),
+    ],
 )
 def test_broken_ids(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "ids.txt").write_bytes(content)

@@ -223,8 +223,8 @@ def test_evaluation_reads_the_files(raw: Path, tmp_path: Path) -> None:
 
 
 IDS = st.integers(1, 10**6).map(str)
-WORDS = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=6).filter(
-    lambda word: word.split() == [word] and not word.startswith(("[/EN#", "\ufeff")) and not word.endswith("]")
+WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\ufeff"), min_size=1, max_size=6).filter(
+    lambda word: word.split() == [word] and not word.startswith("[/EN#") and not word.endswith("]")
 )
 TYPES = st.lists(st.sampled_from(["people", "bodyparts", "scene", "notvisual", "\u00e9"]), min_size=1, max_size=3)
 
@@ -449,7 +449,9 @@ def test_a_place_without_annotations(raw: Path, tmp_path: Path) -> None:
 
 def test_broken_split_files(raw: Path, tmp_path: Path) -> None:
     (raw / "train.txt").write_text("5\n11\n5\n")
-    with pytest.raises(DataError, match=r"train\.txt: lists image 5 2 times; leave out the repeated lines"):
+    with pytest.raises(
+        DataError, match=r"listed more than once; leave out the repeated lines.*\n.*train\.txt: image 5 \(2 times\)"
+    ):
         run(raw, "--out", tmp_path / "out")
     (raw / "train.txt").unlink()
     with pytest.raises(DataError, match=r"train\.txt: does not exist; name the files of image ids, .* by --ids"):

@@ -137,6 +137,15 @@ def test_repeated_sentences(root: Path, capsys: pytest.CaptureFixture[str], opti
     assert rows["testB"] == ["1", "5", "2", "0", "3" if once else "5"]
 
 
+def test_annotation_ids_may_be_texts(root: Path) -> None:
+    """As RefCLEF's are, "8756_2" say."""
+    expected = make(root, "refclef")
+    refs = [{**row, "ann_id": f"{row['ann_id']}_1"} for row in REFS]
+    annotations = [{**row, "id": f"{row['id']}_1"} for row in INSTANCES["annotations"]]
+    write_refer(root / "refer" / "refclef", "unc", refs, {**INSTANCES, "annotations": annotations})
+    assert make(root, "refclef") == expected
+
+
 def test_another_split_and_a_part_that_it_lacks(root: Path) -> None:
     write_refer(root / "refer" / "refcocog", "google", [REFS[1], REFS[3]], INSTANCES)
     assert make(root, "refcocog", "--split-by", "google") == {"train": TRAIN, "val": VAL, "test": []}
@@ -280,7 +289,6 @@ def test_an_image_root_without_images(root: Path) -> None:
 
 
 def test_evaluation_reads_the_lists(root: Path) -> None:
-    write_refer(root / "refer" / "refcocog", "umd", [row for row in REFS if row["ref_id"] not in (5, 3)], INSTANCES)
     make(root, "refcocog")
     (root / "images").mkdir()
     for name in COCO.values():
@@ -293,8 +301,10 @@ def test_evaluation_reads_the_lists(root: Path) -> None:
         split_by="umd",
     )
     found = [(one.text, one.ref_id, one.split) for one in expressions]
-    expected = [row for row in VAL + TEST if row["ref_id"] not in (5, 3)]
-    assert found == [(row["text"].lower(), row["ref_id"], row["split"]) for row in expected]
+    empty = {" ?! ": "", "...": ""}
+    texts = [empty.get(row["text"], row["text"].lower()) for row in VAL + TEST]
+    rows = zip(texts, VAL + TEST, strict=True)
+    assert found == [(text, row["ref_id"], row["split"]) for text, row in rows]
     assert expressions[2].boxes.tolist() == [[-3, 60.5, 100, 2]]
 
 
@@ -339,6 +349,16 @@ def test_broken_refs(root: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(DataError, match=message):
         make(root, "refclef")
     assert not (root / "out").exists()
+
+
+def test_repeated_ids(root: Path) -> None:
+    write_refer(root / "refer" / "refclef", "unc", [*REFS, {**REFS[1], "ann_id": 60}], INSTANCES)
+    with pytest.raises(DataError, match=r"an earlier entry has the same ref_id.*\n.*ref 6 \(ref_id 2\)"):
+        make(root, "refclef")
+    annotations = [*INSTANCES["annotations"], {**INSTANCES["annotations"][0], "bbox": [0, 0, 1, 1]}]
+    write_refer(root / "refer" / "refclef", "unc", REFS, {**INSTANCES, "annotations": annotations})
+    with pytest.raises(DataError, match=r"an earlier entry has the same id.*\n.*annotations entry 6 \(id 80\)"):
+        make(root, "refclef")
 
 
 def test_broken_instances(root: Path) -> None:

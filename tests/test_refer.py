@@ -13,6 +13,7 @@ import pytest
 from dataset.expressions import Expression
 from dataset.reading import DataError
 from dataset.refer import load_expressions, load_refer, load_refs
+from dataset.text import has_content
 
 REF = {"ref_id": 7, "ann_id": 70, "image_id": 700, "split": "testA", "file_name": "unreliable_7.jpg", "sentences": []}
 ANNOTATION = {"id": 70, "image_id": 700, "bbox": [10.1, 20.2, 30.3, 40.4], "category_id": 1}
@@ -60,7 +61,7 @@ def test_an_expression_of_refcoco(root: Path) -> None:
     assert expression.boxes.tolist() == [[10.1, 20.2, 30.3, 40.4]]
     assert expression.detections is not None
     assert expression.detections.tolist() == [[1, 2, 3, 4], [5.5, 6, 7, 8]]
-    assert expression.record == {"image_path": str(expression.image)}
+    assert expression.record == {"image_path": "folder/7.png"}  # the entry's own, wherever the images are
     assert expression.size == (48, 64)
 
 
@@ -68,7 +69,7 @@ def test_an_expression_of_refclef_takes_its_own_split(root: Path) -> None:
     (expression,) = load(root, entry_split=True, det_file=False)
     assert expression.split == "test"
     assert expression.detections is None
-    assert expression.record == {"image_path": str(expression.image), "split": "testC"}
+    assert expression.record == {"image_path": "folder/7.png", "split": "testC"}
 
 
 @pytest.mark.parametrize(
@@ -129,7 +130,13 @@ def without(row: dict[str, Any], key: str) -> dict[str, Any]:
     ("entries", "message"),
     [
         ([{**ENTRY, "ref_id": 99}], r"ref_id is not in .*refs\(unc\)\.p; .* - 1 found:\n.*entry 0 \(ref_id 99\)"),
-        ([ENTRY, {**ENTRY, "text": " .! "}], r"expression is empty once cleaned.*\n.*test\.json: entry 1 \(' \.! '\)"),
+        (
+            [ENTRY, {**ENTRY, "text": "red \ud800"}],
+            r"'text' holds half of a surrogate pair.*\n.*entry 1 \('red \\ud800'",
+        ),
+        ([{**ENTRY, "image": "\udc00.png"}], r"'image' holds half of a surrogate pair.*\n.*entry 0 \('\\udc00\.png'"),
+        ([{**ENTRY, "image": "x" * 300}], r"the image file does not exist; .*\n.*entry 0 \(.*xxx"),
+        ([{**ENTRY, "ref_id": 10**400}], r"key 'ref_id' must be of type int.*\n.*entry 0 \(found 1000"),
         ([{**ENTRY, "ref_id": "7"}], r"key 'ref_id' must be of type int - 1 found:\n.*entry 0 \(found '7'\)"),
         ([{**ENTRY, "ref_id": True}], r"key 'ref_id' must be of type int.*\n.*\(found True\)"),
         ([{**ENTRY, "text": ["a"]}], r"key 'text' must be of type str"),
@@ -157,7 +164,7 @@ def test_refclef_needs_a_split_in_the_entry(root: Path) -> None:
 
 
 def test_many_problems_make_one_message(root: Path) -> None:
-    entries = [{**ENTRY, "ref_id": 100 + i} for i in range(8)] + [{**ENTRY, "text": ""}, {**ENTRY, "image": "no.png"}]
+    entries = [{**ENTRY, "ref_id": 100 + i} for i in range(8)] + [{**ENTRY, "text": None}, {**ENTRY, "image": "no.png"}]
     (root / "test.json").write_text(json.dumps(entries))
     with pytest.raises(DataError) as caught:
         load(root)
@@ -165,7 +172,7 @@ def test_many_problems_make_one_message(root: Path) -> None:
     assert lines[0].endswith("- 8 found:")
     assert [line.rpartition("(")[2] for line in lines[1:6]] == [f"ref_id {100 + i})" for i in range(5)]
     assert lines[6] == "  and 3 more"
-    assert lines[7].startswith("the expression is empty once cleaned")
+    assert lines[7].startswith("key 'text' must be of type str")
     assert lines[9].startswith("the image file does not exist")
     assert len(lines) == 11
 
@@ -180,6 +187,8 @@ def test_many_problems_make_one_message(root: Path) -> None:
         ),
         ('{"700": [[1, 2, 3, NaN]]}', r"each four finite numbers"),
         ('{"700": [[1, 2, 3, "4"]]}', r"each four finite numbers"),
+        (f'{{"700": [[1, 2, 3, {10**400}]]}}', r"each four finite numbers"),
+        ('{"700": [], "7": [], "700": []}', r"dets\.json: an object holds the key '700' more than once"),
         ("[]", r"dets\.json: expected a JSON dict, found a list"),
         ("{", r"dets\.json: not valid JSON"),
     ],
@@ -196,6 +205,30 @@ def test_broken_detections(root: Path, detections: str, message: str) -> None:
         ({"images": [], "annotations": []}, r"the ref's annotation is not in .*\n.*\(ref_id 7, ann_id 70\)"),
         ({"images": [], "annotations": [without(ANNOTATION, "bbox")]}, r"'bbox' of the ref's annotation must be"),
         ({"images": [], "annotations": [without(ANNOTATION, "id")]}, r"key 'id' is missing.*\n.*annotations entry 0"),
+        (
+            {"images": [], "annotations": [ANNOTATION, {**ANNOTATION, "bbox": [0, 0, 1, 1]}]},
+            r"an earlier entry has the same id, .* - 1 found:\n.*instances\.json: annotations entry 1 \(id 70\)",
+        ),
+        (
+            {"images": [], "annotations": [ANNOTATION, *[{**ANNOTATION, "id": "7_2"}] * 2]},
+            r"an earlier entry has the same id, .* - 1 found:\n.*annotations entry 2 \(id 7_2\)",
+        ),
+        (
+            {"images": [IMAGE, {**IMAGE, "width": 5}, IMAGE], "annotations": [ANNOTATION]},
+            r"an earlier entry has the same id, .* - 2 found:\n.*images entry 1 \(id 700\)\n.*images entry 2",
+        ),
+        (
+            {"images": [{**IMAGE, "id": "700"}], "annotations": []},
+            r"key 'id' must be of type int - 1 .*\n.*images entry 0",
+        ),
+        (
+            {"images": [{**IMAGE, "height": 0}], "annotations": [ANNOTATION]},
+            r"'height' and 'width' of the ref's image must be positive.*\n.*\(image_id 700, found 0 and 64\)",
+        ),
+        (
+            {"images": [], "annotations": [{**ANNOTATION, "bbox": [10**400, 1, 2, 3]}]},
+            r"'bbox' of the ref's annotation must be a list of boxes",
+        ),
         ({"images": []}, r"instances\.json: key 'annotations' must be a list; is this REFER's instances\.json\?"),
     ],
 )
@@ -217,12 +250,56 @@ def test_instances_without_image_sizes(root: Path) -> None:
         ({"a": 1}, r"refs\(unc\)\.p: expected a pickled list of refs, found a dict"),
         ([without(REF, "ann_id")], r"key 'ann_id' is missing - 1 found:\n.*refs\(unc\)\.p: ref 0"),
         ([REF, {**REF, "split": None}], r"key 'split' must be of type str.*\n.*ref 1 \(found None\)"),
+        (
+            [REF, {**REF, "image_id": 701, "ann_id": 71}],
+            r"an earlier entry has the same ref_id, .* - 1 found:\n.*refs\(unc\)\.p: ref 1 \(ref_id 7\)",
+        ),
+        ([REF, REF], r"an earlier entry has the same ref_id"),
+        ([{**REF, "ann_id": 7.5}], r"key 'ann_id' must be of type int or str - 1 found:\n.*ref 0 \(found 7\.5\)"),
+        (
+            [{**REF, "ref_id": 10**5000}],
+            r"key 'ref_id' must be of type int.*\n.*\(found an integer of thousands of digits",
+        ),
+        ([{**REF, "image_id": "700"}], r"key 'image_id' must be of type int - 1 found"),
+        ([{key.encode(): value for key, value in REF.items()}], r"names the global _codecs\.encode"),
+        ([[REF]], r"an entry must be an object .* - 1 found:\n.*ref 0 \(found a list\)"),
+        ([{**REF, "split": "\ud800"}], r"key 'split' holds half of a surrogate pair"),
     ],
 )
 def test_broken_refs(root: Path, refs: Any, message: str) -> None:
     write_refs(root, refs)
     with pytest.raises(DataError, match=message):
         load(root)
+
+
+def test_annotation_ids_of_refclef_are_texts(root: Path) -> None:
+    write_refs(root, [{**REF, "ann_id": "8756_2"}, {**REF, "ref_id": 8}])
+    tables = {"images": [IMAGE], "annotations": [ANNOTATION, {**ANNOTATION, "id": "8756_2", "bbox": [1, 2, 3, 4]}]}
+    (root / "refer" / "refclef" / "instances.json").write_text(json.dumps(tables))
+    (root / "test.json").write_text(json.dumps([ENTRY, {**ENTRY, "ref_id": 8}]))
+    found = load(root, entry_split=True, det_file=False)
+    assert [one.boxes.tolist() for one in found] == [[[1, 2, 3, 4]], [[10.1, 20.2, 30.3, 40.4]]]
+
+
+@pytest.mark.parametrize(
+    "text", [" .! ", "", "\u200b", "\u00ad?", "\x01\x02", "\ue000", "\u0301", "\u00a0", "\ufeff\n"]
+)
+def test_a_text_without_content_stays_and_is_counted(root: Path, text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    others = [{**ENTRY, "text": other} for other in ("?", "a dog")]
+    (root / "test.json").write_text(json.dumps([ENTRY, {**ENTRY, "text": text}, *others]))
+    expressions = load(root)
+    assert [expression.text for expression in expressions[::3]] == ["the red hat", "a dog"]
+    assert not has_content(expressions[1].text)
+    kind = "nothing is left of a text once cleaned; it stays, and the model reads [CLS] alone - 2 found:"
+    file = root / "test.json"
+    places = f"  {file}: entry 1 ({text!r})\n  {file}: entry 2 ('?')\n"
+    assert capsys.readouterr().out == f"warning: {file}: {kind}\n{places}"
+
+
+def test_several_entries_may_share_a_ref(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (root / "test.json").write_text(json.dumps([ENTRY, ENTRY, {**ENTRY, "text": "a man"}]))
+    assert [expression.ref_id for expression in load(root)] == [7, 7, 7]
+    assert capsys.readouterr().out == ""
 
 
 def test_refs_keep_their_order(root: Path) -> None:

@@ -8,7 +8,7 @@ import tokenizers
 import torch
 from tokenizers.models import WordPiece
 
-from dataset.text import Tokenizer, check_vocabulary, clean_caption, load_tokenizer, swap_left_right
+from dataset.text import Tokenizer, check_vocabulary, clean_caption, has_content, load_tokenizer, swap_left_right
 from utils import UserError
 
 
@@ -121,13 +121,82 @@ def test_a_folder_without_vocabulary(tmp_path: Path) -> None:
         load_tokenizer(str(tmp_path))
 
 
+SMALL = "[PAD]\n[UNK]\n[CLS]\n[MASK]\ncat\ndog\n"
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json"])
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_byte_order_marks_and_line_ends_change_no_id(tmp_path: Path, name: str, encoding: str) -> None:
+    (tmp_path / "vocab.txt").write_text(SMALL)
+    plain = load_tokenizer(str(tmp_path)).pieces
+    text = SMALL if name == "vocab.txt" else plain.to_str(pretty=True)
+    (tmp_path / "vocab.txt").unlink()
+    (tmp_path / name).write_text(text, encoding=encoding, newline="\r\n")
+    assert load_tokenizer(str(tmp_path)).pieces.get_vocab() == plain.get_vocab()
+
+
+def test_ids_that_a_tokenizer_file_leaves_out_count(tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text(SMALL)
+    text = load_tokenizer(str(tmp_path)).pieces.to_str()
+    (tmp_path / "vocab.txt").unlink()
+    (tmp_path / "tokenizer.json").write_text(text.replace('"dog":5', '"dog":900'))
+    with pytest.raises(UserError, match=r"901 word pieces, and bert_config's vocab_size is 30; pass the"):
+        check_vocabulary(load_tokenizer(str(tmp_path)), 30)
+
+
+def test_a_panic_of_the_library_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class PanicException(BaseException):
+        """As pyo3's, which is no Exception."""
+
+    def panic(error: BaseException) -> object:
+        def from_str(text: str) -> None:
+            raise error
+
+        return type("Tokenizer", (), {"from_str": staticmethod(from_str)})
+
+    (tmp_path / "tokenizer.json").write_text("{}")
+    monkeypatch.setattr("tokenizers.Tokenizer", panic(PanicException("index out of bounds")))
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a vocabulary \(index out of bounds\)"):
+        load_tokenizer(str(tmp_path))
+    monkeypatch.setattr("tokenizers.Tokenizer", panic(KeyboardInterrupt()))
+    with pytest.raises(KeyboardInterrupt):
+        load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        *((text, True) for text in ("a", "7", "\u2603", "\u00e9", "\u65e5", "\u200ba", "e\u0301", "$", "[", "\u00df")),
+        *((text, False) for text in ("", " ", "\u200b", "\u200d \ufeff", "\u00ad", "\x00\x7f", "\ue000", "\U0010fffd")),
+        *((text, False) for text in ("\u0301", "\u0308\ufe0f", "\u2028", "\ufffd", "\uffff", "\t\u3000")),
+    ],
+)
+def test_content(text: str, expected: bool, tokenizer: Tokenizer) -> None:
+    assert has_content(text) == expected
+    if expected or text != "\uffff":  # unassigned, which the tokenizer takes for an unknown word
+        assert (tokenizer([text]).input_ids.shape[1] > 1) == expected
+
+
+def test_a_name_of_hundreds_of_characters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("transformers.utils.hub.cached_file", lambda *_, **__: None)
+    with pytest.raises(UserError, match=r"x: no such folder"):
+        load_tokenizer("x" * 300)
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("vocab.txt", "[PAD]\n[UNK]\n[MASK]\ncat\n", r"vocab\.txt: holds no \[CLS\]"),
         ("vocab.txt", "", r"vocab\.txt: holds no \[PAD\]"),
         ("vocab.txt", "[PAD]\n[UNK]\n[CLS]\n[MASK]\n##cat\n", r"\(0 of 0 to \[UNK\]\)"),
-        ("tokenizer.json", "{", r"tokenizer\.json: cannot be read as a vocabulary"),
+        ("vocab.txt", SMALL + "dog\n", r"vocab\.txt: line 7 repeats 'dog' of line 6, so that its id would be 5 or 6"),
+        ("vocab.txt", SMALL + "\n\nhare\n", r"vocab\.txt: line 8 repeats '' of line 7"),
+        ("vocab.txt", SMALL + "[CLS]", r"vocab\.txt: line 7 repeats '\[CLS\]' of line 3"),
+        ("vocab.txt", "\0" * 9, r"vocab\.txt: cannot be read as a vocabulary \(it holds NUL"),
+        *(
+            ("tokenizer.json", text, r"tokenizer\.json: cannot be read as a vocabulary")
+            for text in ("{", "[]", "3", "null", "[" * 100_000, '{"model": {"type": "WordPiece", "vocab": {"a": -1}}}')
+        ),
     ],
 )
 def test_a_broken_vocabulary(tmp_path: Path, name: str, content: str, message: str) -> None:

@@ -1,8 +1,10 @@
 """Training data: what a file may hold and what is said when it does not; how samples, masks and batches are drawn."""
 
+import gzip
 import json
 import shutil
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,14 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from small_model import BERT, SIZES
 
 from config import PretrainConfig
+from dataset.expressions import SURROGATE
 from dataset.reading import DataError
 from dataset.text import Tokenizer, load_tokenizer
-from dataset.vg import Collate, Sample, TrainingData, clip_box, load_entries, mask_tokens
-from models.pretrain import Batch
+from dataset.vg import NO_BOXES, Collate, Sample, TrainingData, clip_box, load_entries, mask_tokens
+from models.pretrain import Batch, PretrainModel
 
 WIDTH, HEIGHT = 40, 30  # of every image here
 PLAIN = {"flip_prob": 0, "grayscale_prob": 0, "jitter_prob": 0, "randaugment": False, "crop_scale": (1, 1)}
@@ -83,8 +87,28 @@ def equal(one: Sample, other: Sample) -> bool:
             )
         ),
         *(
-            ({**GOOD, "caption": bad}, "a caption is empty once cleaned - 1 found:\n  {file}: entry 1 (0.png) " + found)
-            for bad, found in ((["a dog", " ?! "], "(' ?! ')"), ("", "('')"))
+            ({**GOOD, "caption": bad}, "key 'caption' " + SURROGATE + " - 1 found:\n  {file}: entry 1 (0.png) " + found)
+            for bad, found in (
+                ("red \ud800 star", r"('red \ud800 star')"),
+                (["a dog", "\udfff"], r"(['a dog', '\udfff'])"),
+            )
+        ),
+        (
+            {**GOOD, "image": "\udc80.png"},
+            "key 'image' " + SURROGATE + " - 1 found:\n  {file}: entry 1 (" + r"'\udc80.png')",
+        ),
+        *(
+            (
+                {other if key == known else key: value for key, value in GOOD.items()},
+                f"unknown key '{other}'; did you mean '{known}'? - 1 found:\n  {{file}}: entry 1"
+                + ("" if known == "image" else " (0.png)"),
+            )
+            for known, others in {
+                "bbox": ("bboxes", "boxes", "box", "BBox"),
+                "caption": ("captions", "Caption", "capton"),
+                "image": ("img", "images", "image_path"),
+            }.items()
+            for other in others
         ),
         *(
             ({**GOOD, "bbox": bad}, "key 'bbox' must be a list of [x1, y1, x2, y2] - 1 found:" + BAD_BOX + f"{bad!r})")
@@ -95,6 +119,7 @@ def equal(one: Sample, other: Sample) -> bool:
                 [["1", 2, 3, 4]],
                 [[1, 2, 3, None]],
                 [[1, 2, 3, True]],
+                [[1, 2, 3, 2**53]],
                 "everywhere",
                 {"x": 1},
             )
@@ -132,13 +157,120 @@ def test_box_numbers_are_finite(images: Path, tmp_path: Path, number: str) -> No
         ("[]", "holds no entries"),
         ("{}", "expected a JSON list, found a dict"),
         ('[{"image": "0.png", ', "not valid JSON"),
+        ("[{}] x", "not valid JSON"),
+        (json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n", r"holds JSON lines, one value each; .*jq -s"),
+        ('[{"image": "0.png", "caption": "a", "caption": "b"}]', "an object holds the key 'caption' more than once"),
+        ("[" * 100_000, "nested too deeply"),
+        (f'[{{"image": "0.png", "caption": "a dog", "bbox": [[0, 0, {"9" * 5000}, 5]]}}]', "an integer has thousands"),
+        ("\0" * 100, r"not a text file \(it holds NUL characters"),
     ],
+    ids=lambda value: value[:30],
 )
 def test_a_file_that_is_no_list_of_entries(images: Path, tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "train.json"
     with pytest.raises(DataError, match=message) as refused:
         open_data(images, file, text)
     assert str(file) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("pack", "message"),
+    [
+        (gzip.compress, "it is compressed by gzip: unpack it first"),
+        (lambda data: b"PK\x03\x04" + data, "it is a zip archive: unpack it first"),
+        (lambda data: b"\x80\x04" + data, "'utf-8' codec can't decode byte 0x80"),
+    ],
+    ids=["gzip", "zip", "pickle"],
+)
+def test_a_file_that_is_no_text(images: Path, tmp_path: Path, pack: Callable[[bytes], bytes], message: str) -> None:
+    config = configure(images, tmp_path / "train.json", [GOOD])
+    (tmp_path / "train.json").write_bytes(pack((tmp_path / "train.json").read_bytes()))
+    with pytest.raises(DataError) as refused:
+        TrainingData(config, seed=0)
+    assert str(refused.value).startswith(f"{tmp_path / 'train.json'}: not a text file ({message}")
+
+
+def test_a_number_of_hundreds_of_digits(images: Path, tmp_path: Path) -> None:
+    with pytest.raises(
+        DataError, match=r"key 'bbox' must be a list of .*\n.*entry 0 \(0\.png\) \(found \[\[0, 0, 1000"
+    ):
+        open_data(images, tmp_path / "train.json", [{**GOOD, "bbox": [[0, 0, 10**400, 5]]}])
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
+def test_byte_order_marks_and_line_ends_change_nothing(images: Path, tmp_path: Path, encoding: str) -> None:
+    file = tmp_path / "train.json"
+    config = configure(images, file, [{**GOOD, "caption": "caf\u00e9"}, GOOD])
+    expected = load_entries(file, config)
+    text = json.dumps(json.loads(file.read_text()), indent=1, ensure_ascii=False).replace("\n", "\r\n")
+    file.write_bytes(("\ufeff" + text).encode(encoding))
+    assert load_entries(file, config) == expected
+
+
+def test_keys_of_their_own_are_passed_over(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [{**GOOD, "image_id": 7, "relation": {"group": "dog"}, "boxes_of": []}, {"image": "1.png", "caption": "cat"}]
+    assert len(open_data(images, tmp_path / "train.json", rows)) == 2
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("add_gcam", [True, False])
+def test_amc_without_any_box_is_warned_of(
+    images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], add_gcam: bool
+) -> None:
+    rows = [{"image": "0.png", "caption": "a dog", "regions": [[1, 2, 3, 4]]}, {**GOOD, "bbox": []}]
+    open_data(images, tmp_path / "train.json", rows, add_gcam=add_gcam)
+    assert capsys.readouterr().out == (f"warning: {NO_BOXES}\n" if add_gcam else "")
+
+
+# ---- captions without content
+
+EMPTY = ["", " ?! ", "\u200b", "\u00ad", "\x01\x02", "\ue000", "\u0301", "\u00a0\u3000", "\ufe0f", "\uffff", "- /"]
+
+
+@pytest.mark.parametrize("caption", EMPTY)
+def test_captions_without_content(
+    images: Path, tmp_path: Path, tokenizer: Tokenizer, caption: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "train.json"
+    rows = [GOOD, {**GOOD, "caption": caption}, {**GOOD, "caption": ["?", "a cat", caption]}]
+    config = configure(images, file, rows)
+    kept = load_entries(file, config)
+    said = f"warning: {file}: captions of which nothing is left once cleaned; as empty_captions says, "
+    first = f" - 3 found:\n  {file}: entry 1 (0.png) ({caption!r})\n  {file}: entry 2 (0.png) ('?')\n"
+    assert capsys.readouterr().out.startswith(f"{said}they stay, and the model reads [CLS] alone{first}")
+    assert [len(entry.captions) for entry in kept] == [1, 1, 3]
+    assert kept[2].captions[1] == "a cat"
+    if caption != "\uffff":  # which the tokenizer takes for an unknown word
+        assert tokenizer(kept[1].captions).input_ids.tolist() == [[tokenizer.cls_id]]
+    dropped = load_entries(file, config.model_copy(update={"empty_captions": "drop"}))
+    assert [entry.captions for entry in dropped] == [["a dog"], ["a cat"]]
+    assert capsys.readouterr().out.startswith(f"{said}they are left out{first}")
+
+
+def test_nothing_but_captions_without_content(images: Path, tmp_path: Path) -> None:
+    rows = [{**GOOD, "caption": "?"}]
+    assert len(open_data(images, tmp_path / "train.json", rows)) == 1
+    with pytest.raises(DataError, match=r"train\.json: holds no entries that have a caption"):
+        open_data(images, tmp_path / "train.json", rows, empty_captions="drop")
+
+
+@pytest.mark.parametrize("axis", ["sequence", "vocabulary"])
+@pytest.mark.parametrize("captions", [["?", ".", "\u200b"], ["?", "a big dog", "\u200b"]], ids=["all", "some"])
+def test_a_step_on_cls_alone(
+    images: Path, tmp_path: Path, tokenizer: Tokenizer, captions: list[str], axis: str
+) -> None:
+    (tmp_path / "bert.json").write_text(json.dumps({**BERT, "vocab_size": tokenizer.vocab_size}))
+    options = {**SIZES, "bert_config": str(tmp_path / "bert.json"), "queue_size": 8, "amc": {"layer": 1}}
+    rows = [{**GOOD, "caption": caption} for caption in captions]
+    data = open_data(images, tmp_path / "train.json", rows, **options, mlm_distill_axis=axis, mlm_probability=1)
+    batch = Batch(*Collate(tokenizer, data.config)([data[i] for i in range(3)]))
+    assert batch.input_ids[0].tolist() == [tokenizer.cls_id, *[tokenizer.pad_id] * (batch.input_ids.shape[1] - 1)]
+    model = PretrainModel(data.config)
+    losses = model(batch, alpha=0.4)
+    assert all(bool(loss.isfinite()) for loss in losses.values())
+    assert (losses["loss_mlm"].item() == 0) == (batch.mlm_labels.max() == -100) == (len(batch.input_ids[0]) == 1)
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
 def test_a_missing_file(images: Path, tmp_path: Path) -> None:

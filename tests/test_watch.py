@@ -290,6 +290,9 @@ def test_entries_to_watch(tmp_path: Path) -> None:
     assert [one.phrase for one in watch.watched_entries(entries, count=4)] == [f"phrase {n}" for n in (0, 2, 5, 7)]
     assert watch.watched_entries(entries)[0].truth == ()
     assert [one.phrase for one in watch.watched_entries(boxed[:2])] == ["phrase 1", "phrase 3"]  # none twice
+    blank = [entry._replace(captions=["", "\u200b"]) for entry in entries]
+    some = [blank[0], entries[1]._replace(captions=["", "second"]), *blank[2:]]
+    assert [one.phrase for one in watch.watched_entries(some)] == ["second"]
     paths[2].write_text("broken")
     with pytest.raises(DataError, match=r"entry 2: image .*2\.png cannot be decoded"):
         watch.watched_entries(entries)

@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 
 from config import BertConfig, GroundingConfig, PretrainConfig, load_any_config, load_bert_config, size_problems
-from dataset import flickr, refer
+from dataset import flickr, refer, vg
 from dataset.expressions import EntryProblem
 from dataset.raw import check_files
 from dataset.raw.check_files import Gathered
@@ -77,11 +77,10 @@ def _training(gathered: Gathered, path: str, config: PretrainConfig, bert: BertC
             weights.fail("no such file")
     if not config.train_file:
         row.fail("train_file lists no files")
-    root, words = config.image_root, config.max_words
-    boxes = [gathered.once(check_files.training_file, file, root, words, config=path) for file in config.train_file]
+    options = config.image_root, config.max_words, config.empty_captions
+    boxes = [gathered.once(check_files.training_file, file, *options, config=path) for file in config.train_file]
     if config.add_gcam and boxes and None not in boxes and not any(boxes):
-        kind = "add_gcam is True, but no entry has boxes for AMC to learn from; is their key spelled 'bbox'?"
-        row.warnings.add(path, EntryProblem(kind))
+        row.warnings.add(path, EntryProblem(vg.NO_BOXES))
 
 
 # ---- evaluation

@@ -74,11 +74,13 @@ def note_repeated(row: Row, entries: Iterable[tuple[Hashable, str]]) -> None:
 # ---- training
 
 
-def training_file(gathered: Gathered, file: str, image_root: str, max_words: int, config: str) -> int | None:
+def training_file(
+    gathered: Gathered, file: str, image_root: str, max_words: int, empty_captions: str, config: str
+) -> int | None:
     """Read one training file; returns the number of its boxes, None if it cannot be read."""
     row = gathered.report.row(file, "training entries", f"train_file of {config}")
     with row.attempt():
-        entries = vg.read_entries(file, image_root, max_words, row.errors)
+        entries = vg.read_entries(file, image_root, max_words, row.errors, empty_captions)
         row.count = len(entries)
         gathered.name_images(image_root, ((entry.image, entry.source) for entry in entries))
         note_repeated(row, (((entry.image, *entry.captions), entry.source) for entry in entries))
@@ -200,15 +202,12 @@ def image_ids(gathered: Gathered, file: str, image_root: str, config: str) -> tu
     """Read the ids of a split, each once; returns its name and them, or nothing if the file cannot be read."""
     row = gathered.report.row(file, "image ids", f"image_ids_file of {config}")
     with row.attempt():
-        counts = Counter(flickr.load_ids(file, image_root))
-        for image_id, count in counts.items():
-            if count > 1:
-                row.warnings.add(f"{file}: image {image_id}", EntryProblem("the image id is listed more than once"))
-        images = ((flickr.image_path(image_root, image_id), f"{file}: image {image_id}") for image_id in counts)
+        ids = flickr.read_ids(file, row.errors, image_root)
+        images = ((flickr.image_path(image_root, image_id), f"{file}: image {image_id}") for image_id in ids)
         gathered.name_images(image_root, images)
         name = flickr.split_of(file, row.notes.append)
-        row.checked, row.count = f"image ids ({name})", len(counts)
-        return name, list(counts)
+        row.checked, row.count = f"image ids ({name})", len(ids)
+        return name, ids
     return "", []
 
 

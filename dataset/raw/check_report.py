@@ -73,7 +73,8 @@ class Report:
 
     def row(self, file: str, checked: str, named_by: str) -> Row:
         """A new row of the table."""
-        self.rows.append(Row(file, checked, named_by, Problems(self.shown), Problems(self.shown)))
+        errors = Problems(self.shown)
+        self.rows.append(Row(file, checked, named_by, errors, errors.warnings))
         return self.rows[-1]
 
     def total(self, level: Level) -> int:

@@ -10,7 +10,6 @@ import contextlib
 import json
 import re
 import zipfile
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -20,7 +19,7 @@ from dataset.expressions import EntryProblem, Problems
 from dataset.flickr import load_ids
 from dataset.raw.archives import AT_ONCE, BROKEN_ZIP, read_at_once, visible_members
 from dataset.reading import DataError
-from utils import atomic_path, write_text
+from utils import atomic_path, decode_text, write_text
 
 ARCHIVE = "annotations.zip"
 SPLIT_FILES = ("train.txt", "val.txt", "test.txt")
@@ -101,11 +100,7 @@ def load_splits(ids_files: Sequence[Path]) -> dict[str, list[str]]:
             raise DataError(f"{path}: does not exist; name the files of image ids, one a split, by --ids")
         if path.stem in splits:
             raise DataError(f"{path}: another --ids file is named {path.name} as well; a split has its file's name")
-        ids = load_ids(str(path))
-        image_id, count = Counter(ids).most_common(1)[0]
-        if count > 1:
-            raise DataError(f"{path}: lists image {image_id} {count} times; leave out the repeated lines")
-        splits[path.stem] = ids
+        splits[path.stem] = load_ids(str(path))
     return splits
 
 
@@ -229,8 +224,8 @@ def _integer(parent: ElementTree.Element, path: str, where: str) -> int:
 def parse_sentences(data: bytes) -> list[Row]:
     """An image's sentences, one a line, blank lines left out; see `parse_sentence`. Raises `EntryProblem`."""
     try:
-        lines = data.decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
+        lines = decode_text(data).split("\n")
+    except ValueError as error:
         raise EntryProblem(f"the file is not UTF-8 text; {INCOMPLETE}", str(error)) from None
     sentences = []
     for number, line in enumerate(lines, 1):

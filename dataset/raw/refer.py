@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from dataset.expressions import EntryProblem, Problems, is_box, require
 from dataset.raw.archives import is_hidden
 from dataset.reading import DataError, load_json
-from dataset.refer import SPLITS, Refer, by_id, load_refer, refer_files, reference_box, splits_of
-from dataset.text import clean_caption
+from dataset.refer import MAX_WORDS, SPLITS, Refer, by_id, load_refer, refer_files, reference_box, splits_of
+from dataset.text import clean_caption, has_content
 from utils import write_text
 
 PARTS = ("train", "val", "test")  # one file each; "test" holds every testing split
@@ -143,7 +143,7 @@ def _add_ref(ref: Row, making: _Making, lists: Lists) -> None:
         if image is None:
             count.missing += 1
             continue
-        count.empty += not clean_caption(text, max_words=1)
+        count.empty += not has_content(clean_caption(text, MAX_WORDS))
         count.repeated += text in seen
         if text not in seen or making.keep_repeated:
             seen.add(text)
@@ -259,7 +259,7 @@ def _image_ids(instances: Path) -> list[int]:
     if not isinstance(rows, list):
         raise DataError(f"{instances}: key 'images' must be a list; is this REFER's instances.json?")
     problems = Problems()
-    images = by_id(rows, f"{instances}: images entry", problems)
+    images = by_id(rows, f"{instances}: images entry", problems, int)
     problems.check()
     return list(images)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from dataset.raw.vg_fields import Box, Image, Region, Thing, clean, one_line
+from dataset.text import has_content
 
 Phrase = tuple[str, Box | None]
 
@@ -171,7 +172,7 @@ def group_phrases(phrases: Iterable[Phrase], image: Image, rules: Rules, counts:
 def _objection(cleaned: str, box: Box, image: Image, rules: Rules) -> str:
     """The rule that drops a phrase with its box; empty if none does."""
     words = len(cleaned.split())
-    if words == 0:
+    if not has_content(cleaned):
         return NO_TEXT
     if words < rules.min_words:
         return FEW_WORDS
