@@ -25,6 +25,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -295,7 +296,9 @@ def why_unreadable(error: BaseException) -> str:
     """A reader's own words, in one line; not PyTorch's advice to read unsafely what it cannot read safely."""
     if isinstance(error, pickle.UnpicklingError):
         return "not a file that PyTorch writes"
-    return str(error).split("\n")[0] or type(error).__name__
+    text = str(error).split("\n")[0]
+    speaks = text and isinstance(error, RuntimeError | ValueError | OSError | SafetensorError)
+    return text if speaks else f"{type(error).__name__} {text}".rstrip()
 
 
 def verify_archive(path: str | Path) -> None:

@@ -115,7 +115,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     size = path.stat().st_size
     for key, value in state.items():
         if fault := "a key that is no text" if not isinstance(key, str) else _fault(value, size):
-            raise CheckpointError(f"{path}: {reprlib.repr(key)} in its state dict is {fault}")
+            shown = f"{key!r:.200}" if isinstance(key, str) else reprlib.repr(key)
+            raise CheckpointError(f"{path}: {shown} in its state dict is {fault}")
     rest = {} if state is content else {key: value for key, value in content.items() if key not in TOP_KEYS}
     return {"model": _by_our_names(state, path), **rest}
 
@@ -168,20 +169,26 @@ def check_resumable(content: dict[str, Any], path: str | Path) -> None:
         raise CheckpointError(f"{path}: cannot resume, it lacks {', '.join(lacking)}; {advice}")
     parts |= {"scaler": dict} if content.get("scaler") is not None else {}
     for key, kind in parts.items():
-        if type(content[key]) is not kind:
-            shown = reprlib.repr(content[key])
-            raise CheckpointError(f"{path}: cannot resume, its {key!r} is no {kind.__name__} but {shown}; {advice}")
+        if (found := type(content[key])) is not kind:
+            raise CheckpointError(
+                f"{path}: cannot resume, its {key!r} is of type {found.__name__}, not {kind.__name__}; {advice}"
+            )
     if content["epoch"] < 0:
         raise CheckpointError(f"{path}: cannot resume, its 'epoch' is {content['epoch']}; {advice}")
-    groups, state = content["optimizer"].get("param_groups"), content["optimizer"].get("state")
-    try:
-        numbers = [number for group in groups for number in group["params"]]
-        whole = sorted(numbers) == list(range(len(numbers))) and set(state) <= set(numbers)
-        whole = whole and all(isinstance(moments, dict) for moments in state.values())
-    except (TypeError, KeyError, AttributeError, IndexError):
-        whole = False
-    if not whole:
+    if not _is_optimizer_state(**{key: content["optimizer"].get(key) for key in ("param_groups", "state")}):
         raise CheckpointError(f"{path}: cannot resume, its 'optimizer' is not as PyTorch stores one; {advice}")
+
+
+def _is_optimizer_state(param_groups: Any, state: Any) -> bool:
+    """Whether every group numbers its parameters, 0 to n - 1 in all, and the moments are of these."""
+    if not isinstance(state, dict) or not isinstance(param_groups, list):
+        return False
+    if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in param_groups):
+        return False
+    numbers = [number for group in param_groups for number in group["params"]]
+    if not all(type(number) is int for number in [*numbers, *state]) or set(numbers) != set(range(len(numbers))):
+        return False
+    return set(state) <= set(numbers) and all(isinstance(moments, dict) for moments in state.values())
 
 
 def first_not_finite(model: nn.Module | Mapping[str, Tensor]) -> str | None:
@@ -289,13 +296,15 @@ def _check(state: State, target: State, path: str | Path) -> None:
     pairs = [(key, state[key], target[key]) for key in state if key in target]
     if reshaped := [(key, list(a.shape), list(b.shape)) for key, a, b in pairs if a.shape != b.shape]:
         problems.append(f"of another shape: {_listing([f'{key} is {a}, the model has {b}' for key, a, b in reshaped])}")
-    counted = {key for key in state if POSITION_IDS.search(key)}  # their numbers are known, whatever their type
-    retyped = [(key, a.dtype, b.dtype) for key, a, b in pairs if not _same_kind(a.dtype, b.dtype)]
-    if retyped := [found for found in retyped if found[0] not in counted]:
+    # position_ids may be of any type: their numbers are known, and compared below
+    odd = [
+        found for found in pairs if not (_same_kind(found[1].dtype, found[2].dtype) or POSITION_IDS.search(found[0]))
+    ]
+    if retyped := [(key, a.dtype, b.dtype) for key, a, b in odd]:
         problems.append(f"of another type: {_listing([f'{key} is {a}, the model has {b}' for key, a, b in retyped])}")
     if problems:
         raise CheckpointError(f"{path}: does not fit the model of this config\n  " + "\n  ".join(problems))
-    for key in counted:
+    for key in filter(POSITION_IDS.search, state):
         if (state[key] != target[key]).any():
             raise CheckpointError(f"{path}: {key} does not count from 0: the file is damaged")
 
