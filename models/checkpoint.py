@@ -1,8 +1,9 @@
 """Checkpoints: read (safely), convert, check, write (atomically).
 
 A checkpoint is a `torch.save` dict with `model` (state dict), `optimizer`, `lr_scheduler`, `config`, `epoch`; a
-`.safetensors` file holds the state dict alone. Loading never hides a mismatch: what is converted, started afresh or
-left out on purpose is reported, and anything else that does not fit is an error.
+`.safetensors` file holds the state dict alone. Others are converted: state dicts under other keys, names with prefixes
+of wrappers, ALBEF's fine-tuned names. Loading never hides a mismatch: what is converted, started afresh or left out on
+purpose is reported, and anything else that does not fit is an error.
 """
 
 import math
@@ -354,7 +355,7 @@ def init_text_encoder(encoder: TextEncoder, text_encoder: str) -> LoadReport:
     """
     report = LoadReport(text_encoder)
     folder = Path(text_encoder)
-    weights = ("*.safetensors", "pytorch_model*.bin")
+    weights = ("[!.]*.safetensors", "pytorch_model*.bin")
     if folder.is_dir() and not any(file for pattern in weights for file in folder.glob(pattern)):
         report.fresh.append("text encoder (WARNING: the folder holds no weights, all of them are random)")
         return report

@@ -140,6 +140,16 @@ def test_a_flipped_bit_in_berts_weights(tmp_path: Path, tiny_config: TinyConfig)
         init_text_encoder(text_encoder(tiny_config), str(folder))
 
 
+@pytest.mark.parametrize(
+    "text", ["[]", "null", "{", '{"hidden_act": "foo"}', '{"num_attention_heads": 0}', '{"a":' * 5000]
+)
+def test_an_odd_config_of_berts_folder(tmp_path: Path, tiny_config: TinyConfig, text: str) -> None:
+    tiny_bert().save_pretrained(tmp_path / "bert")
+    (tmp_path / "bert" / "config.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"bert: no BERT weights there \(.+\); give a local folder"):
+        init_text_encoder(text_encoder(tiny_config), str(tmp_path / "bert"))
+
+
 # ---- other files
 
 
