@@ -34,7 +34,7 @@ from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
 from grounding.runs import EPOCHS_LOG, STEPS_LOG
 from models.checkpoint import (
-    CheckpointError,
+    check_resumable,
     init_image_encoder,
     init_text_encoder,
     load_weights,
@@ -321,8 +321,7 @@ def initialise(model: PretrainModel, config: PretrainConfig, args: argparse.Name
     utils.log(str(load_weights(model, checkpoint["model"], path)))
     if not args.resume:
         return None
-    if lacking := [key for key in ("optimizer", "lr_scheduler", "epoch") if key not in checkpoint]:
-        raise CheckpointError(f"{path}: cannot resume, it lacks {', '.join(lacking)}; drop --resume to use its weights")
+    check_resumable(checkpoint, path)
     return checkpoint
 
 

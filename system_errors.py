@@ -12,7 +12,11 @@ from typing import Any
 
 import torch.distributed as dist
 
-FULL = {errno.ENOSPC: "no space is left", errno.EDQUOT: "your quota is used up"}
+FULL = {
+    errno.ENOSPC: "no space is left",
+    errno.EDQUOT: "your quota is used up",
+    errno.EFBIG: "files may not be that large",
+}
 REMEDIES = {
     errno.ENOENT: "check the path",
     errno.EACCES: "check its permissions",

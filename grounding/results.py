@@ -12,8 +12,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 import utils
 
 Row = dict[str, Any]
@@ -58,7 +56,7 @@ class ResultFolder:
         if not path.exists():
             return None
         try:
-            records = utils.load_tensors(path)
+            records = utils.load_tensors(path, mapped=False)
             found = [record["ref_id"] for record in records]
         except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
             print(f"{path} cannot be read, perhaps because its run was interrupted: evaluating again")
@@ -75,8 +73,7 @@ class ResultFolder:
     def write(self, epoch: str, records: list[Row], skipped: list[int], origin: Row) -> None:
         """Store the records; `skipped` are the positions of expressions that they leave out."""
         utils.write_text(self._origin_path(epoch), json.dumps({**origin, "skipped": skipped}, indent=2) + "\n")
-        with utils.atomic_path(self.path(epoch)) as temporary:
-            torch.save(records, temporary)
+        utils.save_tensors(self.path(epoch), records)
 
     def _origin_path(self, epoch: str) -> Path:
         return self.folder / f"epoch{epoch}.json"

@@ -1,35 +1,63 @@
 """Checkpoints: read (safely), convert, check, write (atomically).
 
 A checkpoint is a `torch.save` dict with `model` (state dict), `optimizer`, `lr_scheduler`, `config`, `epoch`; a
-`.safetensors` file holds the state dict alone. Loading never hides a mismatch: what is converted, started afresh or
-left out on purpose is reported, and anything else that does not fit is an error.
+`.safetensors` file holds the state dict alone. Others are converted: state dicts under other keys, names with prefixes
+of wrappers, ALBEF's fine-tuned names. Loading never hides a mismatch: what is converted, started afresh or left out on
+purpose is reported, and anything else that does not fit is an error.
 """
 
-import pickle
+import math
 import re
+import reprlib
+import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from models.vit import VisionTransformer
 from models.xbert import TextEncoder
-from utils import UserError, atomic_path, load_tensors
+from utils import UnreadableFile, UserError, atomic_path, load_tensors, save_tensors, verify_archive, why_unreadable
 
 State = dict[str, Tensor]
 
 TEACHER = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.")
-QUEUE = re.compile(r"^(image_queue|text_queue|queue_ptr|queue_ptr_img|queue_ptr_txt)$")
+QUEUE = re.compile(r"^(image_queue|text_queue|idx_queue|queue_ptr|queue_ptr_img|queue_ptr_txt)$")
 MLM_HEAD = re.compile(r"^text_encoder\.cls\.")
-POSITION_EMBEDDING = re.compile(r"^visual_encoder(_m)?\.pos_embed$")
+POSITION_EMBEDDING = re.compile(r"^(visual_encoder(_m)?\.)?pos_embed$")
 POSITION_IDS = re.compile(r"embeddings\.position_ids$")
 
-UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, SafetensorError, pickle.UnpicklingError)
+# Under which keys state dicts are kept: ALBEF, Lightning, PyTorch's tutorials.
+TOP_KEYS = ("model", "state_dict", "model_state_dict")
+# What wrappers (DataParallel, torch.compile, FSDP, activation checkpointing) put into names, wherever they wrap.
+WRAPPER = re.compile(r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+WITHOUT_BERT = re.compile(r"^(text_encoder(?:_m)?)\.(?=(?:embeddings|encoder)\.)")
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Other models, by a key that they have and the model to be loaded has not.
+OTHER_MODELS = {
+    "a LoRA adapter": r"\.lora_[AB]\.",
+    "BLIP of transformers": r"^vision_model\..*\.self_attn\.qkv\.",
+    "BLIP": r"^ptr_queue$",
+    "CLIP or SigLIP of transformers": r"^(text_model|vision_model)\.",
+    "CLIP": r"^visual\.",
+    "ALBEF for VQA, or BLIP, with its text decoder": r"^text_decoder\.",
+    "ALBEF fine-tuned as a classifier, without match head": r"^cls_head\.",
+    "a whole ALBEF": r"^visual_encoder\.",
+    "an image encoder alone (DeiT, timm's ViT: the config key vit_init takes it)": r"^patch_embed\.",
+    "an image encoder of transformers": r"^(\w+\.)?embeddings\.(cls_token|patch_embeddings)",
+    "BERT alone (--text_encoder takes its folder)": r"^(bert\.)?embeddings\.word_embeddings\.",
+    "torchvision's ViT": r"^conv_proj\.",
+    "a Swin transformer": r"^layers\.0\.blocks\.",
+    "X-VLM": r"^(vision_encoder|bbox_head)\.",
+    "DETR or MDETR": r"^(bbox|class)_embed\.",
+    "a ResNet": r"^layer1\.0\.conv1\.",
+}
 
 
 class CheckpointError(UserError):
@@ -42,59 +70,137 @@ class LoadReport:
 
     path: str
     loaded: int = 0
+    converted: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         lines = [f"{self.path}: {self.loaded} tensors loaded"]
-        for verb, notes in (("resized", self.resized), ("fresh", self.fresh), ("ignored on purpose", self.ignored)):
+        parts = {"converted": self.converted, "resized": self.resized, "fresh": self.fresh}
+        for verb, notes in (parts | {"ignored on purpose": self.ignored}).items():
             lines += [f"  {verb}: {note}" for note in notes]
         return "\n".join(lines)
 
 
+class Weights(dict[str, Tensor]):
+    """A state dict by ALBEF's names; `converted` says how the file's differ."""
+
+    def __init__(self, state: Mapping[str, Tensor], converted: list[str]) -> None:
+        super().__init__(state)
+        self.converted = converted
+
+
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running code from it; `model` is always there.
+    """Read a checkpoint without running code from it; `model` is always there, a `Weights`.
 
     Raises:
-        CheckpointError: missing, truncated, holding other objects than tensors and plain values, or no state dict.
+        CheckpointError: missing, damaged, holding other objects than tensors and plain values, or no state dict.
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"{path}: no such checkpoint")
+        folder = " (it is a folder: give a file)" if path.is_dir() else ""
+        raise CheckpointError(f"{path}: no such checkpoint{folder}")
     try:
-        content: Any = load_file(path) if path.suffix == ".safetensors" else load_tensors(path)
-    except UNREADABLE as error:
-        if call := _refused_call(error):
+        content = load_tensors(path)
+    except (OSError, UnreadableFile) as error:
+        if call := _refused_call(error.__cause__):
             raise CheckpointError(f"{path}: refused, it holds more than tensors and plain values ({call})") from error
-        raise CheckpointError(
-            f"{path}: not a readable checkpoint ({_reason(error)}); is the download complete?"
-        ) from error
-    content = content if isinstance(content, dict) and "model" in content else {"model": content}
-    model = content["model"]
-    if not isinstance(model, dict) or not model or not all(isinstance(value, Tensor) for value in model.values()):
+        raise CheckpointError(f"{path}: not a readable checkpoint ({error}); is the download complete?") from error
+    state = content
+    for _ in TOP_KEYS:  # as deep as they can lie in one another
+        if isinstance(state, dict) and (inside := [state[key] for key in TOP_KEYS if key in state]):
+            state = next((value for value in inside if isinstance(value, dict)), inside[0])
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: no state dict found, neither under 'model' nor at the top level")
-    content["model"] = {key.removeprefix("module."): value for key, value in model.items()}
-    return content
+    size = path.stat().st_size
+    for key, value in state.items():
+        if fault := "a key that is no text" if not isinstance(key, str) else _fault(value, size):
+            shown = f"{key!r:.200}" if isinstance(key, str) else reprlib.repr(key)
+            raise CheckpointError(f"{path}: {shown} in its state dict is {fault}")
+    rest = {} if state is content else {key: value for key, value in content.items() if key not in TOP_KEYS}
+    return {"model": _by_our_names(state, path), **rest}
 
 
-def _refused_call(error: Exception) -> str | None:
+def _refused_call(error: BaseException | None) -> str | None:
     """What a pickle wanted to call, if that is why it was not read."""
     found = re.search(r"\bGLOBAL (\S+)", str(error))
     return found[1] if found else None
 
 
-def _reason(error: Exception) -> str:
-    """A reader's own words, in one line; not PyTorch's advice to read unsafely what it cannot read safely."""
-    if isinstance(error, pickle.UnpicklingError):
-        return "not a file that PyTorch writes"
-    return str(error).split("\n")[0] or type(error).__name__
+def _fault(value: Any, file_size: int) -> str | None:
+    """Why a value of a state dict cannot be a weight; None where it can."""
+    if type(value) not in (Tensor, nn.Parameter):
+        return f"of type {type(value).__name__}, not a tensor"
+    if value.layout != torch.strided or value.is_quantized or value.is_nested or value.device.type != "cpu":
+        kind = "a quantized" if value.is_quantized else f"a {value.device.type} {str(value.layout)[6:]}"
+        return f"{kind} tensor; store it as a plain one"
+    if value.nbytes > file_size:
+        return f"larger than the file: its shape is {list(value.shape)}"
+    return None
+
+
+def _by_our_names(state: dict[str, Tensor], path: Path) -> Weights:
+    """Without the prefixes of wrappers, and with the `bert.` that ALBEF's fine-tuned models lack."""
+    converted = []
+    names = {key: WRAPPER.sub("", key) for key in state}
+    if prefixes := sorted({found for key in state for found in WRAPPER.findall(key)}):
+        count = sum(key != name for key, name in names.items())
+        converted.append(f"{count} names without {', '.join(prefixes)}")
+    if all(name.startswith("model.") for name in names.values()):  # Lightning's module around the model
+        names = {key: name.removeprefix("model.") for key, name in names.items()}
+        converted.append(f"{len(names)} names without model.")
+    if lacking := [key for key, name in names.items() if WITHOUT_BERT.match(name)]:
+        names |= {key: WITHOUT_BERT.sub(r"\1.bert.", names[key]) for key in lacking}
+        converted.append(
+            f"{len(lacking)} names with text_encoder.bert. for text_encoder., as ALBEF's fine-tuning has it"
+        )
+    first: dict[str, str] = {}
+    for key, name in names.items():
+        if first.setdefault(name, key) != key:
+            raise CheckpointError(f"{path}: its keys {first[name]} and {key} are both {name}, by their prefixes")
+    return Weights({names[key]: value for key, value in state.items()}, converted)
+
+
+def check_resumable(content: dict[str, Any], path: str | Path) -> None:
+    """Raise `CheckpointError` unless a checkpoint holds what a training run goes on with, each of its type."""
+    parts: dict[str, type] = {"optimizer": dict, "lr_scheduler": dict, "epoch": int}
+    advice = "drop --resume to use its weights"
+    if lacking := [key for key in parts if key not in content]:
+        raise CheckpointError(f"{path}: cannot resume, it lacks {', '.join(lacking)}; {advice}")
+    parts |= {"scaler": dict} if content.get("scaler") is not None else {}
+    for key, kind in parts.items():
+        if (found := type(content[key])) is not kind:
+            raise CheckpointError(
+                f"{path}: cannot resume, its {key!r} is of type {found.__name__}, not {kind.__name__}; {advice}"
+            )
+    if content["epoch"] < 0:
+        raise CheckpointError(f"{path}: cannot resume, its 'epoch' is {content['epoch']}; {advice}")
+    if not _is_optimizer_state(**{key: content["optimizer"].get(key) for key in ("param_groups", "state")}):
+        raise CheckpointError(f"{path}: cannot resume, its 'optimizer' is not as PyTorch stores one; {advice}")
+
+
+def _is_optimizer_state(param_groups: Any, state: Any) -> bool:
+    """Whether every group numbers its parameters, 0 to n - 1 in all, and the moments are of these."""
+    if not isinstance(state, dict) or not isinstance(param_groups, list):
+        return False
+    if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in param_groups):
+        return False
+    numbers = [number for group in param_groups for number in group["params"]]
+    if not all(type(number) is int for number in [*numbers, *state]) or set(numbers) != set(range(len(numbers))):
+        return False
+    return set(state) <= set(numbers) and all(isinstance(moments, dict) for moments in state.values())
+
+
+def first_not_finite(model: nn.Module | Mapping[str, Tensor]) -> str | None:
+    """The name of the first parameter or buffer that holds NaN or infinity."""
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    return next((name for name, value in state.items() if not value.isfinite().all()), None)
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, then rename it."""
-    with atomic_path(path) as temporary:
-        torch.save(content, temporary)
+    """Write a checkpoint under a temporary name, then rename it; equal content gives equal bytes."""
+    save_tensors(path, content)
 
 
 def export_student(checkpoint: str | Path, out: str | Path) -> None:
@@ -116,16 +222,12 @@ def load_weights(model: nn.Module, state: State, path: str | Path) -> LoadReport
     Raises:
         CheckpointError: any other missing, unexpected or differently shaped key.
     """
-    report = LoadReport(str(path))
+    report = LoadReport(str(path), converted=getattr(state, "converted", []))
     target = model.state_dict()
     state = dict(state)
     _convert_queues(state, target, report)
     _convert_teacher(state, target, report)
-    for key in [key for key in state if key in target and POSITION_EMBEDDING.match(key)]:
-        if state[key].shape != target[key].shape:
-            before = state[key].shape[1]
-            state[key] = resize_position_embedding(state[key], target[key].shape[1])
-            report.resized.append(f"{key}, {before} to {target[key].shape[1]} tokens")
+    _fit_positions(state, target, report)
     for key in [key for key in target if key not in state and POSITION_IDS.search(key)]:
         state[key] = target[key]  # a constant that some versions of transformers do not save
     for what, pattern in (("teacher", TEACHER), ("queues", QUEUE), ("MLM head", MLM_HEAD)):
@@ -149,11 +251,11 @@ def _convert_queues(state: State, target: State, report: LoadReport) -> None:
     names = ("image_queue", "text_queue", "queue_ptr_img", "queue_ptr_txt")
     if single is not None:
         for name in names[2:]:
-            state.setdefault(name, single.reshape(1).clone())
-    lengths = [state[name].shape[-1:] for name in names[:2] if name in state]
+            state.setdefault(name, single.reshape(-1).clone())
+    lengths = [state[name].shape[1:] for name in names[:2] if name in state]
     if not lengths:
         was = "missing"
-    elif len(lengths) == 2 and lengths[0] == lengths[1] != target["image_queue"].shape[-1:]:
+    elif len(lengths) == 2 and len(lengths[0]) == 1 and lengths[0] == lengths[1] != target["image_queue"].shape[1:]:
         was = f"of length {lengths[0][-1]}"
     else:
         return  # they fit, or `_check` says what does not
@@ -172,18 +274,47 @@ def _convert_teacher(state: State, target: State, report: LoadReport) -> None:
             state[key] = state[student]
 
 
+def _fit_positions(state: State, target: State, report: LoadReport) -> None:
+    """Resize the position embeddings that are of another resolution; `_check` says what else is wrong with them."""
+    for key in [key for key in state if key in target and POSITION_EMBEDDING.match(key)]:
+        old, new = state[key].shape, target[key].shape
+        if old != new and len(old) == 3 and old[1] > 1 and old == (1, 1 + math.isqrt(old[1] - 1) ** 2, new[2]):
+            state[key] = resize_position_embedding(state[key], new[1])
+            report.resized.append(f"{key}, {old[1]} to {new[1]} tokens")
+
+
 def _check(state: State, target: State, path: str | Path) -> None:
     problems = []
-    if missing := [key for key in target if key not in state]:
+    missing, unexpected = [key for key in target if key not in state], [key for key in state if key not in target]
+    for name, pattern in OTHER_MODELS.items():
+        match = re.compile(pattern).search
+        if (other := next(filter(match, unexpected), None)) and not any(map(match, target)):
+            raise CheckpointError(f"{path}: holds {name}, not the model of this config (by its key {other})")
+    if missing:
         problems.append(f"missing: {_listing(missing)}")
-    if unexpected := [key for key in state if key not in target]:
+    if unexpected:
         problems.append(f"unexpected: {_listing(unexpected)}")
-    reshaped = [key for key in state if key in target and state[key].shape != target[key].shape]
-    if reshaped:
-        shapes = (f"{key} is {list(state[key].shape)}, the model has {list(target[key].shape)}" for key in reshaped)
-        problems.append(f"of another shape: {_listing(list(shapes))}")
+    pairs = [(key, state[key], target[key]) for key in state if key in target]
+    if reshaped := [(key, list(a.shape), list(b.shape)) for key, a, b in pairs if a.shape != b.shape]:
+        problems.append(f"of another shape: {_listing([f'{key} is {a}, the model has {b}' for key, a, b in reshaped])}")
+    # position_ids may be of any type: their numbers are known, and compared below
+    odd = [
+        found for found in pairs if not (_same_kind(found[1].dtype, found[2].dtype) or POSITION_IDS.search(found[0]))
+    ]
+    if retyped := [(key, a.dtype, b.dtype) for key, a, b in odd]:
+        problems.append(f"of another type: {_listing([f'{key} is {a}, the model has {b}' for key, a, b in retyped])}")
     if problems:
         raise CheckpointError(f"{path}: does not fit the model of this config\n  " + "\n  ".join(problems))
+    for key in filter(POSITION_IDS.search, state):
+        if (state[key] != target[key]).any():
+            raise CheckpointError(f"{path}: {key} does not count from 0: the file is damaged")
+
+
+def _same_kind(stored: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether copying keeps the numbers, but for rounding: a quantized weight's integers are not its numbers."""
+    if wanted in FLOATS:
+        return stored in FLOATS
+    return not stored.is_floating_point and not stored.is_complex
 
 
 def _listing(items: list[str], most: int = 5) -> str:
@@ -204,15 +335,13 @@ def resize_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
 def init_image_encoder(encoder: VisionTransformer, path: str | Path) -> LoadReport:
     """Start the image encoder from a DeiT or timm ViT state dict; its classifier is left out."""
     state = read_checkpoint(path)["model"]
-    report = LoadReport(str(path))
+    report = LoadReport(str(path), converted=state.converted)
     target = encoder.state_dict()
     heads = [key for key in state if key.startswith("head")]
     if heads:
         report.ignored.append(f"classifier, {len(heads)} tensors")
     state = {key: value for key, value in state.items() if key not in heads}
-    if "pos_embed" in state and state["pos_embed"].shape != target["pos_embed"].shape:
-        report.resized.append(f"pos_embed, {state['pos_embed'].shape[1]} to {target['pos_embed'].shape[1]} tokens")
-        state["pos_embed"] = resize_position_embedding(state["pos_embed"], target["pos_embed"].shape[1])
+    _fit_positions(state, target, report)
     _check(state, target, path)
     encoder.load_state_dict(state)
     report.loaded = len(state)
@@ -226,18 +355,21 @@ def init_text_encoder(encoder: TextEncoder, text_encoder: str) -> LoadReport:
     """
     report = LoadReport(text_encoder)
     folder = Path(text_encoder)
-    weights = ("*.safetensors", "pytorch_model*.bin")
+    weights = ("[!.]*.safetensors", "pytorch_model*.bin")
     if folder.is_dir() and not any(file for pattern in weights for file in folder.glob(pattern)):
         report.fresh.append("text encoder (WARNING: the folder holds no weights, all of them are random)")
         return report
     from transformers import BertForMaskedLM
 
     try:
+        for file in folder.glob("*.bin"):  # transformers does not look at checksums
+            if zipfile.is_zipfile(file):
+                verify_archive(file)
         loaded: Any = BertForMaskedLM.from_pretrained(text_encoder, output_loading_info=True)
-    except UNREADABLE as error:
+    except Exception as error:  # transformers raises whatever a damaged file makes it
         raise CheckpointError(
-            f"--text_encoder {text_encoder}: no BERT weights there ({_refused_call(error) or _reason(error)}); give a "
-            "local folder, or start from a --checkpoint, which holds them"
+            f"--text_encoder {text_encoder}: no BERT weights there ({_refused_call(error) or why_unreadable(error)}); "
+            "give a local folder, or start from a --checkpoint, which holds them"
         ) from error
     bert, found = loaded
     if absent := sorted(found["missing_keys"]):

@@ -265,7 +265,7 @@ def test_a_truncated_result_is_computed_again(place: Path, tmp_path: Path, capsy
 
 def test_an_interruption_leaves_no_half_file(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(*_: object) -> None:
-        Path(str(_[1])).write_bytes(b"half")
+        _[1].write(b"half")  # type: ignore[attr-defined]
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
