@@ -16,13 +16,15 @@ FORMATS = ("JPEG", "JPEG2000", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "PPM
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # one channel of more than 8 bits
 
 
-def read_photo(file: Path | BinaryIO, name: str = "", most_pixels: int | None = None) -> Image.Image:
+def read_photo(
+    file: Path | BinaryIO, name: str = "", most_pixels: int | None = None, longest_side: int | None = None
+) -> Image.Image:
     """Decode an image fully, upright and as RGB, transparent parts on white; of an animation, the first frame.
 
     Args:
         file: a path, or an open binary file (an upload).
         name: what messages call it; the path itself unless given.
-        most_pixels: an image of more is refused by its header, before it is decoded.
+        most_pixels, longest_side: an image of more is refused by its header, before it is decoded.
 
     Raises:
         DataError: naming it, when it is missing, broken, too large, or not an image.
@@ -32,6 +34,9 @@ def read_photo(file: Path | BinaryIO, name: str = "", most_pixels: int | None = 
         with Image.open(file, formats=_formats()) as image:
             if most_pixels is not None and image.width * image.height > most_pixels:
                 limit = f"at most {most_pixels / 1e6:g} megapixels are read"
+                raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, and {limit}")
+            if longest_side is not None and max(image.size) > longest_side:
+                limit = f"sides of at most {longest_side} pixels are read"
                 raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels, and {limit}")
             return upright_rgb(image)
     except Image.DecompressionBombError as error:

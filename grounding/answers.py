@@ -25,7 +25,7 @@ from utils import UserError
 
 MOST_BYTES = 10 * 2**20  # of an uploaded file
 TOO_LARGE = f"MB, and at most {MOST_BYTES / 2**20:g} MB are read; save it as JPEG or with fewer pixels"
-MOST_PIXELS = 40_000_000
+MOST_PIXELS, LONGEST_SIDE = 40_000_000, 20_000
 MOST_PHRASES, LONGEST_PHRASE = 6, 300  # phrases at a time; characters
 LONGEST_NAMED = 60  # characters of a phrase in a remark on it
 LONGEST_SHOWN = 640  # pixels of the longer side of a picture that is shown without a map
@@ -130,7 +130,7 @@ class Answers:
         with self.lock:
             kept = self.pictures.get(key)
             if kept is None:
-                image = read_photo(io.BytesIO(content), name, MOST_PIXELS)
+                image = read_photo(io.BytesIO(content), name, MOST_PIXELS, LONGEST_SIDE)
                 kept = Picture(key, name, image, reduced(image))
             return self.pictures.put(key, kept._replace(name=name))
 
@@ -190,8 +190,11 @@ class Answers:
             known = {phrase: self.answers.get(keys[phrase]) for phrase in keys}
             if new := [phrase for phrase, answer in known.items() if answer is None]:
                 start = time.perf_counter()
-                for phrase, answer in zip(new, ask(explainer, encoded, new), strict=True):
-                    known[phrase] = self.answers.put(keys[phrase], answer)
+                try:
+                    for phrase, answer in zip(new, ask(explainer, encoded, new), strict=True):
+                        known[phrase] = self.answers.put(keys[phrase], answer)
+                except UserError as error:
+                    said |= dict.fromkeys(new, str(error))
                 seconds["phrase" if len(new) == 1 else f"{len(new)} phrases"] = time.perf_counter() - start
         found = [known.get(phrase) or said[phrase] for phrase in phrases]
         return Reply(model, found, remarks, seconds)
