@@ -183,6 +183,21 @@ def test_markup_in_phrases_is_text(events: Events) -> None:
         assert "<img src=x" not in shown
 
 
+@pytest.mark.parametrize(("more", "read"), [(0, True), (80, True), (100, False)])
+def test_a_jpeg_of_many_scans(more: int, read: bool, counted: Counted) -> None:
+    """At 40 megapixels each takes 0.1 s: a file of 10 MB would be decoded for hours."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    content = content[:-2] + last * more + content[-2:]
+    if read:
+        assert counted.answers.add_picture(content, "up.jpg").image.size == (64, 64)
+        return
+    with pytest.raises(DataError, match=r"^up\.jpg: a JPEG of more than 100 scans"):
+        counted.answers.add_picture(content, "up.jpg")
+
+
 @pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (20_000, 20)])
 def test_pictures_of_long_sides(size: tuple[int, int], events: Events) -> None:
     buffer = io.BytesIO()
