@@ -8,13 +8,13 @@ import functools
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 FORMATS = ("JPEG", "JPEG2000", "PNG", "GIF", "BMP", "WEBP", "AVIF", "TIFF", "PPM")  # none that runs a program
-MOST_SIDE = 65_535  # pixels, JPEG's own limit; Pillow's own, on width x height, is 179 megapixels
+LONGEST_SIDE = 65_535  # pixels, JPEG's own limit; Pillow's own, on width x height, is 179 megapixels
 DEEP = ("I", "F", "I;16", "I;16B", "I;16L", "I;16N")  # one channel of more than 8 bits
 
 # Pillow warns of sizes below its limit and of odd metadata, for each file anew: nothing that a user could act upon.
@@ -22,12 +22,14 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @contextlib.contextmanager
-def opened(file: Path | BinaryIO, most_pixels: int | None = None) -> Iterator[Image.Image]:
+def opened(
+    file: Path | BinaryIO, most_pixels: int | None = None, longest_side: int = LONGEST_SIDE
+) -> Iterator[Image.Image]:
     """An image whose header is read: its format, and its size as stored.
 
     Args:
         file: a path, or an open binary file.
-        most_pixels: an image of more is refused; None: Pillow's limit alone.
+        most_pixels, longest_side: an image of more is refused; None: by Pillow's limit of pixels alone.
 
     Raises:
         FileNotFoundError, IsADirectoryError, NotADirectoryError: `file` is no file.
@@ -44,14 +46,14 @@ def opened(file: Path | BinaryIO, most_pixels: int | None = None) -> Iterator[Im
         size = f"{image.width} x {image.height} pixels"
         if most_pixels is not None and image.width * image.height > most_pixels:
             raise Image.DecompressionBombError(f"{size}, and at most {most_pixels / 1e6:g} megapixels are read")
-        if max(image.size) > MOST_SIDE:
-            raise Image.DecompressionBombError(f"{size}, and sides of at most {MOST_SIDE} are read")
+        if max(image.size) > longest_side:
+            raise Image.DecompressionBombError(f"{size}, and sides of at most {longest_side} are read")
         yield image
 
 
-def decode(file: Path | BinaryIO, upright: bool = False, most_pixels: int | None = None) -> Image.Image:
-    """Decode an image fully, as RGB; `upright`: turned as its EXIF says. For the rest see `opened` and `as_rgb`."""
-    with opened(file, most_pixels) as image:
+def decode(file: Path | BinaryIO, upright: bool = False, **limits: Any) -> Image.Image:
+    """Decode an image fully, as RGB; `upright`: turned as its EXIF says. For limits see `opened`, for RGB `as_rgb`."""
+    with opened(file, **limits) as image:
         return as_rgb(ImageOps.exif_transpose(image) if upright else image)
 
 

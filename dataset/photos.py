@@ -10,24 +10,26 @@ from typing import BinaryIO
 
 from PIL import Image, UnidentifiedImageError
 
-from dataset.images import decode, formats
+from dataset.images import LONGEST_SIDE, decode, formats
 from dataset.reading import DataError
 
 
-def read_photo(file: Path | BinaryIO, name: str = "", most_pixels: int | None = None) -> Image.Image:
+def read_photo(
+    file: Path | BinaryIO, name: str = "", most_pixels: int | None = None, longest_side: int = LONGEST_SIDE
+) -> Image.Image:
     """Decode an image fully, upright and as RGB (`dataset.images.as_rgb`).
 
     Args:
         file: a path, or an open binary file (an upload).
         name: what messages call it; the path itself unless given.
-        most_pixels: an image of more is refused by its header, before it is decoded.
+        most_pixels, longest_side: an image of more is refused by its header, before it is decoded.
 
     Raises:
         DataError: naming it, when it is missing, broken, too large, or not an image.
     """
     name = name or str(file)
     try:
-        return decode(file, upright=True, most_pixels=most_pixels)
+        return decode(file, upright=True, most_pixels=most_pixels, longest_side=longest_side)
     except Image.DecompressionBombError as error:
         raise DataError(f"{name}: cannot be decoded ({error}); make the image smaller first") from None
     except FileNotFoundError:

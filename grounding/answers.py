@@ -7,6 +7,7 @@ the model nothing (`grounding.ground.place`). What is kept is bounded in number 
 import hashlib
 import io
 import math
+import re
 import threading
 import time
 from collections.abc import Callable, Hashable, Sequence
@@ -25,7 +26,9 @@ from utils import UserError
 
 MOST_BYTES = 10 * 2**20  # of an uploaded file
 TOO_LARGE = f"MB, and at most {MOST_BYTES / 2**20:g} MB are read; save it as JPEG or with fewer pixels"
-MOST_PIXELS = 40_000_000
+MOST_PIXELS, LONGEST_SIDE = 40_000_000, 20_000
+MOST_SCANS = 100  # of a JPEG: each goes over all pixels again, and 80 bytes are enough for one; programs write about 10
+SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e]")
 MOST_PHRASES, LONGEST_PHRASE = 6, 300  # phrases at a time; characters
 LONGEST_NAMED = 60  # characters of a phrase in a remark on it
 LONGEST_SHOWN = 640  # pixels of the longer side of a picture that is shown without a map
@@ -126,11 +129,13 @@ class Answers:
         """Decode an uploaded file and keep it; raises `DataError` when it is too large or no image."""
         if len(content) > MOST_BYTES:
             raise DataError(f"{name}: {math.ceil(len(content) / 2**20 * 10) / 10:.1f} {TOO_LARGE}")
+        if len(SCAN.findall(content)) > MOST_SCANS:
+            raise DataError(f"{name}: a JPEG of more than {MOST_SCANS} scans; save it again as a usual one")
         key = hashlib.sha256(content).hexdigest()
         with self.lock:
             kept = self.pictures.get(key)
             if kept is None:
-                image = read_photo(io.BytesIO(content), name, MOST_PIXELS)
+                image = read_photo(io.BytesIO(content), name, MOST_PIXELS, LONGEST_SIDE)
                 kept = Picture(key, name, image, reduced(image))
             return self.pictures.put(key, kept._replace(name=name))
 
@@ -190,8 +195,11 @@ class Answers:
             known = {phrase: self.answers.get(keys[phrase]) for phrase in keys}
             if new := [phrase for phrase, answer in known.items() if answer is None]:
                 start = time.perf_counter()
-                for phrase, answer in zip(new, ask(explainer, encoded, new), strict=True):
-                    known[phrase] = self.answers.put(keys[phrase], answer)
+                try:
+                    for phrase, answer in zip(new, ask(explainer, encoded, new), strict=True):
+                        known[phrase] = self.answers.put(keys[phrase], answer)
+                except UserError as error:
+                    said |= dict.fromkeys(new, str(error))
                 seconds["phrase" if len(new) == 1 else f"{len(new)} phrases"] = time.perf_counter() - start
         found = [known.get(phrase) or said[phrase] for phrase in phrases]
         return Reply(model, found, remarks, seconds)

@@ -67,13 +67,13 @@ class ResizedMap:
         return (self.pred.shape[0], self.height), (self.pred.shape[1], self.width)
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)
 def resize_weights(source: int, target: int) -> Tensor:
     """The bicubic resize of `source` values to `target` values as a matrix, float32 (target, source)."""
     return F.interpolate(torch.eye(source)[None, None], (target, source), mode="bicubic", align_corners=False)[0, 0]
 
 
-@functools.lru_cache(maxsize=1024)
+@functools.lru_cache(maxsize=128)
 def summed_weights(source: int, target: int) -> np.ndarray:
     """Sums of the first k rows of `resize_weights`, k = 0 to target: float64 (target + 1, source)."""
     return np.concatenate([np.zeros((1, source)), resize_weights(source, target).numpy().cumsum(0, np.float64)])

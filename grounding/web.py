@@ -8,18 +8,20 @@ import os
 import signal
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from grounding import web_page, web_parts
 from grounding.answers import MOST_BYTES, Answers
-from grounding.gate import LOOPBACK, Gate
+from grounding.gate import LOOPBACK, UPLOADS, Gate
 from grounding.offers import Example
 from grounding.web_page import Start
 from utils import UserError
 
 START = Start()
+MOST_WAITING = 100  # calls; one that comes while so many wait is refused, and Gradio says so on the page
+KEPT_SESSIONS = 1000
 
 
 def serve(answers: Answers, examples: Sequence[Example], host: str, port: int | None, start: Start) -> None:
@@ -51,13 +53,19 @@ def running(
     Raises:
         UserError: Gradio is not installed, or the address is taken.
     """
-    with tempfile.TemporaryDirectory(prefix="amc-web-") as folder, _environment(folder, host):
+    there = os.path.realpath(tempfile.gettempdir())  # without links, so that all names of a file are one
+    with tempfile.TemporaryDirectory(prefix="amc-web-", dir=there) as folder, _environment(folder, host):
         gr = gradio()
-        page = web_page.build(gr, answers, examples, start)
-        from starlette.middleware import Middleware
+        page = web_page.build(gr, answers, examples, start, Path(folder) / UPLOADS)
 
-        gate = Middleware(Gate, folder=Path(folder), local=host in LOOPBACK, most_bytes=MOST_BYTES)
-        page.queue(api_open=False)
+        @contextlib.asynccontextmanager
+        async def behind_a_gate(server: Any) -> AsyncIterator[None]:
+            """Put the gate before all that Gradio does; middleware of `app_kwargs` would stand inside."""
+            inner = server.middleware_stack
+            server.middleware_stack = Gate(inner, Path(folder), host in LOOPBACK, MOST_BYTES, server, page.fns.keys())
+            yield
+
+        page.queue(api_open=False, max_size=MOST_WAITING)
         try:
             _, url, _ = page.launch(
                 server_name=f"[{host}]" if ":" in host else host,
@@ -66,7 +74,8 @@ def running(
                 css=web_parts.STYLE,
                 head=web_parts.SCRIPT,
                 max_file_size=MOST_BYTES,
-                app_kwargs={"middleware": [gate], "docs_url": None, "redoc_url": None},
+                state_session_capacity=KEPT_SESSIONS,
+                app_kwargs={"lifespan": behind_a_gate, "docs_url": None, "redoc_url": None},
                 footer_links=[],
                 prevent_thread_lock=True,
                 quiet=True,
@@ -113,7 +122,7 @@ def _environment(folder: str, host: str = LOOPBACK[0]) -> Iterator[None]:
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "GRADIO_RUN_HISTORY": "False",
         "GRADIO_TEMP_DIR": folder,
-        "GRADIO_EXAMPLES_CACHE": f"{folder}/examples",
+        "GRADIO_EXAMPLES_CACHE": folder,  # the examples' pictures are served, wherever uploads go
     }
     before = {name: os.environ.get(name) for name in wanted}
     os.environ.update(wanted)

@@ -1,6 +1,7 @@
 """The page of `demo.py --web`: its layout, and what its controls call; `answers` and `web_parts` hold what it says."""
 
 import contextlib
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 from PIL import Image
 
 from dataset.photos import read_photo
+from dataset.reading import DataError
 from grounding import overlay, web_parts
 from grounding.answers import MOST_BYTES, MOST_PHRASES, Answers, Reply, split_phrases
 from grounding.offers import Example
@@ -20,7 +22,6 @@ TITLE = "Where a model looks"
 MODES = ("itm", "itc")
 COLORMAPS = ("viridis", "jet", "magma")
 NOTHING = "nothing"  # to compare with
-FORGET_UPLOADS = (600, 3600)  # seconds: how often to look, and how old what was never opened may become
 THUMBNAIL = 160  # pixels
 ABOUT_SCENES = (
     "{models}: trained on small drawings of coloured shapes (the scenes). Such a model knows words like red, star, "
@@ -67,16 +68,16 @@ class Question(NamedTuple):
 # ---- layout
 
 
-def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) -> Any:
-    """The page as Gradio's blocks."""
+def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start, uploads: Path) -> Any:
+    """The page as Gradio's blocks; `uploads` as in `Events`."""
     names = list(answers.offers)
     colormaps = list(dict.fromkeys([*COLORMAPS, start.colormap]))
-    events = Events(gr, answers, examples, start.layer)
+    events = Events(gr, answers, examples, start.layer, uploads)
 
     def example(event: gr.SelectData) -> tuple[Any, ...]:  # Gradio fills it in by this annotation
         return events.example(event.index)
 
-    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=FORGET_UPLOADS) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         key, asked = gr.State(""), gr.State(())
         gr.HTML(
             f"<h1>{TITLE}</h1>"
@@ -131,7 +132,8 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
         answer = {"fn": events.answer, "inputs": asking, "outputs": everything, **last}
         layers = {"fn": events.layers, "inputs": [model, other, mode, layer], "outputs": [layer, about], **last}
         page.load(**layers)
-        file.upload(events.upload, [file, key], [key, shown, file, said], **each).then(**answer)
+        upload = {"fn": events.upload, "inputs": [file, key], "outputs": [key, shown, file, said], "preprocess": False}
+        file.upload(**upload, **each).then(**answer)
         gallery.select(example, None, [key, shown, said, text], **each).then(**answer)
         for component in (model, other, mode):
             component.input(**layers).then(**answer)
@@ -153,25 +155,52 @@ def _thumbnail(example: Example) -> Image.Image:
 
 
 class Events:
-    """What the page's controls call; errors of ours come back as messages on the page."""
+    """What the page's controls call; errors of ours come back as messages on the page.
 
-    def __init__(self, gr: Any, answers: Answers, examples: Sequence[Example], first_layer: int | None = None) -> None:
-        self.gr, self.answers, self.examples, self.first_layer = gr, answers, examples, first_layer
+    Args:
+        uploads: where the server writes uploads, each in a folder of its own; nothing else is read or deleted.
+    """
 
-    def upload(self, path: str | None, key: str) -> tuple[Any, ...]:
-        """Read an upload and delete it; outputs: key, picture, file, message."""
-        if path is None:
+    def __init__(
+        self,
+        gr: Any,
+        answers: Answers,
+        examples: Sequence[Example],
+        first_layer: int | None = None,
+        uploads: Path = Path("no uploads"),
+    ) -> None:
+        self.gr, self.answers, self.examples = gr, answers, examples
+        self.first_layer, self.uploads = first_layer, uploads
+
+    def upload(self, file: Any, key: str) -> tuple[Any, ...]:
+        """Read an upload, Gradio's {"path", ...}, and delete it; outputs: key, picture, file, message."""
+        if file is None:
             return key, self.gr.skip(), None, ""
         try:
-            content = Path(path).read_bytes()
-            Path(path).unlink(missing_ok=True)
-            picture = self.answers.add_picture(content, Path(path).name)
+            content, name = self.taken(file)
+            picture = self.answers.add_picture(content, name)
         except UserError as error:
             return key, self.gr.skip(), None, message(str(error))
         return picture.key, web_parts.shown_picture(picture), None, ""
 
+    def taken(self, file: Any) -> tuple[bytes, str]:
+        """The content and the name of an upload, which is deleted; raises `DataError` for any other file."""
+        path = Path(file["path"]).resolve() if isinstance(file, dict) else Path()
+        if not path.is_relative_to(self.uploads) or path == self.uploads:
+            raise DataError("only uploads of this page are read")
+        place = self.uploads / path.relative_to(self.uploads).parts[0]
+        try:
+            (only,) = place.glob("*/*")
+            return only.read_bytes(), only.name
+        except (OSError, ValueError):
+            raise DataError("the upload is no longer kept; upload it again") from None
+        finally:
+            shutil.rmtree(place, ignore_errors=True)
+
     def example(self, index: int) -> tuple[Any, ...]:
         """Outputs: key, picture, message, phrases."""
+        if not isinstance(index, int) or index not in range(len(self.examples)):
+            return "", self.gr.skip(), message("there is no such example"), self.gr.skip()
         example = self.examples[index]
         picture = self.answers.add_picture(example.path.read_bytes(), example.path.name)
         return picture.key, web_parts.shown_picture(picture, example.credit), "", "\n".join(example.phrases)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +24,7 @@ from grounding.answers import MOST_PHRASES, Answers, Picture, Recent, Reply, spl
 from grounding.ground import Answer, PhraseError, ground_all, of_word
 from grounding.offers import Offer, offered, scene_examples
 from grounding.opening import LayerError, OpenedModel, open_model
+from grounding.predict import Explainer
 from grounding.web_page import NOTHING, Events
 from models.albef import build_albef
 from models.vit import VisionTransformer
@@ -142,6 +144,69 @@ def test_messages_in_place_of_rows(events: Events) -> None:
     assert asked == ()
     assert not any(update["visible"] for update in rows[::3])
     assert "choose a picture first" in events.row(0, *controls("", "circle", asked=("circle",)), 0)
+
+
+def test_what_a_model_cannot_say_is_shown_beside_the_other(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a map that is not finite, found when it is made; the other model's maps stand, and the next try is new."""
+    key, asked = events.answers.add_picture(file(), "noise.jpg").key, answers.ask
+
+    def broken(explainer: Explainer, *given: Any) -> list[Answer]:
+        if explainer.model is bad:
+            raise UserError("weights <b>nan</b>")
+        return asked(explainer, *given)
+
+    events.answers.layers("two", "itm")
+    opened = events.answers.models.get("two")
+    assert opened is not None
+    bad = opened.model
+    monkeypatch.setattr(answers, "ask", broken)
+    values = [*controls(key, "a red star\n...", "two"), *[0] * MOST_PHRASES]
+    _, _, *rows = events.answer(*values)
+    assert "map of a red star, one" in rows[2]
+    assert "map of a red star, two" not in rows[2]
+    assert "weights &lt;b&gt;nan&lt;/b&gt;" in rows[2]
+    assert rows[5].count("nothing is left of it") == 2
+    monkeypatch.setattr(answers, "ask", asked)
+    assert "map of a red star, two" in events.answer(*values)[4]
+
+
+def test_markup_in_phrases_is_text(events: Events) -> None:
+    nasty = "<img src=x onerror=alert(1)>\"' red"
+    key = events.answers.add_picture(file(), f"{nasty}.jpg").key
+    for text in (nasty, f"{nasty}\n<b>...</b>\n\"'<>!?"):
+        status, _, *rows = events.answer(*controls(key, text, "broken"), *[0] * MOST_PHRASES)
+        shown = "".join([status, *rows[2::3], events.row(0, *controls(key, "", "two", asked=(nasty,)), 4)])
+        assert "&lt;img src=x" in shown
+        assert not re.search(r"<(?!/?(div|figure|figcaption|img|b|a)\b)|<img src=x|onerror=alert\(1\)>", shown)
+    for wrong in (controls(key, "x", model=nasty), controls(key, "x", colormap=nasty), controls(key, nasty * 20)):
+        shown = "".join(map(str, events.answer(*wrong, *[0] * MOST_PHRASES)))
+        assert "<img src=x" not in shown
+
+
+@pytest.mark.parametrize(("more", "read"), [(0, True), (80, True), (100, False)])
+def test_a_jpeg_of_many_scans(more: int, read: bool, counted: Counted) -> None:
+    """At 40 megapixels each takes 0.1 s: a file of 10 MB would be decoded for hours."""
+    buffer = io.BytesIO()
+    Image.new("RGB", (64, 64), "red").save(buffer, "JPEG", progressive=True)
+    content = buffer.getvalue()
+    last = content[content.rindex(b"\xff\xda") : -2]
+    content = content[:-2] + last * more + content[-2:]
+    if read:
+        assert counted.answers.add_picture(content, "up.jpg").image.size == (64, 64)
+        return
+    with pytest.raises(DataError, match=r"^up\.jpg: a JPEG of more than 100 scans"):
+        counted.answers.add_picture(content, "up.jpg")
+
+
+@pytest.mark.parametrize("size", [(20_000, 1), (1, 20_000), (20_000, 20)])
+def test_pictures_of_long_sides(size: tuple[int, int], events: Events) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", size, "red").save(buffer, "PNG")
+    picture = events.answers.add_picture(buffer.getvalue(), "long.png")
+    assert max(picture.reduced.size) == 640
+    _, _, *rows = events.answer(*controls(picture.key, "a red star"), *[0] * MOST_PHRASES)
+    assert "map of a red star, one" in rows[2]
+    assert len(rows[2]) < 200_000
 
 
 # ---- what is computed, and how often
@@ -323,11 +388,25 @@ def png_header(width: int, height: int) -> bytes:
             r"^up\.png: cannot be decoded \(Image size \(4000000000 pixels\).* make the image",
         ),
         (png_header(8000, 5000), r"^up\.png: cannot be decoded \(.*is the file complete"),
+        (png_header(1, 39_000_000), r"^up\.png: cannot be decoded \(1 x 39000000 pixels, and sides of at most 20000"),
+        (png_header(20_001, 1), r"^up\.png: cannot be decoded \(20001 x 1 pixels, and sides of at most 20000 pixels"),
+        (png_header(20_000, 2000), r"^up\.png: cannot be decoded \(.*is the file complete"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"^up\.png: not an image, or of another kind"),
         (b"", r"^up\.png: not an image"),
         (file()[:300], r"^up\.png: cannot be decoded .* is the file complete"),
     ],
-    ids=["bytes", "pixels", "bomb", "just small enough", "svg", "empty", "cut off"],
+    ids=[
+        "bytes",
+        "pixels",
+        "bomb",
+        "just small enough",
+        "high",
+        "wide",
+        "just short enough",
+        "svg",
+        "empty",
+        "cut off",
+    ],
 )
 def test_uploads_that_are_refused(content: bytes, message: str, counted: Counted) -> None:
     with pytest.raises(DataError, match=message):

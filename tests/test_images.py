@@ -18,7 +18,7 @@ import dataset.images
 from config import PretrainConfig
 from dataset.expressions import EntryProblem, Problems, check_images, locate
 from dataset.flickr import load_ids
-from dataset.images import MOST_SIDE, formats
+from dataset.images import LONGEST_SIDE, formats
 from dataset.matching import load_pairs
 from dataset.photos import read_photo
 from dataset.raw.check_images import look
@@ -189,10 +189,10 @@ def readers(path: Path) -> list[Callable[[], object]]:
 
 def test_a_side_has_a_limit(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
-    for size in ((1, MOST_SIDE), (MOST_SIDE, 1)):
+    for size in ((1, LONGEST_SIDE), (LONGEST_SIDE, 1)):
         Image.new("RGB", size).save(path)
         assert read_image(path, "").size == size
-    for width, height in ((1, 39_000_000), (1, MOST_SIDE + 1), (MOST_SIDE + 1, 2)):
+    for width, height in ((1, 39_000_000), (1, LONGEST_SIDE + 1), (LONGEST_SIDE + 1, 2)):
         path.write_bytes(png(width, height, 8, 2, b""))
         for read in readers(path):
             with pytest.raises(DataError, match=rf"\({width} x {height} pixels, and sides of at most 65535 are read\)"):

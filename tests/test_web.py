@@ -1,11 +1,13 @@
 """The page of demo.py --web as it is served: who is let in, what a browser shows, what the command line makes of it."""
 
+import asyncio
 import base64
 import contextlib
 import io
 import json
 import os
 import re
+import secrets
 import shutil
 import signal
 import socket
@@ -25,7 +27,7 @@ from safetensors.torch import load_file, save_file
 import demo
 from dataset import scenes_files
 from dataset.photos import read_photo
-from grounding import overlay, web, web_page, web_parts
+from grounding import gate, overlay, web, web_page, web_parts
 from grounding.answers import Answers, Picture, Reply, reduced
 from grounding.gate import Gate
 from grounding.ground import Answer, Grounding, ask, encode, of_word, place
@@ -37,6 +39,7 @@ from utils import UserError
 pytest.importorskip("gradio", reason="the page needs requirements-web.txt")
 httpx = pytest.importorskip("httpx", reason="comes with Gradio")
 PHRASE = "the small red triangle"
+FORM = "multipart/form-data; boundary=X"
 PATIENCE = 120  # seconds to wait for what will come; a machine may be slow, and it is no test of speed
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = (
@@ -319,20 +322,24 @@ def test_no_file_of_the_server_is_served(site: Site) -> None:
         assert client.post("/gradio_api/upload", files=many).status_code == 413
 
 
-def upload_event(client: httpx.Client, path: str) -> dict[str, Any]:
-    """Call what the page calls after an upload, with a path of one's own; returns how it ended."""
-    config = client.get("/config").json()
-    (file,) = [part["id"] for part in config["components"] if part["type"] == "file"]
-    (function,) = [one["id"] for one in config["dependencies"] if one["targets"] == [[file, "upload"]]]
-    data = [{"path": path, "meta": {"_type": "gradio.FileData"}}, ""]
-    body = {"data": data, "fn_index": function, "session_hash": f"s{abs(hash(path))}"}
-    client.post("/gradio_api/queue/join", json=body).raise_for_status()
+def call(client: httpx.Client, name: str, data: list[Any], **more: Any) -> dict[str, Any]:
+    """Call a function of the page, with data of one's own; returns how it ended."""
+    (function,) = [one["id"] for one in client.get("/config").json()["dependencies"] if one["api_name"] == name]
+    body = {"data": data, "fn_index": function, "session_hash": secrets.token_hex(8), **more}
+    content = json.dumps(body)  # httpx would refuse lone surrogates
+    headers = {"Content-Type": "application/json"}
+    client.post("/gradio_api/queue/join", content=content, headers=headers).raise_for_status()
     with client.stream("GET", "/gradio_api/queue/data", params={"session_hash": body["session_hash"]}) as lines:
         for line in lines.iter_lines():
             event = json.loads(line.removeprefix("data:") or "{}")
             if event.get("msg") == "process_completed":
                 return event
     raise AssertionError("the event did not end")
+
+
+def upload_event(client: httpx.Client, path: str) -> dict[str, Any]:
+    """Call what the page calls after an upload, with a path of one's own; returns how it ended."""
+    return call(client, "upload", [{"path": path, "meta": {"_type": "gradio.FileData"}}, ""])
 
 
 def test_an_upload_is_read_and_deleted_and_nothing_else_is(site: Site) -> None:
@@ -353,11 +360,287 @@ def test_an_upload_is_read_and_deleted_and_nothing_else_is(site: Site) -> None:
         assert site.scene.is_file()
 
 
-@pytest.mark.parametrize(("host", "status"), [("evil.example", 403), ("[::1]:7860", None), ("LOCALHOST", None)])
+@pytest.mark.parametrize("way", ["by its path", "by its content"])
+def test_the_pictures_of_examples_stay(way: str, site: Site) -> None:
+    (thumbnail, *_) = site.folder.rglob("*.webp")
+    content = thumbnail.read_bytes()
+    with httpx.Client(base_url=site.url, timeout=PATIENCE) as client:
+        path = str(thumbnail)
+        if way == "by its content":  # as someone does who saves it from the page
+            (path,) = client.post("/gradio_api/upload", files={"files": (thumbnail.name, content)}).json()
+        said = upload_event(client, path)["output"]["data"][3]
+        assert ("only uploads of this page are read" in said) == (way == "by its path")
+        assert client.get(f"/gradio_api/file={thumbnail}").content == content
+
+
+def test_each_upload_is_of_its_visitor_alone(site: Site) -> None:
+    """The same file twice, as by a class that tries one picture."""
+    content = site.scene.read_bytes()
+    with httpx.Client(base_url=site.url, timeout=PATIENCE) as client:
+        paths = [client.post("/gradio_api/upload", files={"files": ("a.jpg", content)}).json()[0] for _ in range(2)]
+        uploads = site.folder / "uploads"
+        for guess in (str(uploads), f"{uploads}/0/a.jpg", f"{uploads}/../uploads"):
+            assert upload_event(client, guess)["output"]["data"][3]
+            assert all(Path(path).is_file() for path in paths), guess
+        for path in paths:
+            assert client.get(f"/gradio_api/file={path}").status_code == 404  # nobody's is served
+            assert "a.jpg · 84 x 112" in json.dumps(upload_event(client, path), ensure_ascii=False)
+            assert not Path(path).exists()
+        said = upload_event(client, paths[0] + "?")["output"]["data"][3]
+        assert "no longer kept; upload it again" in said
+    assert not list(uploads.iterdir())
+
+
+def form(*parts: bytes, end: bytes = b"--X--\r\n") -> bytes:
+    return b"".join(b"--X\r\nContent-Disposition: form-data; " + part + b"\r\n\r\nabc\r\n" for part in parts) + end
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "good"),
+    [
+        (form(b'name="files"; filename="a"'), "text/plain", False),
+        (form(b'name="files"; filename="a"'), "multipart/form-data", False),  # without a boundary
+        (form(b'name="files"'), FORM, False),  # no file
+        (form(b'name="other"; filename="a"'), FORM, False),
+        (form(b'name="files"; filename="a"', end=b"--"), FORM, False),  # cut off
+        (form(b'name="files"; filename=".."'), FORM, False),
+        (form(b'name="files"; filename="a"', b'name="files"; filename="b"'), FORM, False),
+        (form(b'name="files"; filename="' + b"a" * 7000 + b'"'), FORM, False),
+        (form(b'name="files"; filename="\\ud800"'), f"{FORM}; charset=unicode_escape", False),
+        (form(b'name="files"; filename="' + b"a" * 999 + b'"'), FORM, True),
+        (form(b'name="files"; filename="\x1b]0;x\x07\xc2\x9b.png"'), FORM, True),
+    ],
+)
+def test_uploads_of_odd_form(body: bytes, kind: str, good: bool, site: Site) -> None:
+    """None leaves a file behind, whatever Gradio's parser makes of it."""
+    before = {path for path in site.folder.rglob("*") if path.is_file()}
+    with httpx.Client(base_url=site.url, timeout=PATIENCE) as client:
+        answer = client.post("/gradio_api/upload", content=body, headers={"Content-Type": kind})
+        assert answer.status_code in ((200,) if good else (400, 413))
+        for path in answer.json() if good else []:
+            assert "not an image" in upload_event(client, path)["output"]["data"][3]
+    assert {path for path in site.folder.rglob("*") if path.is_file()} == before
+
+
+def test_uploads_that_nobody_opens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gate, "KEPT_UPLOADS", 3)
+    made = [gate.make_room(tmp_path / "uploads") for _ in range(5)]
+    assert [place.is_dir() for place in made] == [False, False, True, True, True]
+    assert len({place.name.partition("-")[2] for place in made}) == 5
+    monkeypatch.setattr(gate, "OLDEST_UPLOAD", -1)
+    gate.make_room(tmp_path / "uploads")
+    assert not any(place.is_dir() for place in made)
+
+
+def test_markup_and_escapes_in_what_visitors_send(site: Site, capfd: pytest.CaptureFixture[str]) -> None:
+    nasty = "<img src=x onerror=alert(1)>\"'&"
+    with httpx.Client(base_url=site.url, timeout=PATIENCE) as client:
+        for content in (site.scene.read_bytes(), b"no image"):
+            (path,) = client.post("/gradio_api/upload", files={"files": (f"{nasty}\x1b[2J.png", content)}).json()
+            shown = json.dumps(upload_event(client, path))
+            assert "<img src=x" not in shown
+            assert "\\u001b" not in shown
+        assert not upload_event(client, "/etc/passwd\x1b[2J\x9b\ud800")["success"]
+    shown = "".join(capfd.readouterr())
+    assert "/etc/passwd [2J" in shown  # Gradio logs it
+    assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", shown)
+
+
+def raw(site: Site, head: str, body: bytes = b"") -> int:
+    """The status of a request as it is written here."""
+    address = ("127.0.0.1", int(site.url.rpartition(":")[2]))
+    with socket.create_connection(address, timeout=PATIENCE) as connection:
+        connection.sendall(head.replace("\n", "\r\n").encode("latin-1") + b"\r\n\r\n" + body)
+        return int(connection.recv(100).split()[1])
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("GET / HTTP/1.1\nHost: localhost", 200),
+        ("HEAD / HTTP/1.1\nHost: localhost", 200),
+        ("GET / HTTP/1.1\nHost: localhost\nOrigin: http://[::1", 200),  # a link
+        ("GET /config HTTP/1.1\nHost: localhost\nOrigin: http://[::1", 403),
+        ("GET / HTTP/1.0\nOrigin: http://evil.example", 403),
+        ("OPTIONS /gradio_api/upload HTTP/1.1\nHost: x\nOrigin: http://x\nAccess-Control-Request-Method: POST", 403),
+        ("OPTIONS /gradio_api/upload HTTP/1.1\nHost: localhost", 404),
+        ("PUT /gradio_api/upload HTTP/1.1\nHost: localhost\nContent-Length: 0", 404),
+        ("GET /gradio_api/file=%00 HTTP/1.1\nHost: localhost", 400),
+        ("GET /gradio_api/heartbeat/%1b HTTP/1.1\nHost: localhost", 400),
+        ("GET /config HTTP/1.1\nHost: localhost\nX-Forwarded-Host: a\x1bb", 400),
+        (f"GET /assets/{'a' * 300} HTTP/1.1\nHost: localhost", 404),
+        (f"GET /config?{'a' * 3000} HTTP/1.1\nHost: localhost", 414),
+        ("POST /gradio_api/cancel HTTP/1.1\nHost: localhost\nContent-Length: 99999999999999999999", 413),
+        ("POST /gradio_api/cancel HTTP/1.1\nHost: localhost", 411),
+        ("POST /gradio_api/cancel HTTP/1.1\nHost: localhost\nTransfer-Encoding: chunked", 411),
+        ("POST /gradio_api/cancel HTTP/1.1\nHost: localhost\nContent-Length: 9\nTransfer-Encoding: chunked", 411),
+    ],
+)
+def test_requests_as_no_browser_sends_them(head: str, status: int, site: Site) -> None:
+    assert raw(site, head) == status
+
+
+def test_odd_ranges_of_a_file(site: Site) -> None:
+    (thumbnail, *_) = site.folder.rglob("*.webp")
+    for value in ("bytes=1-2-3", "bytes=9999999-1"):
+        assert raw(site, f"GET /gradio_api/file={thumbnail} HTTP/1.1\nHost: localhost\nRange: {value}") == 200
+
+
+@pytest.mark.parametrize("index", [-1, 2, "x", None, [0], 1.0, {"a": 1}])
+def test_examples_that_there_are_not(index: Any, site: Site) -> None:
+    with httpx.Client(base_url=site.url, timeout=PATIENCE) as client:
+        event = call(client, "example", [], event_data={"index": index, "value": None})
+        assert "there is no such example" in event["output"]["data"][2]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"fn_index": 999},
+        {"fn_index": None},
+        {"fn_index": "1"},
+        {"session_hash": None},
+        {"session_hash": "a/b"},
+        {"session_hash": "x" * 101},
+        {"data": {}},
+        {"data": [[], ""]},
+        {"data": [2**64, ""]},
+        {"event_data": [[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]},
+    ],
+    ids=str,
+)
+def test_calls_that_the_page_does_not_make(change: dict[str, Any], site: Site) -> None:
+    usual = {"data": [None, ""], "fn_index": 1, "session_hash": "s"}
+    with httpx.Client(base_url=site.url, timeout=PATIENCE) as client:
+        assert client.post("/gradio_api/queue/join", json=usual | change).status_code == 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"[]",
+        b"\xff",
+        b"[" * 100_000,
+        b'{"data": [NaN]}',
+        b'{"data": [1e999]}',
+        b'{"data": [' + b"9" * 5000 + b"]}",
+    ],
+    ids=["empty", "list", "no text", "deep", "NaN", "infinite", "long number"],
+)
+def test_calls_that_are_no_json_of_ours(body: bytes, site: Site) -> None:
+    with httpx.Client(base_url=site.url, timeout=PATIENCE) as client:
+        assert client.post("/gradio_api/queue/join", content=body).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("evil.example", 403),
+        ("127.0.0.1.evil.example", 403),
+        ("localhost@evil.example", 403),
+        ("[::1]evil.example", 403),
+        ("[::1].evil.example:80", 403),
+        ("::1", 403),
+        ("localhost:80:80", 403),
+        ("", 403),
+        ("[::1]:7860", None),
+        ("[::1]", None),
+        ("127.0.0.1:80", None),
+        ("LOCALHOST", None),
+    ],
+)
 def test_names_of_this_machine(host: str, status: int | None, tmp_path: Path) -> None:
     scope = {"path": "/", "method": "GET", "headers": [(b"host", host.encode())]}
     assert Gate(None, tmp_path, True, 10).refused(scope) == status  # type: ignore[arg-type]
     assert Gate(None, tmp_path, False, 10).refused(scope) is None  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("headers", "foreign"),
+    [
+        ({"host": "a:1"}, False),  # no browser
+        ({"host": "a:1", "origin": "http://a:1"}, False),
+        ({"host": "LOCALHOST:1", "origin": "https://a:1"}, False),  # a proxy speaks https
+        ({"host": "[::1]:1", "origin": "http://[::1]:1"}, False),
+        ({"host": "a:1", "origin": "http://up", "sec-fetch-site": "same-origin"}, False),  # a proxy of another name
+        ({"host": "a:1", "sec-fetch-site": "none"}, False),
+        ({"host": "a:1", "origin": "http://a:2"}, True),
+        ({"host": "a:1", "origin": "http://evil.example"}, True),
+        ({"host": "a:1", "origin": "http://a:1.evil.example"}, True),
+        ({"host": "a:1", "origin": "null"}, True),
+        ({"host": "", "origin": "null"}, True),
+        ({"host": "a:1", "origin": ""}, True),
+        ({"host": "a:1", "origin": "http://a:1", "sec-fetch-site": "same-site"}, True),
+        ({"host": "a:1", "sec-fetch-site": "cross-site"}, True),
+    ],
+)
+@pytest.mark.parametrize("local", [True, False])
+def test_other_sites_are_refused(headers: dict[str, str], foreign: bool, local: bool, tmp_path: Path) -> None:
+    given = [(name.encode(), value.replace("a:", "localhost:").encode()) for name, value in headers.items()]
+    guard = Gate(None, tmp_path, local, 10)  # type: ignore[arg-type]
+    foreign |= local and not headers["host"]
+
+    def status(path: str, method: str) -> int | None:
+        scope = {"path": path, "method": method, "headers": [*given, (b"content-length", b"2")]}
+        return guard.refused(scope)
+
+    for path in ("/gradio_api/upload", "/gradio_api/queue/join", "/gradio_api/cancel"):
+        assert status(path, "POST") == (403 if foreign else None)
+    assert status("/config", "GET") == (403 if foreign else None)
+    assert status("/", "GET") == (403 if local and not headers["host"] else None)  # a link to the page
+
+
+class Asked:
+    """An application behind the gate, and what reaches it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.bodies: list[bytes] = []
+        self.gate = Gate(self.answer, folder, False, 10, functions=[1])
+
+    async def answer(self, scope: Any, receive: Any, send: Any) -> None:
+        self.bodies.append((await receive())["body"])
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    def status(self, parts: list[bytes], pause: float = 0, scope: dict[str, Any] | None = None, end: Any = None) -> Any:
+        """The answer to a call whose body arrives in parts."""
+        sent: list[Any] = []
+        messages = [{"type": "http.request", "body": part, "more_body": True} for part in parts]
+        messages.append(end or {"type": "http.request"})
+
+        async def receive() -> Any:
+            await asyncio.sleep(pause)
+            return messages.pop(0)
+
+        async def send(message: Any) -> None:
+            sent.append(message)
+
+        usual = {"type": "http", "path": gate.JOIN, "method": "POST", "headers": [(b"content-length", b"2")]}
+        asyncio.run(self.gate(usual | (scope or {}), receive, send))
+        assert self.gate.arriving == 0
+        return sent[0].get("status", sent[0])
+
+
+def test_what_arrives_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever is said of a body's length: the headers say 2 bytes."""
+    behind = Asked(tmp_path)
+    call = json.dumps({"data": ["a\x1b[2J\n\x9b"], "fn_index": 1, "session_hash": "s", "x\x07": "é"}).encode()
+    assert behind.status([call[:9], b"", call[9:]]) == 200
+    (body,) = behind.bodies
+    assert json.loads(body) == {"data": ["a [2J\n "], "fn_index": 1, "session_hash": "s", "x ": "é"}
+    assert behind.status([b" " * 100_000] * 11) == 413
+    assert behind.status([call], pause=0) == 200
+    assert behind.status([call], end={"type": "http.disconnect"}) == 400
+    monkeypatch.setattr(gate, "SLOWEST", 0.02)
+    assert behind.status([b" "] * 1000, pause=0.005) == 408
+    monkeypatch.setattr(gate, "MOST_ARRIVING", 50)
+    assert behind.status([b" " * 20] * 3) == 503
+    assert len(behind.bodies) == 2
+
+
+def test_no_web_sockets(tmp_path: Path) -> None:
+    behind = Asked(tmp_path)
+    assert behind.status([], scope={"type": "websocket"}) == {"type": "websocket.close", "code": 1008}
 
 
 def test_files_of_the_own_folder_alone(tmp_path: Path) -> None:
@@ -370,6 +653,7 @@ def test_files_of_the_own_folder_alone(tmp_path: Path) -> None:
     assert status(f"{tmp_path}/own/x/a.webp") is None
     for path in ("/etc/passwd", f"{tmp_path}/owner/a.webp", f"{tmp_path}/own/../a.webp", "README.md", "http://x/a", ""):
         assert status(path) == 404, path
+    assert status(f"{tmp_path}/own/uploads/x/a.webp") == 404
 
 
 # ---- the server and its command line
