@@ -66,6 +66,11 @@ def test_word_limits(limits: dict[str, int], kept: list[str], dropped: dict[str,
     assert ([caption for caption, _ in rows], counts) == (kept, dropped)
 
 
+@pytest.mark.parametrize("text", ["", "?!", "\u200b", "\u00ad.", "\u0301", "\ue000"])
+def test_phrases_without_content_are_dropped(text: str) -> None:
+    assert group([("a", A), (text, A)]) == ([("a", [[*A]])], {vg_phrases.NO_TEXT: 1})
+
+
 @pytest.mark.parametrize(("limit", "kept"), [(None, 2), (3, 2), (2, 1)])
 def test_boxes_per_phrase(limit: int | None, kept: int) -> None:
     rows, counts = group([("a", A), ("b", A), ("a", B), ("a", C), ("a", A)], max_boxes=limit)
