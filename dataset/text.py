@@ -36,10 +36,11 @@ def clean_caption(text: str, max_words: int) -> str:
 
 def has_content(text: str) -> bool:
     """Whether the model reads anything but [CLS] of a cleaned text: not of white space, of marks without a letter, or
-    of characters that are invisible, control codes or unassigned."""
+    of characters that are invisible, control codes or for private use."""
     if re.search("[a-z0-9]", text):
         return True
-    return any(not (c.isspace() or unicodedata.category(c)[0] == "C") for c in NORMALIZER.normalize_str(text))
+    unseen = ("Cc", "Cf", "Co", "Cs")
+    return any(not (c.isspace() or unicodedata.category(c) in unseen) for c in NORMALIZER.normalize_str(text))
 
 
 def swap_left_right(text: str) -> str:
