@@ -158,7 +158,7 @@ def part_of(split: str) -> str:
         return split
     if split.startswith("test"):
         return "test"
-    raise EntryProblem("the ref's split is none of train, val and test...", repr(split))
+    raise EntryProblem("the ref's split is none of train, val and test...", repr(split)[:60])
 
 
 def _image(ref: Row, making: _Making, lists: Lists) -> str | None:
@@ -249,7 +249,7 @@ def group_detections(file: Path, instances: Path | None = None) -> dict[str, lis
 def _image_id(row: Row) -> int:
     """The image id of a detection, an integer or one written as a string."""
     value = row.get("image_id")
-    if isinstance(value, str) and re.fullmatch("[0-9]+", value):
+    if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
         return int(value)
     return require(row, "image_id", int)
 
