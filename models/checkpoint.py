@@ -7,6 +7,7 @@ left out on purpose is reported, and anything else that does not fit is an error
 
 import pickle
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ QUEUE = re.compile(r"^(image_queue|text_queue|queue_ptr|queue_ptr_img|queue_ptr_
 MLM_HEAD = re.compile(r"^text_encoder\.cls\.")
 POSITION_EMBEDDING = re.compile(r"^visual_encoder(_m)?\.pos_embed$")
 POSITION_IDS = re.compile(r"embeddings\.position_ids$")
+
+LARGEST_WEIGHT = 1e6  # those of a sound model stay below 100
 
 UNREADABLE = (RuntimeError, EOFError, OSError, ValueError, SafetensorError, pickle.UnpicklingError)
 
@@ -95,6 +98,16 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint under a temporary name, then rename it."""
     with atomic_path(path) as temporary:
         torch.save(content, temporary)
+
+
+def diverged(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> str | None:
+    """The first of some tensors that is not finite, or as large as `largest`, in words; None if all are sound."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = (float(value) for value in tensor.aminmax())
+            if not -largest < low <= high < largest:  # NaN is no number to compare
+                return f"{name} reaches from {low:.3g} to {high:.3g}"
+    return None
 
 
 def export_student(checkpoint: str | Path, out: str | Path) -> None:
