@@ -5,15 +5,15 @@ import base64
 import contextlib
 import ctypes
 import datetime
-import importlib.metadata
 import itertools
-import json
 import math
 import os
+import platform
 import random
-import subprocess
+import re
 import sys
 import tarfile
+import time
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -218,15 +218,46 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """A temporary name beside `path`, renamed to it when the block ends well: a reader never sees half a file."""
+    """A temporary name beside `path`, renamed to it when the block ends well: a reader never sees half a file.
+
+    The name holds process and host, for `sweep`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Remove the temporary files in a folder whose process is gone; yields each with its bytes.
+
+    Of a process on another host, nothing is known but that it has not written for a day.
+    """
+    for path in list(folder.glob(".*.tmp")):
+        name = re.fullmatch(r"\..+\.([0-9]+)(@.*)?\.tmp", path.name)
+        if name is None or not path.is_file():
+            continue
+        known = path.stat()
+        here = name[2] in (None, f"@{platform.node()}")
+        if time.time() - known.st_mtime > 86400 or (here and _is_gone(int(name[1]))):
+            path.unlink(missing_ok=True)
+            yield path, known.st_size
+
+
+def _is_gone(process: int) -> bool:
+    if process == os.getpid():
+        return True  # another one had the number before: this one is just beginning to write
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def load_tensors(path: str | Path) -> Any:
@@ -275,41 +306,3 @@ def data_uri(kind: str, content: bytes) -> str:
 def write_text(path: str | Path, text: str) -> None:
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.txt, one JSON object each; a line cut off by an interruption is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def write_provenance(path: Path, seed: int, **more: Any) -> None:
-    """Leave command, versions, git commit and seed beside a run's results."""
-    libraries = ["torch", "torchvision", "timm", "transformers", "numpy"]
-    libraries += ["opencv-python", "opencv-python-headless", "pillow"]
-    versions = {}
-    for name in libraries:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    record = {
-        "command": sys.argv,
-        "seed": seed,
-        "world_size": world_size(),
-        "python": sys.version.split()[0],
-        "versions": versions,
-        "git_commit": _git_commit(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **more,
-    }
-    write_text(path, json.dumps(record, indent=2) + "\n")
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    with contextlib.suppress(OSError):
-        found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-        return found.stdout.strip() or None
-    return None

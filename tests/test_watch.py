@@ -204,7 +204,7 @@ def test_maps_of_the_phrases(place: Path, watched: Path, tmp_path: Path) -> None
 
 
 def test_the_curves_can_be_drawn(watched: Path, plain: Path) -> None:
-    from grounding.runs import read_runs
+    from runs import read_runs
 
     runs, unit = read_runs([watched, plain])
     one, other = runs.values()
