@@ -6,13 +6,14 @@
 
 Leaves in OUT: checkpoint_%02d.pth and a line of log.txt per epoch, a line of steps.jsonl every 20 steps, config.yaml
 and run.json (options, versions, git commit, seed). `--resume` continues from the newest checkpoint of OUT, or from
-`--checkpoint`; each epoch is seeded by (seed, rank, epoch), so that a resumed run repeats an uninterrupted one.
+`--checkpoint`, with the rates and the schedule of the config; each epoch is seeded by (seed, rank, epoch), so that a
+resumed run repeats an uninterrupted one.
 `--tensorboard` adds OUT/tensorboard (docs/watching.md).
 """
 
 import argparse
+import contextlib
 import inspect
-import json
 import math
 import sys
 import time
@@ -26,15 +27,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from tqdm import tqdm
 
+import runs
 import utils
-from config import PretrainConfig, load_config, save_config
+from config import PretrainConfig, load_config, naming, save_config
 from dataset.expressions import SHOWN_PROBLEMS
 from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
-from grounding.runs import EPOCHS_LOG, STEPS_LOG
+from dataset.workers import check_shared_memory, killed_workers_explained
 from models.checkpoint import (
+    CheckpointError,
     check_resumable,
+    diverged,
     init_image_encoder,
     init_text_encoder,
     load_weights,
@@ -43,7 +47,7 @@ from models.checkpoint import (
 )
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
-from optim import create_optimizer
+from optim import create_optimizer, moments, restore_optimizer
 from scheduler import create_scheduler, epoch_time, iteration_time
 
 if TYPE_CHECKING:
@@ -51,7 +55,6 @@ if TYPE_CHECKING:
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_INTERVAL = 20  # steps between looks at the meters, which wait for the device
-BOARD = "tensorboard"
 
 
 class TrainingError(utils.UserError):
@@ -67,12 +70,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="Pretrain/")
     parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
-    parser.add_argument("--seed", default=42, type=int)
+    parser.add_argument("--seed", default=42, type=utils.integer(0, 2**63 - 1))
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
     parser.add_argument("--accum_steps", default=1, type=utils.integer(1), help="batches per optimizer step")
     parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
     parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
-    parser.add_argument("--num_workers", default=4, type=int, help="data loading processes per training process")
+    parser.add_argument("--num_workers", default=4, type=utils.integer(0), help="loader processes per process")
     parser.add_argument("--max_steps", type=utils.integer(1), help="stop after this many optimizer steps in all")
     parser.add_argument(
         "--skip_broken", action="store_true", help="replace missing and unreadable images and count them"
@@ -103,6 +106,12 @@ def main(args: argparse.Namespace) -> None:
     device = utils.choose_device(args.device)
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
+    with runs.claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
+        train(args, config, device)
+    utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
+
+
+def train(args: argparse.Namespace, config: PretrainConfig, device: torch.device) -> None:
     run = Run(args, config, device)
     step_limit = args.max_steps or sys.maxsize
     for epoch in range(run.start_epoch, config.schedular.epochs):
@@ -115,7 +124,6 @@ def main(args: argparse.Namespace) -> None:
     if broken := run.data.replaced():
         shown = ", ".join(broken[:SHOWN_PROBLEMS]) + (", ..." if len(broken) > SHOWN_PROBLEMS else "")
         utils.log(f"{len(broken)} unreadable images were replaced by others: {shown}")
-    utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
 
 
 class Run:
@@ -135,7 +143,7 @@ class Run:
         utils.seed_everything(args.seed)
         self.model = PretrainModel(config)
         check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
-        resumed = initialise(self.model, config, args)
+        resumed = initialise(self.model, config, args, start := runs.start_of(args))
         self.model.checkpoint_activations(args.grad_checkpointing)
         if args.grad_checkpointing:
             utils.return_freed_memory()
@@ -146,7 +154,7 @@ class Run:
         self.optimizer = create_optimizer(config.optimizer, self.model)
         self.schedule = create_scheduler(config.schedular, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        self.start_epoch = self.restore(resumed) if resumed else 0
+        self.start_epoch = self.restore(resumed, start) if resumed else 0
         self.parallel: nn.Module = self.model
         if utils.world_size() > 1:
             # The queues are equal on all processes by construction: nothing to broadcast at each step.
@@ -157,7 +165,8 @@ class Run:
                 gradient_as_bucket_view=True,
             )
         self.board = self.open_board(tokenizer)
-        self.describe()
+        here = resumed and Path(start).resolve().parent == self.output.resolve()
+        self.describe(resumed.get("log") if resumed and here else None)
 
     def open_board(self, tokenizer: Tokenizer) -> "Board | None":
         """What writes for --tensorboard; None without it, and on all ranks but 0."""
@@ -175,21 +184,39 @@ class Run:
         watched = watched_pairs(args.watch) or watched_entries(self.data.entries, args.skip_broken)
         return Board(explainer, watched, args.heat_maps_every, samples)
 
-    def restore(self, checkpoint: dict[str, Any]) -> int:
-        """Put optimizer, schedule and loss scale back; returns the epoch to go on with."""
-        self.optimizer.load_state_dict(checkpoint["optimizer"])
-        self.schedule.load_state_dict(checkpoint["lr_scheduler"])
-        if checkpoint.get("scaler"):
-            self.scaler.load_state_dict(checkpoint["scaler"])
+    def settings(self) -> dict[str, Any]:
+        """What decides a run's numbers, beside its config."""
+        args = self.args
+        return {
+            "seed": args.seed,
+            "world_size": utils.world_size(),
+            "accum_steps": args.accum_steps,
+            "precision": args.precision,
+            "entries": len(self.data),
+        }
+
+    def restore(self, checkpoint: dict[str, Any], path: str | Path) -> int:
+        """Put moments and loss scale back, and say what else differs; returns the epoch to go on with.
+
+        Rates and schedule are the config's: the schedule's time follows from epoch and step.
+        """
+        restore_optimizer(self.optimizer, checkpoint["optimizer"], self.config.optimizer, path)
+        if scale := checkpoint.get("scaler"):
+            try:
+                self.scaler.load_state_dict(scale)
+            except (KeyError, TypeError) as error:
+                raise CheckpointError(f"{path}: its 'scaler' is no loss scale of fp16") from error
+        if changed := runs.differences(checkpoint, self.config, self.settings()):
+            utils.log("\n  ".join([f"{path}: this run differs from the one that it goes on with", *changed]))
         return int(checkpoint["epoch"]) + 1
 
-    def describe(self) -> None:
+    def describe(self, earlier_log: Any) -> None:
         """Say what is about to run, and leave it beside the results."""
         if utils.rank() != 0:
             return
-        prepare_output(self.output, self.start_epoch)
+        runs.prepare_output(self.output, self.start_epoch, earlier_log)
         save_config(self.config, self.output / "config.yaml")
-        utils.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
+        runs.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
         samples = f"{self.config.batch_size * self.args.accum_steps} x {utils.world_size()}"
         utils.log(
             f"{len(self.data)} entries, {self.steps_per_epoch} steps of {samples} samples an epoch, {self.device}"
@@ -197,7 +224,7 @@ class Run:
         utils.log(f"epochs {self.start_epoch} to {self.config.schedular.epochs - 1}, {self.args.precision}")
         if self.board:
             config_text = (self.output / "config.yaml").read_text(encoding="utf-8")
-            self.board.start(self.output / BOARD, self.start_epoch * self.steps_per_epoch, config_text)
+            self.board.start(self.output / runs.BOARD, self.start_epoch * self.steps_per_epoch, config_text)
             utils.log(f"watch it: tensorboard --logdir {self.output}")
 
     def train_epoch(self, epoch: int, steps: int) -> dict[str, float]:
@@ -219,6 +246,8 @@ class Run:
             for values in counted:
                 meters.update(values)
                 recent.update(values)
+            if step == 0:  # the losses of the very weights that the last checkpoint holds
+                self.check_finite(recent, epoch, step)
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
@@ -227,9 +256,9 @@ class Run:
                 self.schedule.step(now)  # type: ignore[arg-type]  # timm counts in fractions of epochs as well
             done = epoch * self.steps_per_epoch + step + 1
             if (step + 1) % CHECK_INTERVAL == 0 or step == steps - 1:
-                means = check_finite(recent, epoch, step)
+                means = self.check_finite(recent, epoch, step)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
-                self.log_line(STEPS_LOG, {"epoch": epoch, "step": step, **means})
+                self.log_line(runs.STEPS_LOG, {"epoch": epoch, "step": step, **means})
                 if self.board:
                     self.board.write_steps(done, means)
                 recent = utils.Meters()
@@ -254,18 +283,34 @@ class Run:
     def log_line(self, name: str, row: dict[str, Any]) -> None:
         """Append a line to one of the run's logs; rank 0 alone writes."""
         if utils.rank() == 0:
-            with (self.output / name).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            runs.append_row(self.output / name, row)
+
+    def check_finite(self, meters: utils.Meters, epoch: int, step: int) -> dict[str, float]:
+        """This process's means; raises `TrainingError` naming a loss that has become NaN or infinite."""
+        means = meters.local_averages()
+        if broken := [name for name, value in means.items() if not math.isfinite(value)]:
+            what = f"{' and '.join(broken)} became NaN or infinite in epoch {epoch}, at or shortly before step {step}"
+            # In step 0, the last checkpoint's own weights gave that loss.
+            raise TrainingError(f"{what}; {way_back(self.output, epoch - 1 if step == 0 else epoch)}")
+        return means
+
+    def check_weights(self, epoch: int) -> None:
+        """Raise `TrainingError` instead of saving what no run can go on from: losses tell of it one step too late."""
+        if problem := diverged(self.model.state_dict()) or diverged(moments(self.optimizer), math.inf):
+            raise TrainingError(
+                f"the weights diverged in epoch {epoch} ({problem}), and are not saved; {way_back(self.output, epoch)}"
+            )
 
     def finish_epoch(self, epoch: int, stats: dict[str, float]) -> None:
-        """Append the epoch's log line and write its checkpoint."""
+        """Append the epoch's log line and write its checkpoint; raises `TrainingError` if its weights are not sound."""
+        self.check_weights(epoch)
         broken = self.data.replaced()
         if utils.rank() == 0:
             plain = {"steps", "seconds"}
             row = {name if name in plain else f"train_{name}": value for name, value in stats.items()}
             row |= {"epoch": epoch, "broken_images": len(broken)}
             # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
-            self.log_line(EPOCHS_LOG, row)
+            self.log_line(runs.EPOCHS_LOG, row)
             content = {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
@@ -273,8 +318,10 @@ class Run:
                 "scaler": self.scaler.state_dict(),
                 "config": self.config.model_dump(mode="json"),
                 "epoch": epoch,
+                "run": self.settings(),
+                "log": runs.timeless_log(self.output),
             }
-            save_checkpoint(self.output / f"checkpoint_{epoch:02d}.pth", content)
+            save_checkpoint(runs.checkpoint_path(self.output, epoch), content)
             shown = " ".join(f"{name} {value:.4g}" for name, value in stats.items())
             utils.log(f"epoch {epoch}: {shown}")
             if self.board:
@@ -292,6 +339,8 @@ def without_buffer_broadcast() -> dict[str, Any]:
 def build_loader(
     data: TrainingData, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
+    batch_bytes = 4 * config.batch_size * (3 * config.image_res**2 + config.mask_size**2)
+    check_shared_memory(args.num_workers, len(data) // config.batch_size, batch_bytes)
     sampler: DistributedSampler[Any] = DistributedSampler(data, utils.world_size(), utils.rank(), seed=args.seed)
     return DataLoader(
         data,
@@ -304,13 +353,10 @@ def build_loader(
     )
 
 
-def initialise(model: PretrainModel, config: PretrainConfig, args: argparse.Namespace) -> dict[str, Any] | None:
+def initialise(
+    model: PretrainModel, config: PretrainConfig, args: argparse.Namespace, path: str | Path
+) -> dict[str, Any] | None:
     """Load the weights to start from; returns the checkpoint when its run is to be continued."""
-    path = args.checkpoint
-    if args.resume and not path:
-        path = max(Path(args.output_dir).glob("checkpoint_*.pth"), key=lambda p: (len(p.name), p.name), default="")
-        if not path:
-            utils.log(f"--resume: {args.output_dir} holds no checkpoint yet, starting from the beginning")
     if not path:
         if config.vit_init:
             utils.log(str(init_image_encoder(model.visual_encoder, config.vit_init)))
@@ -325,31 +371,13 @@ def initialise(model: PretrainModel, config: PretrainConfig, args: argparse.Name
     return checkpoint
 
 
-def prepare_output(output: Path, start_epoch: int) -> None:
-    """Make the folder ready: logs lose the lines of epochs to come; an earlier run's files move to `earlier_N/`."""
-    output.mkdir(parents=True, exist_ok=True)
-    own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, "config.yaml", "run.json")
-    earlier = [path for pattern in own for path in output.glob(pattern)]
-    if start_epoch == 0 and earlier:
-        aside = output / f"earlier_{len(list(output.glob('earlier_*'))) + 1}"
-        aside.mkdir()
-        for path in earlier:
-            path.rename(aside / path.name)
-        utils.log(f"{output} holds an earlier run, which is now in {aside}")
-    for path in (output / EPOCHS_LOG, output / STEPS_LOG):
-        kept = [row for row in utils.read_log(path) if row.get("epoch", start_epoch) < start_epoch]
-        utils.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def check_finite(meters: utils.Meters, epoch: int, step: int) -> dict[str, float]:
-    """This process's means; raises `TrainingError` naming a loss that has become NaN or infinite."""
-    means = meters.local_averages()
-    if broken := [name for name, value in means.items() if not math.isfinite(value)]:
-        raise TrainingError(
-            f"{' and '.join(broken)} became NaN or infinite in epoch {epoch}, at or shortly before step {step}; "
-            "the last checkpoint is intact: try a lower optimizer.lr, or --precision fp32, and --resume"
-        )
-    return means
+def way_back(output: Path, before: int) -> str:
+    """Advice for a run that has diverged: the last checkpoint of an epoch before `before` whose weights are sound."""
+    for epoch, path in reversed(runs.checkpoints(output).items()):
+        with contextlib.suppress(CheckpointError):
+            if epoch < before and not diverged(read_checkpoint(path)["model"]):
+                return f"{path} is intact: --resume --checkpoint {path} with a lower optimizer.lr, or --precision fp32"
+    return f"{output} holds no sound checkpoint: start anew with a lower optimizer.lr, or --precision fp32"
 
 
 if __name__ == "__main__":

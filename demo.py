@@ -28,9 +28,10 @@ from grounding.evaluate import PRECISIONS
 from grounding.gate import LOOPBACK
 from grounding.ground import Grounding, encode, ground_all, notes
 from grounding.offers import DEMO, ONLY_BEFORE, TRAINED, Offer, examples, offered
-from grounding.opening import OpenedModel, newest_checkpoint, open_model
+from grounding.opening import OpenedModel, open_model
 from grounding.predict import Explainer
 from grounding.regions import THRESHOLD, check_threshold
+from runs import newest_checkpoint
 
 DEMO_MODELS = DEMO / TRAINED["AMC"]  # where `make demo` leaves its AMC checkpoints
 

@@ -9,8 +9,8 @@ import argparse
 from pathlib import Path
 
 import utils
-from grounding.runs import read_runs
 from grounding.visualize import loss_curves
+from runs import read_runs
 
 
 def main(args: argparse.Namespace) -> None:

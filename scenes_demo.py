@@ -29,9 +29,9 @@ from grounding.outcomes import Source
 from grounding.page import Section
 from grounding.report import section, write_report
 from grounding.results import ResultFolder, percent
-from grounding.runs import STEPS_LOG
 from grounding.visualize import Case, contact_sheet, loss_curves
 from models.checkpoint import export_student
+from runs import STEPS_LOG, read_log
 
 TEXT_ENCODER = SCENES / "text_encoder"
 CONFIGS = Path("configs/scenes")
@@ -144,7 +144,7 @@ def report(output: Path, seconds: float) -> None:
             cases = choose_cases(expressions, list(folders.values()))
     utils.write_text(output / "table.md", markdown(table))
     contact_sheet(cases, list(MODELS), output / "heat_maps.png")
-    runs = {model: utils.read_log(output / name / STEPS_LOG) for model, name in MODELS.items() if model != "stage 1"}
+    runs = {model: read_log(output / name / STEPS_LOG) for model, name in MODELS.items() if model != "stage 1"}
     loss_curves(runs, output / "loss_curves.png")
     training = [output / name for name in MODELS.values()]
     write_report(output / "report.html", "AMC on the embedded scenes", sections, training)

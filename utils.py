@@ -8,17 +8,17 @@ import contextlib
 import ctypes
 import datetime
 import hashlib
-import importlib.metadata
 import itertools
 import json
 import math
 import os
 import pickle
+import platform
 import random
 import re
-import subprocess
 import sys
 import tarfile
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -311,6 +311,8 @@ def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
 def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
     """A temporary name beside `path`, renamed to it when the block ends well: a reader never sees half a file.
 
+    The name holds process and host, for `sweep`.
+
     Args:
         needed: bytes that will be written, if that is known; for the message when the disk is full.
 
@@ -318,7 +320,7 @@ def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
         UserError: the file cannot be written; nothing of it is left.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}@{platform.node()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
@@ -331,6 +333,34 @@ def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):  # of a folder that could not be made
             temporary.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> Iterator[tuple[Path, int]]:
+    """Remove the temporary files in a folder whose process is gone; yields each with its bytes.
+
+    Of a process on another host, nothing is known but that it has not written for a day.
+    """
+    for path in list(folder.glob(".*.tmp")):
+        name = re.fullmatch(r"\..+\.([0-9]+)(@.*)?\.tmp", path.name)
+        if name is None or not path.is_file():
+            continue
+        known = path.stat()
+        here = name[2] in (None, f"@{platform.node()}")
+        if time.time() - known.st_mtime > 86400 or (here and _is_gone(int(name[1]))):
+            path.unlink(missing_ok=True)
+            yield path, known.st_size
+
+
+def _is_gone(process: int) -> bool:
+    if process == os.getpid():
+        return True  # another one had the number before: this one is just beginning to write
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def save_tensors(path: str | Path, content: Any) -> None:
@@ -527,41 +557,3 @@ def write_text(path: str | Path, text: str) -> None:
     with atomic_path(path) as temporary:
         # A lone surrogate, as Python reads a file name that is no UTF-8, is escaped: in JSON that is its own escape.
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log.txt, one JSON object each; a line cut off by an interruption is left out."""
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            rows.append(json.loads(line))
-    return rows
-
-
-def write_provenance(path: Path, seed: int, **more: Any) -> None:
-    """Leave command, versions, git commit and seed beside a run's results."""
-    libraries = ["torch", "torchvision", "timm", "transformers", "numpy"]
-    libraries += ["opencv-python", "opencv-python-headless", "pillow"]
-    versions = {}
-    for name in libraries:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[name] = importlib.metadata.version(name)
-    record = {
-        "command": sys.argv,
-        "seed": seed,
-        "world_size": world_size(),
-        "python": sys.version.split()[0],
-        "versions": versions,
-        "git_commit": _git_commit(),
-        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        **more,
-    }
-    write_text(path, json.dumps(record, indent=2) + "\n")
-
-
-def _git_commit() -> str | None:
-    here = Path(__file__).parent
-    with contextlib.suppress(OSError):
-        found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
-        return found.stdout.strip() or None
-    return None

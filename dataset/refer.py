@@ -8,6 +8,7 @@ annotation, an image id and a split, and instances.json, where an annotation has
 
 import io
 import pickle
+import pickletools
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -341,6 +342,11 @@ class _PlainUnpickler(pickle.Unpickler):
 def _unpickle(data: bytes, path: Path) -> Any:
     """Unpickle plain values. Python 2's byte strings become str: UTF-8, or else Latin-1."""
     try:
+        # A few bytes can ask for a memo of tens of gigabytes; a file has no more objects than bytes.
+        if any(
+            code.name in ("PUT", "LONG_BINPUT") and index > len(data) for code, index, _ in pickletools.genops(data)
+        ):
+            raise pickle.UnpicklingError("it numbers more objects than it can hold")
         try:
             return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
         except UnicodeDecodeError:

@@ -13,6 +13,7 @@ from dataset.matching import load_pairs
 from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.transforms import resize_bilinear_image
+from dataset.workers import killed_workers_explained
 from grounding import metrics
 from grounding.benchmarks import Benchmark, asked_for
 from grounding.opening import check_layer, ready
@@ -22,6 +23,7 @@ from grounding.report import report_folders
 from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
 from models.checkpoint import read_checkpoint
+from runs import claim, write_provenance
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Line = dict[str, float | None]
@@ -72,6 +74,12 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
     device = utils.choose_device(args.device)
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
+    with claim(Path(args.output_dir)), killed_workers_explained():
+        evaluate_checkpoints(benchmark, args, device)
+
+
+def evaluate_checkpoints(benchmark: Benchmark, args: argparse.Namespace, device: torch.device) -> None:
+    """`evaluate`, once processes and output folder are ready."""
     checkpoints = find_checkpoints(args.checkpoint)
     evaluation = Evaluation(benchmark, load_config(args.config, GroundingConfig, args.set), args, device)
     for epoch, path in checkpoints.items():
@@ -150,7 +158,7 @@ class Evaluation:
         if utils.rank() == 0:
             output.mkdir(parents=True, exist_ok=True)
             save_config(config, output / "config.yaml")
-            utils.write_provenance(output / "run.json", args.seed, options=vars(args))
+            write_provenance(output / "run.json", args.seed, options=vars(args))
 
     def run(self, epoch: str, path: Path) -> None:
         """Evaluate one checkpoint, or only what an interrupted run of it lacks. All processes call it together."""

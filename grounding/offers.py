@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.reading import DataError, load_json
-from grounding.opening import newest_checkpoint
+from runs import newest_checkpoint
 from utils import UserError, shortest_ends
 
 SHIPPED = Path("checkpoints/scenes_stage1.safetensors")

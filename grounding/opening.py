@@ -155,8 +155,3 @@ def _usual_text_encoder(config: GroundingConfig) -> str:
             f"{SCENES_TEXT_ENCODER.parent}, or pass --text_encoder"
         )
     return str(SCENES_TEXT_ENCODER)
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the last epoch in a training run's folder, if there is any."""
-    return max(folder.glob("checkpoint_*.pth"), key=lambda path: (len(path.name), path.name), default=None)

@@ -14,6 +14,7 @@ from dataset.reading import image_size
 from grounding import measures, metrics
 from grounding.benchmarks import Benchmark
 from grounding.results import ResultFolder
+from runs import read_log
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)  # of a map's maximum
 MOST_SHOWN = 4  # checkpoints that a report shows in detail
@@ -138,7 +139,7 @@ def sources_of(folders: Sequence[Path], metrics_count: int) -> list[Source]:
     found = []
     for folder in folders:
         results = ResultFolder(folder / "result")
-        epochs = list(dict.fromkeys(row.get("epoch") for row in utils.read_log(results.log)))
+        epochs = list(dict.fromkeys(row.get("epoch") for row in read_log(results.log)))
         complete = [epoch for epoch in epochs if epoch and len(results.lines(epoch)) >= metrics_count]
         if not complete:
             raise ReportError(f"{folder}: no complete results in {results.log}; is it an --output_dir of this script?")

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from dataset.reading import DataError, read_image
 from dataset.text import Tokenizer
 from dataset.transforms import normalise
+from dataset.workers import check_shared_memory
 from models.albef import ALBEF
 from models.xbert import KeyValue
 from utils import rank, world_size
@@ -140,6 +141,7 @@ def load_images(data: ImageData, batch_size: int, workers: int) -> Iterator[list
     indices = list(range(len(data)))
     batches = [indices[start : start + batch_size] for start in range(0, len(data), batch_size)]
     mine = batches[rank() :: world_size()]
+    check_shared_memory(workers, len(mine), 4 * 3 * data.image_res**2 * batch_size)
     loader: Iterable[list[Loaded]] = DataLoader(data, batch_sampler=mine, num_workers=workers, collate_fn=list)
     with tqdm(total=sum(map(len, mine)), unit="image", disable=None if rank() == 0 else True) as bar:
         for batch in loader:

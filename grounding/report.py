@@ -10,8 +10,8 @@ from grounding.benchmarks import Benchmark
 from grounding.charts import svg_uri
 from grounding.outcomes import Results, Source, collect, named_apart, sources_of
 from grounding.page import Chart, Part, Section, render
-from grounding.runs import EPOCHS_LOG, STEPS_LOG, RunError, read_runs
 from grounding.visualize import loss_figure
+from runs import EPOCHS_LOG, STEPS_LOG, RunError, read_runs
 
 
 def report_folders(benchmark: Benchmark, expressions: Sequence[Expression], folders: Sequence[Path]) -> Path:

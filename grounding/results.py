@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import utils
+from runs import read_log
 
 Row = dict[str, Any]
 
@@ -88,11 +89,11 @@ class ResultFolder:
 
     def lines(self, epoch: str) -> list[Row]:
         """The log lines of an epoch, in the order of the metrics."""
-        return [row for row in utils.read_log(self.log) if row.get("epoch") == epoch]
+        return [row for row in read_log(self.log) if row.get("epoch") == epoch]
 
     def write_lines(self, epoch: str, lines: Sequence[Row]) -> None:
         """Put an epoch's lines in place of those that an interrupted run may have left, all at once."""
-        rows = [row for row in utils.read_log(self.log) if row.get("epoch") != epoch]
+        rows = [row for row in read_log(self.log) if row.get("epoch") != epoch]
         rows += [{**line, "epoch": epoch} for line in lines]
         utils.write_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -109,7 +110,7 @@ class ResultFolder:
             metrics: the name of each log line of an epoch.
             decisive: the metric and the key by which the best epoch is marked.
         """
-        epochs = dict.fromkeys(row.get("epoch", "?") for row in utils.read_log(self.log))
+        epochs = dict.fromkeys(row.get("epoch", "?") for row in read_log(self.log))
         by_epoch = {epoch: found for epoch in epochs if (found := self.accuracies(epoch, metrics))}
         if not by_epoch:
             return "no checkpoint has been evaluated"

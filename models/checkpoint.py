@@ -32,6 +32,8 @@ MLM_HEAD = re.compile(r"^text_encoder\.cls\.")
 POSITION_EMBEDDING = re.compile(r"^(visual_encoder(_m)?\.)?pos_embed$")
 POSITION_IDS = re.compile(r"embeddings\.position_ids$")
 
+LARGEST_WEIGHT = 1e6  # those of a sound model stay below 100
+
 # Under which keys state dicts are kept: ALBEF, Lightning, PyTorch's tutorials.
 TOP_KEYS = ("model", "state_dict", "model_state_dict")
 # What wrappers (DataParallel, torch.compile, FSDP, activation checkpointing) put into names, wherever they wrap.
@@ -176,20 +178,6 @@ def check_resumable(content: dict[str, Any], path: str | Path) -> None:
             )
     if content["epoch"] < 0:
         raise CheckpointError(f"{path}: cannot resume, its 'epoch' is {content['epoch']}; {advice}")
-    if not _is_optimizer_state(**{key: content["optimizer"].get(key) for key in ("param_groups", "state")}):
-        raise CheckpointError(f"{path}: cannot resume, its 'optimizer' is not as PyTorch stores one; {advice}")
-
-
-def _is_optimizer_state(param_groups: Any, state: Any) -> bool:
-    """Whether every group numbers its parameters, 0 to n - 1 in all, and the moments are of these."""
-    if not isinstance(state, dict) or not isinstance(param_groups, list):
-        return False
-    if not all(isinstance(group, dict) and isinstance(group.get("params"), list) for group in param_groups):
-        return False
-    numbers = [number for group in param_groups for number in group["params"]]
-    if not all(type(number) is int for number in [*numbers, *state]) or set(numbers) != set(range(len(numbers))):
-        return False
-    return set(state) <= set(numbers) and all(isinstance(moments, dict) for moments in state.values())
 
 
 def first_not_finite(model: nn.Module | Mapping[str, Tensor]) -> str | None:
@@ -201,6 +189,16 @@ def first_not_finite(model: nn.Module | Mapping[str, Tensor]) -> str | None:
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint under a temporary name, then rename it; equal content gives equal bytes."""
     save_tensors(path, content)
+
+
+def diverged(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> str | None:
+    """The first of some tensors that is not finite, or as large as `largest`, in words; None if all are sound."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.numel():
+            low, high = (float(value) for value in tensor.aminmax())
+            if not -largest < low <= high < largest:  # NaN is no number to compare
+                return f"{name} reaches from {low:.3g} to {high:.3g}"
+    return None
 
 
 def export_student(checkpoint: str | Path, out: str | Path) -> None:

@@ -1,12 +1,21 @@
 """Optimisers by the config's names, with ALBEF's two parameter groups."""
 
+import copy
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import torch
 from timm.optim import create_optimizer_v2
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from config import ConfigError, OptimizerConfig
+from utils import UserError, log
+
+
+class OptimizerStateError(UserError):
+    """A stored optimizer state that is not of this optimizer or this model."""
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -28,3 +37,98 @@ def create_optimizer(config: OptimizerConfig, model: nn.Module) -> Optimizer:
         return create_optimizer_v2(groups, opt=name, lr=config.lr, weight_decay=config.weight_decay, **fused)
     except (AssertionError, ValueError, KeyError) as error:
         raise ConfigError(f"optimizer.opt: timm has no optimizer named '{config.opt}'") from error
+
+
+def moments(optimizer: Optimizer) -> dict[str, Tensor]:
+    """What an optimizer keeps of its parameters, each under a name for messages."""
+    return {
+        f"{name} of parameter {number} of the optimizer": value
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+        if isinstance(value, Tensor)
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, saved: Any, config: OptimizerConfig, path: str | Path) -> None:
+    """Put moments and step counts back; rates, decay and all other options stay those of `config`.
+
+    Args:
+        saved: an optimizer's state dict, as the checkpoint `path` has it; nothing of it is kept, all is copied.
+
+    Raises:
+        OptimizerStateError: it is of another kind of optimizer, or of other parameters.
+    """
+    groups, own = _stored_groups(saved), optimizer.state_dict()["param_groups"]
+    sizes, wanted = [len(ids) for ids in groups], [len(group["params"]) for group in own]
+    if sizes != wanted:
+        raise OptimizerStateError(
+            f"{path}: its optimizer has parameter groups of {sizes or 'no'} parameters, this model's are of {wanted}; "
+            "drop --resume to start from the weights alone"
+        )
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    states = [saved["state"].get(number) for ids in groups for number in ids]
+    known, counters = _usual_state(config)
+    for parameter, state in zip(parameters, states, strict=True):
+        if state and (problem := _misfit(parameter, state, known[parameter.ndim > 1])):
+            raise OptimizerStateError(
+                f"{path}: its optimizer state does not fit {config.opt} and this model: {problem}; set optimizer.opt "
+                "to what the run began with, or drop --resume to start from the weights alone"
+            )
+    if (fresh := sum(not state for state in states)) and known[True]:
+        log(f"{path}: {fresh} of {len(states)} parameters have no optimizer state there, theirs starts afresh")
+    options = [
+        {**group, **{key: theirs[key] for key in counters & theirs.keys()}, "params": theirs["params"]}
+        for group, theirs in zip(own, saved["param_groups"], strict=True)
+    ]
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": options})
+    for state in optimizer.state.values():  # what was loaded may lie in the file, which another run can overwrite
+        state |= {name: value.clone() for name, value in state.items() if isinstance(value, Tensor) and value.is_cpu}
+
+
+def _stored_groups(saved: Any) -> list[list[Any]]:
+    """The parameters' numbers in each group of a state dict; [] for what is none."""
+    if not (isinstance(saved, dict) and isinstance(saved.get("state"), dict)):
+        return []
+    groups = saved.get("param_groups")
+    found: list[Any] = [group.get("params") if isinstance(group, dict) else None for group in groups or ()]
+    if not all(isinstance(ids, list) and all(isinstance(number, int) for number in ids) for ids in found):
+        return []
+    return found
+
+
+def _usual_state(config: OptimizerConfig) -> tuple[dict[bool, dict[str, bool]], set[str]]:
+    """What an optimizer keeps, found by a step of it.
+
+    Returns:
+        by "the parameter is a matrix": each name of its state, and whether the shape is the parameter's;
+        the options of a group that are counters, such as the steps of timm's LAMB.
+    """
+    model = nn.Linear(2, 3)
+    optimizer = create_optimizer(config, model)
+    before = copy.deepcopy(optimizer.state_dict()["param_groups"][0])
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    after = optimizer.state_dict()["param_groups"][0]
+    known = {
+        parameter.ndim > 1: {
+            name: isinstance(value, Tensor) and value.shape == parameter.shape
+            for name, value in optimizer.state[parameter].items()
+        }
+        for parameter in model.parameters()
+    }
+    return known, {key for key in after if key not in before or after[key] != before[key]}
+
+
+def _misfit(parameter: nn.Parameter, state: Any, known: dict[str, bool]) -> str | None:
+    """What of a parameter's stored state is not as this optimizer keeps it."""
+    if not isinstance(state, Mapping) or state.keys() != known.keys():
+        names = sorted(map(str, state)) if isinstance(state, Mapping) else type(state).__name__
+        return f"it keeps {names} where {sorted(known)} belongs"
+    for name, own_shape in known.items():
+        value = state[name]
+        if not isinstance(value, (Tensor, int, float)) or (isinstance(value, Tensor) and value.is_sparse):
+            return f"{name} is no tensor and no number"
+        shape = list(value.shape) if isinstance(value, Tensor) else []
+        if own_shape and shape != list(parameter.shape):
+            return f"{name} is of shape {shape}, its parameter of {list(parameter.shape)}"
+    return None

@@ -20,10 +20,11 @@ from dataset.reading import DataError
 from dataset.transforms import resize_bilinear_image
 from grounding.benchmarks import FLICKR, REFCOCO
 from grounding.ground import encode, ground_all
-from grounding.opening import LayerError, config_of, newest_checkpoint, open_model
+from grounding.opening import LayerError, config_of, open_model
 from grounding.regions import ScoredBox
 from models.albef import build_albef
 from models.checkpoint import CheckpointError
+from runs import newest_checkpoint
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -319,6 +319,13 @@ def test_files_that_are_no_pickle(root: Path, cut: Callable[[bytes], bytes]) -> 
         load(root)
 
 
+@pytest.mark.parametrize("data", [b"\x80\x02]r\xff\xff\xff\x7f.", b"(lp2147483647\n.", b"]r\x00\x00\x00\x10."])
+def test_a_pickle_that_asks_for_all_memory(tmp_path: Path, data: bytes) -> None:
+    (tmp_path / "refs(unc).p").write_bytes(data)
+    with pytest.raises(DataError, match=r"refs\(unc\)\.p: not a readable pickle \(it numbers more objects than it can"):
+        load_refs(tmp_path / "refs(unc).p")
+
+
 def test_missing_files(root: Path) -> None:
     with pytest.raises(DataError, match=r"refs\(google\)\.p: cannot be read .*check refcoco_data in the config"):
         load_refer(root / "refer" / "refclef", "google")

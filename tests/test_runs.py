@@ -1,16 +1,23 @@
-"""The logs of training runs, and plot_log.py on them."""
+"""A run's folder: its lock, its temporary files, its logs, and plot_log.py on them."""
 
 import json
+import os
+import platform
 import runpy
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from grounding.runs import RunError, read_runs, run_names
+import utils
+from runs import LOCK, RunError, claim, read_log, read_runs, run_names
 
 
 def write(path: Path, *rows: dict[str, Any]) -> Path:
@@ -108,3 +115,181 @@ def test_plot_log(
         plot(capsys, monkeypatch, str(runs["both"]), "--output", "losses.gif")
     with pytest.raises(SystemExit, match=r"absent: no steps\.jsonl or log\.txt"):
         plot(capsys, monkeypatch, str(tmp_path / "absent"), "--output", str(png))
+
+
+# ---- the lock
+
+
+ROOT = Path(__file__).parent.parent
+HOLD = """
+import os, sys, time, pathlib, runs
+with runs.claim(pathlib.Path(sys.argv[1])):
+    child = os.fork()
+    if child:
+        print(child, flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_that_is_in_use(tmp_path: Path) -> None:
+    folder = tmp_path / "new" / "run"
+    with claim(folder):
+        with (
+            pytest.raises(RunError, match=rf"run is in use by process {os.getpid()} on {platform.node()} \(.*pytest"),
+            claim(folder),
+        ):
+            pytest.fail("was not refused")
+        with claim(tmp_path / "other"):
+            pass
+    with claim(folder):  # free again
+        pass
+    assert list(folder.iterdir()) == []
+
+
+def test_a_lock_ends_with_its_process(tmp_path: Path) -> None:
+    """Its children, such as loader processes, may outlive a process that is killed."""
+    with subprocess.Popen([sys.executable, "-c", HOLD, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout is not None
+        child = int(other.stdout.readline())
+        try:
+            with pytest.raises(RunError, match=rf"in use by process {other.pid} on "), claim(tmp_path):
+                pytest.fail("was not refused")
+        finally:
+            other.kill()
+    assert (tmp_path / LOCK).exists()  # the file alone is no lock
+    with claim(tmp_path):
+        os.kill(child, signal.SIGKILL)  # it was alive
+
+
+def test_what_names_the_owner_is_not_trusted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["x\x1b[2J"])
+    with claim(tmp_path), pytest.raises(RunError) as refused, claim(tmp_path):
+        pytest.fail("was not refused")
+    assert "\x1b" not in str(refused.value)
+
+
+def test_without_locks_a_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("runs.fcntl", None)
+    with claim(tmp_path), claim(tmp_path):
+        assert "this system has no file locks" in capsys.readouterr().out
+
+
+def test_a_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr("runs.fcntl.flock", fail)
+    with claim(tmp_path):
+        assert f"{tmp_path} cannot be locked (No locks available)" in capsys.readouterr().out
+
+
+def test_an_output_that_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"--output_dir .*file: cannot be written to \(File exists\)"):
+        claim(tmp_path / "file").__enter__()
+
+
+# ---- temporary files
+
+
+def ended_process() -> int:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+    return done.pid
+
+
+def test_temporary_files_of_ended_processes_are_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    host, gone, parent = platform.node(), ended_process(), os.getppid()
+    dead = [f".checkpoint_01.pth.{gone}@{host}.tmp", f".run.json.{gone}.tmp", f".log.txt.{os.getpid()}@{host}.tmp"]
+    dead += [f".x.{10**30}@{host}.tmp", f".old.{parent}@another.host.tmp"]
+    alive = [
+        f".checkpoint_01.pth.{parent}@{host}.tmp",
+        f".checkpoint_01.pth.{gone}@another.host.tmp",
+        f".x.1@{host}.tmp",
+    ]
+    others = [f"checkpoint_01.pth.{gone}.tmp", ".notes.tmp", f".{gone}.tmp", f".x.{gone}.tmpx", "checkpoint_00.pth"]
+    (tmp_path / "result").mkdir()
+    for name in [*dead, *alive, *others, f"result/{dead[0]}"]:
+        (tmp_path / name).write_bytes(b"x" * 2_000_000)
+    long_ago = time.time() - 90000
+    os.utime(tmp_path / f".old.{parent}@another.host.tmp", (long_ago, long_ago))
+    with claim(tmp_path):
+        said = capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {*alive, *others, "result"}
+    assert list((tmp_path / "result").iterdir()) == []
+    for name in dead:
+        assert f"{tmp_path / name}: removed, 2.0 MB" in said
+
+
+def test_what_a_killed_process_leaves_is_found(tmp_path: Path) -> None:
+    """The name that `atomic_path` gives is one that the sweep knows."""
+    code = "import os, sys, utils\nwith utils.atomic_path(sys.argv[1]) as path: path.touch(); os._exit(9)"
+    subprocess.run([sys.executable, "-c", code, tmp_path / "a.b.pth"], cwd=ROOT, check=False)
+    (left,) = tmp_path.iterdir()
+    assert [path for path, _ in utils.sweep(tmp_path)] == [left]
+    assert not left.exists()
+
+
+# ---- odd logs
+
+
+ROW = b'{"epoch": 0, "step": 3, "loss_itm": 0.5, "train_loss_itm": 0.5, "steps": 4}'
+ODD = {
+    "a list": b"[1, 2]",
+    "a number": b"7",
+    "not UTF-8": b'{"epoch": 1, "x": "\xff\xfe"}',
+    "UTF-16": '{"epoch": 1}'.encode("utf-16"),
+    "cut": ROW[:-9],
+    "a long number": b'{"epoch": ' + b"9" * 5000 + b"}",
+    "deep": b"[" * 100_000,
+    "a nested value": b'{"epoch": [0], "loss_itm": {}}',
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_lines_that_are_no_rows_are_said(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log.txt"
+    path.write_bytes(b"\xef\xbb\xbf" + ROW + b"\r\n\n" + ODD[name] + b"\n" + ROW)
+    assert read_log(path) == [json.loads(ROW)] * 2
+    assert read_log(path) == [json.loads(ROW)] * 2
+    said = capsys.readouterr().out
+    assert said == f"{path}: line 3 is left out: cut off, or no JSON object with the values of this log\n"  # once
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"epoch": "abc", "step": 1, "steps": 1},
+        {"epoch": None, "step": 1, "steps": 1},
+        {"epoch": 10**400, "step": 1, "steps": 1},
+        {"epoch": 1, "step": "x", "steps": float("nan")},
+        {"epoch": 1, "step": float("inf"), "steps": float("inf")},
+        {"epoch": 1, "step": 1, "steps": 1, "loss_itm": "high", "train_loss_itm": None},
+    ],
+)
+@pytest.mark.parametrize("by_epoch", [True, False])
+def test_values_that_are_no_numbers(
+    by_epoch: bool, values: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bad = json.dumps({"loss_itm": 1, "train_loss_itm": 1, **values}).encode()
+    for name in ("log.txt", "steps.jsonl"):
+        (tmp_path / name).write_bytes(bad + b"\n" + ROW + b"\n" + bad)
+    rows, unit = read_runs([tmp_path], by_epoch)
+    assert [(row["epoch"], row["step"], row["loss_itm"]) for row in rows[tmp_path.name]] == [(0, 3, 0.5)]
+    assert unit == "steps"
+    assert "line 1 (and 1 more) is left out" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["log.txt", "steps.jsonl", "weights.pth"])
+def test_a_file_without_rows(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.save({"x": torch.rand(99)}, tmp_path / name)
+    with pytest.raises(
+        SystemExit, match=r"^error: .*: no steps\.jsonl or log\.txt of a training run with losses in it"
+    ):
+        plot(capsys, monkeypatch, str(tmp_path / name), "--output", str(tmp_path / "x.png"))

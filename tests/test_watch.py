@@ -31,6 +31,7 @@ from test_pretrain_program import (
 )
 
 import Pretrain
+import runs
 from config import ConfigError, PretrainConfig, load_config
 from dataset.photos import read_photo
 from dataset.reading import DataError
@@ -204,7 +205,7 @@ def test_maps_of_the_phrases(place: Path, watched: Path, tmp_path: Path) -> None
 
 
 def test_the_curves_can_be_drawn(watched: Path, plain: Path) -> None:
-    from grounding.runs import read_runs
+    from runs import read_runs
 
     runs, unit = read_runs([watched, plain])
     one, other = runs.values()
@@ -257,7 +258,7 @@ def test_nothing_is_left_to_watch(place: Path, watched: Path, tmp_path: Path) ->
 def test_an_earlier_runs_events_move_with_it(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events").write_text("earlier")
-    Pretrain.prepare_output(tmp_path, start_epoch=1)
+    runs.prepare_output(tmp_path, start_epoch=1)
     assert (tmp_path / "tensorboard" / "events").exists()
     Pretrain.prepare_output(tmp_path, start_epoch=0)
     assert not (tmp_path / "tensorboard").exists()

@@ -1,0 +1,47 @@
+"""Loader processes: what can go wrong with them that is no fault of the data."""
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from utils import UserError
+
+SHARED_MEMORY = Path("/dev/shm")  # through which loader processes of Linux hand batches over
+PREFETCH = 2  # batches that PyTorch lets each loader process have ready
+ADVICE = "docker run --ipc=host or a larger --shm-size, fewer --num_workers, or --num_workers 0 for no loader processes"
+
+
+class WorkerError(UserError):
+    """Loader processes that cannot work, or were killed."""
+
+
+def check_shared_memory(workers: int, batches: int, batch_bytes: int) -> None:
+    """Raise `WorkerError` when the batches that are ready at one time do not fit in shared memory.
+
+    Without this, loader processes wait for ever, or die of a bus error.
+    """
+    if not workers or not SHARED_MEMORY.is_dir():
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's: training processes of this machine
+    needed = processes * min(PREFETCH * workers, batches) * batch_bytes
+    status = os.statvfs(SHARED_MEMORY)
+    free = status.f_bavail * status.f_frsize
+    if needed > free:
+        raise WorkerError(
+            f"--num_workers {workers}: batches that are ready need {needed / 1e6:.1f} MB of shared memory, "
+            f"{SHARED_MEMORY} has {free / 1e6:.1f} MB free: {ADVICE}"
+        )
+
+
+@contextlib.contextmanager
+def killed_workers_explained() -> Iterator[None]:
+    """Turn PyTorch's error about a killed loader process, which can come at any moment, into a `WorkerError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)", str(error))
+        if found is None:
+            raise
+        raise WorkerError(f"a loader process {found[1].strip()}: too little memory? Try {ADVICE}") from error

@@ -1,0 +1,353 @@
+"""What a run leaves, and reading it back: the lock on its folder, file names, newest checkpoint, logs, provenance."""
+
+import argparse
+import contextlib
+import datetime
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+import utils
+from config import PretrainConfig
+
+try:
+    import fcntl
+except ImportError:  # not a Unix
+    fcntl = None  # type: ignore[assignment]
+
+EPOCHS_LOG, STEPS_LOG, BOARD, LOCK = "log.txt", "steps.jsonl", "tensorboard", ".lock"
+Row = dict[str, Any]
+Rows = list[Row]
+
+
+class RunError(utils.UserError):
+    """A run's folder that cannot be used: another process has it, or it has no logs that could be drawn."""
+
+
+# ---- the lock
+
+
+_held: set[int] = set()  # descriptors of the locks that this process holds
+
+
+def _let_go() -> None:
+    """In a forked child: a loader's worker that outlives its killed parent must not keep the parent's lock."""
+    for lock in _held:
+        os.close(lock)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_let_go)
+
+
+@contextlib.contextmanager
+def claim(folder: Path) -> Iterator[None]:
+    """Hold a run's folder against other processes for as long as the block, or this process, lives.
+
+    All ranks call it together; rank 0 holds the lock, and removes what killed processes left half written.
+
+    Raises:
+        RunError: another process has the folder, which the message names; or it cannot be written to.
+    """
+    lock, refusal = None, ""
+    if utils.rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = _lock(folder / LOCK)
+        except RunError as error:
+            refusal = str(error)
+        except OSError as error:
+            refusal = f"--output_dir {folder}: cannot be written to ({error.strerror})"
+    if refusal := utils.gather_objects(refusal)[0]:
+        raise RunError(refusal)
+    if lock is not None:
+        _held.add(lock)
+        for path, size in [*utils.sweep(folder), *utils.sweep(folder / "result")]:
+            utils.log(f"{path}: removed, {size / 1e6:.1f} MB that a killed process left half written")
+    try:
+        yield
+    finally:
+        if lock in _held:
+            (folder / LOCK).unlink(missing_ok=True)
+            _held.discard(lock)
+            os.close(lock)
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor that holds the lock at `path`; None, with a word, where the system cannot lock files."""
+    while fcntl is not None:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(lock).st_nlink:
+                owner = f"process {os.getpid()} on {platform.node()} ({shlex.join(sys.argv)[:300]})"
+                os.ftruncate(lock, 0)
+                os.write(lock, owner.encode(errors="replace"))
+                return lock
+            os.close(lock)  # its last owner removed the file meanwhile: try the next one
+        except BlockingIOError:
+            text = os.read(lock, 4096).decode(errors="replace") or "another process"
+            os.close(lock)
+            owner = "".join(letter if letter.isprintable() else "?" for letter in text)
+            raise RunError(
+                f"{path.parent} is in use by {owner}: wait until it has ended, or choose another --output_dir"
+            ) from None
+        except OSError as error:  # some network file systems
+            os.close(lock)
+            utils.log(f"{path.parent} cannot be locked ({error.strerror}): start no second run in it")
+            return None
+    utils.log(f"this system has no file locks: start no second run in {path.parent}")
+    return None
+
+
+# ---- checkpoints
+
+
+def checkpoint_path(folder: Path, epoch: int) -> Path:
+    return folder / f"checkpoint_{epoch:02d}.pth"
+
+
+def checkpoints(folder: Path) -> dict[int, Path]:
+    """Epoch -> checkpoint of a training run's folder, in order; not a user's copies such as checkpoint_best.pth."""
+    found = [(re.fullmatch(r"checkpoint_([0-9]+)\.pth", path.name), path) for path in folder.glob("checkpoint_*.pth")]
+    return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_file()))
+
+
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint of the last epoch in a training run's folder, if there is any."""
+    return next(reversed(checkpoints(folder).values()), None)
+
+
+def start_of(args: argparse.Namespace) -> str | Path:
+    """The checkpoint to start from: what --checkpoint names, or with --resume the newest of the run; "" for none."""
+    if args.checkpoint or not args.resume:
+        return args.checkpoint
+    path = newest_checkpoint(Path(args.output_dir))
+    if not path:
+        utils.log(f"--resume: {args.output_dir} holds no checkpoint yet, starting from the beginning")
+    return path or ""
+
+
+def differences(before: Row, config: PretrainConfig, settings: Row) -> list[str]:
+    """How a run differs from the one whose checkpoint it continues, in lines "key: old -> new".
+
+    Args:
+        before: the checkpoint's content.
+        settings: what decides the run's numbers beside its config; `before` may have it under "run".
+    """
+    stored = before.get("config")
+    with contextlib.suppress(ValidationError):  # with the defaults of keys that are newer than the file
+        stored = PretrainConfig.model_validate(stored).model_dump(mode="json")
+    known = {**_as_text(stored), **_as_text(before.get("run"))}
+    now = {**_as_text(config.model_dump(mode="json")), **_as_text(settings)}
+    lines = [f"{key}: {known[key]} -> {now[key]}" for key in now if key in known and known[key] != now[key]]
+    unknown = [key for key in now if key not in known]
+    return lines + ([f"the checkpoint does not say its {', '.join(unknown)}"] if unknown else [])
+
+
+def _as_text(values: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted keys and their values as JSON; of anything but a dict, nothing."""
+    found: dict[str, str] = {}
+    for key, value in values.items() if isinstance(values, dict) else ():
+        more = _as_text(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        found |= {f"{prefix}{key}": json.dumps(value, default=str)} if more is None else more
+    return found
+
+
+# ---- the folder of a training run
+
+
+def prepare_output(output: Path, start_epoch: int, known: Any = None) -> None:
+    """Make the folder ready for a run that begins with `start_epoch`.
+
+    Logs lose the lines of epochs to come. Files of an earlier run, and checkpoints of epochs to come, move to
+    `earlier_N/`.
+
+    Args:
+        known: rows of log.txt that the checkpoint to go on from holds; those that the file lacks are written back.
+    """
+    output.mkdir(parents=True, exist_ok=True)
+    if start_epoch == 0:
+        own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, "config.yaml", "run.json")
+        earlier = [path for pattern in own for path in output.glob(pattern)]
+    else:
+        earlier = [path for epoch, path in checkpoints(output).items() if epoch >= start_epoch]
+    if earlier:
+        taken = [re.fullmatch(r"earlier_([0-9]+)", path.name) for path in output.glob("earlier_*")]
+        aside = output / f"earlier_{max((int(name[1]) for name in taken if name), default=0) + 1}"
+        aside.mkdir()
+        for path in earlier:
+            path.rename(aside / path.name)
+        what = "an earlier run" if start_epoch == 0 else f"checkpoints of epoch {start_epoch} and later"
+        utils.log(f"{output} holds {what}, which {'is' if start_epoch == 0 else 'are'} now in {aside}")
+    for path in (output / EPOCHS_LOG, output / STEPS_LOG):
+        kept = [row for row in read_log(path, _with_epoch) if row.get("epoch", start_epoch) < start_epoch]
+        if path.name == EPOCHS_LOG and path.is_file() and isinstance(known, list):
+            for row in known:
+                if isinstance(row, dict) and row.get("epoch") in range(start_epoch) and _lacks(kept, row):
+                    utils.log(f"{path}: the line of epoch {row['epoch']} was lost; restored from the checkpoint")
+                    kept.append(row)
+            kept.sort(key=lambda row: row["epoch"])
+        utils.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def _lacks(rows: Rows, wanted: Row) -> bool:
+    return all(row["epoch"] != wanted["epoch"] for row in rows)
+
+
+def timeless_log(output: Path) -> Rows:
+    """The rows of log.txt without their seconds, for the checkpoint: equal runs leave equal files."""
+    return [{key: row[key] for key in row if key != "seconds"} for row in read_log(output / EPOCHS_LOG)]
+
+
+def append_row(path: Path, row: Row) -> None:
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def _with_epoch(row: Row) -> Row:
+    return row | _whole(row, "epoch") if "epoch" in row else row
+
+
+# ---- logs
+
+
+def read_log(path: Path, convert: Callable[[Row], Row] = dict) -> Rows:
+    """The lines of a log, one JSON object each; says once which lines are none, and leaves them out.
+
+    Args:
+        convert: what to make of a row; a TypeError, ValueError or OverflowError says that it is no row of this log.
+    """
+    rows, bad = [], []
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else [], 1):
+        try:
+            row = json.loads(line.decode("utf-8-sig")) if line.strip() else {}
+            if not isinstance(row, dict) or any(isinstance(value, (list, dict)) for value in row.values()):
+                raise TypeError("not an object of plain values")
+            rows.append(convert(row))
+        except (TypeError, ValueError, OverflowError, RecursionError):
+            bad.append(number)
+    if bad:
+        more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+        _say(f"{path}: line {bad[0]}{more} is left out: cut off, or no JSON object with the values of this log")
+    return [row for row in rows if row]
+
+
+@functools.cache
+def _say(message: str) -> None:
+    """Once: a log is read more often than that."""
+    utils.log(message)
+
+
+# ---- curves
+
+
+def read_runs(paths: Sequence[Path], by_epoch: bool = False) -> tuple[dict[str, Rows], str]:
+    """The losses of each run as rows of steps.jsonl, {"epoch", "step", "loss_<name>"}, and what a step is.
+
+    Steps are counted where every run can be counted so: by its steps.jsonl, or by a log.txt that tells the steps of its
+    epochs. Otherwise, as with the release's log.txt, a "step" is an epoch, of all runs.
+
+    Args:
+        paths: folders of runs, or one of these two files of each.
+        by_epoch: read log.txt even where there is steps.jsonl.
+
+    Returns:
+        rows by the run's name, in order; "steps" or "epochs".
+
+    Raises:
+        RunError: a run has none of the two files, or none that is needed.
+    """
+    names = run_names(paths)
+    found = {}
+    for name, path in names.items():
+        found[name] = ([] if by_epoch else _step_rows(path)) or _epoch_rows(path, in_steps=True)
+    if all(found.values()):
+        return found, "steps"
+    rows = {name: _epoch_rows(path, in_steps=False) for name, path in names.items()}
+    for name, path in names.items():
+        if not rows[name]:
+            wanted = EPOCHS_LOG if _step_rows(path) else f"{STEPS_LOG} or {EPOCHS_LOG}"
+            raise RunError(f"{path}: no {wanted} of a training run with losses in it; give --output_dir of Pretrain.py")
+    return rows, "epochs"
+
+
+def run_names(paths: Sequence[Path]) -> dict[str, Path]:
+    """A name for each of the different runs: its folder's, with as many folders above it as tell all of them apart."""
+    different = {Path(os.path.abspath(path)): path for path in paths}
+    names = utils.shortest_ends([full.parent if full.is_file() else full for full in different])
+    if len(set(names)) < len(names):  # two logs of one folder
+        names = [str(path) for path in different.values()]
+    return dict(zip(names, different.values(), strict=True))
+
+
+def _step_rows(path: Path) -> Rows:
+    """The rows of steps.jsonl."""
+
+    def convert(row: Row) -> Row:
+        losses = {key: float(row[key]) for key in row if key.startswith("loss_")}
+        return {**row, **losses, **_whole(row, "epoch", "step")} if "step" in row and "epoch" in row else {}
+
+    return read_log(path / STEPS_LOG if path.is_dir() else path, convert)
+
+
+def _epoch_rows(path: Path, in_steps: bool) -> Rows:
+    """The rows of log.txt in the form of steps.jsonl; `in_steps`: those that tell their number of steps."""
+
+    def convert(row: Row) -> Row:
+        # the release writes the numbers as strings
+        losses = {key.removeprefix("train_"): float(row[key]) for key in row if key.startswith("train_loss_")}
+        if not losses or "epoch" not in row or ("steps" not in row and in_steps):
+            return {}
+        length = _whole(row, "steps")["steps"] if in_steps else 1
+        return {**_whole(row, "epoch"), "step": length - 1, **losses}
+
+    return read_log(path / EPOCHS_LOG if path.is_dir() else path, convert)
+
+
+def _whole(row: Row, *keys: str) -> dict[str, int]:
+    return {key: int(float(row[key])) for key in keys}
+
+
+# ---- provenance
+
+
+def write_provenance(path: Path, seed: int, **more: Any) -> None:
+    """Leave command, versions, git commit and seed beside a run's results."""
+    libraries = ["torch", "torchvision", "timm", "transformers", "numpy"]
+    libraries += ["opencv-python", "opencv-python-headless", "pillow"]
+    versions = {}
+    for name in libraries:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    record = {
+        "command": sys.argv,
+        "seed": seed,
+        "world_size": utils.world_size(),
+        "python": sys.version.split()[0],
+        "versions": versions,
+        "git_commit": _git_commit(),
+        "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **more,
+    }
+    utils.write_text(path, json.dumps(record, indent=2) + "\n")
+
+
+def _git_commit() -> str | None:
+    here = Path(__file__).parent
+    with contextlib.suppress(OSError):
+        found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)
+        return found.stdout.strip() or None
+    return None
