@@ -247,7 +247,7 @@ class Run:
                 meters.update(values)
                 recent.update(values)
             if step == 0:  # the losses of the very weights that the last checkpoint holds
-                self.check_finite(recent, epoch, step)
+                began_finite = all(map(math.isfinite, recent.local_averages().values()))
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
@@ -256,7 +256,7 @@ class Run:
                 self.schedule.step(now)  # type: ignore[arg-type]  # timm counts in fractions of epochs as well
             done = epoch * self.steps_per_epoch + step + 1
             if (step + 1) % CHECK_INTERVAL == 0 or step == steps - 1:
-                means = self.check_finite(recent, epoch, step)
+                means = self.check_finite(recent, epoch, step, began_finite)
                 bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
                 self.log_line(runs.STEPS_LOG, {"epoch": epoch, "step": step, **means})
                 if self.board:
@@ -285,13 +285,16 @@ class Run:
         if utils.rank() == 0:
             runs.append_row(self.output / name, row)
 
-    def check_finite(self, meters: utils.Meters, epoch: int, step: int) -> dict[str, float]:
-        """This process's means; raises `TrainingError` naming a loss that has become NaN or infinite."""
+    def check_finite(self, meters: utils.Meters, epoch: int, step: int, began_finite: bool) -> dict[str, float]:
+        """This process's means; raises `TrainingError` naming a loss that has become NaN or infinite.
+
+        Args:
+            began_finite: whether the first losses of the epoch, of the last checkpoint's own weights, were numbers.
+        """
         means = meters.local_averages()
         if broken := [name for name, value in means.items() if not math.isfinite(value)]:
             what = f"{' and '.join(broken)} became NaN or infinite in epoch {epoch}, at or shortly before step {step}"
-            # In step 0, the last checkpoint's own weights gave that loss.
-            raise TrainingError(f"{what}; {way_back(self.output, epoch - 1 if step == 0 else epoch)}")
+            raise TrainingError(f"{what}; {way_back(self.output, epoch if began_finite else epoch - 1)}")
         return means
 
     def check_weights(self, epoch: int) -> None:

@@ -61,7 +61,7 @@ def claim(folder: Path) -> Iterator[None]:
     Raises:
         RunError: another process has the folder, which the message names; or it cannot be written to.
     """
-    lock, refusal = None, ""
+    lock, refusal, made = None, "", not folder.exists()
     if utils.rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -83,6 +83,9 @@ def claim(folder: Path) -> Iterator[None]:
             (folder / LOCK).unlink(missing_ok=True)
             _held.discard(lock)
             os.close(lock)
+        if made and utils.rank() == 0:
+            with contextlib.suppress(OSError):
+                folder.rmdir()  # where nothing was left in it
 
 
 def _lock(path: Path) -> int | None:

@@ -132,7 +132,8 @@ with runs.claim(pathlib.Path(sys.argv[1])):
 
 
 def test_a_folder_that_is_in_use(tmp_path: Path) -> None:
-    folder = tmp_path / "new" / "run"
+    folder = tmp_path / "run"
+    folder.mkdir()
     with claim(folder):
         with (
             pytest.raises(RunError, match=rf"run is in use by process {os.getpid()} on {platform.node()} \(.*pytest"),

@@ -260,7 +260,7 @@ def test_an_earlier_runs_events_move_with_it(tmp_path: Path) -> None:
     (tmp_path / "tensorboard" / "events").write_text("earlier")
     runs.prepare_output(tmp_path, start_epoch=1)
     assert (tmp_path / "tensorboard" / "events").exists()
-    Pretrain.prepare_output(tmp_path, start_epoch=0)
+    runs.prepare_output(tmp_path, start_epoch=0)
     assert not (tmp_path / "tensorboard").exists()
     assert (tmp_path / "earlier_1" / "tensorboard" / "events").read_text() == "earlier"
 
