@@ -66,12 +66,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--output_dir", default="Pretrain/")
     parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
-    parser.add_argument("--seed", default=42, type=int)
+    parser.add_argument("--seed", default=42, type=utils.integer(0))
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
     parser.add_argument("--accum_steps", default=1, type=utils.integer(1), help="batches per optimizer step")
     parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
     parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
-    parser.add_argument("--num_workers", default=4, type=int, help="data loading processes per training process")
+    parser.add_argument(
+        "--num_workers", default=4, type=utils.integer(0), help="data loading processes per training process"
+    )
     parser.add_argument("--max_steps", type=utils.integer(1), help="stop after this many optimizer steps in all")
     parser.add_argument("--skip_broken", action="store_true", help="replace unreadable images and count them")
     watch = parser.add_argument_group("watching", "what TensorBoard shows of the run; its numbers stay the same")

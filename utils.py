@@ -5,6 +5,7 @@ import base64
 import contextlib
 import ctypes
 import datetime
+import hashlib
 import importlib.metadata
 import itertools
 import json
@@ -254,6 +255,15 @@ def _names_in_zip(path: str | Path) -> list[str]:
             return archive.namelist()
     except zipfile.BadZipFile as error:
         raise ValueError("a zip archive that is cut off or damaged") from error
+
+
+def file_digest(path: str) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def shortest_ends(paths: Sequence[Path]) -> list[str]:

@@ -190,8 +190,11 @@ class Answers:
             known = {phrase: self.answers.get(keys[phrase]) for phrase in keys}
             if new := [phrase for phrase, answer in known.items() if answer is None]:
                 start = time.perf_counter()
-                for phrase, answer in zip(new, ask(explainer, encoded, new), strict=True):
-                    known[phrase] = self.answers.put(keys[phrase], answer)
+                try:
+                    for phrase, answer in zip(new, ask(explainer, encoded, new), strict=True):
+                        known[phrase] = self.answers.put(keys[phrase], answer)
+                except UserError as error:  # weights that are not numbers
+                    said |= dict.fromkeys(new, str(error))
                 seconds["phrase" if len(new) == 1 else f"{len(new)} phrases"] = time.perf_counter() - start
         found = [known.get(phrase) or said[phrase] for phrase in phrases]
         return Reply(model, found, remarks, seconds)

@@ -47,7 +47,7 @@ class OpenedModel(NamedTuple):
         """To be asked in a mode ("itm", "itc") at a layer; raises `LayerError` when there is no such layer."""
         block = self.config.block_num if block is None else block
         check_layer(self.model, mode, block)
-        return Explainer(self.model, self.tokenizer, self.device, mode, block, precision)
+        return Explainer(self.model, self.tokenizer, self.device, mode, block, precision, self.report.path)
 
 
 def open_model(
@@ -109,6 +109,12 @@ def check_layer(model: ALBEF, mode: str, block: int) -> None:
         raise LayerError(f"--block_num {block}: the {what} are {known.start} to {known.stop - 1}")
 
 
+def check_config(config: GroundingConfig, mode: str, block: int) -> None:
+    """Raise `ConfigError` for sizes that do not fit, `LayerError` as `check_layer`; no weights are made for it."""
+    with torch.device("meta"):
+        check_layer(build_albef(config), mode, block)
+
+
 def config_of(
     content: dict[str, Any], checkpoint: str | Path, benchmark: Benchmark, overrides: list[str]
 ) -> tuple[GroundingConfig, str]:
@@ -159,4 +165,5 @@ def _usual_text_encoder(config: GroundingConfig) -> str:
 
 def newest_checkpoint(folder: Path) -> Path | None:
     """The checkpoint of the last epoch in a training run's folder, if there is any."""
-    return max(folder.glob("checkpoint_*.pth"), key=lambda path: (len(path.name), path.name), default=None)
+    found = [path for path in folder.glob("checkpoint_*.pth") if path.stem.removeprefix("checkpoint_").isdecimal()]
+    return max(found, key=lambda path: (len(path.name), path.name), default=None)

@@ -97,6 +97,14 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         torch.save(content, temporary)
 
 
+def first_not_finite(model: nn.Module) -> str | None:
+    """The key of the first tensor of a model that holds NaN or infinity, if any does."""
+    for key, value in model.state_dict().items():
+        if value.is_floating_point() and not value.isfinite().all():
+            return key
+    return None
+
+
 def export_student(checkpoint: str | Path, out: str | Path) -> None:
     """Write a checkpoint's student alone, in half precision, as safetensors: what to start another training from."""
     state = read_checkpoint(checkpoint)["model"]
