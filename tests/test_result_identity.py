@@ -489,6 +489,22 @@ def test_values_that_options_cannot_have(words: list[str], capsys: pytest.Captur
     assert f"error: argument {words[0]}:" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--block_num", "8"], "--block_num 8: the fusion layers are 1 to 2"),
+        (["--block_num", "-1"], "--block_num -1: the fusion layers are 1 to 2"),
+        (["--gradcam_mode", "itc"], "--block_num 2: the image encoder's blocks are 0 to 1"),
+        (["--set", "vision_width=8"], "vision_width is 8 but bert_config has encoder_width 16"),
+        (["--set", "image_res=50"], "image_res"),
+    ],
+)
+def test_what_can_be_known_is_said_first(words: list[str], message: str, place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=message):
+        evaluate(REFCOCO, place, tmp_path / "out", *words, checkpoint=ONE)
+    assert not (tmp_path / "out").exists()
+
+
 def test_matching_files_called_alike(place: Path, tmp_path: Path) -> None:
     other = Path(shutil.copy(place / "data" / "matching_val.json", tmp_path))
     files = f"{place / 'data' / 'matching_val.json'},{other}"
