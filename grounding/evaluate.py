@@ -190,13 +190,16 @@ class Evaluation:
         }
         for source in sources_of([Path(folder) for folder in args.compare], len(self.benchmark.metrics)):
             source.folder.check_data(source.epoch, shared)
-        there = {epoch: path for epoch, path in checkpoints.items() if results.path(epoch).exists()}
-        for epoch in checkpoints.keys() - there.keys():
-            results.write_lines(epoch, [])  # of a result that was deleted
-        wanted = {epoch: {**identity.of_checkpoint(path, stored), **shared} for epoch, path in there.items()}
+        wanted: dict[str, Origin | None] = {
+            epoch: {**identity.of_checkpoint(path, stored), **shared} if results.path(epoch).exists() else None
+            for epoch, path in checkpoints.items()
+        }
         results.check_origins(wanted, shared, args.skip_broken)
         for epoch, origin in wanted.items():
-            results.renew_origin(epoch, origin)
+            if origin is None:
+                results.write_lines(epoch, [])  # of a result that was deleted
+            else:
+                results.renew_origin(epoch, origin)
         output = results.folder.parent
         complete = all(len(results.lines(epoch)) == len(self.line_names) for epoch in checkpoints)
         if not complete or not (output / "config.yaml").exists():

@@ -43,17 +43,19 @@ class ResultFolder:
         files = sorted(path.stem.removeprefix("epoch") for path in self.folder.glob("epoch*.pth"))
         return list(dict.fromkeys([*files, *(str(row.get("epoch", "?")) for row in utils.read_log(self.log))]))
 
-    def check_origins(self, wanted: Mapping[str, Origin], shared: Origin, skip_broken: bool) -> None:
+    def check_origins(self, wanted: Mapping[str, Origin | None], shared: Origin, skip_broken: bool) -> None:
         """Raise `ResultError` unless all results of the folder were computed from what is asked for now.
 
         Args:
-            wanted: what the result of each epoch that is asked for is computed from now.
+            wanted: what the result of each epoch that is asked for is computed from now; None where it is deleted.
             shared: what is common to all results of the folder, whatever their checkpoint.
             skip_broken: whether images may be left out.
         """
         problems = {}
         for epoch in self.epochs():
             before, now = self.origin(epoch), wanted.get(epoch, shared)
+            if now is None:
+                continue
             if not identity.known(before, now):
                 problems[epoch] = "of an unknown origin: no record beside it says what it was computed from"
                 continue
@@ -64,7 +66,7 @@ class ResultFolder:
                 problems[epoch] = f"the result of {', '.join(changed)}"
         for epoch, problem in problems.items():
             more = f"; {len(problems) - 1} more of that folder differ as well" if len(problems) > 1 else ""
-            which = f"the folder {self.folder}" if more else "that file"
+            which = "that file" if not more and self.path(epoch).exists() else f"the folder {self.folder}"
             raise ResultError(f"{self.path(epoch)} is {problem}{more}; choose another --output_dir, or delete {which}")
 
     def renew_origin(self, epoch: str, now: Origin) -> None:

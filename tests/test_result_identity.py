@@ -322,6 +322,7 @@ def test_a_folder_never_mixes(own: Path, tmp_path: Path, nothing_computed: Calla
     (tmp_path / "out" / "result" / "epoch01.pth").unlink()
     with pytest.raises(ResultError, match="image_res 48"):  # the log has their lines
         evaluate(REFCLEF, own, tmp_path / "out", "--set", "image_res=96")
+    assert [line["epoch"] for line in log(tmp_path / "out")] == ["00", "01", "02"]  # as it was
 
 
 def test_lines_of_a_deleted_result_are_not_taken_for_the_new_ones(
