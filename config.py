@@ -18,7 +18,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
-from utils import UserError, atomic_path, decode_text, parse_json
+from files import decode_text, parse_json
+from utils import UserError, atomic_path
 
 
 class ConfigError(UserError):

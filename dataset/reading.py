@@ -9,7 +9,8 @@ from typing import Any
 from PIL import Image
 
 from dataset.images import decode, opened
-from utils import UserError, decode_text, parse_json
+from files import decode_text, parse_json
+from utils import UserError
 
 SKIP = " (--skip_broken goes on without it)"
 

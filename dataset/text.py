@@ -13,7 +13,8 @@ from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer
 from torch import Tensor
 
-from utils import UserError, decode_text, log
+from files import decode_text
+from utils import UserError, log
 
 DELETED = ",.'!?\"()*#:;~"
 CHARACTERS = str.maketrans("-/", "  ", DELETED)

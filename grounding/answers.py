@@ -198,7 +198,7 @@ class Answers:
                 try:
                     for phrase, answer in zip(new, ask(explainer, encoded, new), strict=True):
                         known[phrase] = self.answers.put(keys[phrase], answer)
-                except UserError as error:
+                except UserError as error:  # weights that are not numbers
                     said |= dict.fromkeys(new, str(error))
                 seconds["phrase" if len(new) == 1 else f"{len(new)} phrases"] = time.perf_counter() - start
         found = [known.get(phrase) or said[phrase] for phrase in phrases]

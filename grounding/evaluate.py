@@ -1,23 +1,25 @@
 """The evaluation program that the three scripts share: checkpoints -> maps -> metrics -> results (SPEC section 3)."""
 
 import argparse
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 import utils
-from config import BertConfig, GroundingConfig, load_bert_config, load_config, save_config
+from config import BertConfig, GroundingConfig, load_bert_config, load_config, naming, save_config
 from dataset.matching import load_pairs
 from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from dataset.workers import killed_workers_explained
-from grounding import metrics
+from grounding import identity, metrics
 from grounding.benchmarks import Benchmark, asked_for
-from grounding.opening import check_layer, ready
-from grounding.outcomes import score
+from grounding.identity import Origin
+from grounding.opening import check_config, ready
+from grounding.outcomes import score, sources_of
 from grounding.predict import Ask, Explainer, ImageData, Pair, Resize, ask, load_images
 from grounding.report import report_folders
 from grounding.results import ResultFolder, Row, percent
@@ -27,6 +29,7 @@ from runs import claim, write_provenance
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Line = dict[str, float | None]
+T = TypeVar("T")
 
 
 class EvaluationError(utils.UserError):
@@ -47,8 +50,8 @@ def parse_args(benchmark: Benchmark, argv: Sequence[str] | None = None) -> argpa
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="of the image encoder; maps are computed in fp32"
     )
-    parser.add_argument("--seed", type=int, default=42)
-    parser.add_argument("--num_workers", type=int, default=4, help="processes that decode images")
+    parser.add_argument("--seed", type=utils.integer(0), default=42)
+    parser.add_argument("--num_workers", type=utils.integer(0), default=4, help="processes that decode images")
     parser.add_argument(
         "--skip_broken", action="store_true", help="leave out missing and unreadable images and count them"
     )
@@ -74,7 +77,7 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
     device = utils.choose_device(args.device)
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
-    with claim(Path(args.output_dir)), killed_workers_explained():
+    with claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
         evaluate_checkpoints(benchmark, args, device)
 
 
@@ -82,6 +85,7 @@ def evaluate_checkpoints(benchmark: Benchmark, args: argparse.Namespace, device:
     """`evaluate`, once processes and output folder are ready."""
     checkpoints = find_checkpoints(args.checkpoint)
     evaluation = Evaluation(benchmark, load_config(args.config, GroundingConfig, args.set), args, device)
+    evaluation.begin(checkpoints)
     for epoch, path in checkpoints.items():
         evaluation.run(epoch, path)
     decisive = (benchmark.metrics[-1], next(iter(evaluation.benchmark.splits.values())))
@@ -106,6 +110,8 @@ def find_checkpoints(checkpoint: str) -> dict[str, Path]:
         raise EvaluationError(f"--checkpoint {checkpoint}: no such file or folder")
     found: dict[str, Path] = {}
     for file in sorted(path.glob("*.pth")):
+        if file.name.startswith(".") or not file.is_file():  # such as macOS's ._checkpoint_00.pth
+            continue
         epoch = file.stem[-2:]
         if epoch in found:
             raise EvaluationError(
@@ -133,6 +139,20 @@ def check_readable(texts: Iterable[str], tokenizer: Tokenizer, bert: BertConfig)
             )
 
 
+def on_rank_0(function: Callable[[], T]) -> T:
+    """What a function gives on rank 0, on all ranks; a `UserError` that it raises there is raised on all of them."""
+    found: T | utils.UserError | None = None
+    if utils.rank() == 0:
+        try:
+            found = function()
+        except utils.UserError as error:
+            found = error
+    found = utils.gather_objects(found)[0]
+    if isinstance(found, utils.UserError):
+        raise found
+    return found  # type: ignore[return-value]
+
+
 class Evaluation:
     """A benchmark's data, read and checked before anything is computed, and the folder its results go to."""
 
@@ -146,32 +166,65 @@ class Evaluation:
         self.pairs = {
             Path(file).stem: load_pairs(file, config.image_root, args.skip_broken) for file in config.matching_file
         }
+        if len(self.pairs) < len(config.matching_file):
+            raise EvaluationError(
+                f"matching_file: two of {', '.join(config.matching_file)} are called alike; rename one"
+            )
         self.line_names = [*benchmark.metrics, *self.pairs]
         self.tokenizer = load_tokenizer(args.text_encoder)
         asked = [expression.text for expression in self.expressions]
         asked += [pair.text for pairs in self.pairs.values() for pair in pairs]
         check_readable(asked, self.tokenizer, load_bert_config(config.bert_config))
+        check_config(config, args.gradcam_mode, self.block)
         images = {expression.image for expression in self.expressions}
         utils.log(f"{benchmark.name}: {len(self.expressions)} expressions of {len(images)} images, on {self.device}")
-        output = Path(args.output_dir)
-        self.results = ResultFolder(output / "result")
-        if utils.rank() == 0:
+        self.results = ResultFolder(Path(args.output_dir) / "result")
+        self.origin: Origin = {}
+
+    def begin(self, checkpoints: dict[str, Path]) -> None:
+        """Check what the output folder holds, then leave there what its results are computed from.
+
+        Raises:
+            ResultError: there are results of something else than what is asked for.
+            ReportError: a folder to compare with has no results.
+        """
+        self.origin = on_rank_0(lambda: self._begin(checkpoints))
+
+    def _begin(self, checkpoints: dict[str, Path]) -> Origin:
+        results, config, args = self.results, self.config, self.args
+        stored = [results.origin(epoch) for epoch in results.epochs()]
+        shared = {
+            "benchmark": self.benchmark.name,
+            "gradcam_mode": args.gradcam_mode,
+            "block_num": self.block,
+            "precision": args.precision,
+            **identity.of_model(config, self.tokenizer.source),
+            **identity.of_data(self.expressions, self.pairs, config.image_root, stored),
+        }
+        for source in sources_of([Path(folder) for folder in args.compare], len(self.benchmark.metrics)):
+            source.folder.check_data(source.epoch, shared)
+        wanted: dict[str, Origin | None] = {
+            epoch: {**identity.of_checkpoint(path, stored), **shared} if results.path(epoch).exists() else None
+            for epoch, path in checkpoints.items()
+        }
+        results.check_origins(wanted, shared, args.skip_broken)
+        for epoch, origin in wanted.items():
+            if origin is None:
+                results.write_lines(epoch, [])  # of a result that was deleted
+            else:
+                results.renew_origin(epoch, origin)
+        output = results.folder.parent
+        complete = all(len(results.lines(epoch)) == len(self.line_names) for epoch in checkpoints)
+        if not complete or not (output / "config.yaml").exists():
             output.mkdir(parents=True, exist_ok=True)
             save_config(config, output / "config.yaml")
             write_provenance(output / "run.json", args.seed, options=vars(args))
+        return shared
 
     def run(self, epoch: str, path: Path) -> None:
         """Evaluate one checkpoint, or only what an interrupted run of it lacks. All processes call it together."""
-        origin = {
-            "checkpoint": str(path.resolve()),
-            "checkpoint_bytes": path.stat().st_size,
-            "gradcam_mode": self.args.gradcam_mode,
-            "block_num": self.block,
-            "precision": self.args.precision,
-        }
         stored, complete = None, False
         if utils.rank() == 0:
-            self.results.check_origin(epoch, origin)
             stored = self.results.read(epoch, [expression.ref_id for expression in self.expressions])
             complete = stored is not None and len(self.results.lines(epoch)) == len(self.line_names)
         has_records, complete = utils.gather_objects((stored is not None, complete))[0]
@@ -180,12 +233,15 @@ class Evaluation:
             return
         matching: list[Line] = []
         if not has_records or self.pairs:
+            origin = on_rank_0(lambda: identity.of_checkpoint(path, [self.results.origin(epoch)]))
             explainer = self.load(path)
             if not has_records:
                 stored = self.predict(explainer)
+                on_rank_0(lambda: identity.check_unchanged(path, origin))
                 if utils.rank() == 0:
-                    self.results.write(epoch, *stored, origin)
+                    self.results.write(epoch, *stored, {**origin, **self.origin})
             matching = [self.matching(explainer, name) for name in self.pairs]
+            on_rank_0(lambda: identity.check_unchanged(path, origin))
         if utils.rank() == 0:
             assert stored is not None
             lines = [*self.accuracies(*stored), *matching]
@@ -195,10 +251,11 @@ class Evaluation:
 
     def load(self, path: Path) -> Explainer:
         """The model of a checkpoint, ready to be asked."""
-        model, mode = build_albef(self.config), self.args.gradcam_mode
-        check_layer(model, mode, self.block)
+        model, precision = build_albef(self.config), PRECISIONS[self.args.precision]
         utils.log(str(ready(model, read_checkpoint(path), path, self.device)))
-        return Explainer(model, self.tokenizer, self.device, mode, self.block, PRECISIONS[self.args.precision])
+        return Explainer(
+            model, self.tokenizer, self.device, self.args.gradcam_mode, self.block, precision, name=str(path)
+        )
 
     def predict(self, explainer: Explainer) -> tuple[list[Row], list[int]]:
         """One record an expression, in their order; and the positions of those whose image could not be read."""

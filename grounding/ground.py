@@ -132,6 +132,7 @@ def ground_all(
 
     Raises:
         PhraseError: nothing is left of a phrase after cleaning, or it is longer than the model can read.
+        CheckpointError: the model answers with what is not a number.
     """
     encoded = image if isinstance(image, EncodedImage) else encode(explainer, image)
     answers = ask(explainer, encoded, phrases, max_words)
@@ -216,8 +217,8 @@ def _match_answers(explainer: Explainer, image: EncodedImage, texts: list[str]) 
     model = explainer.model
     seen = model.match_attention(image.keys_values, ids, mask, explainer.block)
     arguments = (seen.attention, seen.gradient, mask, model.visual_encoder.grid)
-    smalls, token_maps = gradcam(*arguments).cpu(), token_gradcam(*arguments).cpu()
-    matches = seen.logits.softmax(dim=1)[:, 1].tolist()
+    smalls, token_maps = explainer.finite(gradcam(*arguments).cpu()), token_gradcam(*arguments).cpu()
+    matches = _matches(explainer, seen.logits)
     for row, text in enumerate(texts):
         count = int(mask[row].sum())
         small = smalls[row] * (mask.shape[1] / count)  # a mean over its own tokens, whatever it was padded to
@@ -229,11 +230,15 @@ def _contrast_answers(explainer: Explainer, image: EncodedImage, texts: list[str
     model = explainer.model
     with torch.no_grad():
         fused = model.text_encoder.fuse(model.encode_text(ids, mask), mask, image.keys_values, cls_only=True)
-        matches = model.match_logits(fused.tokens).softmax(dim=1)[:, 1].tolist()
+        matches = _matches(explainer, model.match_logits(fused.tokens))
     only_image = torch.zeros(len(texts), dtype=torch.long, device=explainer.device)
     cams, _ = model.contrast_gradcam(image.block_inputs[explainer.block], ids, mask, explainer.block, only_image)
-    for small, match in zip(cams.cpu(), matches, strict=True):
+    for small, match in zip(explainer.finite(cams.cpu()), matches, strict=True):
         yield small, match, ()
+
+
+def _matches(explainer: Explainer, logits: Tensor) -> list[float]:
+    return explainer.finite(logits.softmax(dim=1)[:, 1].cpu(), "the match probability").tolist()
 
 
 def word_maps(words: Sequence[Word], token_maps: Tensor) -> tuple[WordMap, ...]:

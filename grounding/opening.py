@@ -47,7 +47,7 @@ class OpenedModel(NamedTuple):
         """To be asked in a mode ("itm", "itc") at a layer; raises `LayerError` when there is no such layer."""
         block = self.config.block_num if block is None else block
         check_layer(self.model, mode, block)
-        return Explainer(self.model, self.tokenizer, self.device, mode, block, precision)
+        return Explainer(self.model, self.tokenizer, self.device, mode, block, precision, self.report.path)
 
 
 def open_model(
@@ -107,6 +107,12 @@ def check_layer(model: ALBEF, mode: str, block: int) -> None:
     if block not in known:
         what = "fusion layers" if mode == "itm" else "image encoder's blocks"
         raise LayerError(f"--block_num {block}: the {what} are {known.start} to {known.stop - 1}")
+
+
+def check_config(config: GroundingConfig, mode: str, block: int) -> None:
+    """Raise `ConfigError` for sizes that do not fit, `LayerError` as `check_layer`; no weights are made for it."""
+    with torch.device("meta"):
+        check_layer(build_albef(config), mode, block)
 
 
 def config_of(

@@ -20,6 +20,7 @@ from dataset.text import Tokenizer
 from dataset.transforms import normalise
 from dataset.workers import check_shared_memory
 from models.albef import ALBEF
+from models.checkpoint import CheckpointError, first_not_finite
 from models.xbert import KeyValue
 from utils import rank, world_size
 
@@ -35,6 +36,9 @@ class Explainer(NamedTuple):
 
     mode "itm": cross-attention of BERT layer `block`, by the match logit; "itc": self-attention of image block `block`,
     by the image-text similarity. precision: of the image encoder up to the part that is explained; all else is fp32.
+    name: of the checkpoint, for messages.
+
+    Whatever is asked of it raises `CheckpointError` where the answer is not a number (`finite`).
     """
 
     model: ALBEF
@@ -43,6 +47,23 @@ class Explainer(NamedTuple):
     mode: str
     block: int
     precision: torch.dtype = torch.float32
+    name: str = "the model"
+
+    def finite(self, answer: Tensor, what: str = "the map") -> Tensor:
+        """An answer of the model, on the CPU; raises `CheckpointError` when it holds NaN or infinity, and says why."""
+        if not answer.isfinite().all():
+            raise CheckpointError(f"{what} holds values that are not numbers: {self._reason()}")
+        return answer
+
+    def _reason(self) -> str:
+        if key := first_not_finite(self.model):
+            return f"in {self.name}, {key} holds NaN or infinity (its training diverged); take an earlier checkpoint"
+        weights = [(float(p.abs().max()), key) for key, p in self.model.named_parameters() if p.numel()]
+        largest, key = max(weights)
+        return (
+            f"the weights of {self.name} are finite, but so large that the computation overflows (the largest, of "
+            f"{key}, is {largest:.3g}); take an earlier checkpoint"
+        )
 
     @torch.no_grad()
     def maps(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
@@ -57,7 +78,7 @@ class Explainer(NamedTuple):
         """
         images = images.to(self.device, non_blocking=True)
         explain = self._match_maps if self.mode == "itm" else self._contrast_maps
-        return explain(images, index, texts)
+        return self.finite(explain(images, index, texts))
 
     def _match_maps(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
         keys_values, maps = self._keys_values(images), []
@@ -85,7 +106,7 @@ class Explainer(NamedTuple):
             tokens = self.model.encode_text(ids, mask)
             fused = self.model.text_encoder.fuse(tokens, mask, keys_values, chosen, cls_only=True)
             found.append(self.model.match_logits(fused.tokens).softmax(dim=1)[:, 1].cpu())
-        return torch.cat(found)
+        return self.finite(torch.cat(found), "the match probability")
 
     def _keys_values(self, images: Tensor) -> list[KeyValue]:
         with self.reduced_precision():

@@ -7,12 +7,16 @@ written under a temporary name and renamed, so that none is ever half there.
 
 import contextlib
 import json
-import pickle
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+import files
 import utils
+from grounding import identity
+from grounding.identity import Origin
 from runs import read_log
 
 Row = dict[str, Any]
@@ -35,14 +39,54 @@ class ResultFolder:
 
     # ---- records
 
-    def check_origin(self, epoch: str, origin: Row) -> None:
-        """Raise `ResultError` when the result of that epoch is known to be of something else than `origin`."""
+    def epochs(self) -> list[str]:
+        """Every epoch that has a result file or a line in the log."""
+        files = sorted(path.stem.removeprefix("epoch") for path in self.folder.glob("epoch*.pth"))
+        return list(dict.fromkeys([*files, *(str(row.get("epoch", "?")) for row in read_log(self.log))]))
+
+    def check_origins(self, wanted: Mapping[str, Origin | None], shared: Origin, skip_broken: bool) -> None:
+        """Raise `ResultError` unless all results of the folder were computed from what is asked for now.
+
+        Args:
+            wanted: what the result of each epoch that is asked for is computed from now; None where it is deleted.
+            shared: what is common to all results of the folder, whatever their checkpoint.
+            skip_broken: whether images may be left out.
+        """
+        problems = {}
+        for epoch in self.epochs():
+            before, now = self.origin(epoch), wanted.get(epoch, shared)
+            if now is None:
+                continue
+            if not identity.known(before, now):
+                problems[epoch] = "of an unknown origin: no record beside it says what it was computed from"
+                continue
+            changed = identity.differences(before, now)
+            if (left_out := len(before.get("skipped", []))) and not skip_broken:
+                changed.append(f"--skip_broken, {left_out} expressions left out (asked for now: without)")
+            if changed:
+                problems[epoch] = f"the result of {', '.join(changed)}"
+        for epoch, problem in problems.items():
+            more = f"; {len(problems) - 1} more of that folder differ as well" if len(problems) > 1 else ""
+            which = "that file" if not more and self.path(epoch).exists() else f"the folder {self.folder}"
+            raise ResultError(f"{self.path(epoch)} is {problem}{more}; choose another --output_dir, or delete {which}")
+
+    def renew_origin(self, epoch: str, now: Origin) -> None:
+        """Note where a result's checkpoint and images lie now, and say what was otherwise when it was computed."""
         before = self.origin(epoch)
-        if changed := [key for key in origin if key in before and before[key] != origin[key]]:
-            differences = ", ".join(f"{key} {before[key]} (asked for now: {origin[key]})" for key in changed)
+        renewed = {**before, **now, "torch": before.get("torch")}
+        if told := identity.told(before, now):
+            print(f"{self.path(epoch)}: when it was computed, {' and '.join(told)}")
+        if renewed != before:
+            self._write_origin(epoch, renewed)
+
+    def check_data(self, epoch: str, now: Origin) -> None:
+        """Raise `ResultError` when a result is known to be of other expressions or images than those asked for now."""
+        before = self.origin(epoch)
+        data: Origin = {key: now[key] for key in ("benchmark", "expressions", "images") if key in before}
+        if changed := identity.differences(before, data):
             raise ResultError(
-                f"{self.path(epoch)} is the result of {differences}; choose another --output_dir, or delete that file "
-                f"and {self._origin_path(epoch)}"
+                f"{self.path(epoch)} cannot be compared: it is the result of {', '.join(changed)}; evaluate it again, "
+                "on the same data"
             )
 
     def read(self, epoch: str, ref_ids: Sequence[int]) -> tuple[list[Row], list[int]] | None:
@@ -57,11 +101,13 @@ class ResultFolder:
         if not path.exists():
             return None
         try:
-            records = utils.load_tensors(path, mapped=False)
-            found = [record["ref_id"] for record in records]
-        except (RuntimeError, EOFError, OSError, ValueError, TypeError, KeyError, pickle.UnpicklingError):
+            records = files.load_tensors(path, mapped=False)
+        except (OSError, files.UnreadableFile):
+            records = None
+        if not isinstance(records, list) or not all(map(_is_record, records)):
             print(f"{path} cannot be read, perhaps because its run was interrupted: evaluating again")
             return None
+        found = [record["ref_id"] for record in records]
         skipped = self.origin(epoch).get("skipped", [])
         left_out = set(skipped)
         if found != [ref_id for position, ref_id in enumerate(ref_ids) if position not in left_out]:
@@ -73,8 +119,11 @@ class ResultFolder:
 
     def write(self, epoch: str, records: list[Row], skipped: list[int], origin: Row) -> None:
         """Store the records; `skipped` are the positions of expressions that they leave out."""
-        utils.write_text(self._origin_path(epoch), json.dumps({**origin, "skipped": skipped}, indent=2) + "\n")
-        utils.save_tensors(self.path(epoch), records)
+        self._write_origin(epoch, {**origin, "skipped": skipped})
+        files.save_tensors(self.path(epoch), records)
+
+    def _write_origin(self, epoch: str, origin: Row) -> None:
+        utils.write_text(self._origin_path(epoch), json.dumps(origin, indent=2) + "\n")
 
     def _origin_path(self, epoch: str) -> Path:
         return self.folder / f"epoch{epoch}.json"
@@ -82,7 +131,8 @@ class ResultFolder:
     def origin(self, epoch: str) -> Row:
         """What an epoch's result was computed from; {} where that is not known."""
         with contextlib.suppress(OSError, ValueError):
-            return json.loads(self._origin_path(epoch).read_text(encoding="utf-8"))
+            found = json.loads(self._origin_path(epoch).read_text(encoding="utf-8"))
+            return found if isinstance(found, dict) else {}
         return {}
 
     # ---- log
@@ -92,8 +142,11 @@ class ResultFolder:
         return [row for row in read_log(self.log) if row.get("epoch") == epoch]
 
     def write_lines(self, epoch: str, lines: Sequence[Row]) -> None:
-        """Put an epoch's lines in place of those that an interrupted run may have left, all at once."""
-        rows = [row for row in read_log(self.log) if row.get("epoch") != epoch]
+        """Put an epoch's lines in place of those that are there, all at once; without `lines`, take those out."""
+        before = read_log(self.log)
+        rows = [row for row in before if row.get("epoch") != epoch]
+        if len(rows) == len(before) and not lines:
+            return
         rows += [{**line, "epoch": epoch} for line in lines]
         utils.write_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
 
@@ -121,6 +174,12 @@ class ResultFolder:
             mark = "*" if epoch == best else " "
             cells.append([epoch + mark, *(percent(values.get(column)) for column in columns)])
         return f"{utils.aligned(cells, left=0)}\nin %; * best by {' '.join(decisive)}"
+
+
+def _is_record(row: Any) -> bool:
+    """Whether a row of a result file is one: an expression's ref_id with its map, of finite numbers."""
+    pred = row.get("pred") if isinstance(row, dict) and "ref_id" in row else None
+    return isinstance(pred, Tensor) and pred.ndim == 2 and pred.numel() > 0 and bool(pred.isfinite().all())
 
 
 def percent(value: float | None) -> str:

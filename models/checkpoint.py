@@ -20,9 +20,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from files import UnreadableFile, load_tensors, save_tensors, verify_archive, why_unreadable
 from models.vit import VisionTransformer
 from models.xbert import TextEncoder
-from utils import UnreadableFile, UserError, atomic_path, load_tensors, save_tensors, verify_archive, why_unreadable
+from utils import UserError, atomic_path
 
 State = dict[str, Tensor]
 

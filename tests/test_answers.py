@@ -337,6 +337,17 @@ def test_models_that_cannot_be_asked(counted: Counted) -> None:
     assert "no longer kept" in str(message)
 
 
+def test_answers_that_are_not_numbers_are_messages(counted: Counted) -> None:
+    key = counted.answers.add_picture(file(), "noise.jpg").key
+    good = counted.answers.ask(key, ["circle"], "one", "itm", None).answers
+    opened = counted.answers.models.get("one")
+    assert opened is not None
+    opened.model.itm_head.weight.fill_(float("nan"))
+    reply = counted.answers.ask(key, ["circle", "star", "blue"], "one", "itm", None)
+    assert reply.answers[:1] == good  # known before
+    assert all("one.pth, itm_head.weight holds NaN or infinity" in str(message) for message in reply.answers[1:])
+
+
 def test_layers_follow_the_model_and_the_mode(counted: Counted) -> None:
     assert counted.answers.layers("one", "itm") == ((1, 2), 1, False)
     assert counted.answers.layers("one", "itc") == ((0, 1), 1, False)

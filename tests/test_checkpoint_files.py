@@ -19,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+import files
 import utils
 from config import GroundingConfig
 from grounding.benchmarks import REFCOCO
@@ -536,12 +537,12 @@ def sha256(path: Path) -> str:
 
 def test_equal_content_gives_equal_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     content = {"model": {"a": torch.arange(5.0), "b": torch.ones(2)}, "epoch": 1}
-    utils.save_tensors(tmp_path / "one.pth", content)
+    files.save_tensors(tmp_path / "one.pth", content)
     monkeypatch.setattr(os, "getpid", lambda: 7)
-    utils.save_tensors(tmp_path / "folder" / "another.name", copy.deepcopy(content))
+    files.save_tensors(tmp_path / "folder" / "another.name", copy.deepcopy(content))
     assert sha256(tmp_path / "one.pth") == sha256(tmp_path / "folder" / "another.name")
     content["model"]["a"][0] = 1
-    utils.save_tensors(tmp_path / "other.pth", content)
+    files.save_tensors(tmp_path / "other.pth", content)
     assert sha256(tmp_path / "one.pth") != sha256(tmp_path / "other.pth")
 
 
@@ -563,7 +564,7 @@ def test_a_disk_without_space_names_the_file(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, limits[1]))
     try:
         with pytest.raises(utils.UserError) as error:
-            utils.save_tensors(path, {"model": {str(i): torch.ones(20_000) for i in range(9)}})
+            files.save_tensors(path, {"model": {str(i): torch.ones(20_000) for i in range(9)}})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(error.value).startswith(f"{path}: cannot be written, files may not be that large (0.72 MB are needed, ")
@@ -571,14 +572,14 @@ def test_a_disk_without_space_names_the_file(tmp_path: Path) -> None:
 
 
 def test_digest_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(utils, "BLOCK", 10)
+    monkeypatch.setattr(files, "BLOCK", 10)
     path, seen = tmp_path / "file", set()
     for data in (b"", b"a", b"a" * 9, b"a" * 10, b"a" * 11, b"a" * 20, b"a" * 10 + b"b" * 10, b"b" * 10 + b"a" * 10):
         path.write_bytes(data)
-        seen.add(utils.file_digest(path))
+        seen.add(files.file_digest(path))
     assert len(seen) == 8
     (tmp_path / "copy").write_bytes(path.read_bytes())
-    assert utils.file_digest(tmp_path / "copy") == utils.file_digest(path)
+    assert files.file_digest(tmp_path / "copy") == files.file_digest(path)
 
 
 # ---- whatever else

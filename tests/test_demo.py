@@ -293,6 +293,19 @@ def test_without_a_checkpoint(
     assert "knows nothing of photographs" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("mode", ["itm", "itc"])
+def test_a_checkpoint_of_nan(mode: str, place: Path, tmp_path: Path) -> None:
+    content = torch.load(place / "tuned.pth", weights_only=True)
+    for value in content["model"].values():
+        value.fill_(float("nan") if value.is_floating_point() else 0)
+    torch.save(content, tmp_path / "nan.pth")
+    words = [str(place / "photos" / "b.jpg"), "circle", "--checkpoint", str(tmp_path / "nan.pth"), "--block_num", "1"]
+    options = ["--text_encoder", str(place), "--device", "cpu", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(CheckpointError, match=r"not numbers: in .*nan\.pth, temp holds NaN or infinity"):
+        demo.main(demo.parse_args([*words, *options, "--gradcam_mode", mode, "--json", "--npz"]))
+    assert not (tmp_path / "out").exists()
+
+
 # ---- which config, which vocabulary
 
 

@@ -284,7 +284,7 @@ def test_results_of_something_else_are_not_taken_for_these(place: Path, tmp_path
     with pytest.raises(ResultError, match=r"block_num 2 \(asked for now: 1\); choose another --output_dir"):
         evaluate(REFCLEF, place, tmp_path, "--block_num", "1", checkpoint=ONE)
     val = str(place / "data" / "refer" / "refclef" / "refclef_val.json")
-    with pytest.raises(ResultError, match=r"records, not those of the \d+ expressions of this config"):
+    with pytest.raises(ResultError, match=r"expressions \d+, sha256 \w+ \(asked for now: \d+, sha256"):
         evaluate(REFCLEF, place, tmp_path, "--set", f"test_file=[{val}]", checkpoint=ONE)
 
 

@@ -1,5 +1,6 @@
 """ground(): the evaluation's maps and points, boxes from the map, words, on a tiny model and on maps done by hand."""
 
+import copy
 import json
 
 import numpy as np
@@ -18,6 +19,7 @@ from grounding.ground import PhraseError, encode, ground, ground_all, word_maps
 from grounding.predict import MAX_PAIRS, Explainer
 from grounding.regions import THRESHOLD, ScoredBox, map_boxes, regions, share_of_maximum
 from models.albef import build_albef
+from models.checkpoint import CheckpointError
 from utils import UserError
 
 SHORT_BERT = {**BERT, "max_position_embeddings": 20}
@@ -75,6 +77,26 @@ def test_maps_points_and_matches_are_the_evaluations(
         assert bool(one.words) == (mode == "itm")
     assert len({one.match for one in found}) == 3
     assert np.abs(found[0].map - found[2].map).max() > 1e-3  # phrases matter, far above what `alike` lets pass
+
+
+@pytest.mark.parametrize(
+    ("mode", "key", "message"),
+    [
+        ("itm", "itm_head.weight", "the map holds .* in x.pth, itm_head.weight holds NaN"),
+        ("itm", "itm_head.bias", "the match probability holds .* in x.pth, itm_head.bias holds NaN"),
+        ("itc", "text_proj.weight", "the map holds .* in x.pth, text_proj.weight holds NaN"),
+        ("itc", "itm_head.bias", "the match probability holds .* in x.pth, itm_head.bias holds NaN"),
+    ],
+)
+def test_answers_that_are_not_numbers(mode: str, key: str, message: str, explainer: Explainer) -> None:
+    model = copy.deepcopy(explainer.model)
+    model.get_parameter(key).fill_(float("nan"))
+    spoiled = explainer._replace(model=model, mode=mode, name="x.pth")
+    with pytest.raises(CheckpointError, match=message):
+        ground(spoiled, PHOTO, "circle")
+    ask = spoiled.maps if "map" in message else spoiled.match_probabilities
+    with pytest.raises(CheckpointError, match=message):
+        ask(normalise(resize_bicubic(PHOTO, 48))[None], [0], ["circle"])
 
 
 def test_bicubic_is_the_resize_unless_another_is_asked_for(explainer: Explainer) -> None:

@@ -19,7 +19,8 @@ from dataset.expressions import EntryProblem, Problems
 from dataset.flickr import load_ids
 from dataset.raw.archives import AT_ONCE, BROKEN_ZIP, read_at_once, visible_members
 from dataset.reading import DataError
-from utils import atomic_path, decode_text, write_text
+from files import decode_text
+from utils import atomic_path, write_text
 
 ARCHIVE = "annotations.zip"
 SPLIT_FILES = ("train.txt", "val.txt", "test.txt")

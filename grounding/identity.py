@@ -1,0 +1,143 @@
+"""What a result was computed from, by content: two results are of the same when all of these parts are equal.
+
+An origin is a flat record of named parts, which lies beside a result as JSON. A part is a value of the config or of the
+command line, or the hash of what was read. Where a file lies, and which config file named it, makes no difference.
+"""
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import files
+import utils
+from config import GroundingConfig, load_bert_config
+from dataset.expressions import Expression
+from dataset.matching import Pair
+from grounding.opening import SHAPE_KEYS
+
+Origin = dict[str, Any]
+
+CHECKPOINT = "checkpoint content"
+# Parts that are told and not compared: where the checkpoint lay, what spares hashing again, which PyTorch it was.
+TOLD = ("checkpoint", "checkpoint state", "image states", "torch")
+NOT_OF_EVALUATION = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}  # keys of bert_config
+
+
+def of_model(config: GroundingConfig, vocabulary: str) -> Origin:
+    """The parts that say which function a checkpoint's weights are; `vocabulary` is the tokenizer's file."""
+    bert = load_bert_config(config.bert_config).model_dump(exclude=NOT_OF_EVALUATION)
+    return {
+        **{key: getattr(config, key) for key in ("image_res", *SHAPE_KEYS)},
+        **{f"bert_config's {key}": value for key, value in bert.items()},
+        "vocabulary": f"sha256 {files.file_digest(vocabulary)}",
+        "torch": str(torch.__version__),
+    }
+
+
+def of_data(
+    expressions: Sequence[Expression], pairs: Mapping[str, Sequence[Pair]], image_root: str, stored: Iterable[Origin]
+) -> Origin:
+    """The parts of what is asked and of what is true.
+
+    Args:
+        pairs: of matching, by the name of their file.
+        stored: origins of earlier results; while no image file has changed since, their hash of the images is taken.
+    """
+    images = {item.image for item in expressions} | {pair.image for of in pairs.values() for pair in of}
+    names = {image: _below(image, image_root) for image in images}
+    files = sorted(names, key=lambda path: names[path])
+    states = _part([(names[file], _state(file)) for file in files])
+    content = next((origin.get("images") for origin in stored if origin.get("image states") == states), None)
+    if content is None:
+        with ThreadPoolExecutor() as pool:
+            content = _part(
+                [(names[file], digest) for file, digest in zip(files, pool.map(_content, files), strict=True)]
+            )
+    detections = [None if item.detections is None else item.detections.tolist() for item in expressions]
+    sizes = [[item.record.get(key) for key in ("image_height", "image_width")] for item in expressions]
+    return {
+        "expressions": _part([(item.ref_id, names[item.image], item.text) for item in expressions]),
+        "boxes": _part([(item.boxes.tolist(), size) for item, size in zip(expressions, sizes, strict=True)]),
+        "splits": _part([(item.split, item.record.get("split")) for item in expressions]),
+        "detections (det_file)": _part(detections),
+        "pairs (matching_file)": _part(
+            [(name, names[pair.image], pair.text, pair.match, pair.kind) for name, of in pairs.items() for pair in of]
+        ),
+        "images": content,
+        "image states": states,
+    }
+
+
+def of_checkpoint(path: Path, stored: Iterable[Origin]) -> Origin:
+    """The parts of a checkpoint; hashed unless one of the `stored` origins has the hash of this very file."""
+    found: Origin = {"checkpoint": str(path.resolve()), "checkpoint state": _state(path)}
+    for origin in stored:
+        if CHECKPOINT in origin and all(origin.get(key) == value for key, value in found.items()):
+            return {**found, CHECKPOINT: origin[CHECKPOINT]}
+    return {**found, CHECKPOINT: f"sha256 {files.file_digest(str(path))}"}
+
+
+def check_unchanged(path: Path, origin: Origin) -> None:
+    """Raise `UserError` when a checkpoint is no longer the file that was hashed."""
+    if _state(path) != origin["checkpoint state"]:
+        raise utils.UserError(f"{path} was replaced while it was evaluated; its result is not kept: evaluate it again")
+
+
+def known(origin: Origin, wanted: Iterable[str]) -> bool:
+    """Whether a stored origin says all the parts that are compared."""
+    return all(key in origin or key in TOLD for key in wanted)
+
+
+def differences(before: Origin, now: Origin) -> list[str]:
+    """What two origins differ in, each as "part BEFORE (asked for now: NOW)"; only the parts of `now` count."""
+    changed = [key for key in now if key not in TOLD and before[key] != now[key]]
+    return [f"{_title(key)} {_shown(before, key)} (asked for now: {_shown(now, key)})" for key in changed]
+
+
+def told(before: Origin, now: Origin) -> list[str]:
+    """What was otherwise when a result was computed, and decides nothing that we promise."""
+    notes = {"checkpoint": "the checkpoint, of equal content, was", "torch": "PyTorch was"}
+    return [f"{words} {before.get(key)}" for key, words in notes.items() if before.get(key) != now[key]]
+
+
+def _title(key: str) -> str:
+    return "checkpoint" if key == CHECKPOINT else key
+
+
+def _shown(origin: Origin, key: str) -> str:
+    where = f" of {origin.get('checkpoint')}" if key == CHECKPOINT else ""
+    return re.sub(r"\b([0-9a-f]{12})[0-9a-f]{52}\b", r"\1", str(origin[key])) + where
+
+
+def _part(rows: Sequence[Any]) -> str:
+    """A part of many rows: how many, and a hash of them."""
+    return f"{len(rows)}, sha256 {hashlib.sha256(json.dumps(rows).encode()).hexdigest()}"
+
+
+def _below(image: Path, root: str) -> str:
+    """An image's name, wherever the folder of images lies."""
+    return str(image.relative_to(root) if image.is_relative_to(root) else image)
+
+
+def _state(path: Path) -> list[int] | None:
+    """What differs after a file was written or replaced; None where it is missing."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]
+
+
+def _content(path: Path) -> str | None:
+    """The hash of an image file; None where it cannot be read, which evaluation reports or skips."""
+    try:
+        return files.file_digest(str(path))
+    except OSError:
+        return None
