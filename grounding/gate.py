@@ -36,6 +36,7 @@ UNSEEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")  # terminals 
 UPLOADS = "uploads"  # inside the page's folder; a folder an upload
 KEPT_UPLOADS, OLDEST_UPLOAD = 100, 3600  # uploads that were never opened; their seconds
 LONGEST_ADDRESS, LONGEST_NAME = 2_000, 255  # characters of path and query; bytes of a file's name
+MOST_FILES = 20  # of an upload: a browser sends all that are dropped, and the page takes the first
 LONGEST_CALL = 1_000_000  # bytes of a request that uploads nothing
 AROUND_A_FILE = 100_000  # bytes of a request around the file that it uploads
 MOST_ARRIVING = 200_000_000  # bytes of all bodies that are not yet complete
@@ -198,7 +199,7 @@ class Gate:
             except Exception:  # of a parser that is not ours, about what is no form
                 answer = []
         status = answer[0]["status"] if answer else 400
-        if status != 200 or len(list(place.glob("*/*"))) != 1:
+        if status != 200 or len(list(place.glob("*/*"))) not in range(1, MOST_FILES + 1):
             shutil.rmtree(place, ignore_errors=True)
             raise Refused(400 if status == 200 else status)
         for message in answer:

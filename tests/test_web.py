@@ -404,7 +404,8 @@ def form(*parts: bytes, end: bytes = b"--X--\r\n") -> bytes:
         (form(b'name="other"; filename="a"'), FORM, False),
         (form(b'name="files"; filename="a"', end=b"--"), FORM, False),  # cut off
         (form(b'name="files"; filename=".."'), FORM, False),
-        (form(b'name="files"; filename="a"', b'name="files"; filename="b"'), FORM, False),
+        (form(*[b'name="files"; filename="%d"' % number for number in range(21)]), FORM, False),
+        (form(*[b'name="files"; filename="%d"' % number for number in range(20)]), FORM, True),  # all that were dropped
         (form(b'name="files"; filename="' + b"a" * 7000 + b'"'), FORM, False),
         (form(b'name="files"; filename="\\ud800"'), f"{FORM}; charset=unicode_escape", False),
         (form(b'name="files"; filename="' + b"a" * 999 + b'"'), FORM, True),
@@ -417,7 +418,7 @@ def test_uploads_of_odd_form(body: bytes, kind: str, good: bool, site: Site) -> 
     with httpx.Client(base_url=site.url, timeout=PATIENCE) as client:
         answer = client.post("/gradio_api/upload", content=body, headers={"Content-Type": kind})
         assert answer.status_code in ((200,) if good else (400, 413))
-        for path in answer.json() if good else []:
+        for path in answer.json()[:1] if good else []:
             assert "not an image" in upload_event(client, path)["output"]["data"][3]
     assert {path for path in site.folder.rglob("*") if path.is_file()} == before
 
