@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-full web test check clean
+.PHONY: demo demo-full web test check fuzz clean
 
 demo: $(READY)
 	$(PYTHON) scenes_demo.py
@@ -30,6 +30,9 @@ $(READY): requirements.txt requirements-web.txt requirements-dev.txt
 	$(SYSTEM_PYTHON) -m venv $(VENV)
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $(READY)
+
+fuzz: $(READY)
+	PYTHONPATH=. $(PYTHON) tests/fuzz.py --tries 5000
 
 clean:
 	rm -rf $(VENV) data/scenes output .pytest_cache .mypy_cache .ruff_cache .hypothesis

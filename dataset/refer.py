@@ -343,9 +343,8 @@ def _unpickle(data: bytes, path: Path) -> Any:
     """Unpickle plain values. Python 2's byte strings become str: UTF-8, or else Latin-1."""
     try:
         # A few bytes can ask for a memo of tens of gigabytes; a file has no more objects than bytes.
-        if any(
-            code.name in ("PUT", "LONG_BINPUT") and index > len(data) for code, index, _ in pickletools.genops(data)
-        ):
+        memo = (number or 0 for code, number, _ in pickletools.genops(data) if code.name in ("PUT", "LONG_BINPUT"))
+        if max(memo, default=0) > len(data):
             raise pickle.UnpicklingError("it numbers more objects than it can hold")
         try:
             return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()

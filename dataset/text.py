@@ -122,7 +122,11 @@ class Tokenizer:
         return index
 
     def _check_known_words(self, unknown_id: int) -> None:
-        """Words of the vocabulary must come back as their own ids: a broken tokenizer says [UNK] silently."""
+        """Words of the vocabulary must come back as their own ids: a broken tokenizer says [UNK] silently.
+
+        And a word that it lacks must not be an error of the library, as with another name for [UNK] in the file.
+        """
+        self._encode("\u2603\u2604")
         known = {word: i for word, i in self.pieces.get_vocab().items() if re.fullmatch("[a-z]+", word)}
         found = self._encode(" ".join(known))
         if not known or found != list(known.values()):

@@ -5,7 +5,6 @@ import gzip
 import hashlib
 import itertools
 import os
-import random
 import re
 import resource
 import zipfile
@@ -22,8 +21,7 @@ from torch import Tensor, nn
 import files
 import utils
 from config import GroundingConfig
-from grounding.benchmarks import REFCOCO
-from grounding.opening import config_of, ready
+from grounding.opening import ready
 from grounding.results import ResultFolder
 from models.albef import ALBEF, build_albef
 from models.checkpoint import (
@@ -38,7 +36,6 @@ from models.checkpoint import (
     save_checkpoint,
 )
 from models.pretrain import PretrainModel
-from tests.fuzz_checkpoints import write_mutated
 from tests.test_checkpoint import State, TinyConfig, assert_holds, image_encoder, state_of, text_encoder, tiny_bert
 from tests.test_pretrain_program import make_workplace, train
 
@@ -580,36 +577,3 @@ def test_digest_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(seen) == 8
     (tmp_path / "copy").write_bytes(path.read_bytes())
     assert files.file_digest(tmp_path / "copy") == files.file_digest(path)
-
-
-# ---- whatever else
-
-
-def small_checkpoint(model: nn.Module) -> dict[str, Any]:
-    keep = re.compile(r"^(visual_encoder|text_encoder\.bert\.embeddings|temp|itm_head)")
-    content = resumable() | {"model": {key: value for key, value in state_of(model).items() if keep.match(key)}}
-    return content | {"config": {"bert_config": "no/file.json", "image_res": 8, "amc": {"layer": 1}}}
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_any_mutated_checkpoint_is_read_or_is_one_error(tmp_path: Path, evaluation: ALBEF) -> None:
-    """More: FUZZ_TRIES=5000 python -m pytest tests/test_checkpoint_files.py -k mutated."""
-    content = small_checkpoint(evaluation)
-    for seed in range(int(os.environ.get("FUZZ_TRIES", "200"))):
-        path = write_mutated(content, tmp_path, random.Random(seed))
-        try:
-            found = read_checkpoint(path)
-        except CheckpointError:
-            continue
-        uses: list[Callable[[], object]] = [
-            lambda: load_weights(evaluation, found["model"], path),  # noqa: B023 - called at once
-            lambda: check_resumable(found, path),  # noqa: B023
-            lambda: config_of(found, path, REFCOCO, []),  # noqa: B023
-        ]
-        for use in uses:
-            try:
-                use()
-            except utils.UserError:
-                pass
-            except Exception as error:
-                raise AssertionError(f"seed {seed}") from error

@@ -21,7 +21,6 @@ from config import GroundingConfig, load_config
 from grounding import evaluate as program
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark
 from grounding.evaluate import find_checkpoints, on_rank_0
-from grounding.opening import newest_checkpoint
 from grounding.outcomes import ReportError, Source, read_maps
 from grounding.results import ResultError, ResultFolder
 from models.checkpoint import CheckpointError
@@ -468,19 +467,6 @@ def test_hidden_files_are_no_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "folder.pth").mkdir()
     found = find_checkpoints(str(tmp_path))
     assert {epoch: path.name for epoch, path in found.items()} == {"7": "7.pth", "00": "checkpoint_00.pth"}
-
-
-def test_the_newest_checkpoint_has_a_number(tmp_path: Path) -> None:
-    names = (
-        "checkpoint_99.pth",
-        "checkpoint_100.pth",
-        "checkpoint_best.pth",
-        "._checkpoint_101.pth",
-        "checkpoint_.pth",
-    )
-    for name in names:
-        (tmp_path / name).touch()
-    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint_100.pth"
 
 
 @pytest.mark.parametrize("words", [["--num_workers", "-1"], ["--seed", "-1"], ["--seed", "x"], ["--block_num", "x"]])

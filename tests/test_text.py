@@ -144,6 +144,15 @@ def test_ids_that_a_tokenizer_file_leaves_out_count(tmp_path: Path) -> None:
         check_vocabulary(load_tokenizer(str(tmp_path)), 30)
 
 
+def test_an_unknown_word_without_a_token_is_told_at_once(tmp_path: Path, bert_vocab: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes(bert_vocab.read_bytes())
+    pieces = load_tokenizer(str(tmp_path)).pieces.to_str()
+    (tmp_path / "vocab.txt").unlink()
+    (tmp_path / "tokenizer.json").write_text(pieces.replace('"unk_token":"[UNK]"', '"unk_token":"<unk>"'))
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a vocabulary \(.*UNK"):
+        load_tokenizer(str(tmp_path))
+
+
 def test_a_panic_of_the_library_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class PanicException(BaseException):
         """As pyo3's, which is no Exception."""
