@@ -8,12 +8,12 @@ annotation, an image id and a split, and instances.json, where an annotation has
 
 import io
 import pickle
-import pickletools
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from config import GroundingConfig
 from dataset.expressions import (
     EntryProblem,
     Expression,
@@ -135,6 +135,17 @@ def load_expressions(
     if not items:
         raise DataError(f"{', '.join(test_file) or 'test_file'}: holds no entries")
     return [item.expression for item in items if item.expression]
+
+
+def refclef_split(config: GroundingConfig) -> str:
+    """By whom those refs are split in which RefCLEF's boxes are looked up: as `refer_split` says.
+
+    Where the config is silent, unc as in the release, or berkeley if only that is there: both hold the same refs, and
+    an entry's own split decides what it counts for.
+    """
+    folder = Path(str(config.refcoco_data)) / "refclef"
+    there = [split for split in SPLITS["refclef"] if refer_files(folder, split)[0].is_file()]
+    return config.refer_split if "refer_split" in config.model_fields_set or not there else there[0]
 
 
 def splits_of(dataset: str, split_by: str) -> tuple[str, ...]:
@@ -330,8 +341,11 @@ def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
     return list(usable.values())
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """An unpickler of plain values: a pickle that names any other global is refused, before it could be called."""
+class _PlainUnpickler(pickle._Unpickler):
+    """An unpickler of plain values: a pickle that names any other global is refused, before it could be called.
+
+    It is the one written in Python: in that of C, eight bytes can ask for a memo of tens of gigabytes.
+    """
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in SAFE_GLOBALS:
@@ -342,10 +356,6 @@ class _PlainUnpickler(pickle.Unpickler):
 def _unpickle(data: bytes, path: Path) -> Any:
     """Unpickle plain values. Python 2's byte strings become str: UTF-8, or else Latin-1."""
     try:
-        # A few bytes can ask for a memo of tens of gigabytes; a file has no more objects than bytes.
-        memo = (number or 0 for code, number, _ in pickletools.genops(data) if code.name in ("PUT", "LONG_BINPUT"))
-        if max(memo, default=0) > len(data):
-            raise pickle.UnpicklingError("it numbers more objects than it can hold")
         try:
             return _PlainUnpickler(io.BytesIO(data), encoding="utf-8").load()
         except UnicodeDecodeError:

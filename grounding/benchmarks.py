@@ -51,7 +51,7 @@ def _load_refclef(config: GroundingConfig, skip_missing: bool = False) -> list[E
         image_root=config.image_root,
         refer_root=str(config.refcoco_data),
         dataset="refclef",
-        split_by=config.refer_split,
+        split_by=refer.refclef_split(config),
         entry_split=True,
         skip_missing=skip_missing,
     )

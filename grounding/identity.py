@@ -52,14 +52,13 @@ def of_data(
     """
     images = {item.image for item in expressions} | {pair.image for of in pairs.values() for pair in of}
     names = {image: _below(image, image_root) for image in images}
-    files = sorted(names, key=lambda path: names[path])
-    states = _part([(names[file], _state(file)) for file in files])
+    paths = sorted(names, key=lambda path: names[path])
+    states = _part([(names[path], _state(path)) for path in paths])
     content = next((origin.get("images") for origin in stored if origin.get("image states") == states), None)
     if content is None:
         with ThreadPoolExecutor() as pool:
-            content = _part(
-                [(names[file], digest) for file, digest in zip(files, pool.map(_content, files), strict=True)]
-            )
+            digests = pool.map(_content, paths)
+            content = _part([(names[path], digest) for path, digest in zip(paths, digests, strict=True)])
     detections = [None if item.detections is None else item.detections.tolist() for item in expressions]
     sizes = [[item.record.get(key) for key in ("image_height", "image_width")] for item in expressions]
     return {

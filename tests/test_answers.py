@@ -400,7 +400,7 @@ def png_header(width: int, height: int) -> bytes:
         ),
         (png_header(8000, 5000), r"^up\.png: cannot be decoded \(.*is the file complete"),
         (png_header(1, 39_000_000), r"^up\.png: cannot be decoded \(1 x 39000000 pixels, and sides of at most 20000"),
-        (png_header(20_001, 1), r"^up\.png: cannot be decoded \(20001 x 1 pixels, and sides of at most 20000 pixels"),
+        (png_header(20_001, 1), r"^up\.png: cannot be decoded \(20001 x 1 pixels, and sides of at most 20000 are read"),
         (png_header(20_000, 2000), r"^up\.png: cannot be decoded \(.*is the file complete"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", r"^up\.png: not an image, or of another kind"),
         (b"", r"^up\.png: not an image"),

@@ -715,7 +715,7 @@ def test_evaluation_configs(
     [
         ("Grounding_refcoco_unc.yaml", "refcoco/refs(unc).p", "evaluation config, RefCOCO (unc)"),
         ("Grounding_refcocog.yaml", "refcocog/refs(umd).p", "evaluation config, RefCOCOg (umd)"),
-        ("Grounding_refclef.yaml", "refclef/refs(berkeley).p", "evaluation config, RefCLEF (berkeley)"),
+        ("Grounding_refclef.yaml", "refclef/refs(unc).p", "evaluation config, RefCLEF (unc)"),
     ],
 )
 def test_the_config_s_refer_dataset_and_split(

@@ -297,7 +297,8 @@ def test_without_a_checkpoint(
 def test_a_checkpoint_of_nan(mode: str, place: Path, tmp_path: Path) -> None:
     content = torch.load(place / "tuned.pth", weights_only=True)
     for value in content["model"].values():
-        value.fill_(float("nan") if value.is_floating_point() else 0)
+        if value.is_floating_point():
+            value.fill_(float("nan"))
     torch.save(content, tmp_path / "nan.pth")
     words = [str(place / "photos" / "b.jpg"), "circle", "--checkpoint", str(tmp_path / "nan.pth"), "--block_num", "1"]
     options = ["--text_encoder", str(place), "--device", "cpu", "--output_dir", str(tmp_path / "out")]

@@ -216,6 +216,11 @@ def test_the_split_of_refclef(tmp_path: Path) -> None:
     (tmp_path / "refclef").mkdir()
     (tmp_path / "refclef" / "refs(berkeley).p").touch()
     with pytest.raises(DataError, match=r"refs\(unc\)\.p: .*, or correct refer_split: there is refs\(berkeley\)\.p"):
+        REFCLEF.load(GroundingConfig.model_validate({**values, "refer_split": "unc"}))
+    with pytest.raises(DataError, match=r"refs\(berkeley\)\.p: not a readable pickle"):  # where the config is silent
+        REFCLEF.load(GroundingConfig.model_validate(values))
+    (tmp_path / "refclef" / "refs(unc).p").touch()
+    with pytest.raises(DataError, match=r"refs\(unc\)\.p: not a readable pickle"):  # as in the release
         REFCLEF.load(GroundingConfig.model_validate(values))
 
 

@@ -425,7 +425,7 @@ def test_images_without_detections(tmp_path: Path, capsys: pytest.CaptureFixture
         ([detection(1, [1, 2, 3, float("nan")])], r"four finite numbers"),
         ([detection(1, [1, 2, 3, True])], r"four finite numbers"),
         ([detection("a1", [1, 2, 3, 4])], r"'image_id' must be of type int.*\n.*entry 0 \(found 'a1'\)"),
-        ([detection("9" * 5000, [1, 2, 3, 4])], r"'image_id' must be of type int.*\n.*entry 0 \(found '9{40,60}"),
+        ([detection("9" * 5000, [1, 2, 3, 4])], r"'image_id' must be of type int.*\n.*entry 0 \(found '9+[.]{3}9+'"),
         ([detection(1.5, [1, 2, 3, 4])] * 2, r"'image_id' must be of type int - 2 found"),
         ([], r"raw\.json: holds no detections"),
         ({"7": [[1, 2, 3, 4]]}, r"raw\.json: expected a JSON list, found a dict"),

@@ -321,9 +321,9 @@ def test_files_that_are_no_pickle(root: Path, cut: Callable[[bytes], bytes]) -> 
 
 @pytest.mark.parametrize("data", [b"\x80\x02]r\xff\xff\xff\x7f.", b"(lp2147483647\n.", b"]r\x00\x00\x00\x10."])
 def test_a_pickle_that_asks_for_all_memory(tmp_path: Path, data: bytes) -> None:
+    """Its list is numbered 2,147,483,647: an unpickler with a table of numbers would make one of that size."""
     (tmp_path / "refs(unc).p").write_bytes(data)
-    with pytest.raises(DataError, match=r"refs\(unc\)\.p: not a readable pickle \(it numbers more objects than it can"):
-        load_refs(tmp_path / "refs(unc).p")
+    assert load_refs(tmp_path / "refs(unc).p") == []
 
 
 def test_missing_files(root: Path) -> None:

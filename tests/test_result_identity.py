@@ -256,7 +256,7 @@ def test_equal_checkpoints_are_one_wherever_they_lie(
 
 def test_unchanged_files_are_hashed_once(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[str] = []
-    monkeypatch.setattr(utils, "file_digest", lambda path: read.append(Path(path).name) or Path(path).name)
+    monkeypatch.setattr(files, "file_digest", lambda path: read.append(Path(path).name) or Path(path).name)
     images = {item.image.name for item in REFCLEF.load(load_config(own / "refclef.yaml", GroundingConfig))}
     checkpoints = [f"checkpoint_{epoch:02d}.pth" for epoch in range(3)]
     for expected in ([*images, *checkpoints, "vocab.txt"], ["vocab.txt"]):

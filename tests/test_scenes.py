@@ -361,7 +361,7 @@ def test_captions_of_a_part_are_true_and_short() -> None:
 
 
 def test_training_files(folder: Path) -> None:
-    config: Any = SimpleNamespace(image_root=folder / "images", max_words=50)
+    config: Any = SimpleNamespace(image_root=folder / "images", max_words=50, empty_captions="keep")
     captions = vg.load_entries(folder / "train_captions.json", config)
     assert len(captions) == TRAIN
     for entry in captions:

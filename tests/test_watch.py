@@ -390,7 +390,7 @@ def test_weights_that_are_nan_stop_the_training_and_not_the_drawing(
         (
             ["amc.layer=0", "add_gcam=False"],
             ConfigError,
-            r"^--tensorboard .* amc\.layer, which is 0.* layers are 1 to 2",
+            r"config\.yaml: --tensorboard .* amc\.layer, which is 0.* layers are 1 to 2",
         ),
     ],
 )

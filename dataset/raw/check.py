@@ -111,13 +111,14 @@ def _refer(gathered: Gathered, path: str, config: GroundingConfig, row: Row) -> 
     """RefCOCO, RefCOCO+ or RefCOCOg with detections, or RefCLEF with splits in its entries."""
     refclef = is_refclef(path, config)
     dataset = "refclef" if refclef else config.refer_dataset
-    name = f"{NAMES[dataset]} ({config.refer_split})"
+    split_by = refer.refclef_split(config) if refclef else config.refer_split
+    name = f"{NAMES[dataset]} ({split_by})"
     row.checked = f"evaluation config, {name}"
-    refer.splits_of(dataset, config.refer_split)
+    refer.splits_of(dataset, split_by)
     config.require("test_file", "refcoco_data", *([] if refclef else ["det_file"]))
     of = check_files.ReferFiles(
         folder=Path(str(config.refcoco_data)) / dataset,
-        split_by=config.refer_split,
+        split_by=split_by,
         image_root=config.image_root,
         det_file=None if refclef else config.det_file,
         entry_split=refclef,
@@ -126,10 +127,10 @@ def _refer(gathered: Gathered, path: str, config: GroundingConfig, row: Row) -> 
     for file in config.test_file:
         counts += gathered.once(check_files.test_file, file, of, config=path)
     if refclef and (fitting := [other for other in refer.SPLITS[dataset] if _has_sizes(counts, f"RefCLEF ({other})")]):
-        if config.refer_split not in fitting:
+        if split_by not in fitting:
             row.notes.append(
                 f"by the numbers of their images the test files are of the {fitting[0]} split, while refs are looked "
-                f"up in refs({config.refer_split}).p; the release does so, since both hold the same refs"
+                f"up in refs({split_by}).p; the release does so, since both hold the same refs"
             )
     else:
         _note_sizes(row, name, "images" if refclef else "expressions", counts)
