@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dataset.expressions import is_text
 from dataset.refer import MAX_WORDS
 from dataset.text import Word, clean_caption
 from dataset.transforms import normalise, resize_bicubic
@@ -199,6 +200,8 @@ def notes(explainer: Explainer, phrase: str) -> list[str]:
 
 def clean_phrase(explainer: Explainer, phrase: str, max_words: int = MAX_WORDS) -> str:
     """A phrase as the model reads it; raises `PhraseError` as `ground_all` does."""
+    if not is_text(phrase):  # bytes of another encoding on the command line, say
+        raise PhraseError(f"phrase {phrase!r}: holds characters that are no text; is it in your terminal's encoding?")
     text = clean_caption(phrase, max_words)
     longest = explainer.model.text_encoder.config.max_position_embeddings
     tokens = sum(len(word.pieces) for word in explainer.tokenizer.split(text))

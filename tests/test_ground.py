@@ -153,6 +153,8 @@ def test_phrases_are_cleaned_and_cut(explainer: Explainer) -> None:
     for phrase in ("", " ?! ", "\u200b"):  # the last is dropped by the tokenizer
         with pytest.raises(PhraseError, match="nothing is left of it"):
             ground_all(explainer, PHOTO, ["circle", phrase])
+    with pytest.raises(PhraseError, match=r"phrase 'caf\\udce9': holds characters that are no text"):
+        ground(explainer, PHOTO, "caf\udce9")  # Latin-1 on a UTF-8 terminal's command line
 
 
 # ---- words
