@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import pickle
+import pickletools
 import sys
 import tarfile
 import zipfile
@@ -152,11 +153,30 @@ def load_tensors(path: str | Path, mapped: bool = True) -> Any:
     try:
         if head[8:9] == b"{" or Path(path).suffix == ".safetensors":
             return load_file(path)
-        if not zipped and tarfile.is_tarfile(path):
-            raise ValueError("a .tar archive")  # PyTorch before 2.6 unpacks its early format (CVE-2025-32434)
+        if not zipped:
+            if tarfile.is_tarfile(path):
+                raise ValueError("a .tar archive")  # PyTorch before 2.6 unpacks its early format (CVE-2025-32434)
+            _check_names(path)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped and mapped)
     except Exception as error:  # what a damaged file makes these readers raise is no closed list
         raise UnreadableFile(why_unreadable(error)) from error
+
+
+def _check_names(path: str | Path) -> None:
+    """Raise `UnreadableFile` where the pickles of PyTorch's old format are malformed, or hold a name without end.
+
+    PyTorch would refuse them as well, but search its own message about a name of megabytes for hours.
+    """
+    longest = 0
+    try:
+        with open(path, "rb") as file:
+            for _ in range(4):  # magic number, version, system, content
+                for code, name, _ in pickletools.genops(file):
+                    longest = max(longest, len(name) if code.name == "GLOBAL" and name else 0)
+    except ValueError:  # no pickle
+        longest = sys.maxsize
+    if longest > 1000:
+        raise UnreadableFile("not a file that PyTorch writes")
 
 
 def why_unreadable(error: BaseException) -> str:

@@ -315,9 +315,8 @@ def dump_pth(value: Any) -> bytes:
 def odd_tensor(rng: random.Random) -> torch.Tensor:
     kinds: list[Callable[[], torch.Tensor]] = [
         lambda: torch.zeros(0),
-        lambda: torch.zeros(()),
-        lambda: torch.ones(2, 3),
-        lambda: torch.tensor(float("nan")),
+        lambda: torch.zeros(1, 1, 1),  # shapes that no weight has: each is refused
+        lambda: torch.full((7, 7), float("nan")),
         lambda: torch.eye(3).to_sparse(),
         lambda: torch.eye(3).to_sparse_csr(),
         lambda: torch.zeros(3, device="meta"),

@@ -9,6 +9,7 @@ import re
 import resource
 import shutil
 import zipfile
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -580,3 +581,13 @@ def test_digest_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert len(seen) == 8
     (tmp_path / "copy").write_bytes(path.read_bytes())
     assert files.file_digest(tmp_path / "copy") == files.file_digest(path)
+
+
+@pytest.mark.parametrize("letter", [b"\0", b"x", b"\xff"])
+def test_a_name_of_a_million_characters_in_the_old_format(tmp_path: Path, letter: bytes) -> None:
+    """PyTorch searches its message about the name with a pattern whose time grows with the square of it."""
+    path = tmp_path / "old.pth"
+    torch.save({"model": OrderedDict(a=torch.ones(2))}, path, _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(b"ccollections\n", b"c" + letter * 10**6 + b"\n"))
+    with pytest.raises(CheckpointError, match=r"not a readable checkpoint \(not a file that PyTorch writes\)"):
+        read_checkpoint(path)
