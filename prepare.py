@@ -274,6 +274,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def main(args: argparse.Namespace) -> None:
+    """Run a command; what killed ones left half written where it writes is removed first."""
+    if "out" in args:
+        for path, size in utils.sweep(args.out if args.out.is_dir() else args.out.parent):
+            print(f"{path}: removed, {size / 1e6:.1f} MB that a killed process left half written")
+    args.run(args)
+
+
 if __name__ == "__main__":
-    arguments = parse_args()
-    utils.run(arguments.run, arguments)
+    utils.run(main, parse_args())

@@ -1,6 +1,7 @@
 """REFER's own files -> lists of expressions, MAttNet's detections -> dets.json: whole outputs, and broken files."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -279,6 +280,18 @@ def test_the_default_split(
     assert (said in printed) == noted
     make(tmp_path, dataset, "--split-by", used)
     assert "note" not in capsys.readouterr().out
+
+
+def test_what_killed_commands_left_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "raw.json").write_text(json.dumps([{"image_id": 1, "box": [1, 2, 3, 4]}]))
+    left, of_others = tmp_path / ".dets.json.7@elsewhere.tmp", tmp_path / ".dets.json.8@elsewhere.tmp"
+    for path in (left, of_others):
+        path.write_text("half")
+    os.utime(left, (0, 0))  # nobody has written to it for a day
+    prepare.main(prepare.parse_args(["detections", str(tmp_path / "raw.json"), "--out", str(tmp_path / "dets.json")]))
+    assert not left.exists()
+    assert of_others.exists()
+    assert f"{left}: removed, 0.0 MB that a killed process left" in capsys.readouterr().out
 
 
 def test_an_image_root_without_images(root: Path) -> None:
