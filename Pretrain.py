@@ -51,7 +51,7 @@ from optim import create_optimizer, moments, restore_optimizer
 from scheduler import create_scheduler, epoch_time, iteration_time
 
 if TYPE_CHECKING:
-    from grounding.watch import Board
+    from grounding.pictures.tensorboard import Board
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CHECK_INTERVAL = 20  # steps between looks at the meters, which wait for the device
@@ -176,8 +176,8 @@ class Run:
         if not args.tensorboard or utils.rank() != 0:
             return None
         # Imported here: it brings matplotlib and TensorBoard, which no other run needs.
+        from grounding.pictures.tensorboard import Board, watched_entries, watched_pairs
         from grounding.predict import Explainer
-        from grounding.watch import Board, watched_entries, watched_pairs
 
         explainer = Explainer(self.model, tokenizer, self.device, "itm", config.amc.layer)
         samples = config.batch_size * args.accum_steps * utils.world_size()

@@ -21,16 +21,18 @@ from PIL import Image
 import utils
 from dataset.photos import find_images, read_photo
 from dataset.reading import SKIP, DataError
-from grounding import metrics, overlay, web, web_page
-from grounding.answers import Answers
+from grounding import maps, metrics
 from grounding.benchmarks import BENCHMARKS
 from grounding.evaluate import PRECISIONS
-from grounding.gate import LOOPBACK
 from grounding.ground import Grounding, encode, ground_all, notes
-from grounding.offers import DEMO, ONLY_BEFORE, TRAINED, Offer, examples, offered
-from grounding.opening import OpenedModel, open_model
+from grounding.load import OpenedModel, open_model
+from grounding.maps import THRESHOLD, check_threshold
+from grounding.pictures import overlay
 from grounding.predict import Explainer
-from grounding.regions import THRESHOLD, check_threshold
+from grounding.web import layout, server
+from grounding.web.examples import DEMO, ONLY_BEFORE, TRAINED, Offer, examples, offered
+from grounding.web.request_guard import LOOPBACK
+from grounding.web.session import Answers
 from runs import newest_checkpoint
 
 DEMO_MODELS = DEMO / TRAINED["AMC"]  # where `make demo` leaves its AMC checkpoints
@@ -124,8 +126,8 @@ def serve_page(args: argparse.Namespace) -> None:
     if args.block_num is not None:
         answers.check_layer(args.gradcam_mode, args.block_num)
     hint = "" if asked_for or len(offers) > 1 else ONLY_BEFORE
-    start = web_page.Start(args.gradcam_mode, args.block_num, args.threshold, args.colormap, hint)
-    web.serve(answers, examples(), args.host, args.port, start)
+    start = layout.Start(args.gradcam_mode, args.block_num, args.threshold, args.colormap, hint)
+    server.serve(answers, examples(), args.host, args.port, start)
 
 
 def open_as_asked(args: argparse.Namespace, checkpoint: str | Path, config: str | None) -> OpenedModel:
@@ -257,7 +259,7 @@ def against_truth(found: Grounding, truth: Sequence[Sequence[float]]) -> dict[st
     """Whether the point is right by the pointing game, and the best box's IoU, if there are true boxes."""
     if not truth:
         return {}
-    cam = metrics.ResizedMap(torch.from_numpy(found.small), *found.map.shape)
+    cam = maps.ResizedMap(torch.from_numpy(found.small), *found.map.shape)
     overlaps = [metrics.iou(box.box, true) for box in found.boxes[:1] for true in truth]
     return {
         "truth": [list(box) for box in truth],

@@ -9,7 +9,7 @@ import argparse
 from pathlib import Path
 
 import utils
-from grounding.visualize import loss_curves
+from grounding.pictures.panels import loss_curves
 from runs import read_runs
 
 

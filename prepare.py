@@ -26,13 +26,13 @@ from typing import TypeAlias
 from tqdm import tqdm
 
 import utils
-from dataset import scenes_files
 from dataset.raw import flickr_entities, visual_genome
 from dataset.raw import refer as raw_refer
 from dataset.raw.check import check
 from dataset.raw.vg_phrases import GROUPINGS, POSITIONS, Rules
 from dataset.raw.visual_genome import OUTPUTS
 from dataset.refer import SPLITS
+from dataset.scenes import files as scenes_files
 from utils import integer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"

@@ -22,14 +22,14 @@ from typing import Any
 import utils
 from config import GroundingConfig, PretrainConfig, load_config
 from dataset.expressions import Expression
-from grounding import measures, metrics
+from grounding import maps, metrics
 from grounding.benchmarks import BENCHMARKS, REFCOCO, Benchmark
-from grounding.offers import SCENES, SHIPPED
-from grounding.outcomes import Source
-from grounding.page import Section
-from grounding.report import section, write_report
+from grounding.pictures.panels import Case, contact_sheet, loss_curves
+from grounding.report.page import Section
+from grounding.report.rows import Source
+from grounding.report.write import section, write_report
 from grounding.results import ResultFolder, percent
-from grounding.visualize import Case, contact_sheet, loss_curves
+from grounding.web.examples import SCENES, SHIPPED
 from models.checkpoint import export_student
 from runs import STEPS_LOG, read_log
 
@@ -164,7 +164,7 @@ def chance(benchmark: Benchmark, config: GroundingConfig, expressions: Sequence[
         for expression in expressions:
             if metric == "point":
                 assert expression.size is not None
-                values.append(float(measures.inside(expression.boxes, *expression.size).mean()))
+                values.append(float(maps.inside(expression.boxes, *expression.size).mean()))
             else:
                 assert expression.detections is not None
                 values.append(metrics.box_chance(expression.detections, expression.boxes[0]))

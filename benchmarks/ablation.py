@@ -21,8 +21,8 @@ import utils
 from benchmarks.machine import describe_machine
 from config import GroundingConfig, load_config
 from grounding.benchmarks import REFCOCO
-from grounding.offers import SCENES, SHIPPED
 from grounding.results import ResultFolder
+from grounding.web.examples import SCENES, SHIPPED
 from scenes_demo import CONFIGS, accuracies, evaluation, run_step, train
 
 AMC, CONTROL = CONFIGS / "Pretrain.yaml", CONFIGS / "Pretrain_control.yaml"

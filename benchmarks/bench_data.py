@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.bench_eval import HEIGHT, WIDTH, scenes_tokenizer
 from benchmarks.machine import Clock, describe_machine
 from config import AugmentConfig, PretrainConfig
-from dataset.scenes import draw_scene, render
-from dataset.scenes_phrases import KINDS, describe, text
+from dataset.scenes.language import KINDS, describe, text
+from dataset.scenes.world import draw_scene, render
 from dataset.transforms import augment_for_albef, augment_for_amc, normalise, resize_bicubic
 from dataset.vg import Collate, TrainingData
 from grounding.predict import ImageData

@@ -26,12 +26,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import published
 from benchmarks.machine import Clock, describe_machine
 from config import GroundingConfig, load_config
-from dataset.scenes import draw_scene, render
-from dataset.scenes_files import vocabulary
-from dataset.scenes_phrases import KINDS, describe, text
+from dataset.scenes.files import vocabulary
+from dataset.scenes.language import KINDS, describe, text
+from dataset.scenes.world import draw_scene, render
 from dataset.text import Tokenizer, load_tokenizer
 from dataset.transforms import normalise, resize_bicubic
-from grounding import metrics
+from grounding import maps, metrics
 from grounding.predict import Explainer
 from models.albef import ALBEF, build_albef
 from models.amc import gradcam
@@ -109,7 +109,7 @@ def run_ours(explainer: Explainer, cases: list[Case], batch: int) -> list[Any]:
         cam_of = dict(zip(asked, cams, strict=True))
         for row, case in enumerate(part):
             for phrase in case.texts:
-                cam = metrics.ResizedMap(cam_of[row, phrase], HEIGHT, WIDTH)
+                cam = maps.ResizedMap(cam_of[row, phrase], HEIGHT, WIDTH)
                 box = metrics.best_detection(cam, case.detections)
                 chosen.append((cam.point(), -1 if box is None else box))
     return chosen
@@ -178,7 +178,7 @@ def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
             (gradient,) = torch.autograd.grad(score, fused.attention)
         with clock.measure("map, point and box"):
             for cam in gradcam(fused.attention.detach(), gradient, tokens.attention_mask, model.visual_encoder.grid):
-                resized = metrics.ResizedMap(cam, HEIGHT, WIDTH)
+                resized = maps.ResizedMap(cam, HEIGHT, WIDTH)
                 resized.point()
                 metrics.best_detection(resized, case.detections)
     medians = {label: clock.median(label, skip=1) for label in clock.seconds}

@@ -21,13 +21,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.machine import Clock, describe_machine
 from config import GroundingConfig, load_config
-from dataset.scenes_files import vocabulary
+from dataset.scenes.files import vocabulary
 from dataset.text import load_tokenizer
-from grounding import web_parts
-from grounding.answers import Answers
-from grounding.offers import Offer
-from grounding.opening import OpenedModel
-from grounding.regions import THRESHOLD
+from grounding.load import OpenedModel
+from grounding.maps import THRESHOLD
+from grounding.web import fragments
+from grounding.web.examples import Offer
+from grounding.web.session import Answers
 from models.albef import build_albef
 from models.checkpoint import LoadReport
 from models.onednn import use_onednn
@@ -80,11 +80,11 @@ def one_round(answers: Answers, content: bytes, mode: str, clock: Clock) -> None
     """An upload and two phrases, as the page's events ask them."""
     with clock.measure("upload"):
         picture = answers.add_picture(content, "a.jpg")
-        web_parts.shown_picture(picture)
+        fragments.shown_picture(picture)
 
     def draw(phrase: str, threshold: float) -> None:
         reply = answers.ask(picture.key, [phrase], MODEL, mode, None)
-        web_parts.row(picture, [reply], 0, 0, threshold, "viridis")
+        fragments.row(picture, [reply], 0, 0, threshold, "viridis")
 
     for step, phrase, threshold in (
         ("first phrase", "the red circle on the left", THRESHOLD),

@@ -32,14 +32,14 @@ from dataset.photos import read_photo
 from dataset.refer import MAX_WORDS
 from dataset.text import clean_caption
 from demo import check_boxes, demo_model
-from grounding import metrics
-from grounding.anatomy import Terms, Training, look, parts, terms, training_view
+from grounding import maps, metrics
 from grounding.ground import Grounding, encode, ground, ground_all
-from grounding.offers import SHIPPED, SHIPPED_CONFIG
-from grounding.opening import layers, open_model
-from grounding.overlay import COLORMAP, DPI, SMALL, pixels, see_through, word_strip, wrap
+from grounding.load import layers, open_model
+from grounding.pictures.anatomy import Terms, Training, look, parts, terms, training_view
+from grounding.pictures.overlay import COLORMAP, DPI, SMALL, pixels, see_through, word_strip, wrap
+from grounding.pictures.panels import RIGHT, WRONG
 from grounding.predict import Explainer
-from grounding.visualize import RIGHT, WRONG
+from grounding.web.examples import SHIPPED, SHIPPED_CONFIG
 
 Box = Sequence[float]  # [x, y, w, h] in pixels of the image
 
@@ -212,7 +212,7 @@ def _show(axes: Axes, image: Image.Image, title: str, found: Grounding | None = 
     axes.imshow(found.map, cmap=see_through(COLORMAP), vmin=0, vmax=1, extent=_extent(image.size), aspect="auto")
     colour = "white"
     if box is not None:
-        cam = metrics.ResizedMap(torch.from_numpy(found.small), image.height, image.width)
+        cam = maps.ResizedMap(torch.from_numpy(found.small), image.height, image.width)
         colour = RIGHT if metrics.point_correct(cam, np.array([box])) else WRONG
         _outline(axes, box)
     axes.plot(*found.point, "o", ms=5.5, mfc=colour, mec="black", mew=1.2, clip_on=False)

@@ -18,10 +18,11 @@ from dataset.workers import killed_workers_explained
 from grounding import identity, metrics
 from grounding.benchmarks import Benchmark, asked_for
 from grounding.identity import Origin
-from grounding.opening import check_config, ready
-from grounding.outcomes import score, sources_of
+from grounding.load import check_config, ready
+from grounding.metrics import score
 from grounding.predict import Ask, Explainer, ImageData, Pair, Resize, ask, load_images
-from grounding.report import report_folders
+from grounding.report.rows import sources_of
+from grounding.report.write import report_folders
 from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
 from models.checkpoint import read_checkpoint

@@ -1,6 +1,6 @@
 """Ground phrases in an image, from Python: maps, points, boxes, match probability, a map per word.
 
-    explainer = open_model("checkpoint_29.pth").explainer()     # grounding/opening.py
+    explainer = open_model("checkpoint_29.pth").explainer()     # grounding/load.py
     photo = encode(explainer, read_photo(Path("dogs.jpg")))     # dataset/photos.py
     found = ground(explainer, photo, "the dog on the left")
     found.map, found.point, found.boxes[0].box, found.match
@@ -21,9 +21,8 @@ from dataset.expressions import is_text
 from dataset.refer import MAX_WORDS
 from dataset.text import Word, clean_caption
 from dataset.transforms import normalise, resize_bicubic
-from grounding.metrics import ResizedMap
+from grounding.maps import THRESHOLD, ResizedMap, ScoredBox, map_boxes, share_of_maximum
 from grounding.predict import MAX_PAIRS, Explainer, Resize
-from grounding.regions import THRESHOLD, ScoredBox, map_boxes, share_of_maximum
 from models.amc import gradcam, token_gradcam
 from models.xbert import KeyValue
 from utils import UserError

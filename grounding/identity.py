@@ -20,7 +20,7 @@ import utils
 from config import GroundingConfig, load_bert_config
 from dataset.expressions import Expression
 from dataset.matching import Pair
-from grounding.opening import SHAPE_KEYS
+from grounding.load import SHAPE_KEYS
 
 Origin = dict[str, Any]
 

@@ -8,95 +8,19 @@ import functools
 from collections.abc import Sequence
 
 import numpy as np
-import torch
 from torch import Tensor
-from torch.nn import functional as F
+
+from dataset.expressions import Expression
+from dataset.reading import image_size
+from grounding.maps import AREA_EXPONENT, ROUNDING, ResizedMap, box_scores
 
 IOU_THRESHOLD = 0.5
-ROUNDING = 1e-5  # two scores closer than this, relative to the largest, are compared by the published arithmetic
-AREA_EXPONENT = 0.5  # of the box score's denominator; the constant of the published evaluation, not the config's alpha
-
-
-class ResizedMap:
-    """A map as the published evaluation resizes it to its image: float32, bicubic, align_corners False.
-
-    The resize is linear, rows @ map @ columns^T. A sum over a box is therefore a weighted sum of the small map, and all
-    pixels are two small products. These round otherwise than the library's resize; where that could decide between two
-    pixels or two boxes, `pixels` decides, so that the choice is the published one.
-
-    Args:
-        pred: (h, w).
-        height, width: of the image, in pixels.
-    """
-
-    def __init__(self, pred: Tensor, height: int, width: int) -> None:
-        self.pred = pred.float()
-        self.height, self.width = height, width
-
-    @functools.cached_property
-    def pixels(self) -> Tensor:
-        """The resized map itself, float32 (height, width)."""
-        size = (self.height, self.width)
-        return F.interpolate(self.pred[None, None], size, mode="bicubic", align_corners=False)[0, 0]
-
-    def product(self) -> Tensor:
-        """`pixels` but for rounding, several times as fast: float32 (height, width), not kept."""
-        rows, columns = (resize_weights(*sizes) for sizes in self._sizes)
-        return rows @ self.pred @ columns.T
-
-    def point(self) -> tuple[int, int]:
-        """The (x, y) of the first maximum, in row-major order."""
-        cam = self.product().numpy()  # whose argmax and comparison are several times as fast as the tensor's
-        least = cam.max() - ROUNDING * float(self.pred.abs().max())
-        unclear = np.count_nonzero(cam >= least) > 1
-        y, x = divmod(int(self.pixels.argmax() if unclear else cam.argmax()), self.width)
-        return x, y
-
-    def sums(self, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-        """Sums over k boxes, rows[k, 0]:rows[k, 1] and columns[k, 0]:columns[k, 1] inside the image; float64 (k,)."""
-        weights = [
-            summed_weights(*sizes)[ends.clip(0, sizes[1])]
-            for ends, sizes in zip((rows, columns), self._sizes, strict=True)
-        ]
-        down, across = (ends[:, 1] - ends[:, 0] for ends in weights)
-        return ((down @ self.pred.double().numpy()) * across).sum(axis=1)
-
-    @property
-    def _sizes(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """(map's, image's) length of a column, and of a row."""
-        return (self.pred.shape[0], self.height), (self.pred.shape[1], self.width)
-
-
-@functools.lru_cache(maxsize=128)
-def resize_weights(source: int, target: int) -> Tensor:
-    """The bicubic resize of `source` values to `target` values as a matrix, float32 (target, source)."""
-    return F.interpolate(torch.eye(source)[None, None], (target, source), mode="bicubic", align_corners=False)[0, 0]
-
-
-@functools.lru_cache(maxsize=128)
-def summed_weights(source: int, target: int) -> np.ndarray:
-    """Sums of the first k rows of `resize_weights`, k = 0 to target: float64 (target + 1, source)."""
-    return np.concatenate([np.zeros((1, source)), resize_weights(source, target).numpy().cumsum(0, np.float64)])
 
 
 def point_correct(cam: ResizedMap, boxes: np.ndarray) -> bool:
     """Pointing game: the maximum of a resized map lies strictly inside any box of (n, 4) [x, y, w, h]."""
     x, y = cam.point()
     return any(bx < x < bx + w and by < y < by + h for bx, by, w, h in boxes.tolist())
-
-
-def box_scores(cam: ResizedMap, detections: np.ndarray) -> np.ndarray:
-    """Score (k, 4) detections: sum of the map over rows int(y):int(y+h), columns int(x):int(x+w), divided by sqrt(w*h).
-
-    Parts of a detection outside the image count nothing; one without an area scores 0.
-
-    Returns:
-        float64 (k,).
-    """
-    x, y, w, h = np.asarray(detections, np.float64).T
-    sums = cam.sums(*(np.stack([start, start + length], axis=1).astype(int) for start, length in ((y, h), (x, w))))
-    real = (w > 0) & (h > 0)
-    return np.where(real, sums, 0) / np.where(real, w * h, 1) ** AREA_EXPONENT
 
 
 def best_detection(cam: ResizedMap, detections: np.ndarray) -> int | None:
@@ -156,3 +80,34 @@ def split_accuracies(correct: Sequence[float], splits: Sequence[str], names: dic
     """
     pairs = list(zip(correct, splits, strict=True))
     return {name: accuracy([right for right, of in pairs if of == split]) for split, name in names.items()}
+
+
+def score(maps: Sequence[Tensor | None], expressions: Sequence[Expression], names: Sequence[str]) -> np.ndarray:
+    """Which expressions are grounded right by the benchmark's metrics: (n, metrics), 1 or 0, NaN without a map.
+
+    Args:
+        names: "point" and "box", as `Benchmark.metrics`.
+    """
+    found = np.full((len(expressions), len(names)), np.nan)
+    for row, pred, expression in zip(found, maps, expressions, strict=True):
+        if pred is not None:
+            cam = ResizedMap(pred, *size_of(expression))
+            row[:] = [_right(name, cam, expression) for name in names]
+    return found
+
+
+def _right(name: str, cam: ResizedMap, expression: Expression) -> bool:
+    if name == "point":
+        return point_correct(cam, expression.boxes)
+    assert expression.detections is not None
+    return box_correct(cam, expression.detections, expression.boxes[0])
+
+
+def size_of(expression: Expression) -> tuple[int, int]:
+    """(height, width) in pixels that its boxes refer to: as annotated in Flickr30k, else the image's own."""
+    if "image_height" in expression.record:
+        return expression.record["image_height"], expression.record["image_width"]
+    return _file_size(expression.image)
+
+
+_file_size = functools.lru_cache(maxsize=1 << 16)(image_size)  # expressions share images, and models share expressions

@@ -27,11 +27,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image, features
-from raw_layouts import mattnet_detections, write_entities
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
-from small_model import BERT, SIZES
-from test_vg_files import FILES as VG_FILES
 
 from config import (
     ConfigError,
@@ -42,7 +39,6 @@ from config import (
     load_config,
     size_problems,
 )
-from dataset import scenes_files
 from dataset.expressions import Expression
 from dataset.matching import load_pairs
 from dataset.photos import read_photo
@@ -52,15 +48,19 @@ from dataset.raw.check import check
 from dataset.raw.evaluation_images import read_evaluation_images
 from dataset.raw.vg_phrases import Rules
 from dataset.reading import read_image
+from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.vg import Collate, TrainingData
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO
-from grounding.opening import config_of
+from grounding.load import config_of
 from grounding.results import ResultFolder
 from models.albef import build_albef
 from models.checkpoint import check_resumable, load_weights, read_checkpoint
 from models.pretrain import PretrainModel
 from runs import read_runs
+from tests.dataset.raw.raw_layouts import mattnet_detections, write_entities
+from tests.dataset.raw.test_vg_files import FILES as VG_FILES
+from tests.small_model import BERT, SIZES
 from utils import UserError
 
 SECONDS = 60  # that a try may take

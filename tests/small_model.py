@@ -1,6 +1,6 @@
 """Sizes of a model of a few thousand weights that reads the scenes' words, for tests that evaluate and ask."""
 
-from dataset import scenes_files
+from dataset.scenes import files as scenes_files
 
 BERT = {
     "vocab_size": len(scenes_files.vocabulary()),

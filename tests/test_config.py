@@ -23,7 +23,7 @@ from config import (
     size_problems,
 )
 
-CONFIGS = Path(__file__).parent.parent / "configs"
+CONFIGS = Path(__file__).parents[1] / "configs"
 REFERRED = {  # what each reads of REFER's: dataset and split
     "Grounding_refcoco.yaml": ("refcoco+", "unc"),
     "Grounding_refcoco_unc.yaml": ("refcoco", "unc"),

@@ -25,7 +25,7 @@ from config import (
 )
 from grounding import evaluate
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 TRAINING = {"train_file": ["a.json"], "image_root": "images"}
 EVALUATION = {"test_file": ["a.json"], "image_root": "images"}
 

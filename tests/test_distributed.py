@@ -10,7 +10,13 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_pretrain_program import (
+
+import utils
+from config import PretrainConfig, load_config
+from models.onednn import use_onednn
+from models.pretrain import Batch, PretrainModel
+from tests.grounding.pictures.test_watch import read_events
+from tests.programs.test_pretrain_program import (
     KEYS,
     LOSSES,
     REPOSITORY,
@@ -22,12 +28,6 @@ from test_pretrain_program import (
     saved,
     step_rows,
 )
-from test_watch import read_events
-
-import utils
-from config import PretrainConfig, load_config
-from models.onednn import use_onednn
-from models.pretrain import Batch, PretrainModel
 
 LAUNCHERS = {
     "torchrun": ["torch.distributed.run", "--standalone"],
@@ -120,7 +120,7 @@ def test_training(place: Path, tmp_path: Path, launcher: str, add_gcam: bool) ->
 
 
 def test_watching_changes_nothing(tmp_path: Path) -> None:
-    """As in tests/test_watch.py, but the first of two processes draws: with dropout, maps every two steps."""
+    """The first of two processes draws maps, with dropout; of one: tests/grounding/pictures/test_watch.py."""
     place = make_workplace(tmp_path / "place")
     words = ["schedular.epochs=1", "batch_size=4"]
     plain, watched = tmp_path / "plain", tmp_path / "watched"

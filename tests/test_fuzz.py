@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-import fuzz
 import pytest
-from fuzz import KINDS, Kind, World
 
+from tests import fuzz
+from tests.fuzz import KINDS, Kind, World
 from utils import UserError
 
 TRIES_A_KIND = 15

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from config import PretrainConfig, load_config
-from dataset import scenes_files
+from dataset.scenes import files as scenes_files
 
 ROOT = Path(__file__).parents[1]
 

@@ -94,7 +94,7 @@ def test_runs_that_cannot_be_drawn(first: str | None, message: str, runs: dict[s
 
 def plot(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *words: str) -> str:
     monkeypatch.setattr(sys, "argv", ["plot_log.py", *words])
-    runpy.run_path(str(Path(__file__).parent.parent / "plot_log.py"), run_name="__main__")
+    runpy.run_path(str(Path(__file__).parents[1] / "plot_log.py"), run_name="__main__")
     return capsys.readouterr().out
 
 
@@ -120,7 +120,7 @@ def test_plot_log(
 # ---- the lock
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[1]
 HOLD = """
 import os, sys, time, pathlib, runs
 with runs.claim(pathlib.Path(sys.argv[1])):

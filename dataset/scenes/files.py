@@ -1,0 +1,381 @@
+"""Writes the embedded data set of synthetic scenes in the real formats (SPEC section 4), to run every program on.
+
+Under the output folder: images/, train_captions.json, train_phrases.json, refer/refcoco+, refer/refclef, flickr/,
+matching_{val,testB}.json, text_encoder/vocab.txt, and, written last, world.json. Image paths are relative to images/.
+"""
+
+import itertools
+import json
+import pickle
+import string
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image
+
+from dataset.scenes import language as phrases
+from dataset.scenes import world
+from dataset.scenes.language import CAPTION_STYLES, KINDS, Spec, compose, compose_part, describe, matches, nouns, text
+from dataset.scenes.world import Scene, draw_scene, pick, shuffled
+from utils import atomic_path
+
+VERSION = 2
+SPLITS = ("train", "val", "testA", "testB")
+MANIFEST = "scenes.json"
+IDS_PER_SPLIT = 100_000
+SMALLEST_SIZE = 48  # pixels; shapes of smaller images could not be told apart
+ENDING = "on the background"
+Row = dict[str, Any]
+
+
+class Drawn(NamedTuple):
+    """A scene with its image id; rng is where what is written of it comes from."""
+
+    image_id: int
+    split: str
+    scene: Scene
+    rng: Generator
+
+    @property
+    def name(self) -> str:
+        """The name of its image file, under images/."""
+        return f"{self.image_id:06d}.jpg"
+
+
+def parameters(seed: int, train: int, annotated: int, evaluation: int, size: int) -> Row:
+    """What a folder's content depends on."""
+    counts = {"train": train, "annotated": annotated, "evaluation": evaluation}
+    return {"version": VERSION, "seed": seed, **counts, "size": size}
+
+
+def read_manifest(out: Path) -> Row | None:
+    """The world.json of a folder ({"parameters", "counts"}), or None when the folder is not complete."""
+    try:
+        return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+
+
+def generate(
+    out: Path,
+    seed: int = 0,
+    train: int = 12000,
+    annotated: int = 4000,
+    evaluation: int = 250,
+    size: int = world.REFERENCE,
+    progress: Callable[[int], object] = lambda count: None,
+) -> dict[str, int]:
+    """Write the data set; equal arguments give equal bytes, and a scene does not depend on how many there are.
+
+    Args:
+        train: number of training scenes, each with captions.
+        annotated: the first so many of them have region phrases with boxes as well.
+        evaluation: number of scenes of each of val, testA and testB; testB's refer to combinations never trained on.
+        size: mean side of the images in pixels.
+        progress: called with 1 after each image.
+
+    Returns:
+        how much there is of each part.
+    """
+    if not (0 < annotated <= train <= IDS_PER_SPLIT and 0 < evaluation <= IDS_PER_SPLIT and size >= SMALLEST_SIZE):
+        raise ValueError(
+            f"train and evaluation must be 1 to {IDS_PER_SPLIT}, annotated at most train, size at least "
+            f"{SMALLEST_SIZE} pixels"
+        )
+    (out / MANIFEST).unlink(missing_ok=True)
+    (out / "images").mkdir(parents=True, exist_ok=True)
+    caption_rows: list[Row] = []
+    phrase_rows: list[Row] = []
+    drawn: dict[str, list[Drawn]] = {split: [] for split in SPLITS[1:]}
+    for index, split in enumerate(SPLITS):
+        for i in range(train if split == "train" else evaluation):
+            rng = np.random.default_rng([seed, index, i])
+            one = Drawn(IDS_PER_SPLIT * index + i, split, draw_scene(rng, size, split == "testB"), rng)
+            image = Image.fromarray(world.render(one.scene, rng))
+            image.save(out / "images" / one.name, quality=95, subsampling=0)
+            if split == "train":
+                caption_rows.append(_caption_row(one))
+                if i < annotated:
+                    phrase_rows += _phrase_rows(one)
+            else:
+                drawn[split].append(one)
+            progress(1)
+
+    evaluated = [one for split in SPLITS[1:] for one in drawn[split]]
+    counts = {"train_captions.json": len(caption_rows), "train_phrases.json": len(phrase_rows)}
+    _write_json(out / "train_captions.json", caption_rows)
+    _write_json(out / "train_phrases.json", phrase_rows)
+    # RefCOCO+ has no words of location.
+    counts["refcoco+"] = _write_refer(out / "refer", "refcoco+", evaluated, ("attribute", "size"))
+    counts["refclef"] = _write_refer(out / "refer", "refclef", evaluated, KINDS)
+    for split, ones in (("val", drawn["val"]), ("test", drawn["testA"] + drawn["testB"])):
+        counts[f"flickr {split}"] = _write_flickr(out / "flickr", split, ones)
+    for index, split in ((1, "val"), (3, "testB")):
+        rows = _matching_rows(drawn[split], np.random.default_rng([seed, index, evaluation, 1]))
+        counts[f"matching_{split}.json"] = len(rows)
+        _write_json(out / f"matching_{split}.json", rows)
+    _write_bytes(out / "text_encoder" / "vocab.txt", ("\n".join(vocabulary()) + "\n").encode())
+    manifest = {"parameters": parameters(seed, train, annotated, evaluation, size), "counts": counts}
+    _write_json(out / MANIFEST, manifest, indent=2)
+    return counts
+
+
+def vocabulary() -> list[str]:
+    """A WordPiece vocabulary: BERT's special tokens, every word of the generator, and letters and digits for others."""
+    characters = string.ascii_lowercase + string.digits
+    known = set(phrases.words()) | set(ENDING.split()) | set(characters)
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(known), *("##" + c for c in characters)]
+
+
+# ---- training
+
+
+def _caption_row(one: Drawn) -> Row:
+    """Captions of the whole scene in every style, as many of a part of it, and a phrase about a single object."""
+    texts = [compose(one.scene, one.rng, style).text for style in CAPTION_STYLES]
+    texts += [compose_part(one.scene, one.rng).text for _ in CAPTION_STYLES]
+    target = int(one.rng.integers(len(one.scene.things)))
+    texts += [text(spec, one.rng) for spec in _paraphrases(one.scene, target, one.rng, 1, KINDS[1:])]
+    return {"image": one.name, "caption": texts, "bbox": []}
+
+
+def _phrase_rows(one: Drawn) -> list[Row]:
+    """Three targets with paraphrases; now and then a phrase true of several objects, with all their boxes."""
+    scene, rng = one.scene, one.rng
+    rows = []
+    for target in shuffled(rng, range(len(scene.things)))[:3]:
+        specs = _paraphrases(scene, target, rng, int(rng.integers(2, 4)))
+        texts = list(dict.fromkeys(text(spec, rng) for spec in specs))
+        if texts:
+            rows.append({"image": one.name, "caption": texts, "bbox": [list(scene.things[target].box)]})
+    if rng.random() < 0.45:
+        specs = [spec for spec in nouns(pick(rng, scene.things)) if len(matches(spec, scene)) > 1]
+        if specs:
+            spec = pick(rng, specs)
+            rows.append({"image": one.name, "caption": [text(spec, rng, ("",))], "bbox": _boxes(spec, scene)})
+    return rows
+
+
+def _paraphrases(scene: Scene, target: int, rng: Generator, count: int, kinds: Sequence[str] = KINDS) -> list[Spec]:
+    """Up to `count` phrases for one object, of different kinds if there are as many."""
+    found = (describe(scene, target, kind, rng) for kind in shuffled(rng, kinds))
+    return list(itertools.islice((spec for spec in found if spec), count))
+
+
+def _boxes(spec: Spec, scene: Scene) -> list[list[int]]:
+    """The boxes [x1, y1, x2, y2] of all objects that a phrase is true of."""
+    return [list(scene.things[i].box) for i in matches(spec, scene)]
+
+
+def _xywh(box: world.Box) -> list[int]:
+    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+
+
+def _targets(one: Drawn) -> list[int]:
+    """The objects that evaluation may ask for, in random order: held-out combinations in testB."""
+    things = one.scene.things
+    order = shuffled(one.rng, range(len(things)))
+    return [i for i in order if one.split != "testB" or (things[i].colour, things[i].shape) in world.HELD_OUT]
+
+
+# ---- RefCOCO+ and RefCLEF
+
+
+def _write_refer(root: Path, dataset: str, drawn: list[Drawn], kinds: Sequence[str]) -> int:
+    """REFER's files and the test lists of one data set; two targets a scene, two sentences a target. Returns refs."""
+    folder = root / dataset
+    refs: list[Row] = []
+    tests: dict[str, list[Row]] = {"val": [], "test": []}
+    images: list[Row] = []
+    annotations: list[Row] = []
+    sent_id = 0
+    for one in drawn:
+        images.append({"id": one.image_id, "width": one.scene.width, "height": one.scene.height, "file_name": one.name})
+        first = len(annotations)
+        annotations += [_annotation(first + k, one.image_id, thing) for k, thing in enumerate(one.scene.things)]
+        for target in _targets(one)[:2]:
+            specs = _paraphrases(one.scene, target, one.rng, 2, kinds)
+            sentences = []
+            for sentence in (text(spec, one.rng) for spec in specs):
+                row: Row = {"image": one.name, "text": sentence, "ref_id": len(refs)}
+                tests["val" if one.split == "val" else "test"].append(
+                    row | ({"split": one.split} if dataset == "refclef" else {})
+                )
+                tokens = sentence.split()
+                sentences.append({"sent_id": sent_id, "sent": sentence, "raw": sentence, "tokens": tokens})
+                sent_id += 1
+            if sentences:
+                refs.append(_ref(len(refs), annotations[first + target], one, sentences))
+    categories = [{"id": k, "name": shape} for k, shape in enumerate(world.SHAPES, 1)]
+    instances = {"images": images, "annotations": annotations, "categories": categories}
+    _write_json(folder / "instances.json", instances)
+    _write_bytes(folder / "refs(unc).p", pickle.dumps(refs, protocol=2))
+    if dataset == "refcoco+":
+        _write_json(folder / "dets.json", {str(one.image_id): _detections(one) for one in drawn})
+    for part, rows in tests.items():
+        _write_json(folder / f"{dataset}_{part}.json", rows)
+    return len(refs)
+
+
+def _annotation(index: int, image_id: int, thing: world.Thing) -> Row:
+    x, y, w, h = _xywh(thing.box)
+    category = world.SHAPES.index(thing.shape) + 1
+    outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
+    row = {"id": index, "image_id": image_id, "bbox": [x, y, w, h], "category_id": category}
+    return row | {"segmentation": outline, "area": w * h, "iscrowd": 0}
+
+
+def _ref(ref_id: int, annotation: Row, one: Drawn, sentences: list[Row]) -> Row:
+    return {
+        "ref_id": ref_id,
+        "ann_id": annotation["id"],
+        "image_id": one.image_id,
+        "category_id": annotation["category_id"],
+        "file_name": one.name,
+        "split": one.split,
+        "sent_ids": [sentence["sent_id"] for sentence in sentences],
+        "sentences": sentences,
+    }
+
+
+def _detections(one: Drawn) -> list[list[float]]:
+    """[x, y, w, h, score]: every object's box, a shifted copy of it, and a few boxes of nothing, best score first."""
+    scene, rng = one.scene, one.rng
+    found = []
+    for thing in scene.things:
+        x, y, w, h = _xywh(thing.box)
+        dx, dy = rng.uniform(-0.3, 0.3, 2) * (w, h)
+        sw, sh = rng.uniform(0.8, 1.25, 2) * (w, h)
+        found += [[x, y, w, h, rng.uniform(0.9, 1)], [x + dx, y + dy, sw, sh, rng.uniform(0.5, 0.9)]]
+    for _ in range(4):
+        w, h = rng.uniform(0.15, 0.6, 2) * (scene.width, scene.height)
+        x, y = rng.uniform(0, 1, 2) * (scene.width - w, scene.height - h)
+        found.append([x, y, w, h, rng.uniform(0.1, 0.5)])
+    return [_inside(box, scene) for box in sorted(found, key=lambda box: -box[4])]
+
+
+def _inside(detection: Sequence[float], scene: Scene) -> list[float]:
+    """A detection [x, y, w, h, score] cut to the image and rounded."""
+    x, y, w, h, score = detection
+    x1, y1 = max(x, 0), max(y, 0)
+    x2, y2 = min(x + w, scene.width), min(y + h, scene.height)
+    return [*(round(float(v), 2) for v in (x1, y1, x2 - x1, y2 - y1)), round(float(score), 4)]
+
+
+# ---- Flickr30k Entities, as info-ground writes it
+
+
+def _write_flickr(folder: Path, split: str, drawn: list[Drawn]) -> int:
+    """Two sentences an image; a phrase has all boxes that it is true of. Returns the number of phrases with boxes."""
+    boxes: dict[str, Row] = {}
+    sentences: dict[str, list[Row]] = {}
+    count = 0
+    for one in drawn:
+        key = Path(one.name).stem
+        boxes[key], sentences[key] = _flickr_image(one)
+        count += sum(phrase["phrase_id"] in boxes[key]["boxes"] for row in sentences[key] for phrase in row["phrases"])
+    _write_bytes(folder / f"{split}.txt", "".join(f"{Path(one.name).stem}\n" for one in drawn).encode())
+    _write_json(folder / f"bounding_boxes_{split}.json", boxes, sort_keys=True, indent=4)
+    _write_json(folder / f"sentences_{split}.json", sentences, sort_keys=True, indent=4)
+    return count
+
+
+def _flickr_image(one: Drawn) -> tuple[Row, list[Row]]:
+    """An image's boxes and sentences. A phrase id stands for a set of objects, or for the picture or its background."""
+    scene, rng = one.scene, one.rng
+    picture, background = str(100 * one.image_id), str(100 * one.image_id + 1)
+    ids: dict[tuple[int, ...], str] = {}
+    boxes: dict[str, list[list[int]]] = {}
+    sentences: list[Row] = []
+    for style in ("plain", "size"):
+        caption = compose(scene, rng, style, limit=40, opening=0.5)
+        phrases = []
+        if caption.mentions[0].first:
+            phrases.append(_flickr_phrase(0, " ".join(caption.tokens[:2]), picture, "other"))
+        for mention in caption.mentions:
+            objects = tuple(matches(mention.spec, scene))
+            phrase_id = ids.setdefault(objects, str(100 * one.image_id + 2 + len(ids)))
+            boxes[phrase_id] = _boxes(mention.spec, scene)
+            phrases.append(_flickr_phrase(mention.first, mention.phrase, phrase_id, "other"))
+        tokens = caption.tokens
+        if rng.random() < 0.5:
+            tokens = tokens + ENDING.split()
+            phrases.append(_flickr_phrase(len(tokens) - 2, " ".join(tokens[-2:]), background, "scene"))
+        sentences.append({"sentence": " ".join(tokens), "phrases": phrases})
+    used = {phrase["phrase_id"] for sentence in sentences for phrase in sentence["phrases"]}
+    image: Row = {"boxes": boxes, "width": scene.width, "height": scene.height, "depth": 3}
+    image["scene"] = [background] if background in used else []
+    image["nobox"] = [picture] if picture in used else []
+    return image, sentences
+
+
+def _flickr_phrase(first: int, phrase: str, phrase_id: str, kind: str) -> Row:
+    return {"first_word_index": first, "phrase": phrase, "phrase_id": phrase_id, "phrase_type": [kind]}
+
+
+# ---- image-text matching
+
+
+class Statement(NamedTuple):
+    """A true text of the scene of that index, and what it claims; texts of one form differ in their words only."""
+
+    scene: int
+    kind: str
+    form: tuple[object, ...]
+    text: str
+    claims: list[Spec]
+
+    def is_false(self, scene: Scene) -> bool:
+        """True when some claim is clearly true of nothing in the scene."""
+        return any(not matches(spec, scene, lenient=True) for spec in self.claims)
+
+
+def _matching_rows(drawn: list[Drawn], rng: Generator) -> list[Row]:
+    """Two phrases and two captions of each scene, each followed by one of another scene that is false in this one.
+
+    The false text has the same form, so that it is hard to tell from the true one without the image.
+    """
+    statements = [statement for index, one in enumerate(drawn) for statement in _statements(index, one)]
+    by_form: dict[tuple[object, ...], list[Statement]] = {}
+    for statement in statements:
+        by_form.setdefault(statement.form, []).append(statement)
+    rows: list[Row] = []
+    used: set[tuple[str, str]] = set()
+    for statement in statements:
+        one = drawn[statement.scene]
+        for other in shuffled(rng, by_form[statement.form]):
+            if (one.name, other.text) not in used and other.is_false(one.scene):
+                used.add((one.name, other.text))
+                for words, match in ((statement.text, 1), (other.text, 0)):
+                    rows.append({"image": one.name, "text": words, "match": match, "kind": statement.kind})
+                break
+    return rows
+
+
+def _statements(index: int, one: Drawn) -> list[Statement]:
+    """Two phrases, of different kinds, and two captions, of different styles, that are true of a scene."""
+    scene, rng = one.scene, one.rng
+    targets = itertools.cycle(_targets(one))
+    specs = ((kind, describe(scene, next(targets), kind, rng)) for kind in shuffled(rng, KINDS))
+    true = list(itertools.islice(((kind, spec) for kind, spec in specs if spec), 2))
+    found = [Statement(index, "phrase", (kind, *spec.form), text(spec, rng), [spec]) for kind, spec in true]
+    for style in shuffled(rng, CAPTION_STYLES)[:2]:
+        caption = compose(scene, rng, style)
+        claims = [mention.spec for mention in caption.mentions]
+        found.append(Statement(index, "caption", (style,), caption.text, claims))
+    return found
+
+
+# ---- writing
+
+
+def _write_json(path: Path, value: Any, **options: Any) -> None:
+    _write_bytes(path, (json.dumps(value, **options) + "\n").encode())
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)

@@ -1,0 +1,323 @@
+"""What is said of a scene: structured phrases with a truth predicate, words for them, and captions.
+
+A phrase is a `Spec`, so that which objects it is true of is computed from the scene. Every word comes from the tables
+at the top. "left" and "right" (leftmost, rightmost) are the only words that a mirrored image makes false.
+"""
+
+import math
+import re
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from numpy.random import Generator
+
+from dataset.scenes.world import COLOURS, SHAPES, Scene, Thing, pick, shuffled
+
+# {} stands for the noun phrase.
+NOUNS: dict[str | None, tuple[str, ...]] = {None: ("thing", "object"), **{shape: (shape,) for shape in SHAPES}}
+SIZES = {"small": ("small", "little"), "big": ("big", "large")}
+PLACES = {
+    "left": ("{} on the left", "left {}", "{} on the left side"),
+    "right": ("{} on the right", "right {}", "{} on the right side"),
+    "top": ("{} at the top", "top {}"),
+    "bottom": ("{} at the bottom", "bottom {}"),
+    "middle": ("{} in the middle", "middle {}"),
+    "top left": ("{} in the top left corner", "top left {}"),
+    "top right": ("{} in the top right corner", "top right {}"),
+    "bottom left": ("{} in the bottom left corner", "bottom left {}"),
+    "bottom right": ("{} in the bottom right corner", "bottom right {}"),
+}
+EXTREMES = {
+    "leftmost": ("leftmost {}",),
+    "rightmost": ("rightmost {}",),
+    "biggest": ("biggest {}", "largest {}"),
+    "smallest": ("smallest {}",),
+}
+RELATIONS = {
+    "left": ("{} left of {}", "{} to the left of {}"),
+    "right": ("{} right of {}", "{} to the right of {}"),
+    "above": ("{} above {}",),
+    "below": ("{} below {}", "{} under {}"),
+}
+KINDS = ("attribute", "size", "position", "relation")
+
+CAPTION_WORDS = 24  # what training's 25 tokens hold after [CLS]
+CAPTION_STYLES = ("plain", "size", "place", "relation")
+OPENINGS = ("a picture of", "an image with")
+FUNCTION_WORDS = "a an another and the"
+
+
+def words() -> list[str]:
+    """Every word that a phrase or caption can hold, sorted."""
+    tables = (NOUNS, SIZES, PLACES, EXTREMES, RELATIONS)
+    templates = [template for table in tables for row in table.values() for template in row]
+    return sorted(set(re.findall("[a-z]+", " ".join([*templates, *COLOURS, *OPENINGS, FUNCTION_WORDS]))))
+
+
+# ---- phrases and their truth
+
+
+class Spec(NamedTuple):
+    """What a phrase says of an object; None says nothing. An extreme is never combined with a place or a relation."""
+
+    colour: str | None = None
+    shape: str | None = None
+    size: str | None = None
+    place: str | None = None
+    extreme: str | None = None
+    relation: str | None = None
+    anchor: "Spec | None" = None
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """Which fields are set: phrases of one form differ in their words only."""
+        return tuple(value.form if isinstance(value, Spec) else value is not None for value in self)
+
+
+def matches(spec: Spec, scene: Scene, lenient: bool = False) -> list[int]:
+    """The indices of the objects that a phrase is clearly true of; lenient: those that it is not clearly false of.
+
+    Between the two lie the unclear cases: an object between left and middle, or hardly further left than another.
+    """
+    things = scene.things
+    colour, shape, size, place, extreme, relation, anchor = spec
+    found = [
+        i
+        for i, thing in enumerate(things)
+        if (colour is None or colour == thing.colour)
+        and (shape is None or shape == thing.shape)
+        and (size is None or size == thing.size)
+    ]
+    if place:
+        found = [i for i in found if in_place(place, things[i], scene, lenient)]
+    if relation and anchor:
+        anchors = matches(anchor, scene, lenient)
+        pairs = [(i, j) for i in found for j in anchors if i != j]
+        true_of = {i for i, j in pairs if related(relation, things[i], things[j], lenient)}
+        found = [i for i in found if i in true_of]
+    if extreme:
+        found = _extreme(extreme, found, scene, lenient)
+    return found
+
+
+def is_unique(spec: Spec, scene: Scene, target: int) -> bool:
+    """True when the phrase is clearly true of the target and clearly false of every other object."""
+    return matches(spec, scene, lenient=True) == [target] == matches(spec, scene)
+
+
+def in_place(place: str, thing: Thing, scene: Scene, lenient: bool = False) -> bool:
+    """Whether the object's centre lies in a part of the image: about its outer third, or (middle) near its centre."""
+    x, y = thing.centre
+    x, y = x / scene.width, y / scene.height
+    if place == "middle":
+        return max(abs(x - 0.5), abs(y - 0.5)) <= (0.25 if lenient else 0.13)
+    limit = 0.48 if lenient else 0.35
+    return (
+        ("left" not in place or x <= limit)
+        and ("right" not in place or x >= 1 - limit)
+        and ("top" not in place or y <= limit)
+        and ("bottom" not in place or y >= 1 - limit)
+    )
+
+
+def related(relation: str, thing: Thing, anchor: Thing, lenient: bool = False) -> bool:
+    """Whether an object clearly lies in a direction from another; lenient: its centre is any further that way."""
+    if not lenient:
+        return direction(thing, anchor) == relation
+    (x, y), (ax, ay) = thing.centre, anchor.centre
+    return {"left": x < ax, "right": x > ax, "above": y < ay, "below": y > ay}[relation]
+
+
+def direction(thing: Thing, anchor: Thing) -> str | None:
+    """Which of `RELATIONS` clearly holds: the box is beyond the anchor's edge, and further that way than sideways."""
+    (x, y), (ax, ay) = thing.centre, anchor.centre
+    if abs(x - ax) > abs(y - ay):
+        relation, gap = ("left", anchor.box[0] - thing.box[2]) if x < ax else ("right", thing.box[0] - anchor.box[2])
+    else:
+        relation, gap = ("above", anchor.box[1] - thing.box[3]) if y < ay else ("below", thing.box[1] - anchor.box[3])
+    return relation if gap >= 0 else None
+
+
+def _extreme(extreme: str, among: list[int], scene: Scene, lenient: bool) -> list[int]:
+    """The objects among some that lead all the others by a margin; lenient: that none of the others leads by it."""
+    if extreme in ("biggest", "smallest"):
+        margin, values = math.log(1.15), {i: math.log(scene.things[i].side) for i in among}
+    else:
+        margin, values = 0.08, {i: scene.things[i].centre[0] / scene.width for i in among}
+    sign = 1 if extreme in ("biggest", "rightmost") else -1
+    lead = -margin if lenient else margin
+    return [i for i in among if all(sign * (values[i] - values[j]) >= lead for j in among if j != i)]
+
+
+# ---- phrases for an object
+
+
+def describe(scene: Scene, target: int, kind: str, rng: Generator) -> Spec | None:
+    """A phrase of one of `KINDS` that refers to the target alone, drawn at random; None when there is none.
+
+    Mostly one that needs its size, place or relation: without it, it would be true of other objects too.
+    """
+    heads = shuffled(rng, nouns(scene.things[target]))
+    if kind == "attribute":
+        return next((head for head in heads if is_unique(head, scene, target)), None)
+    if kind == "size":
+        heads.append(Spec())
+    if rng.random() < 0.8:
+        heads.sort(key=lambda head: len(matches(head, scene)) == 1)
+    further = {"size": _by_size, "position": _by_position, "relation": _by_relation}[kind]
+    specs = (spec for head in heads for spec in further(head, scene, target, rng))
+    return next((spec for spec in specs if is_unique(spec, scene, target)), None)
+
+
+def nouns(thing: Thing) -> list[Spec]:
+    """Colour and shape, shape alone, colour alone."""
+    return [Spec(thing.colour, thing.shape), Spec(shape=thing.shape), Spec(colour=thing.colour)]
+
+
+def _by_size(head: Spec, scene: Scene, target: int, rng: Generator) -> list[Spec]:
+    return shuffled(rng, [head._replace(size=scene.things[target].size), *_superlatives(head, scene, target, "size")])
+
+
+def _by_position(head: Spec, scene: Scene, target: int, rng: Generator) -> list[Spec]:
+    places = [place for place in PLACES if in_place(place, scene.things[target], scene)]
+    specs = [head._replace(place=place) for place in places]
+    return shuffled(rng, specs + _superlatives(head, scene, target, "position"))
+
+
+def _superlatives(head: Spec, scene: Scene, target: int, kind: str) -> list[Spec]:
+    """The extremes that hold of the target; none where the noun is true of it alone, since they would say nothing."""
+    among = matches(head, scene)
+    extremes = ("biggest", "smallest") if kind == "size" else ("leftmost", "rightmost")
+    if len(among) == 1:
+        return []
+    return [head._replace(extreme=extreme) for extreme in extremes if target in _extreme(extreme, among, scene, False)]
+
+
+def _by_relation(head: Spec, scene: Scene, target: int, rng: Generator) -> Iterator[Spec]:
+    for j in shuffled(rng, range(len(scene.things))):
+        relation = direction(scene.things[target], scene.things[j]) if j != target else None
+        for anchor in shuffled(rng, nouns(scene.things[j])) if relation else []:
+            if is_unique(anchor, scene, j):
+                yield head._replace(relation=relation, anchor=anchor)
+
+
+def text(spec: Spec, rng: Generator, articles: Sequence[str] = ("the ", "")) -> str:
+    """Words for a phrase: templates and synonyms are drawn at random."""
+    parts = [pick(rng, SIZES[spec.size])] if spec.size else []
+    parts += [spec.colour] if spec.colour else []
+    phrase = " ".join([*parts, pick(rng, NOUNS[spec.shape])])
+    if spec.place:
+        phrase = pick(rng, PLACES[spec.place]).format(phrase)
+    if spec.extreme:
+        phrase = pick(rng, EXTREMES[spec.extreme]).format(phrase)
+    if spec.relation and spec.anchor:
+        phrase = pick(rng, RELATIONS[spec.relation]).format(phrase, text(spec.anchor, rng, ("the ",)))
+    return pick(rng, articles) + phrase
+
+
+# ---- captions of a whole scene
+
+
+class Mention(NamedTuple):
+    """An object in a caption: what is said of it, its noun phrase, and the index of that phrase's first token."""
+
+    spec: Spec
+    phrase: str
+    first: int
+
+
+class Caption(NamedTuple):
+    """tokens: words and commas."""
+
+    tokens: list[str]
+    mentions: list[Mention]
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.tokens).replace(" ,", ",")
+
+
+def compose(scene: Scene, rng: Generator, style: str, limit: int = CAPTION_WORDS, opening: float = 0.3) -> Caption:
+    """A caption that enumerates all objects in random order, of at most `limit` words (at least 19) besides commas.
+
+    Args:
+        style: one of `CAPTION_STYLES`: what is said besides colours and shapes, as far as the words go.
+        opening: the probability of an opening ("a picture of"), if the words suffice.
+    """
+    order = shuffled(rng, range(len(scene.things)))
+    specs = [nouns(scene.things[i])[0] for i in order]
+    spare = limit - 3 * len(order) - 1
+    start = ""
+    if rng.random() < opening and spare >= 3:
+        start = pick(rng, OPENINGS)
+        spare -= 3
+    if style == "relation" and spare >= 4:
+        _relate(specs, order, scene)
+    for k, i in enumerate(order):
+        if style == "size" and spare >= 1 and rng.random() < 0.8:
+            specs[k] = specs[k]._replace(size=scene.things[i].size)
+            spare -= 1
+        if style == "place" and rng.random() < 0.7:
+            places = [place for place in PLACES if in_place(place, scene.things[i], scene)]
+            place = pick(rng, places) if places else None
+            cost = len(PLACES[place][0].split()) - 1 if place else 0
+            if cost <= spare:
+                specs[k] = specs[k]._replace(place=place)
+                spare -= cost
+    return _say(specs, start, rng)
+
+
+def compose_part(scene: Scene, rng: Generator, limit: int = CAPTION_WORDS) -> Caption:
+    """A caption of one to three of the objects, in detail: it leaves objects out, and still is rarely true elsewhere.
+
+    One object alone is described in full; of several, each may lack its colour or its shape.
+    """
+    order = shuffled(rng, range(len(scene.things)))[: pick(rng, (1, 2, 2, 3))]
+    spare = limit - 3 * len(order) - 1
+    specs = []
+    for i in order:
+        full, *parts = nouns(scene.things[i])
+        specs.append(pick(rng, parts) if len(order) > 1 and rng.random() < 0.4 else full)
+    if len(order) > 1 and rng.random() < 0.3:
+        _relate(specs, order, scene)
+    for k, i in enumerate(order):
+        if len(order) == 1 or rng.random() < 0.6:
+            specs[k] = specs[k]._replace(size=scene.things[i].size)
+            spare -= 1
+    for k, i in enumerate(order):
+        related_here = specs[k].relation or (k and specs[k - 1].relation)
+        places = [place for place in PLACES if in_place(place, scene.things[i], scene)]
+        cost = max(len(PLACES[place][0].split()) - 1 for place in places) if places else limit
+        if cost <= spare and not related_here and (len(order) == 1 or rng.random() < 0.7):
+            specs[k] = specs[k]._replace(place=pick(rng, places))
+            spare -= cost
+    return _say(specs, "", rng)
+
+
+def _relate(specs: list[Spec], order: list[int], scene: Scene) -> None:
+    """Let one object be described by its direction from the next in the list, if one clearly is in a direction."""
+    for k in range(len(order) - 1):
+        relation = direction(scene.things[order[k]], scene.things[order[k + 1]])
+        if relation:
+            specs[k] = specs[k]._replace(relation=relation, anchor=specs[k + 1])
+            return
+
+
+def _say(specs: list[Spec], start: str, rng: Generator) -> Caption:
+    """Words for a list of objects; one with a relation is followed by its anchor."""
+    caption = Caption(start.split(), [])
+    last = len(specs) - (2 if len(specs) > 1 and specs[-2].relation else 1)
+    for k, spec in enumerate(specs):
+        before = specs[k - 1].relation if k else None
+        if before:
+            caption.tokens.extend(pick(rng, RELATIONS[before]).format("", "").split())
+        elif k:
+            caption.tokens.append("and" if k == last else ",")
+        noun = text(spec._replace(place=None, relation=None), rng, ("",))
+        again = any((spec.colour, spec.shape) == (other.spec.colour, other.spec.shape) for other in caption.mentions)
+        phrase = f"{'another' if again else 'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+        caption.mentions.append(Mention(spec, phrase, len(caption.tokens)))
+        caption.tokens.extend(phrase.split())
+        if spec.place:
+            caption.tokens.extend(PLACES[spec.place][0].format("").split())
+    return caption

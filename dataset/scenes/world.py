@@ -1,0 +1,223 @@
+"""The world of the embedded data set: a scene is a few coloured shapes on a muted, noisy background; and its rendering.
+
+Boxes are [x1, y1, x2, y2] in whole pixels, x2 and y2 exclusive. What is said of scenes is in language.py.
+"""
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+from numpy.random import Generator
+from PIL import Image, ImageDraw
+
+T = TypeVar("T")
+Box = tuple[int, int, int, int]
+
+COLOURS = {
+    "red": (214, 36, 36),
+    "green": (36, 160, 56),
+    "blue": (40, 80, 220),
+    "yellow": (240, 220, 48),
+    "purple": (142, 44, 172),
+    "orange": (248, 134, 24),
+}
+SHAPES = ("circle", "square", "triangle", "star", "cross")
+SIDES = {"small": (16, 20), "big": (32, 40)}  # long side in pixels, for scenes of REFERENCE pixels
+REFERENCE = 96
+# Each shape has its own pattern, as kinds of real objects have: a small ViT learns patterns in a hundred steps, and
+# outlines hardly at all (README).
+STRIPE = 3  # width in pixels of a stripe or of a cell of a checkerboard, for scenes of REFERENCE pixels
+CONTRAST = 0.8
+# Never in train, val and testA; each colour and each shape alone is seen there.
+HELD_OUT = (("red", "square"), ("green", "star"), ("blue", "triangle"), ("yellow", "cross"), ("purple", "circle"))
+ANGLES = (-12, -6, 0, 6, 12)  # degrees; few, so that masks can be cached
+SUPERSAMPLING = 4
+
+
+class Thing(NamedTuple):
+    """An object: side is the length in pixels of the longer side of its box, angle is in degrees."""
+
+    colour: str
+    shape: str
+    size: str
+    side: int
+    angle: int
+    rgb: tuple[float, float, float]
+    box: Box
+
+    @property
+    def centre(self) -> tuple[float, float]:
+        x1, y1, x2, y2 = self.box
+        return (x1 + x2) / 2, (y1 + y2) / 2
+
+
+class Scene(NamedTuple):
+    """Objects in an image of width x height pixels; their boxes do not overlap."""
+
+    width: int
+    height: int
+    things: tuple[Thing, ...]
+
+    @property
+    def scale(self) -> float:
+        """How much larger than in an image of REFERENCE pixels everything is drawn."""
+        return math.sqrt(self.width * self.height) / REFERENCE
+
+
+def pick(rng: Generator, items: Sequence[T]) -> T:
+    return items[int(rng.random() * len(items))]  # several times faster than rng.integers
+
+
+def shuffled(rng: Generator, items: Sequence[T]) -> list[T]:
+    keys = rng.random(len(items)).tolist()
+    return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
+
+
+# ---- drawing a scene's content
+
+
+def draw_scene(rng: Generator, size: int = REFERENCE, held_out: bool = False) -> Scene:
+    """Draw a scene of 3 to 6 objects whose mean side is about `size` pixels, of aspect ratio 1:1, 4:3 or 3:4.
+
+    Args:
+        held_out: one or two objects are `HELD_OUT` combinations; otherwise none is.
+    """
+    wide, narrow = round(size * 7 / 6), round(size * 7 / 8)
+    width, height = pick(rng, ((size, size), (wide, narrow), (narrow, wide)))
+    looks = _draw_looks(rng, int(rng.integers(3, 7)), int(rng.integers(1, 3)) if held_out else 0)
+    things = None
+    while things is None:  # too many big ones do not fit: draw other sizes
+        things = _place(rng, looks, width, height, size / REFERENCE)
+    return Scene(width, height, tuple(shuffled(rng, things)))
+
+
+def _draw_looks(rng: Generator, count: int, held_out: int) -> list[tuple[str, str]]:
+    """(colour, shape) of each object; most share a colour or a shape with an earlier one, so that both words matter."""
+    looks = shuffled(rng, HELD_OUT)[:held_out]
+    while len(looks) < count:
+        colour, shape = pick(rng, tuple(COLOURS)), pick(rng, SHAPES)
+        if looks and (choice := rng.random()) < 0.85:
+            other = pick(rng, looks)
+            colour = other[0] if choice < 0.4 or choice > 0.75 else colour
+            shape = other[1] if choice >= 0.4 else shape
+        if (colour, shape) not in HELD_OUT and looks.count((colour, shape)) < 2:
+            looks.append((colour, shape))
+    return looks
+
+
+def _place(rng: Generator, looks: list[tuple[str, str]], width: int, height: int, scale: float) -> list[Thing] | None:
+    """Objects with sizes and places, or None when they do not fit without touching."""
+    margin = max(1, round(2 * scale))
+    things: list[Thing] = []
+    for colour, shape in looks:
+        size = pick(rng, tuple(SIDES))
+        low, high = SIDES[size]
+        side = round((low + (high - low) * rng.random()) * scale)
+        angle = pick(rng, ANGLES)
+        h, w = shape_mask(shape, side, angle).shape
+        tone, *shifts = (rng.random(4) * (0.18, 16, 16, 16) + (0.88, -8, -8, -8)).tolist()
+        r, g, b = (value * tone + shift for value, shift in zip(COLOURS[colour], shifts, strict=True))
+        for u, v in rng.random((30, 2)).tolist():
+            x, y = 1 + int(u * (width - w - 1)), 1 + int(v * (height - h - 1))
+            box = (x, y, x + w, y + h)
+            if all(_gap(box, other.box) > margin for other in things):
+                things.append(Thing(colour, shape, size, side, angle, (r, g, b), box))
+                break
+        else:
+            return None
+    return things
+
+
+def _gap(a: Box, b: Box) -> int:
+    """The larger of the horizontal and vertical gap between two boxes, in pixels; negative when they overlap."""
+    return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
+
+
+# ---- rendering
+
+
+@functools.cache
+def shape_mask(shape: str, side: int, angle: int) -> np.ndarray:
+    """The coverage (h, w) in [0, 1] of an upright shape turned by `angle` degrees; max(h, w) is `side`.
+
+    Cropped to the pixels that it covers at least a quarter of.
+    """
+    corners = np.array(_outline(shape)) @ _rotation(0 if shape == "circle" else angle)
+    corners -= corners.min(0)
+    corners *= side * SUPERSAMPLING / corners.max()
+    width, height = (math.ceil(v / SUPERSAMPLING) for v in corners.max(0))
+    canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
+    # ImageDraw's outline includes the last pixel.
+    ImageDraw.Draw(canvas).polygon([(x - 0.5, y - 0.5) for x, y in corners.tolist()], fill=255)
+    coverage = np.asarray(canvas.reduce(SUPERSAMPLING), np.float32) / 255
+    rows, columns = (np.flatnonzero((coverage >= 0.25).any(axis)) for axis in (1, 0))
+    return coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
+
+
+def _rotation(degrees: float) -> np.ndarray:
+    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
+    return np.array([[c, s], [-s, c]])
+
+
+def _outline(shape: str) -> list[tuple[float, float]]:
+    """Corners of a shape around the origin, y down."""
+    if shape == "square":
+        return [(-1, -1), (1, -1), (1, 1), (-1, 1)]
+    if shape == "cross":
+        a, b = 0.34, 1.0
+        quarter = [(-a, -b), (a, -b), (a, -a), (b, -a), (b, a), (a, a)]
+        return quarter + [(-x, -y) for x, y in quarter]
+    radii, count = {"circle": ((1.0,), 48), "triangle": ((1.0,), 3), "star": ((1.0, 0.42), 10)}[shape]
+    turns = [2 * math.pi * k / count for k in range(count)]
+    return [(radii[k % len(radii)] * math.sin(t), -radii[k % len(radii)] * math.cos(t)) for k, t in enumerate(turns)]
+
+
+def pattern(shape: str, height: int, width: int, stripe: float) -> np.ndarray:
+    """What a shape's colour turns to, (height, width) in [-1, 1]: -1 is black, 0 its own colour, 1 white.
+
+    Args:
+        stripe: width in pixels of a stripe, or of a checkerboard's cell.
+    """
+    across, along = (np.sin((np.arange(length) + 0.5) * (math.pi / stripe)) for length in (width, height))
+    waves = {
+        "circle": np.full((1, 1), -1.0),
+        "square": across[None],
+        "triangle": along[:, None],
+        "star": 2 * along[:, None] * across,
+        "cross": 2 * along[:, None] * across,
+    }
+    covered = (0.5 + 1.5 * waves[shape]).clip(0, 1)  # soft edges
+    sign = -1 if shape in ("square", "cross") else 1
+    return np.broadcast_to(sign * CONTRAST * covered, (height, width)).astype(np.float32)
+
+
+def render(scene: Scene, rng: Generator) -> np.ndarray:
+    """The scene as uint8 (height, width, 3) RGB. The draws do not depend on the objects."""
+    pixels = np.array(_background(scene.width, scene.height, rng), np.float32)
+    noise = np.frombuffer(rng.bytes(pixels.size), np.int8).reshape(pixels.shape)  # uniform, and cheap to draw
+    amplitude = np.float32(rng.uniform(6, 16) / 128)
+    for thing in scene.things:
+        x1, y1, x2, y2 = thing.box
+        coverage = shape_mask(thing.shape, thing.side, thing.angle)[..., None]
+        region = pixels[y1:y2, x1:x2]
+        tint = pattern(thing.shape, y2 - y1, x2 - x1, STRIPE * scene.scale)[..., None]
+        colour = np.array(thing.rgb, np.float32)
+        colour = colour + np.where(tint > 0, 255 - colour, colour) * tint
+        region += coverage * (colour - region)
+    pixels += noise * amplitude
+    return pixels.clip(0, 255, out=pixels).astype(np.uint8)
+
+
+def _background(width: int, height: int, rng: Generator) -> Image.Image:
+    """Smooth muted colour waves, with faint strokes that are no object."""
+    grid = rng.uniform(80, 180) + rng.uniform(-35, 35, (4, 4, 1)) + rng.uniform(-16, 16, (4, 4, 3))
+    image = Image.fromarray(grid.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+    draw = ImageDraw.Draw(image)
+    for _ in range(int(rng.integers(0, 5))):
+        x1, y1, x2, y2 = rng.uniform(0, 1, 4)
+        gray = rng.uniform(80, 180)
+        r, g, b = (int(v) for v in gray + rng.uniform(-14, 14, 3))
+        draw.line((x1 * width, y1 * height, x2 * width, y2 * height), fill=(r, g, b), width=int(rng.integers(1, 3)))
+    return image

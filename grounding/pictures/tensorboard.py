@@ -1,0 +1,203 @@
+"""Training to look at: scalars for TensorBoard, and heat maps of the same few phrases again and again.
+
+Pretrain.py imports this for --tensorboard alone. Steps are counted in optimizer steps since the run's beginning, so
+that a resumed run goes on where the interrupted one stopped; what it repeats replaces what was there.
+"""
+
+import contextlib
+import itertools
+import random
+import re
+import textwrap
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+
+from config import ConfigError
+from dataset.photos import read_photo
+from dataset.reading import DataError, read_image
+from dataset.text import has_content
+from dataset.vg import Entry, clip_box
+from grounding.ground import clean_phrase, encode, ground
+from grounding.pictures.overlay import overlay, pixels
+from grounding.predict import Explainer
+from utils import UserError, log
+
+SHOWN_ENTRIES = 4  # of the training data, where nothing else is asked for
+LONGEST_TAG = 60  # characters
+
+
+class Watched(NamedTuple):
+    """A phrase whose map is drawn again and again; truth: boxes [x, y, w, h] in pixels of the image."""
+
+    image: Image.Image
+    phrase: str
+    truth: tuple[tuple[int, int, int, int], ...] = ()
+
+
+class Board:
+    """Event files of one run, written by rank 0.
+
+    Args:
+        explainer: the model in training, and the layer whose maps are drawn.
+        watched: phrases of one image in a row share its encoding.
+        every: optimizer steps between two sets of maps.
+        samples: in one optimizer step, over all processes.
+
+    Raises:
+        UserError: TensorBoard is not installed; a phrase cannot be read; the layer has no cross-attention. All of it
+            is found here, before anything is written (`start`).
+    """
+
+    def __init__(self, explainer: Explainer, watched: Sequence[Watched], every: int, samples: int) -> None:
+        self.writer_class = summary_writer()
+        check_layer(explainer)
+        self.explainer, self.watched, self.every, self.samples = explainer, watched, every, samples
+        texts = [clean_phrase(explainer, one.phrase) for one in watched]
+        self.tags = [f"maps/{number:02d}_{slug(text)}" for number, text in enumerate(texts, start=1)]
+        self.step, self.drawn_at = 0, -1
+        self.restart_clock(0)
+
+    def start(self, folder: Path, step: int, config: str) -> None:
+        """Begin or go on after `step` steps: the config as text and, in a new folder, the maps of the first weights."""
+        new = not folder.exists()
+        # What an interrupted run wrote of later steps, which are now repeated, is hidden by TensorBoard.
+        self.writer = self.writer_class(str(folder), purge_step=step + 1)
+        self.writer.add_text("config", textwrap.indent(config, "    "), step)
+        self.step, self.drawn_at = step, step
+        if new:
+            self.draw_maps(step)
+        self.restart_clock(step)
+
+    def restart_clock(self, step: int) -> None:
+        """What follows `step` counts for the next `samples_a_second`."""
+        self.looked_at, self.looked = step, time.monotonic()
+
+    def write_steps(self, step: int, means: Mapping[str, float]) -> None:
+        """Means over the steps since the last call, and the samples trained on a second, without the time of maps."""
+        seconds = time.monotonic() - self.looked
+        self._scalars("steps", step, {**means, "samples_a_second": (step - self.looked_at) * self.samples / seconds})
+        self.restart_clock(step)
+
+    def write_epoch(self, step: int, means: Mapping[str, float]) -> None:
+        """Means over an epoch that ends with `step`."""
+        self._scalars("epochs", step, means)
+        self.restart_clock(step)
+
+    def after_step(self, step: int) -> None:
+        """Draw the maps if it is time."""
+        self.step = step
+        if step % self.every == 0:
+            self.draw_maps(step)
+
+    def close(self) -> None:
+        """Draw the maps of the last step, if they are not there."""
+        if self.drawn_at != self.step:
+            self.draw_maps(self.step)
+        self.writer.close()
+
+    def draw_maps(self, step: int) -> None:
+        """Ask the model as it is for each phrase and draw what it answers; nothing of the training changes by it."""
+        started = time.monotonic()
+        with undisturbed(self.explainer):
+            image = None
+            for tag, one in zip(self.tags, self.watched, strict=True):
+                if one.image is not image:
+                    image, encoded = one.image, encode(self.explainer, one.image)
+                try:
+                    found = ground(self.explainer, encoded, one.phrase)
+                except UserError as error:  # weights that are not numbers; the next look at the losses stops the run
+                    log(f"step {step}: no map of {one.phrase!r}: {error}")
+                    continue
+                self.writer.add_image(tag, pixels(overlay(image, found, one.truth)), step, dataformats="HWC")
+        self.writer.flush()
+        self.drawn_at = step
+        self.looked += time.monotonic() - started
+
+    def _scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", value, step)
+        self.writer.flush()
+
+
+def watched_pairs(pairs: Sequence[tuple[str, str]]) -> list[Watched]:
+    """Images of any kind and phrases for them; raises `DataError` naming an image that cannot be read."""
+    images = {path: read_photo(Path(path), f"--watch {path}") for path, _ in pairs}
+    return [Watched(images[path], phrase) for path, phrase in pairs]
+
+
+def watched_entries(entries: Sequence[Entry], skip_broken: bool = False, count: int = SHOWN_ENTRIES) -> list[Watched]:
+    """The first captions of entries at equal distances through the training data, of those with boxes if any has.
+
+    Entries with no caption that holds anything are passed over.
+
+    Args:
+        skip_broken: take the next entry in place of one whose image cannot be read.
+
+    Raises:
+        DataError: an image cannot be read, unless `skip_broken`.
+    """
+    suitable = [entry for entry in entries if entry.boxes] or list(entries)
+    starts = [len(suitable) * number // count for number in range(count + 1)]
+    watched = []
+    for start, end in itertools.pairwise(starts):
+        for entry in suitable[start:end]:
+            phrase = next(filter(has_content, entry.captions), None)
+            if phrase is None:
+                continue
+            try:
+                image = read_image(entry.image, entry.source)
+            except DataError:
+                if not skip_broken:
+                    raise
+                continue
+            clipped = (clip_box(box, image.height, image.width) for box in entry.boxes)
+            truth = tuple((x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in filter(None, clipped))
+            watched.append(Watched(image, phrase, truth))
+            break
+    return watched
+
+
+@contextlib.contextmanager
+def undisturbed(explainer: Explainer) -> Iterator[None]:
+    """The model in evaluation mode; afterwards its modules' modes and all random states are as they were before."""
+    modes = [(module, module.training) for module in explainer.model.modules()]
+    python, arrays = random.getstate(), np.random.get_state()  # noqa: NPY002 - libraries may draw from it
+    explainer.model.eval()
+    try:
+        with torch.random.fork_rng([explainer.device] if explainer.device.type == "cuda" else []):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)  # noqa: NPY002
+        for module, training in modes:
+            module.training = training
+
+
+def summary_writer() -> Any:
+    """PyTorch's SummaryWriter; raises `UserError` where TensorBoard is not installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise UserError(f"--tensorboard: TensorBoard is missing ({error}); pip install tensorboard") from None
+    return SummaryWriter
+
+
+def check_layer(explainer: Explainer) -> None:
+    """Raise `ConfigError` for a layer without maps, which nobody has checked where AMC is off."""
+    fusion = explainer.model.text_encoder.fusion_layers
+    if explainer.block not in fusion:
+        raise ConfigError(
+            f"--tensorboard draws maps of amc.layer, which is {explainer.block}; the fusion layers are {fusion.start} "
+            f"to {fusion[-1]}: choose one by --set amc.layer={fusion[len(fusion) // 2]}"
+        )
+
+
+def slug(text: str) -> str:
+    """A phrase as a part of a tag: letters, digits and underscores."""
+    return re.sub(r"\W+", "_", text)[:LONGEST_TAG].strip("_")

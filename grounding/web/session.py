@@ -1,0 +1,248 @@
+"""Answers of several models about pictures, each thing computed once: what the page of `demo.py --web` asks.
+
+An image is encoded once per model, a phrase is asked once per model, mode and layer. Threshold, words and colours ask
+the model nothing (`grounding.ground.place`). What is kept is bounded in number and in size.
+"""
+
+import hashlib
+import io
+import math
+import re
+import threading
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
+
+from PIL import Image
+
+from dataset.photos import read_photo
+from dataset.reading import DataError
+from dataset.transforms import resize_bicubic
+from grounding.ground import Answer, EncodedImage, PhraseError, ask, encode, notes
+from grounding.load import LayerError, OpenedModel, layers, of_scenes
+from grounding.predict import Resize
+from grounding.web.examples import Offer
+from utils import UserError
+
+MOST_BYTES = 10 * 2**20  # of an uploaded file
+TOO_LARGE = f"MB, and at most {MOST_BYTES / 2**20:g} MB are read; save it as JPEG or with fewer pixels"
+MOST_PIXELS, LONGEST_SIDE = 40_000_000, 20_000
+MOST_SCANS = 100  # of a JPEG: each goes over all pixels again, and 80 bytes are enough for one; programs write about 10
+SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e]")
+MOST_PHRASES, LONGEST_PHRASE = 6, 300  # phrases at a time; characters
+LONGEST_NAMED = 60  # characters of a phrase in a remark on it
+LONGEST_SHOWN = 640  # pixels of the longer side of a picture that is shown without a map
+KEPT_MODELS, KEPT_ENCODINGS, KEPT_ANSWERS = 3, 8, 512
+KEPT_PIXELS = 120_000_000  # of all pictures together
+
+K = TypeVar("K", bound=Hashable)
+V = TypeVar("V")
+
+
+class Recent(Generic[K, V]):
+    """Values by key; those used longest ago are dropped while all sizes add up to more than `most`, but never the last.
+
+    Args:
+        size: of a value; 1 unless given, so that `most` is a number of values.
+    """
+
+    def __init__(self, most: float, size: Callable[[V], float] = lambda value: 1) -> None:
+        self.most, self.size = most, size
+        self.values: dict[K, V] = {}  # the one used last comes last
+
+    def get(self, key: K) -> V | None:
+        if key not in self.values:
+            return None
+        self.values[key] = value = self.values.pop(key)
+        return value
+
+    def put(self, key: K, value: V) -> V:
+        self.values.pop(key, None)
+        self.values[key] = value
+        while len(self.values) > 1 and sum(map(self.size, self.values.values())) > self.most:
+            del self.values[next(iter(self.values))]
+        return value
+
+
+class Picture(NamedTuple):
+    """A picture, upright and RGB; the key says its content, the name is for people; `reduced` is for showing."""
+
+    key: str
+    name: str
+    image: Image.Image
+    reduced: Image.Image
+
+
+class Layers(NamedTuple):
+    """The layers that a model can be asked at in a mode, and the usual one."""
+
+    choices: tuple[int, ...]
+    usual: int
+    of_scenes: bool
+
+    def lacks(self, model: str, mode: str, layer: int) -> str:
+        """The message that a model has no such layer."""
+        return f"{model} has no layer {layer} in mode {mode}, only {', '.join(map(str, self.choices))}"
+
+
+class Reply(NamedTuple):
+    """What one model says of a picture.
+
+    Args:
+        answers: one a phrase, or the message why there is none.
+        notes: on how phrases are read.
+        seconds: what was computed ("model", "image", "phrases") and how long it took; empty when all was known.
+    """
+
+    model: str
+    answers: Sequence[Answer | str]
+    notes: list[str]
+    seconds: dict[str, float]
+
+
+class Answers:
+    """Models, encoded images and answers that are kept.
+
+    Args:
+        offers: the checkpoints that can be asked, by name.
+        open_offer: opens one; a `UserError` becomes the reply's message, and is tried again the next time.
+        resize: to the model's size.
+        explain: settings of every explainer, such as `precision`.
+    """
+
+    def __init__(
+        self,
+        offers: Sequence[Offer],
+        open_offer: Callable[[Offer], OpenedModel],
+        resize: Resize = resize_bicubic,
+        **explain: Any,
+    ) -> None:
+        self.offers = {offer.name: offer for offer in offers}
+        self.open_offer, self.resize, self.explain = open_offer, resize, explain
+        self.models: Recent[str, OpenedModel] = Recent(KEPT_MODELS)
+        self.pictures: Recent[str, Picture] = Recent(KEPT_PIXELS, lambda kept: kept.image.width * kept.image.height)
+        self.encodings: Recent[tuple[str, str], EncodedImage] = Recent(KEPT_ENCODINGS)
+        self.answers: Recent[tuple[str, str, str, int, str], Answer] = Recent(KEPT_ANSWERS)
+        self.lock = threading.RLock()  # one answer at a time: an explanation goes back through the model's gradients
+
+    def add_picture(self, content: bytes, name: str) -> Picture:
+        """Decode an uploaded file and keep it; raises `DataError` when it is too large or no image."""
+        if len(content) > MOST_BYTES:
+            raise DataError(f"{name}: {math.ceil(len(content) / 2**20 * 10) / 10:.1f} {TOO_LARGE}")
+        if len(SCAN.findall(content)) > MOST_SCANS:
+            raise DataError(f"{name}: a JPEG of more than {MOST_SCANS} scans; save it again as a usual one")
+        key = hashlib.sha256(content).hexdigest()
+        with self.lock:
+            kept = self.pictures.get(key)
+            if kept is None:
+                image = read_photo(io.BytesIO(content), name, MOST_PIXELS, LONGEST_SIDE)
+                kept = Picture(key, name, image, reduced(image))
+            return self.pictures.put(key, kept._replace(name=name))
+
+    def picture(self, key: str) -> Picture:
+        """A picture that was added; raises `DataError` when it is no longer kept."""
+        with self.lock:
+            found = self.pictures.get(key)
+        if found is None:
+            raise DataError("the picture is no longer kept; choose it again" if key else "choose a picture first")
+        return found
+
+    def layers(self, model: str, mode: str) -> Layers:
+        """Opens the model if it is not yet open; raises `UserError` when it cannot be opened."""
+        with self.lock:
+            opened = self._opened(model, {})
+        return Layers(tuple(layers(opened.model, mode)), opened.config.block_num, of_scenes(opened.config))
+
+    def check_layer(self, mode: str, layer: int) -> None:
+        """Raise `LayerError` when no model has a layer; they are opened in their order until one has it."""
+        lacking = []
+        for model in self.offers:
+            try:
+                found = self.layers(model, mode)
+            except UserError:
+                return  # the page says what is wrong with it
+            if layer in found.choices:
+                return
+            lacking.append(found.lacks(model, mode, layer))
+        raise LayerError(f"--block_num {layer}: {'; '.join(lacking)}")
+
+    def ask(self, key: str, phrases: Sequence[str], model: str, mode: str, layer: int | None) -> Reply:
+        """Ask a model about a picture; what it cannot answer is a message in the reply, never an exception of ours.
+
+        Args:
+            key: of a picture; see `picture`.
+            layer: None: the config's.
+        """
+        with self.lock:
+            seconds: dict[str, float] = {}
+            try:
+                opened = self._opened(model, seconds)
+                if layer is not None and layer not in (known_layers := self.layers(model, mode)).choices:
+                    raise LayerError(known_layers.lacks(model, mode, layer))
+                explainer = opened.explainer(mode, layer, **self.explain)
+                encoded = self._encoded(key, model, opened, seconds)
+            except UserError as error:
+                return Reply(model, [str(error)] * len(phrases), [], seconds)
+            said: dict[str, str] = {}  # what is wrong with a phrase
+            remarks: list[str] = []
+            for phrase in dict.fromkeys(phrases):
+                try:
+                    start_of_it = phrase if len(phrase) <= LONGEST_NAMED else f"{phrase[:LONGEST_NAMED]}…"
+                    remarks += [f"{start_of_it}: {note}" for note in notes(explainer, phrase)]
+                except PhraseError as error:
+                    said[phrase] = str(error)
+            keys = {phrase: (key, model, mode, explainer.block, phrase) for phrase in phrases if phrase not in said}
+            known = {phrase: self.answers.get(keys[phrase]) for phrase in keys}
+            if new := [phrase for phrase, answer in known.items() if answer is None]:
+                start = time.perf_counter()
+                try:
+                    for phrase, answer in zip(new, ask(explainer, encoded, new), strict=True):
+                        known[phrase] = self.answers.put(keys[phrase], answer)
+                except UserError as error:  # weights that are not numbers
+                    said |= dict.fromkeys(new, str(error))
+                seconds["phrase" if len(new) == 1 else f"{len(new)} phrases"] = time.perf_counter() - start
+        found = [known.get(phrase) or said[phrase] for phrase in phrases]
+        return Reply(model, found, remarks, seconds)
+
+    def _opened(self, model: str, seconds: dict[str, float]) -> OpenedModel:
+        if model not in self.offers:
+            raise UserError(f"model {model!r}: not among those offered: {', '.join(self.offers)}")
+        opened = self.models.get(model)
+        if opened is None:
+            start = time.perf_counter()
+            opened = self.models.put(model, self.open_offer(self.offers[model]))
+            seconds["model"] = time.perf_counter() - start
+        return opened
+
+    def _encoded(self, key: str, model: str, opened: OpenedModel, seconds: dict[str, float]) -> EncodedImage:
+        encoded = self.encodings.get((key, model))
+        if encoded is None:
+            image = self.picture(key).image
+            start = time.perf_counter()
+            encoded = encode(opened.explainer(**self.explain), image, self.resize)
+            seconds["image"] = time.perf_counter() - start
+            self.encodings.put((key, model), encoded)
+        return encoded
+
+
+def reduced(image: Image.Image) -> Image.Image:
+    """A copy of an image with a longer side of at most `LONGEST_SHOWN`."""
+    copy = image.copy() if max(image.size) <= LONGEST_SHOWN else image.reduce(max(1, max(image.size) // LONGEST_SHOWN))
+    copy.thumbnail((LONGEST_SHOWN, LONGEST_SHOWN))
+    return copy
+
+
+def split_phrases(text: str) -> list[str]:
+    """The phrases of a text, one a line, none twice.
+
+    Raises:
+        PhraseError: there is none, there are too many, or one is too long.
+    """
+    phrases = list(dict.fromkeys(line.strip() for line in text.splitlines() if line.strip()))
+    if not phrases:
+        raise PhraseError("write a phrase, one a line")
+    if len(phrases) > MOST_PHRASES:
+        raise PhraseError(f"{len(phrases)} phrases, and at most {MOST_PHRASES} are asked at a time; take some out")
+    if long := [phrase for phrase in phrases if len(phrase) > LONGEST_PHRASE]:
+        raise PhraseError(f"a phrase of {len(long[0])} characters, and at most {LONGEST_PHRASE} are read; shorten it")
+    return phrases

@@ -1,0 +1,186 @@
+"""Heat maps, contact sheets, curves and the table of the demo: what a person sees of a run."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import scenes_demo
+from config import GroundingConfig
+from dataset.expressions import Expression
+from dataset.reading import read_image
+from grounding import maps, metrics
+from grounding.benchmarks import REFCOCO
+from grounding.pictures.panels import Case, _steps, blend, contact_sheet, loss_curves, loss_figure, panel
+from grounding.results import ResultFolder
+from utils import UserError
+
+
+def test_blend_leaves_the_cold_parts_alone() -> None:
+    image = np.full((4, 6, 3), 100, np.uint8)
+    cam = np.zeros((4, 6), np.float32)
+    cam[1, 2] = 5.0
+    shown = blend(image, cam, strength=0.5)
+    hottest = np.array([122.4, 4.4, 2.7])  # the end of matplotlib's turbo
+    assert shown[1, 2] == pytest.approx(100 * 0.5 + hottest * 0.5, abs=2)
+    shown[1, 2] = 100
+    assert (shown == 100).all()
+    assert (blend(image, np.ones((4, 6), np.float32)) == image).all()  # a flat map says nothing
+
+
+@pytest.fixture
+def expression(tmp_path: Path) -> Expression:
+    Image.new("RGB", (60, 40), "gray").save(tmp_path / "a.png")
+    return Expression(tmp_path / "a.png", "a thing", 0, "val", np.array([[5.0, 5.0, 20.0, 10.0]]))
+
+
+def test_contact_sheet(expression: Expression, tmp_path: Path) -> None:
+    right, wrong = torch.zeros(4, 6), torch.zeros(4, 6)
+    right[1, 1], wrong[3, 5] = 1.0, 1.0
+    sheets = {}
+    for name, cam in (("right", right), ("wrong", wrong)):
+        path = tmp_path / f"{name}.png"
+        contact_sheet([Case(expression, [cam]), Case(expression, [cam])], ["model"], path)
+        sheets[name] = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3).tolist()
+    green, red = [0x22, 0xC5, 0x5E], [0xEF, 0x44, 0x44]
+    assert green in sheets["right"]
+    assert red not in sheets["right"]
+    assert red in sheets["wrong"]
+    assert green not in sheets["wrong"]
+
+
+def test_contact_sheets_of_texts_that_look_like_formulas(expression: Expression, tmp_path: Path) -> None:
+    contact_sheet([Case(replace(expression, text="$a_{$"), [torch.ones(2, 2)])], ["$b_{$"], tmp_path / "sheet.png")
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
+@pytest.mark.parametrize(
+    ("size", "shown"), [((40, 60), (280, 187)), ((60, 40), (187, 280)), ((1, 1), (280, 280)), ((3, 900), (280, 1))]
+)
+def test_panels_of_any_image(mode: str, size: tuple[int, int], shown: tuple[int, int], tmp_path: Path) -> None:
+    """size: (height, width) in pixels; shown: (width, height)."""
+    height, width = size
+    Image.new(mode, (width, height)).save(tmp_path / "a.png")
+    image = read_image(tmp_path / "a.png", "")
+    box = np.array([[0.0, 0.0, width, height]])
+    assert panel(image, size, box, torch.ones(2, 3)).size == shown
+    assert panel(image, size, box, None).size == shown
+    assert panel(image, size, np.array([[0.2, 0.2, 0.1, 0.1], [-5, -5, 3, 3.0]]), torch.ones(2, 3)).size == shown
+
+
+def test_a_panel_shows_where_box_and_point_are() -> None:
+    """The annotated size counts, twice that of the file here."""
+    image, box = Image.new("RGB", (60, 40), "gray"), np.array([[60.0, 20.0, 30.0, 40.0]])
+    cam = torch.zeros(4, 6)
+    cam[1, 4] = 1.0
+    scale = 280 / 120
+    for right, colour in ((True, (0x22, 0xC5, 0x5E)), (False, (0xEF, 0x44, 0x44))):
+        shown = np.asarray(panel(image, (80, 120), box, cam, right)).astype(int)
+        x, y = maps.ResizedMap(cam, 80, 120).point()
+        assert abs(shown[int((y + 0.5) * scale), int((x + 0.5) * scale)] - colour).max() < 40
+        assert abs(shown[int(40 * scale), int(60 * scale) + 1] - 255).max() < 40  # the left edge
+        assert abs(shown[int(40 * scale), int(90 * scale) - 1] - 255).max() < 40  # the right one
+        assert abs(shown[int(60 * scale) - 1, int(75 * scale)] - 255).max() < 40  # the bottom
+        assert (shown[int(40 * scale), int(30 * scale)] == 128).all()
+    alone = np.asarray(panel(image, (80, 120), box, None)).astype(int)
+    assert (alone[int(30 * scale), int(70 * scale)] == 128).all()
+
+
+def test_loss_figures_wrap(tmp_path: Path) -> None:
+    rows = [{"epoch": 0, "step": 1, "loss_mlm": 1.0, "loss_ita": 1.0, "loss_itm": 1.0}, {"epoch": 0, "step": 2}]
+    assert loss_figure({"a": rows}, columns=2).get_size_inches().tolist() == pytest.approx([6.4, 6.0])
+    assert loss_figure({"a": rows}).get_size_inches().tolist() == pytest.approx([9.6, 3.0])
+    loss_curves({"$a_{$": rows}, tmp_path / "a.png")  # a name, not a formula
+    assert [axes.get_xlabel() for axes in loss_figure({"a": rows}, "epochs").axes] == ["epochs"] * 3
+
+
+def test_loss_curves(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [
+        {"epoch": 0, "step": 19, "loss_itm": 0.6, "loss_mlm": 3.0, "loss_ita": 2.0, "loss_cam1": 0.0, "loss_cam2": 0.0},
+        {"epoch": 0, "step": 24, "loss_itm": 0.5, "loss_mlm": 2.5, "loss_ita": 1.5, "loss_cam1": 0.0, "loss_cam2": 0.0},
+        {"epoch": 1, "step": 19, "loss_itm": 0.4, "loss_mlm": 2.0, "loss_ita": 1.0, "loss_cam1": 0.0, "loss_cam2": 0.0},
+    ]
+    assert _steps(rows) == [20, 25, 45]
+    loss_curves({"control": rows}, tmp_path / "three.png")
+    loss_curves({"control": rows, "AMC": [{**row, "loss_cam2": 0.3} for row in rows]}, tmp_path / "four.png")
+    three, four = (Image.open(tmp_path / f"{name}.png").width for name in ("three", "four"))
+    assert four == pytest.approx(three * 4 / 3, rel=0.02)  # a panel more: losses that are always 0 have none
+
+
+def test_chance_of_a_random_pixel() -> None:
+    boxes = np.array([[2.0, 1.0, 4.0, 3.0]])  # strictly inside: x 3..5, y 2..3
+    assert maps.inside(boxes, 10, 10).mean() == pytest.approx(6 / 100)
+    two = np.array([[2.0, 1.0, 4.0, 3.0], [2.0, 1.0, 4.0, 3.0]])
+    assert maps.inside(two, 10, 10).mean() == pytest.approx(6 / 100)  # a pixel counts once
+    cam = torch.zeros(10, 10)
+    hits = 0
+    for y in range(10):
+        for x in range(10):
+            cam.zero_()
+            cam[y, x] = 1
+            hits += metrics.point_correct(maps.ResizedMap(cam, 10, 10), boxes)
+    assert hits == 6
+
+
+def test_chance_of_a_random_detection() -> None:
+    box = np.array([0.0, 0.0, 10.0, 10.0])
+    detections = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 4, 4], [50, 50, 9, 9.0]])
+    assert metrics.box_chance(detections, box) == 0.5
+    assert metrics.box_chance(np.zeros((0, 4)), box) == 0.0
+
+
+def test_the_table_has_a_line_per_split_and_a_column_per_model() -> None:
+    table: scenes_demo.Table = {"chance": {"point val_d": 0.0625}, "AMC": {"point val_d": 0.875, "box val_d": None}}
+    assert scenes_demo.markdown(table).splitlines() == [
+        "| | chance | AMC |",
+        "|---|---:|---:|",
+        "| point val_d | 6.25 | 87.50 |",
+        "| box val_d | - | - |",
+    ]
+
+
+def test_the_table_is_read_from_the_logs(tmp_path: Path) -> None:
+    folder = ResultFolder(tmp_path)
+    folder.write_lines("00", [{"val_d": 0.1}, {"val_d": 0.2}, {"matching_val": 0.3, "matching_val_phrase": 0.4}])
+    config = GroundingConfig(image_root="", matching_file=["somewhere/matching_val.json"])
+    assert scenes_demo.accuracies(REFCOCO, config, {"AMC": folder}) == {
+        "AMC": {
+            "RefCOCO+ box val_d": 0.1,
+            "RefCOCO+ point val_d": 0.2,
+            "matching val": 0.3,
+            "matching val phrase": 0.4,
+        }
+    }
+
+
+def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[list[str]] = []
+    monkeypatch.setattr(scenes_demo, "run_step", lambda name, words, processes: calls.append(words))
+    config = Path("configs/scenes/Pretrain.yaml")
+    start = ["--checkpoint", "stage1"]
+    last = scenes_demo.train(tmp_path, config, start)
+    assert last.name == "checkpoint_02.pth"
+    assert calls[0][-2:] == start
+    (tmp_path / "checkpoint_00.pth").touch()
+    scenes_demo.train(tmp_path, config, start)
+    assert calls[1][-1] == "--resume"
+    last.touch()
+    scenes_demo.train(tmp_path, config, start)
+    assert len(calls) == 2
+
+
+def test_programs_side_by_side_are_shown_in_order(capsys: pytest.CaptureFixture[str]) -> None:
+    scenes_demo.run_side_by_side({"slow": ["-c", "import time; time.sleep(0.3); print(1)"], "fast": ["-c", "print(2)"]})
+    shown = capsys.readouterr().out
+    assert re.findall(r"^== (\w+)|^(\d)$", shown, re.M) == [("slow", ""), ("", "1"), ("fast", ""), ("", "2")]
+
+
+def test_a_failing_program_ends_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(UserError, match="'bad' failed with exit status 3; its message stands above"):
+        scenes_demo.run_side_by_side({"bad": ["-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"]})
+    assert "why" in capsys.readouterr().out

@@ -1,0 +1,478 @@
+"""The report: from result files of maps drawn by hand to the numbers, names and pictures of its page."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from dataset.expressions import Expression
+from grounding.benchmarks import FLICKR, REFCOCO, Benchmark
+from grounding.report import charts, rows, sections
+from grounding.report.charts import Panel, chart
+from grounding.report.page import Cell, Table
+from grounding.report.rows import (
+    ReportError,
+    Results,
+    areas,
+    best_of,
+    collect,
+    measure,
+    named_apart,
+    read_maps,
+    score,
+    shown,
+    sources_of,
+)
+from grounding.report.sections import cell, extremes, pick
+from grounding.report.statistics import Interval
+from grounding.report.write import report_folders
+from grounding.results import ResultError, ResultFolder, percent
+
+EVIL = '<script>alert("x")</script> & "two"'
+HEIGHT, WIDTH = 4, 6
+BOX = [1.0, 0.0, 3.0, 3.0]  # strictly inside: x 2 and 3, y 1 and 2; a sixth of the image
+DETECTIONS = np.array([[1.0, 0, 3, 3], [3, 0, 3, 4]])
+
+
+def peak(x: int, y: int, value: float = 1.0, floor: float = 0.0) -> Tensor:
+    """A map of an image's own size, which a resize leaves as it is."""
+    cam = torch.full((HEIGHT, WIDTH), floor)
+    cam[y, x] = value
+    return cam
+
+
+RIGHT, WRONG = peak(2, 1), peak(5, 3)
+
+
+@pytest.fixture
+def expressions(tmp_path: Path) -> list[Expression]:
+    """Two of image 0, one each of images 1 to 3; the last one's split is not reported."""
+    for number in range(4):
+        Image.new("RGB", (WIDTH, HEIGHT), (40 * number, 90, 90)).save(tmp_path / f"{number}.png")
+    rows = [
+        (0, "cat", "val", ("animal",)),
+        (0, "the cat on it", "val", ("animal", "other")),
+        (1, EVIL, "val", ()),
+        (2, "$a_{ dog", "testA", ("animal",)),
+        (3, "a thing", "train", ("other",)),
+    ]
+    return [
+        Expression(tmp_path / f"{image}.png", text, 10 + i, split, np.array([BOX]), {}, DETECTIONS, None, kinds)
+        for i, (image, text, split, kinds) in enumerate(rows)
+    ]
+
+
+def store(folder: Path, expressions: list[Expression], epochs: dict[str, list[Tensor | None]], **origin: Any) -> Path:
+    """An --output_dir with the results of some checkpoints, and the log lines that the evaluation would write."""
+    results = ResultFolder(folder / "result")
+    for epoch, maps in epochs.items():
+        records = [
+            {"ref_id": expression.ref_id, "pred": cam}
+            for expression, cam in zip(expressions, maps, strict=True)
+            if cam is not None
+        ]
+        skipped = [position for position, cam in enumerate(maps) if cam is None]
+        results.write(epoch, records, skipped, {"checkpoint": f"/some/where/ck_{epoch}.pth", "block_num": 8, **origin})
+        results.write_lines(epoch, [{"val_d": 0.5}, {"val_d": 0.5}])
+    return folder
+
+
+@pytest.fixture
+def two(expressions: list[Expression], tmp_path: Path) -> tuple[Path, Path]:
+    """A model that is right of three, and one that is right of the others, of one that the first is right of."""
+    first = store(tmp_path / "first", expressions, {"00": [RIGHT, WRONG, RIGHT, WRONG, RIGHT]}, checkpoint="/a/old.pth")
+    second = store(
+        tmp_path / "second", expressions, {"00": [RIGHT, RIGHT, WRONG, RIGHT, WRONG]}, checkpoint="/b/new.pth"
+    )
+    return first, second
+
+
+def collected(expressions: list[Expression], folders: tuple[Path, ...], benchmark: Benchmark = REFCOCO) -> Results:
+    return collect(benchmark, expressions, sources_of(folders, 2), others=len(folders) - 1)
+
+
+def words(table: Table) -> list[list[str]]:
+    return [[value.text for value in row] for row in table.rows]
+
+
+# ---- from result files to arrays
+
+
+def test_maps_are_read_in_order_with_gaps(expressions: list[Expression], tmp_path: Path) -> None:
+    maps = [RIGHT, None, WRONG, RIGHT, None]
+    (source,) = sources_of([store(tmp_path / "out", expressions, {"00": maps})], 2)
+    found = read_maps(source, expressions)
+    assert [cam is None for cam in found] == [False, True, False, False, True]
+    assert torch.equal(found[2], WRONG)
+    with pytest.raises(ResultError, match="holds 3 records, not those of the 3 expressions"):
+        read_maps(source, expressions[:3])
+    (tmp_path / "out" / "result" / "epoch00.pth").unlink()
+    with pytest.raises(ReportError, match=r"epoch00\.pth: no result to report; evaluate that checkpoint first"):
+        read_maps(source, expressions)
+
+
+def test_scores_are_the_benchmarks(expressions: list[Expression]) -> None:
+    found = score([RIGHT, WRONG, None, peak(4, 1)], expressions[:4], ("box", "point"))
+    assert found[[0, 1, 3]].tolist() == [[1, 1], [0, 0], [0, 0]]
+    assert np.isnan(found[2]).all()
+
+
+def test_measures_of_a_map(expressions: list[Expression]) -> None:
+    cam = peak(2, 1, 10.0)
+    cam[0, 5] = 6.0  # outside; hot at 0.3 and 0.5
+    names = list(rows.MEASURES)
+    (row,) = measure([cam], expressions[:1])
+    found = dict(zip(names, row.tolist(), strict=True))
+    assert found["energy"] == pytest.approx(10 / 16)
+    assert found["lift"] == pytest.approx((10 / 16 - 1 / 6) / (5 / 6))
+    assert [found[f"hot {t}"] for t in rows.THRESHOLDS] == [0.5, 0.5, 1, 1]
+    assert [found[f"map box {t}"] for t in rows.THRESHOLDS] == [0, 0, 0, 0]  # one pixel of nine
+    full = torch.zeros(HEIGHT, WIDTH)
+    full[0:3, 1:4] = 1
+    assert measure([full], expressions[:1])[0, names.index("map box 0.5")] == 1
+    assert np.isnan(measure([None], expressions[:1])).all()
+
+
+def test_any_box_is_right(expressions: list[Expression]) -> None:
+    boxes = np.array([[50.0, 50, 9, 9], BOX])
+    assert rows.overlaps((1, 0, 3, 3), boxes)
+    assert rows.overlaps((1, 0, 3, 2), boxes)
+    assert not rows.overlaps((1, 0, 2, 2), boxes)
+
+
+def test_areas(expressions: list[Expression]) -> None:
+    found = areas(expressions[:2], np.array([True, False]))
+    assert found[0] == pytest.approx(1 / 6)
+    assert np.isnan(found[1])
+
+
+def test_sources_are_the_complete_checkpoints_of_the_folders(expressions: list[Expression], tmp_path: Path) -> None:
+    maps: list[Tensor | None] = [RIGHT] * 5
+    one = store(tmp_path / "one", expressions, {"00": maps, "01": maps})
+    other = store(tmp_path / "other", expressions, {"01": maps})
+    with (one / "result" / "log.txt").open("a") as log:
+        log.write(json.dumps({"val_d": 0.5, "epoch": "02"}) + "\n")  # of two lines
+    found = sources_of([other, one], 2)
+    assert [(source.name, source.epoch) for source in found] == [("ck_01", "01"), ("ck_00", "00"), ("ck_01", "01")]
+    assert [source.name for source in named_apart(found)] == ["other/epoch 01", "ck_00", "one/epoch 01"]
+    again = sources_of([one, one], 2)  # alike in all: the whole path, at least
+    assert {source.name for source in named_apart(again)} == {f"{one}/epoch 00", f"{one}/epoch 01"}
+    with pytest.raises(ReportError, match="nowhere: no complete results"):
+        sources_of([tmp_path / "nowhere"], 2)
+
+
+def test_which_checkpoints_are_shown() -> None:
+    assert shown(4, [0, 2]) == [0, 1, 2, 3]
+    assert shown(9, [0, 5]) == [0, 5, 8]
+    assert shown(9, [0, 8]) == [0, 8]
+
+
+def test_the_best_is_the_first_of_the_best() -> None:
+    scores = [np.array([[1, 0], [1, 1], [0, 1.0]]), np.array([[0, 1], [0, np.nan], [0, 0]]), np.array([[0, 1.0]] * 3)]
+    assert best_of(scores, np.array([True, True, False])) == 1
+    assert best_of(scores, np.array([False, False, False])) == 0
+
+
+def test_what_is_compared(expressions: list[Expression], tmp_path: Path) -> None:
+    good, bad = [RIGHT] * 5, [WRONG] * 5
+    a = store(tmp_path / "a", expressions, {"00": bad, "01": good, "02": bad})
+    b = store(tmp_path / "b", expressions, {"00": good, "01": bad})
+
+    def chosen(folders: list[Path], others: int) -> tuple[int, int | None, int]:
+        found = collect(REFCOCO, expressions, sources_of(folders, 2), others)
+        return found.best, found.baseline, found.subject
+
+    assert chosen([a], 0) == (1, 0, 1)  # the first checkpoint with the best
+    assert chosen([b], 0) == (0, 1, 0)  # or the last, where the first is the best
+    assert chosen([a, b], 3) == (1, 1, 3)  # the best of the other folder with the best of this one
+    single = store(tmp_path / "c", expressions, {"00": bad})
+    assert chosen([single], 0) == (0, None, 0)
+
+
+# ---- tables
+
+
+def test_cells() -> None:
+    nan = float("nan")
+    assert cell(Interval(0.8125, 0.7, 0.9)) == Cell("81.25", "70.0 to 90.0")
+    assert cell(Interval(0.8125, nan, nan), strong=True) == Cell("81.25", "", True)
+    assert cell(Interval(nan, nan, nan)) == Cell("-")
+    assert cell(Interval(0.1, nan, nan), signed=True).text == "+10.00"
+    assert cell(Interval(-0.1, nan, nan), signed=True).text == "-10.00"
+
+
+def test_the_accuracy_table(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    part = sections.accuracy(collected(expressions, two))
+    table = part.blocks[0]
+    assert isinstance(table, Table)
+    assert list(table.head) == ["", *(f"{m} {s}" for m in ("box", "point") for s in ("val_d", "testA_d", "testB_d"))]
+    assert words(table) == [
+        ["old", "66.67", "0.00", "-", "66.67", "0.00", "-"],
+        ["new", "66.67", "100.00", "-", "66.67", "100.00", "-"],
+    ]
+    assert [row[1].detail for row in table.rows] == ["50.0 to 100.0", "0.0 to 100.0"]  # of two images
+    assert [row[1].strong for row in table.rows] == [True, False]  # equal by point val_d: the first
+    assert len(table.charts) == 2
+
+
+def test_the_log_lines_beyond_the_metrics(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    folder = ResultFolder(two[1] / "result")
+    folder.write_lines("00", [*folder.lines("00"), {"matching_val": 0.75, "matching_val_phrase": None}])
+    table = sections.accuracy(collected(expressions, two)).blocks[1]
+    assert isinstance(table, Table)
+    assert list(table.head) == ["", "matching val", "matching val phrase"]
+    assert words(table) == [["old", "-", "-"], ["new", "75.00", "-"]]
+
+
+def test_groups_are_of_reported_splits(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    tables = [block for block in sections.groups(collected(expressions, two)).blocks if isinstance(block, Table)]
+    assert [table.title for table in tables] == [
+        *(f"{metric} accuracy by {kind}" for metric in ("Box", "Point") for kind in ("phrase length", "category"))
+    ]  # all boxes are of one size: no table
+    lengths, categories = tables[2:]
+    assert words(lengths) == [
+        ["1 word", "1", "16.67", "100.00", "100.00"],
+        ["2 words", "1", "16.67", "0.00", "100.00"],
+        ["3 words", "1", "16.67", "100.00", "0.00"],
+        ["4 to 5 words", "1", "16.67", "0.00", "100.00"],
+    ]
+    assert words(categories) == [["animal", "3", "16.67", "33.33", "100.00"], ["other", "1", "16.67", "0.00", "100.00"]]
+
+
+def test_further_measures_are_of_reported_splits(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    (table,) = sections.further_measures(collected(expressions, two)).blocks
+    assert isinstance(table, Table)
+    assert words(table)[0] == ["share of the map's energy inside", "50.00", "75.00"]
+    assert len(table.rows) == len(rows.MEASURES)
+
+
+def test_the_comparison(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    found = collected(expressions, two)
+    assert (found.baseline, found.subject) == (0, 1)
+    outcome, *changed = sections.comparison(found, 0, 1).blocks
+    assert isinstance(outcome, Table)
+    assert list(outcome.head) == ["", "both right", "only old", "only new", "neither", "difference"]
+    assert words(outcome)[3:5] == [
+        ["point val_d", "1", "1", "1", "0", "0.00"],
+        ["point testA_d", "0", "0", "1", "0", "+100.00"],
+    ]
+    gained, all_gained, lost, all_lost = changed
+    assert [case.text for case in gained.cases] == ["the cat on it", "$a_{ dog"]
+    assert [case.text for case in lost.cases] == [EVIL]
+    assert words(all_gained) == [["the cat on it", "0.png", "11", "val_d"], ["$a_{ dog", "2.png", "13", "testA_d"]]
+    assert words(all_lost) == [[EVIL, "1.png", "12", "val_d"]]
+    assert [shot.right for shot in lost.cases[0].shots] == [None, True, False]
+    assert [shot.name for shot in lost.cases[0].shots] == ["image", "old", "new"]
+
+
+def test_a_map_that_is_lacking_changes_nothing(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    maps = [RIGHT, None, WRONG, RIGHT, WRONG]
+    store(two[1], expressions, {"00": maps}, checkpoint="/b/new.pth")
+    found = collected(expressions, two)
+    outcome = sections.comparison(found, 0, 1).blocks[0]
+    assert words(outcome)[3] == ["point val_d", "1", "1", "0", "0", "-50.00"]
+    assert words(sections.accuracy(found).blocks[0])[1][4] == "50.00"
+    assert words(sections.origins(found).blocks[0]) == [
+        ["old", "/a/old.pth", "-", "8", "-", "0"],
+        ["new", "/b/new.pth", "-", "8", "-", "1"],
+    ]
+
+
+# ---- cases
+
+
+def test_extremes() -> None:
+    nan = float("nan")
+    values = np.array([0.5, 0.9, nan, 0.9, 0.1, 0.2, 0.4])
+    images = [Path(name) for name in "abcdefg"]
+    assert extremes(values, images, 2) == ([1, 3], [0, 6], [4, 5])
+    assert extremes(values[:2], images[:2], 2) == ([1], [], [0])
+    assert extremes(values, [Path("a")] * 7, 2) == ([1], [], [])  # one of an image
+    assert extremes(np.array([nan]), images[:1], 2) == ([], [], [])
+    assert pick([3, 1, 2], images, 2) == [3, 1]
+
+
+def test_cases_are_of_the_subject(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    part = sections.cases(collected(expressions, two))
+    assert part.title == "Cases of new"
+    assert [(sheet.title, [case.text for case in sheet.cases]) for sheet in part.blocks] == [
+        ("Best cases", ["cat"]),
+        ("Typical cases", ["$a_{ dog"]),
+        ("Worst cases", [EVIL]),
+    ]
+    assert part.blocks[0].cases[0].note == "energy inside 100.00%"
+
+
+# ---- the page
+
+
+class Page(HTMLParser):
+    """What a browser would see: tags with their attributes, text, tables as rows of texts; every tag is closed."""
+
+    VOID = ("meta", "img", "link", "br")
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.rows: list[list[str]] = []
+        self.open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "tr":
+            self.rows.append([])
+        if tag in ("td", "th"):
+            self.rows[-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self.open[-1:] != ["style"]:
+            self.text.append(data)
+        if self.open[-1:] in (["td"], ["th"]):
+            self.rows[-1][-1] += data
+
+
+@pytest.fixture
+def html(expressions: list[Expression], two: tuple[Path, Path]) -> str:
+    path = report_folders(REFCOCO, expressions, two)
+    assert path == two[1] / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+def test_the_page_is_well_formed_and_holds_the_numbers(html: str) -> None:
+    page = Page(html)
+    assert ["new", "66.67", "100.00", "-", "66.67", "100.00", "-"] in page.rows
+    headings = [tag for tag, _ in page.tags if tag in ("h1", "h2", "h3")]
+    assert headings == ["h1", "h2", *["h3"] * 6]
+    assert "5 expressions of 4 images: val_d 3, testA_d 1, testB_d 0." in page.text
+
+
+def test_texts_are_escaped(html: str) -> None:
+    page = Page(html)
+    assert "script" not in {tag for tag, _ in page.tags}
+    assert html.count("<script") == 0
+    assert [EVIL, "1.png", "12", "val_d"] in page.rows
+    assert f"new: {EVIL}" in [attributes.get("alt") for _, attributes in page.tags]
+    template = (Path(sections.__file__).parent / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"\|\s*safe|autoescape", template)
+
+
+def test_the_page_needs_nothing_else(html: str) -> None:
+    page = Page(html)
+    for _, attributes in page.tags:
+        for name in ("src", "href", "srcset", "style", "onload", "onerror"):
+            value = attributes.get(name)
+            assert value is None or (name in ("src", "href") and value.startswith(("data:image/", "#")))
+    assert {tag for tag, _ in page.tags}.isdisjoint({"link", "iframe", "object", "embed", "base", "form"})
+    assert not re.search(r"https?://|@import|url\(", html)
+    policy = {attributes.get("http-equiv"): attributes.get("content") for tag, attributes in page.tags if tag == "meta"}
+    assert policy["Content-Security-Policy"] == "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+
+
+def test_the_pages_pictures(html: str) -> None:
+    sources = [attributes["src"] or "" for tag, attributes in Page(html).tags if tag == "img"]
+    kinds = {"data:image/svg+xml": 0, "data:image/jpeg": 0}
+    for source in sources:
+        kind, _, content = source.partition(";base64,")
+        kinds[kind] += 1
+        data = base64.b64decode(content, validate=True)
+        if kind == "data:image/jpeg":
+            assert Image.open(io.BytesIO(data)).size == (280, 187)
+        else:
+            assert b"</svg>" in data
+    classes = [attributes.get("class") for tag, attributes in Page(html).tags if tag == "span"]
+    assert classes.count("small right") == 4 + 3  # among the cases, and one of two models in each that changed
+    assert classes.count("small wrong") == 2 + 3
+    assert kinds == {"data:image/svg+xml": 2 + 1 + 4, "data:image/jpeg": 3 * (3 + 3)}
+
+
+def test_the_page_is_the_same_every_time(html: str, expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    assert report_folders(REFCOCO, expressions, two).read_text(encoding="utf-8") == html
+
+
+def test_a_page_of_one_checkpoint_compares_nothing(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    page = Page(report_folders(REFCOCO, expressions, two[:1]).read_text(encoding="utf-8"))
+    assert [tag for tag, _ in page.tags].count("h3") == 5
+    assert ["old", "66.67", "0.00", "-", "66.67", "0.00", "-"] in page.rows
+
+
+def test_training_curves_of_the_checkpoints_folder(expressions: list[Expression], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.txt").write_text('{"train_loss_itm": 0.5, "steps": 3, "epoch": 0}\n')
+    out = store(tmp_path / "out", expressions, {"00": [RIGHT] * 5}, checkpoint=str(run / "checkpoint_00.pth"))
+    page = Page(report_folders(REFCOCO, expressions, [out]).read_text(encoding="utf-8"))
+    assert "Losses of run by steps." in [attributes.get("alt") for _, attributes in page.tags]
+    (run / "log.txt").write_text("{}\n")  # a log without losses is no reason to fail
+    page = Page(report_folders(REFCOCO, expressions, [out]).read_text(encoding="utf-8"))
+    assert not any(text.strip() == "Training" for text in page.text)
+
+
+def test_results_of_other_expressions_are_refused(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    other = store(two[0].parent / "other", expressions[:2], {"00": [RIGHT] * 2})
+    with pytest.raises(ResultError, match="holds 2 records"):
+        report_folders(REFCOCO, expressions, [other, two[1]])
+
+
+def test_flickrs_size_is_the_annotated_one(expressions: list[Expression], tmp_path: Path) -> None:
+    """Boxes, maps and pictures refer to it, whatever the file's size is."""
+    record = {"image_height": 40, "image_width": 30, "split": "val"}
+    box = np.array([[10.0, 10.0, 11.0, 11.0]])
+    item = Expression(expressions[0].image, "cat", 0, "val", box, record, categories=("animals",))
+    out = store(tmp_path / "flickr", [item], {"00": [RIGHT]})
+    assert areas([item], np.array([True]))[0] == pytest.approx(100 / 1200)
+    html = report_folders(FLICKR, [item], [out]).read_text(encoding="utf-8")
+    jpegs = [a["src"] or "" for tag, a in Page(html).tags if tag == "img" and "jpeg" in (a["src"] or "")]
+    sizes = {Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size for source in jpegs}
+    assert sizes == {(210, 280)}
+
+
+def test_names_that_look_like_formulas_are_drawn_as_they_are() -> None:
+    interval = Interval(0.5, 0.4, 0.6)
+    uri = chart([Panel("$a_{$", ["$b_{$", "c"], {"$d_{$": [interval] * 2, "e": [Interval(*[float("nan")] * 3)] * 2})])
+    assert uri.startswith("data:image/svg+xml;base64,")
+
+
+def test_percent_of_the_log_is_that_of_the_table() -> None:
+    assert cell(Interval(float(np.float64(2) / 3), 0, 1)).text == percent(2 / 3)
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (["AMC", "control"], 2),
+        (["checkpoint_00", "output/refcoco/amc/epoch 02", "output/refcoco/amc/epoch 04"], 2),
+        ([f"/home/someone/experiments/{'long' * 30} epoch {number}" for number in range(4)], 1),
+    ],
+)
+def test_long_names_stay_within_a_chart(names: list[str], columns: int) -> None:
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axes = figure.subplots()
+    lines = [axes.plot([0, 1])[0] for _ in names]
+    charts._legend(figure, lines, names)
+    (legend,) = figure.legends
+    shown = legend.get_window_extent()
+    assert shown.width <= figure.bbox.width
+    figure.draw_without_rendering()
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
+    assert ["".join(text.get_text().split()) for text in legend.get_texts()] == [
+        "".join(name.split()) for name in names
+    ]

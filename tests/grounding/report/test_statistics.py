@@ -1,0 +1,135 @@
+"""Intervals over images, and groups of expressions."""
+
+import time
+
+import numpy as np
+import pytest
+
+from grounding.report.statistics import Group, by_category, by_length, by_size, intervals
+
+
+def column(*values: float) -> np.ndarray:
+    return np.array(values, float)[:, None]
+
+
+def test_the_mean_counts_expressions_not_images() -> None:
+    (found,) = intervals(column(1, 1, 1, 0), np.array([7, 7, 7, 3]))
+    assert found.mean == 0.75
+
+
+def test_an_interval_is_what_redrawing_images_gives() -> None:
+    """Two images, all right and all wrong: of four equally likely draws, one is all wrong and one all right."""
+    values, images = column(1, 1, 0, 0), np.array([0, 0, 1, 1])
+    (found,) = intervals(values, images)
+    assert (found.low, found.high) == (0, 1)
+    assert intervals(values, images, resamples=1)[0].low == intervals(values, images, resamples=1)[0].high
+
+
+def test_an_interval_agrees_with_the_normal_one() -> None:
+    values = (np.random.default_rng(1).random(4000) < 0.3).astype(float)
+    alone = intervals(values[:, None], np.arange(4000))[0]
+    error = 1.96 * np.sqrt(values.mean() * (1 - values.mean()) / 4000)
+    assert alone.high - alone.low == pytest.approx(2 * error, rel=0.06)
+    assert alone.high + alone.low == pytest.approx(2 * values.mean(), abs=0.1 * error)
+
+
+def test_expressions_of_an_image_count_as_one_draw() -> None:
+    """Ten copies of each expression, of one image, tell no more than one."""
+    rng = np.random.default_rng(2)
+    values = (rng.random(300) < 0.5).astype(float)
+    once = intervals(values[:, None], np.arange(300))[0]
+    copies = intervals(np.repeat(values, 10)[:, None], np.repeat(np.arange(300), 10))[0]
+    assert copies == pytest.approx(once)
+
+
+def test_intervals_are_the_same_every_time_and_for_any_numbering_of_images() -> None:
+    values, images = np.random.default_rng(3).random((50, 2)), np.arange(50) // 2
+    first = intervals(values, images)
+    assert intervals(values, images) == first
+    assert intervals(values, 1000 - 3 * images)[0].mean == first[0].mean
+    assert intervals(values, images, seed=1) != first
+
+
+def test_what_is_not_known_does_not_count() -> None:
+    nan = float("nan")
+    values = np.array([[1, nan, nan], [0, 1, nan], [1, 0, nan], [nan, nan, nan]])
+    a, b, c = intervals(values, np.array([0, 1, 2, 3]))
+    assert a.mean == pytest.approx(2 / 3)
+    assert b.mean == 0.5
+    assert (b.low, b.high) == (0, 1)
+    assert np.isnan(c).all()
+    assert np.isnan(intervals(np.zeros((0, 1)), np.zeros(0, int))[0]).all()
+
+
+def test_one_image_has_no_interval() -> None:
+    (found,) = intervals(column(1, 0), np.array([5, 5]))
+    assert found.mean == 0.5
+    assert np.isnan([found.low, found.high]).all()
+
+
+def test_one_image_has_no_interval_in_any_column() -> None:
+    one, both = intervals(np.array([[1, 1], [0, 0], [np.nan, 1]]), np.array([0, 0, 1]))
+    assert one.mean == 0.5
+    assert np.isnan([one.low, one.high]).all()
+    assert not np.isnan([both.low, both.high]).any()
+
+
+def test_paired_differences_are_surer_than_their_parts() -> None:
+    rng = np.random.default_rng(4)
+    one = (rng.random(400) < 0.5).astype(float)
+    other = np.where(rng.random(400) < 0.1, 1, one)
+    a, b, difference = intervals(np.stack([one, other, other - one], axis=1), np.arange(400))
+    assert difference.mean == pytest.approx(b.mean - a.mean)
+    assert difference.low > 0
+    assert difference.high - difference.low < 0.6 * (b.high - b.low)
+
+
+def test_two_thousand_resamples_of_many_images_are_quick() -> None:
+    started = time.process_time()
+    intervals(np.random.default_rng(5).random((10_000, 4)), np.arange(10_000) // 4)
+    assert time.process_time() - started < 5
+
+
+# ---- groups
+
+
+def shown(groups: list[Group]) -> dict[str, list[int]]:
+    return {group.name: group.chosen.tolist() for group in groups}
+
+
+def test_groups_by_size() -> None:
+    areas = np.array([0.005, 0.01, 0.3, 0.5, 0.0, 1.0, 0.0199])
+    assert shown(by_size(areas)) == {
+        "under 1%": [0, 4],
+        "1 to 2%": [1, 6],
+        "20 to 50%": [2],
+        "50% and more": [3, 5],
+    }
+
+
+def test_groups_by_length() -> None:
+    texts = ["a", "a b", "a b c", "a b c d", "a b c d e", "a b c d e f", "1 2 3 4 5 6 7 8", "1 2 3 4 5 6 7 8 9", "z"]
+    assert shown(by_length(texts)) == {
+        "1 word": [0, 8],
+        "2 words": [1],
+        "3 words": [2],
+        "4 to 5 words": [3, 4],
+        "6 to 8 words": [5, 6],
+        "9 words and more": [7],
+    }
+
+
+def test_groups_by_category() -> None:
+    categories = [("people",), (), ("scene", "other"), ("people", "people"), ("animals",), ("animals",), ("other",)]
+    assert shown(by_category(categories)) == {
+        "animals": [4, 5],
+        "other": [2, 6],
+        "people": [0, 3],
+        "scene": [2],
+    }
+    assert shown(by_category(categories, most=3)) == {
+        "animals": [4, 5],
+        "other": [2, 6],
+        "2 other categories": [0, 2, 3],
+    }
+    assert by_category([(), ()]) == []

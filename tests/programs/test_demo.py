@@ -1,0 +1,385 @@
+"""demo.py and the opening of checkpoints: which config, which vocabulary, which files are written, what is said."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import demo
+from config import ConfigError, GroundingConfig, PretrainConfig, load_config
+from dataset.photos import read_photo
+from dataset.reading import DataError
+from dataset.scenes import files as scenes_files
+from dataset.transforms import resize_bilinear_image
+from grounding.benchmarks import FLICKR, REFCOCO
+from grounding.ground import encode, ground_all
+from grounding.load import LayerError, config_of, open_model
+from grounding.maps import ScoredBox
+from models.albef import build_albef
+from models.checkpoint import CheckpointError
+from runs import newest_checkpoint
+from tests.small_model import BERT, SIZES
+from utils import UserError
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model's checkpoint, which says its sizes, a vocabulary, and images; do not write into it."""
+    folder = tmp_path_factory.mktemp("demo")
+    (folder / "bert.json").write_text(json.dumps(BERT))
+    (folder / "vocab.txt").write_text("\n".join(scenes_files.vocabulary()))
+    trained = {
+        **SIZES,
+        "bert_config": str(folder / "bert.json"),
+        "image_root": "x",
+        "train_file": [],
+        "amc": {"layer": 2},
+    }
+    config = PretrainConfig.model_validate(trained)
+    torch.manual_seed(3)
+    model = build_albef(config).state_dict()
+    torch.save({"model": model, "config": config.model_dump(), "epoch": 0}, folder / "tuned.pth")
+    torch.save({"model": model}, folder / "silent.pth")
+    (folder / "photos" / "more").mkdir(parents=True)
+    exif = Image.Exif()
+    exif[274] = 6
+    for seed, (name, size) in enumerate((("b.jpg", (30, 20)), ("a.png", (9, 8)), ("more/B.png", (12, 12)))):
+        grey = np.random.default_rng(seed).normal(128, 90, size[::-1]).clip(0, 255)
+        image = Image.fromarray(grey.astype(np.uint8)).convert("RGB")
+        image.save(folder / "photos" / name, **({"exif": exif} if name == "b.jpg" else {}))
+    (folder / "broken.jpg").write_text("not found")
+    return folder
+
+
+def run(place: Path, output: Path, *words: str) -> None:
+    options = ["--checkpoint", str(place / "tuned.pth"), "--text_encoder", str(place), "--device", "cpu"]
+    demo.main(demo.parse_args([*words, *options, "--output_dir", str(output)]))
+
+
+def written(output: Path) -> list[str]:
+    return sorted(path.name for path in output.iterdir())
+
+
+# ---- what is written
+
+
+def test_one_image_and_its_phrases(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    photo = place / "photos" / "b.jpg"
+    run(
+        place, tmp_path, str(photo), "The red dog!", "circle", "--words", "--json", "--npz", "--box", "2", "3", "9", "8"
+    )
+    pictures = ["b_01_the-red-dog.png", "b_02_circle.png"]
+    strips = ["b_01_the-red-dog_words.png", "b_02_circle_words.png"]
+    assert written(tmp_path) == sorted(["b.json", "b.npz", *pictures, *strips])
+    opened = open_model(place / "tuned.pth", text_encoder=str(place), device="cpu")
+    found = ground_all(opened.explainer(), read_photo(photo), ["The red dog!", "circle"])
+    result = json.loads((tmp_path / "b.json").read_text())
+    phrases = result.pop("phrases")
+    assert result == {
+        "image": str(photo),
+        "height": 30,  # stored 20 high, and turned
+        "width": 20,
+        "checkpoint": str(place / "tuned.pth"),
+        "config": f"the sizes in {place / 'tuned.pth'}",
+        "image_res": 48,
+        "resize": "RefCOCO+",
+        "gradcam_mode": "itm",
+        "block_num": 2,
+        "precision": "fp32",
+        "threshold": 0.5,
+    }
+    arrays = np.load(tmp_path / "b.npz")
+    assert arrays["phrases"].tolist() == ["The red dog!", "circle"]
+    shown = capsys.readouterr().out
+    for k, (row, one, picture) in enumerate(zip(phrases, found, pictures, strict=True), start=1):
+        np.testing.assert_allclose(arrays[f"map_{k:02d}"], one.map, atol=1e-6)
+        np.testing.assert_allclose(arrays[f"small_{k:02d}"], one.small, rtol=1e-4)
+        assert arrays[f"words_{k:02d}"].shape == (len(one.words), 3, 3)
+        x, y = one.point
+        assert row == {
+            "phrase": one.phrase,
+            "text": one.text,
+            "match": pytest.approx(one.match),
+            "point": [x, y],
+            "boxes": [{"box": list(box.box), "score": pytest.approx(box.score)} for box in one.boxes],
+            "words": [
+                {"word": word.word, "pieces": list(word.pieces), "share": pytest.approx(word.share)}
+                for word in one.words
+            ],
+            "truth": [[2, 3, 9, 8]],
+            "point_correct": 2 < x < 11 and 3 < y < 11,
+            "best_box_iou": pytest.approx(demo.metrics.iou(one.boxes[0].box, [2, 3, 9, 8])),
+            "picture": picture,
+        }
+        assert f"{photo}: {one.text!r}: match {one.match:.3f}, point [{x}, {y}], box {list(one.boxes[0].box)}" in shown
+    assert "the sizes in" in shown
+    assert "; itm at layer 2" in shown
+
+
+def test_a_truth_that_is_met() -> None:
+    """The point is strictly inside, the box the same: by hand, on a map of the image's size."""
+    small = torch.zeros(4, 6)
+    small[1, 2] = small[1, 3] = 1.0
+    found: Any = type("Found", (), {})()
+    found.small, found.map = small.numpy(), small.numpy()
+    found.boxes = (ScoredBox((2, 1, 2, 1), 1.0),)
+    assert demo.against_truth(found, []) == {}
+    met = demo.against_truth(found, [[5, 3, 1, 1], [1, 0, 3, 2]])
+    assert met == {"truth": [[5, 3, 1, 1], [1, 0, 3, 2]], "point_correct": True, "best_box_iou": 0.0}  # one row: REFER
+    found.boxes = (ScoredBox((1, 0, 3, 3), 1.0), ScoredBox((5, 3, 1, 1), 0.5))
+    both = demo.against_truth(found, [[1, 0, 3, 2], [0, 0, 5, 4]])  # IoU 6/9 and 9/20; any of them will do
+    assert both["best_box_iou"] == pytest.approx(6 / 9)
+    found.boxes = ()
+    assert demo.against_truth(found, [[2, 1, 3, 3]]) == {
+        "truth": [[2, 1, 3, 3]],
+        "point_correct": False,  # x and y are on the edge
+        "best_box_iou": 0.0,
+    }
+
+
+def test_folders_and_lists_of_images(place: Path, tmp_path: Path) -> None:
+    photos = place / "photos"
+    run(place, tmp_path / "folder", str(photos), "circle")
+    assert written(tmp_path / "folder") == ["a_01_circle.png", "b_01_circle.png"]
+    words = [
+        "--images",
+        str(photos),
+        str(photos / "more" / "B.png"),
+        "--phrase",
+        "circle",
+        "--phrase",
+        "a star",
+        "--json",
+    ]
+    run(place, tmp_path / "list", *words)
+    names = [f"{name}_{end}" for name in ("B-2", "a", "b") for end in ("01_circle.png", "02_a-star.png")]
+    assert written(tmp_path / "list") == sorted([*names, "B-2.json", "a.json", "b.json"])
+    assert json.loads((tmp_path / "list" / "B-2.json").read_text())["width"] == 12
+
+
+def test_options_reach_the_model(place: Path, tmp_path: Path) -> None:
+    photo = str(place / "photos" / "a.png")
+    words = ["--benchmark", "flickr", "--gradcam_mode", "itc", "--block_num", "0", "--set", "image_res=32"]
+    run(
+        place,
+        tmp_path,
+        photo,
+        "circle",
+        *words,
+        "--threshold",
+        "0.9",
+        "--json",
+        "--npz",
+        "--words",
+        "--colormap",
+        "jet",
+    )
+    result = json.loads((tmp_path / "a.json").read_text())
+    assert [result[key] for key in ("resize", "gradcam_mode", "block_num", "image_res", "threshold")] == [
+        *("Flickr30k", "itc", 0, 32, 0.9)
+    ]
+    opened = open_model(place / "tuned.pth", text_encoder=str(place), device="cpu", overrides=["image_res=32"])
+    explainer = opened.explainer("itc", 0)
+    (found,) = ground_all(explainer, encode(explainer, read_photo(Path(photo)), resize_bilinear_image), ["circle"], 0.9)
+    np.testing.assert_allclose(np.load(tmp_path / "a.npz")["map_01"], found.map, atol=1e-5)
+    assert result["phrases"][0]["boxes"][0]["box"] == list(found.boxes[0].box)
+    assert sorted(np.load(tmp_path / "a.npz").files) == ["map_01", "phrases", "small_01"]
+
+
+def test_bfloat16_is_for_the_image_encoder(place: Path, tmp_path: Path) -> None:
+    for precision in ("fp32", "bf16"):
+        run(place, tmp_path / precision, str(place / "photos" / "a.png"), "circle", "--npz", "--precision", precision)
+    maps = [np.load(tmp_path / precision / "a.npz")["map_01"] for precision in ("fp32", "bf16")]
+    assert 0 < np.abs(maps[0] - maps[1]).max() < 0.1
+
+
+def test_notes_on_phrases(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(place, tmp_path, str(place / "photos" / "a.png"), "a red $ circle", "a " * 31, "circle")
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        "note: phrase 'a red $ circle': the vocabulary lacks $; the model reads [UNK]",
+        f"note: phrase '{'a ' * 31}': cut to 30 words, as in evaluation",
+    ]
+
+
+# ---- what is refused
+
+
+def test_command_lines_that_say_too_little_or_too_much(place: Path) -> None:
+    photo = str(place / "photos" / "a.png")
+    cases: dict[str, list[str]] = {
+        "^an image and a phrase are missing": [],
+        "^a phrase is missing": [photo],
+        "^an image is missing": ["--phrase", "x"],
+        r"a\.png' stands for an image, and --images names others; phrases then go to --phrase": [
+            photo,
+            "--images",
+            photo,
+        ],
+        "^nope: no such file, folder or pattern; beside --images, phrases are given by": [
+            "--images",
+            photo,
+            "nope",
+            "--phrase",
+            "x",
+        ],
+        "^nope: no such file, folder or pattern; the image comes first": ["nope", "x"],
+        "^--box belongs to one image, and there are 2": [str(place / "photos"), "x", "--box", "1", "1", "1", "1"],
+    }
+    for message, words in cases.items():
+        with pytest.raises(UserError, match=message):
+            demo.main(demo.parse_args(words))
+    assert demo.what_to_ask(demo.parse_args([photo, "x", "--phrase", "y", "--phrase", "z"])) == (
+        [Path(photo)],
+        ["x", "y", "z"],
+    )
+
+
+@pytest.mark.parametrize(
+    "box", [["20", "1", "3", "3"], ["1", "1", "0", "3"], ["-5", "1", "5", "3"], ["1", "8", "2", "2"]]
+)
+def test_true_boxes_outside(box: list[str], place: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"covers nothing of .*a\.png, which is 9 pixels wide and 8 high"):
+        run(place, tmp_path, str(place / "photos" / "a.png"), "circle", "--box", *box)
+
+
+def test_broken_images_are_named_or_skipped(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--images", str(place / "broken.jpg"), str(place / "photos" / "a.png"), "--phrase", "circle"]
+    with pytest.raises(DataError, match=r"broken\.jpg: not an image"):
+        run(place, tmp_path / "strict", *words)
+    run(place, tmp_path / "lenient", *words, "--skip_broken")
+    assert written(tmp_path / "lenient") == ["a_01_circle.png"]
+    assert "skipped: " in capsys.readouterr().out
+    with pytest.raises(DataError, match=r"not an image.*--skip_broken"):
+        run(place, tmp_path, str(place / "broken.jpg"), "circle")
+    words[2:2] = [str(place / "absent.jpg"), str(place / "absent*.png")]
+    with pytest.raises(DataError, match=r"absent\.jpg: no such file"):
+        run(place, tmp_path, *words)
+    run(place, tmp_path / "missing", *words, "--skip_broken")
+    assert written(tmp_path / "missing") == ["a_01_circle.png"]
+    printed = capsys.readouterr().out
+    assert printed.count("skipped: ") == 3
+    assert "absent.jpg: no such image" in printed
+    assert "3 of 4 images could not be read and were left out" in printed
+    with pytest.raises(DataError, match="none of the images"):
+        run(place, tmp_path, str(place / "broken.jpg"), "circle", "--skip_broken")
+
+
+def test_a_message_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["demo.py"])
+    with pytest.raises(SystemExit, match=r"^error: an image and a phrase are missing"):
+        runpy.run_path("demo.py", run_name="__main__")
+
+
+def test_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "DEMO_MODELS", tmp_path)
+    with pytest.raises(
+        UserError, match=r"(?s)make demo .*scenes_stage1\.safetensors --config configs/scenes/Grounding_r"
+    ):
+        demo.demo_model()
+    for epoch in ("09", "99", "100"):
+        (tmp_path / f"checkpoint_{epoch}.pth").touch()
+    assert demo.demo_model() == newest_checkpoint(tmp_path) == tmp_path / "checkpoint_100.pth"
+    assert "knows nothing of photographs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("mode", ["itm", "itc"])
+def test_a_checkpoint_of_nan(mode: str, place: Path, tmp_path: Path) -> None:
+    content = torch.load(place / "tuned.pth", weights_only=True)
+    for value in content["model"].values():
+        if value.is_floating_point():
+            value.fill_(float("nan"))
+    torch.save(content, tmp_path / "nan.pth")
+    words = [str(place / "photos" / "b.jpg"), "circle", "--checkpoint", str(tmp_path / "nan.pth"), "--block_num", "1"]
+    options = ["--text_encoder", str(place), "--device", "cpu", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(CheckpointError, match=r"not numbers: in .*nan\.pth, temp holds NaN or infinity"):
+        demo.main(demo.parse_args([*words, *options, "--gradcam_mode", mode, "--json", "--npz"]))
+    assert not (tmp_path / "out").exists()
+
+
+# ---- which config, which vocabulary
+
+
+def test_the_config_by_the_checkpoints_sizes(place: Path) -> None:
+    scenes = load_config("configs/scenes/Pretrain.yaml", PretrainConfig).model_dump()
+    config, origin = config_of({"config": scenes}, "x.pth", REFCOCO, [])
+    assert config == load_config("configs/scenes/Grounding_refcoco.yaml", GroundingConfig)
+    assert origin == "configs/scenes/Grounding_refcoco.yaml, by the checkpoint's sizes"
+    assert config_of({"config": scenes}, "x.pth", FLICKR, ["block_num=4"])[0] == load_config(
+        "configs/scenes/Grounding_flickr.yaml", GroundingConfig, ["block_num=4"]
+    )
+    # the release's own dict: image_res 256, no sizes beside those that it names
+    released = {"bert_config": "configs/config_bert.json", "image_res": 256, "vision_width": 768, "embed_dim": 256}
+    assert config_of({"config": released}, "x.pth", REFCOCO, [])[0].image_res == 384
+    assert config_of({"config": released}, "x.pth", FLICKR, [])[0].image_res == 256
+    own = {**released, "vision_depth": 24, "image_res": 128, "amc": {"layer": 7}, "train_file": ["x"]}
+    config, origin = config_of({"config": own}, "x.pth", REFCOCO, ["embed_dim=64"])
+    assert (config.vision_depth, config.image_res, config.block_num, config.embed_dim) == (24, 128, 7, 64)
+    assert origin == "the sizes in x.pth"
+
+
+def test_checkpoints_that_do_not_say_their_sizes(place: Path) -> None:
+    names = "configs/Grounding_flickr.yaml or configs/scenes/Grounding_flickr.yaml"
+    for content in ({}, {"config": None}, {"config": {"image_res": 256}}):
+        with pytest.raises(ConfigError, match=rf"^x\.pth: does not say .* pass --config, for instance {names}"):
+            config_of(content, "x.pth", FLICKR, [])
+    with pytest.raises(ConfigError, match=r"silent\.pth: does not say"):
+        open_model(place / "silent.pth", text_encoder=str(place), device="cpu")
+    values = {**SIZES, "bert_config": str(place / "bert.json"), "image_root": "", "block_num": 1}
+    config = place.parent / "own.yaml"
+    config.write_text(json.dumps(values))
+    opened = open_model(place / "silent.pth", config, str(place), "cpu")
+    assert (opened.origin, opened.explainer().block) == (str(config), 1)
+    with pytest.raises(CheckpointError, match="does not fit the model of this config"):
+        open_model(place / "silent.pth", config, str(place), "cpu", overrides=["embed_dim=4"])
+
+
+def test_layers_are_checked(place: Path) -> None:
+    opened = open_model(place / "tuned.pth", text_encoder=str(place), device="cpu")
+    assert (opened.explainer().mode, opened.explainer().block) == ("itm", 2)
+    assert opened.explainer("itc", 0).block == 0
+    with pytest.raises(LayerError, match="--block_num 0: the fusion layers are 1 to 2"):
+        opened.explainer("itm", 0)
+    with pytest.raises(LayerError, match="the image encoder's blocks are 0 to 1"):
+        opened.explainer("itc", 2)
+    assert not any(parameter.requires_grad for parameter in opened.model.parameters())
+    assert not opened.model.training
+
+
+def test_the_vocabulary_must_be_the_models(place: Path, bert_vocab: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_bytes(bert_vocab.read_bytes())
+    with pytest.raises(ConfigError, match=r"30522 word pieces, and .*bert\.json says 122; pass the --text_encoder"):
+        open_model(place / "tuned.pth", text_encoder=str(tmp_path), device="cpu")
+
+
+def test_the_scenes_vocabulary_is_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage1, config = Path("checkpoints/scenes_stage1.safetensors"), "configs/scenes/Grounding_refcoco.yaml"
+    monkeypatch.setattr("grounding.load.SCENES_TEXT_ENCODER", tmp_path / "data" / "text_encoder")
+    with pytest.raises(UserError, match=r"make it with: python prepare.py scenes .*data, or pass --text_encoder"):
+        open_model(stage1, config, device="cpu")
+    (tmp_path / "data" / "text_encoder").mkdir(parents=True)
+    (tmp_path / "data" / "text_encoder" / "vocab.txt").write_text("\n".join(scenes_files.vocabulary()))
+    opened = open_model(stage1, config, device="cpu")
+    assert opened.tokenizer.vocab_size == 122
+    assert opened.report.loaded == 177
+
+
+def test_names_of_files() -> None:
+    paths = [Path(name) for name in ("a/x.jpg", "b/x.png", "X.gif", "x-2.jpg", "y.z.jpg")]
+    assert demo.file_names(paths) == ["x", "x-2", "X-3", "x-2-2", "y.z"]
+    assert [demo.overlay.slug(text) for text in ("The dog, left", "日本", "a/../b", "x" * 60)] == [
+        "the-dog-left",
+        "phrase",
+        "a-b",
+        "x" * 40,
+    ]

@@ -1,0 +1,666 @@
+"""Pretrain.py from its arguments to its files: what it leaves, repeats, resumes and refuses, with a tiny model."""
+
+import ctypes
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import Pretrain
+import utils
+from config import ConfigError, PretrainConfig, load_config
+from dataset.reading import DataError
+from dataset.scenes import files as scenes_files
+from dataset.text import load_tokenizer
+from dataset.vg import TrainingData
+from models.checkpoint import CheckpointError
+from models.pretrain import PretrainModel
+
+REPOSITORY = Path(__file__).parents[2]
+LOSSES = {"train_loss_mlm", "train_loss_ita", "train_loss_itm", "train_loss_cam1", "train_loss_cam2"}
+KEYS = {*LOSSES, "train_lr", "epoch"}  # those of the release's log.txt (SPEC section 2)
+Row = dict[str, Any]
+
+
+def make_workplace(folder: Path) -> Path:
+    """Tiny scenes (`data`), a config of a tiny model (`config.yaml`) and its `bert.json` in one folder."""
+    data = folder / "data"
+    scenes_files.generate(data, seed=5, train=24, annotated=24, evaluation=4, size=48)
+    vocabulary = (data / "text_encoder" / "vocab.txt").read_text().split()
+    bert = {
+        "vocab_size": len(vocabulary),
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 64,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.05,
+        "fusion_layer": 1,
+        "encoder_width": 32,
+    }
+    (folder / "bert.json").write_text(json.dumps(bert))
+    config = {
+        "train_file": [str(data / "train_phrases.json")],
+        "image_root": str(data / "images"),
+        "bert_config": str(folder / "bert.json"),
+        "image_res": 48,
+        "vision_width": 32,
+        "vision_depth": 2,
+        "vision_heads": 2,
+        "vision_initializer_range": 0.2,
+        "embed_dim": 16,
+        "queue_size": 64,
+        "batch_size": 8,
+        "mask_size": 48,
+        "amc": {"layer": 1},
+        "optimizer": {"opt": "adamW", "lr": 1e-3},
+        "schedular": {"epochs": 3, "warmup_epochs": 2, "warmup_interval": 2, "warmup_lr": 1e-4, "min_lr": 1e-5},
+    }
+    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML too
+    return folder
+
+
+def arguments(place: Path, output: Path, *words: str) -> list[str]:
+    """The command line of a run on the CPU; in `words`, key=value is a config key."""
+    line = ["--config", str(place / "config.yaml"), "--text_encoder", str(place / "data" / "text_encoder")]
+    line += ["--output_dir", str(output), "--num_workers", "0", "--device", "cpu"]
+    for word in words:
+        line += ["--set", word] if "=" in word else [word]
+    return line
+
+
+def log_rows(output: Path) -> list[Row]:
+    """log.txt without the one thing in it that no two runs share."""
+    rows = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
+    for row in rows:
+        assert row.pop("seconds") >= 0
+    return rows
+
+
+def step_rows(output: Path) -> list[Row]:
+    return [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+
+
+def left_by_a_run(epochs: int) -> set[str]:
+    checkpoints = {f"checkpoint_{epoch:02d}.pth" for epoch in range(epochs)}
+    return {"config.yaml", "run.json", "log.txt", "steps.jsonl", *checkpoints}
+
+
+def train(place: Path, output: Path, *words: str) -> list[Row]:
+    Pretrain.main(Pretrain.parse_args(arguments(place, output, *words)))
+    return log_rows(output)
+
+
+def saved(output: Path, epoch: int) -> dict[str, Any]:
+    return torch.load(output / f"checkpoint_{epoch:02d}.pth", weights_only=True)
+
+
+def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    assert one.keys() == other.keys()
+    return all(torch.equal(one[key], other[key]) for key in one)
+
+
+def total(row: Row) -> float:
+    return sum(row[name] for name in LOSSES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A model this small is faster on one thread, and its sums have one order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Do not write into it."""
+    return make_workplace(tmp_path_factory.mktemp("pretrain"))
+
+
+@pytest.fixture(scope="module")
+def finished(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The output of three epochs with AMC, never interrupted. Do not write into it."""
+    output = tmp_path_factory.mktemp("finished")
+    train(place, output)
+    return output
+
+
+# ---- what a run leaves
+
+
+def test_what_a_run_with_amc_leaves(place: Path, finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == left_by_a_run(epochs=3)
+    for epoch in range(3):
+        checkpoint = saved(finished, epoch)
+        assert {"model", "optimizer", "lr_scheduler", "config", "epoch"} <= set(checkpoint)
+        assert checkpoint["epoch"] == epoch
+    model = PretrainModel(load_config(finished / "config.yaml", PretrainConfig))
+    model.load_state_dict(checkpoint["model"])
+    assert PretrainConfig.model_validate(checkpoint["config"]) == model.config
+    entries = len(json.loads((place / "data" / "train_phrases.json").read_text()))
+    rows = log_rows(finished)
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    for row in rows:
+        assert {key for key in row if key.startswith("train_") or key == "epoch"} == KEYS
+        assert row["steps"] == entries // 8
+        assert row["broken_images"] == 0
+        assert all(math.isfinite(row[name]) and row[name] > 0 for name in LOSSES)
+
+
+def test_the_log_of_steps(place: Path, tmp_path: Path) -> None:
+    """A line for every 20 steps, and for what is left at an epoch's end: means over those steps."""
+    (whole,) = train(place, tmp_path, "batch_size=2", "schedular.epochs=1")
+    rows = step_rows(tmp_path)
+    ends = [*range(20, whole["steps"], 20), whole["steps"]]
+    assert [row["step"] + 1 for row in rows] == ends
+    assert {row["epoch"] for row in rows} == {0}
+    lengths = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    for name in LOSSES:
+        means = [row[name.removeprefix("train_")] for row in rows]
+        assert len(set(means)) == len(rows) > 1
+        average = sum(length * mean for length, mean in zip(lengths, means, strict=True)) / whole["steps"]
+        assert average == pytest.approx(whole[name])
+
+
+def test_the_config_left_behind_is_the_one_used(place: Path, tmp_path: Path) -> None:
+    override = "amc.margin_max=0.25"
+    train(place, tmp_path, override, "--max_steps", "1")
+    left = load_config(tmp_path / "config.yaml", PretrainConfig)
+    assert left.amc.margin_max == 0.25
+    assert left == load_config(place / "config.yaml", PretrainConfig, [override])
+
+
+def test_the_record_of_the_run(finished: Path) -> None:
+    record = json.loads((finished / "run.json").read_text())
+    assert record["seed"] == 42
+    assert record["world_size"] == 1  # outside a process group, where the release stopped
+    assert torch.__version__.startswith(record["versions"]["torch"])
+    assert record["options"]["output_dir"] == str(finished)
+    assert not dist.is_initialized()
+
+
+def test_without_amc(place: Path, tmp_path: Path) -> None:
+    (row,) = train(place, tmp_path, "add_gcam=False", "schedular.epochs=1")
+    assert {key for key in row if key.startswith("train_") or key == "epoch"} == KEYS
+    assert row["train_loss_cam1"] == row["train_loss_cam2"] == 0
+    assert min(row["train_loss_mlm"], row["train_loss_ita"], row["train_loss_itm"]) > 0
+    assert saved(tmp_path, 0)["epoch"] == 0
+
+
+@pytest.mark.parametrize("how", ["entries without boxes", "phrase_input=False"])
+def test_batches_without_boxes(place: Path, tmp_path: Path, how: str) -> None:
+    captions = f"train_file=[{place / 'data' / 'train_captions.json'}]"
+    rows = train(place, tmp_path, "schedular.epochs=2", how if "=" in how else captions)
+    for row in rows:
+        assert row.keys() >= KEYS
+        assert row["train_loss_cam1"] == row["train_loss_cam2"] == 0
+        assert math.isfinite(total(row))
+
+
+@pytest.mark.parametrize("axis", ["sequence", "vocabulary"])
+def test_batches_without_a_masked_word(place: Path, tmp_path: Path, axis: str) -> None:
+    (row,) = train(place, tmp_path, "schedular.epochs=1", "mlm_probability=0", f"mlm_distill_axis={axis}")
+    assert row["train_loss_mlm"] == 0
+    assert math.isfinite(total(row))
+
+
+def test_a_fixed_set_is_learned(place: Path, tmp_path: Path) -> None:
+    words = ["schedular.epochs=8", "optimizer.lr=3e-3", "mlm_distill_axis=vocabulary", "mlm_probability=0.4"]
+    words += ["queue_size=8", "alpha=0"]  # with a random queue's many keys, the start decides how far the sum can fall
+    rows = train(place, tmp_path, *words, "augment={flip_prob: 0, grayscale_prob: 0, jitter_prob: 0}")
+    assert rows[-1]["train_loss_mlm"] < 0.8 * rows[0]["train_loss_mlm"]
+    assert rows[-1]["train_loss_cam2"] < 0.8 * rows[0]["train_loss_cam2"]
+    assert total(rows[-1]) < 0.85 * total(rows[0])
+
+
+# ---- repeating a run
+
+
+def test_equal_seeds_give_equal_runs(place: Path, finished: Path, tmp_path: Path) -> None:
+    assert train(place, tmp_path) == log_rows(finished)
+    assert same_weights(saved(tmp_path, 2)["model"], saved(finished, 2)["model"])
+
+
+def test_another_seed_gives_another_run(place: Path, finished: Path, tmp_path: Path) -> None:
+    row, *_ = train(place, tmp_path, "--seed", "43", "--max_steps", str(log_rows(finished)[0]["steps"]))
+    assert row["steps"] == log_rows(finished)[0]["steps"]
+    assert all(row[name] != log_rows(finished)[0][name] for name in LOSSES)
+    assert not same_weights(saved(tmp_path, 0)["model"], saved(finished, 0)["model"])
+
+
+def test_workers_change_nothing(place: Path) -> None:
+    config = load_config(place / "config.yaml", PretrainConfig)
+    tokenizer = load_tokenizer(str(place / "data" / "text_encoder"))
+    batches = []
+    for workers in ("0", "2"):
+        args = Pretrain.parse_args([*arguments(place, place), "--num_workers", workers])
+        data = TrainingData(config, seed=1)
+        loader = Pretrain.build_loader(data, tokenizer, config, args)
+        for epoch in (0, 1):
+            data.epoch = epoch
+            batches.append(list(loader))
+    alone, helped = batches[:2], batches[2:]
+    for epoch in (0, 1):
+        assert len(alone[epoch]) == len(helped[epoch]) > 2
+        for one, other in zip(alone[epoch], helped[epoch], strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert not torch.equal(alone[0][0][0], alone[1][0][0])  # the second epoch draws anew, in the workers too
+
+
+def test_every_epoch_draws_its_own_samples(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, int]] = []
+    original = TrainingData.__getitem__
+
+    def record(data: TrainingData, index: int) -> Any:
+        drawn.append((data.epoch, index))
+        return original(data, index)
+
+    monkeypatch.setattr(TrainingData, "__getitem__", record)
+    rows = train(place, tmp_path, "schedular.epochs=2")
+    orders = [[index for epoch, index in drawn if epoch == number] for number in (0, 1)]
+    for order in orders:
+        assert len(set(order)) == len(order) >= 8 * rows[0]["steps"]  # no entry twice
+    assert orders[0] != orders[1]
+
+
+def test_gradient_checkpointing_changes_no_loss(
+    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    setting = mock.Mock()
+    monkeypatch.setattr(utils, "return_freed_memory", setting)
+    steps = log_rows(finished)[0]["steps"]
+    (row,) = train(place, tmp_path, "--grad_checkpointing", "--max_steps", str(steps))
+    setting.assert_called_once_with()
+    for name in LOSSES:  # dropout is on: the recomputation must repeat it
+        assert row[name] == pytest.approx(log_rows(finished)[0][name], rel=1e-4)
+
+
+MAPPED = """
+import ctypes, sys, torch, utils
+
+class Mallinfo2(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+mallinfo2 = ctypes.CDLL(None).mallinfo2
+mallinfo2.restype = Mallinfo2
+
+if sys.argv[1] != "as it is":
+    assert utils.return_freed_memory(*map(int, sys.argv[2:]))
+torch.ones(2**22)  # 16 MB, freed at once: from here on glibc keeps blocks of up to that size
+before = mallinfo2().hblkhd
+block = torch.ones(2**20)  # 4 MB
+print(mallinfo2().hblkhd - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="a setting of glibc's")
+def test_blocks_of_the_size_are_mapped_alone() -> None:
+    """A block that has its own mapping goes back to the system when freed; glibc counts the bytes of such blocks."""
+    others = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")  # settings of glibc's allocator, and other allocators
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(others)}
+    mapped = []
+    for how in (["as it is"], ["give back"], ["give back", str(2**25)]):
+        command = [sys.executable, "-c", MAPPED, *how]
+        done = subprocess.run(command, cwd=REPOSITORY, env=environment, check=True, capture_output=True)
+        mapped.append(int(done.stdout))
+    assert mapped[0] < 2**22  # what the setting is for
+    assert mapped[1] >= 2**22
+    assert mapped[2] < 2**22  # 4 MB are less than these 32
+
+
+def test_compiling_changes_no_loss(
+    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = mock.Mock(side_effect=partial(PretrainModel.compile_image_encoders, backend="aot_eager"))
+    monkeypatch.setattr(PretrainModel, "compile_image_encoders", lambda model: compiled(model))
+    steps = log_rows(finished)[0]["steps"]
+    (row,) = train(place, tmp_path, "--compile", "--max_steps", str(steps))
+    compiled.assert_called_once()
+    for name in LOSSES:
+        assert row[name] == pytest.approx(log_rows(finished)[0][name], rel=1e-4)
+    assert saved(tmp_path, 0)["model"].keys() == saved(finished, 0)["model"].keys()
+
+
+# ---- interruption
+
+
+class Interruption(Exception):
+    """What stands for a power cut."""
+
+
+def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, owner: object, name: str, after: int) -> None:
+    original, calls = getattr(owner, name), 0
+
+    def stop(*args: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls > after:
+            raise Interruption(where)
+        return original(*args, **options)
+
+    monkeypatch.setattr(owner, name, stop)
+
+
+@pytest.mark.parametrize("where", ["within epoch 2", "before the checkpoint of epoch 1", "writing the log of epoch 1"])
+def test_a_resumed_run_repeats_an_uninterrupted_one(
+    place: Path, finished: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = log_rows(finished)[0]["steps"]
+    with monkeypatch.context() as patch:
+        if where == "within epoch 2":
+            interrupt(patch, where, Pretrain.Run, "backward", after=2 * steps + 3)
+        else:
+            interrupt(patch, where, Pretrain, "save_checkpoint", after=1)
+        with pytest.raises(Interruption):
+            train(place, tmp_path)
+    epochs_kept = 2 if where == "within epoch 2" else 1
+    assert len(list(tmp_path.glob("checkpoint_*.pth"))) == epochs_kept
+    if where == "writing the log of epoch 1":
+        log = (tmp_path / "log.txt").read_text()
+        (tmp_path / "log.txt").write_text(log[: len(log) - 30])
+
+    assert train(place, tmp_path, "--resume", "True") == log_rows(finished)
+    assert step_rows(tmp_path) == step_rows(finished)
+    last, wanted = saved(tmp_path, 2), saved(finished, 2)
+    assert same_weights(last["model"], wanted["model"])
+    assert last["lr_scheduler"] == wanted["lr_scheduler"]
+    for key, state in wanted["optimizer"]["state"].items():
+        assert same_weights(last["optimizer"]["state"][key], state)
+
+
+def test_resume_takes_the_newest_checkpoint(place: Path, tmp_path: Path) -> None:
+    train(place, tmp_path / "once", "--max_steps", "1")
+    for epoch in (9, 99, 100):  # by number, not by letters
+        torch.save(saved(tmp_path / "once", 0) | {"epoch": epoch}, tmp_path / f"checkpoint_{epoch:02d}.pth")
+    (row,) = train(place, tmp_path, "--resume", "schedular.epochs=102")
+    assert row["epoch"] == 101
+
+
+def test_resume_false_starts_again(place: Path, tmp_path: Path) -> None:
+    (first,) = train(place, tmp_path, "--max_steps", "2")
+    (row,) = train(place, tmp_path, "--resume", "False", "--max_steps", "2", "--seed", "43")
+    assert row["epoch"] == 0
+    assert row["train_loss_mlm"] != first["train_loss_mlm"]
+
+
+def test_a_new_run_sets_an_earlier_one_aside(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in ("1", "2", "3"):
+        train(place, tmp_path, "--max_steps", "1", "--seed", seed)
+    assert f"holds an earlier run, which is now in {tmp_path / 'earlier_2'}" in capsys.readouterr().out
+    folders = [tmp_path / "earlier_1", tmp_path / "earlier_2", tmp_path]
+    for folder in folders:
+        assert left_by_a_run(epochs=1) <= {path.name for path in folder.iterdir()}
+    logs = [(folder / "log.txt").read_text() for folder in folders]
+    assert len(set(logs)) == 3
+    assert all(len(text.splitlines()) == 1 for text in logs)
+
+
+def test_resume_does_not_take_an_earlier_runs_checkpoint(
+    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new run that stops before its first checkpoint leaves none to resume, though the folder had three."""
+    for path in finished.iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Pretrain.Run, "train_epoch", stop)
+        with pytest.raises(KeyboardInterrupt):
+            train(place, tmp_path)
+    rows = train(place, tmp_path, "--resume", "--max_steps", "1")
+    assert [row["epoch"] for row in rows] == [0]
+
+
+def test_a_checkpoint_to_start_from_replaces_all_others(
+    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With one, no other weights are looked for: the release downloads DeiT's first."""
+    for name in ("init_image_encoder", "init_text_encoder"):
+        monkeypatch.setattr(Pretrain, name, None)  # would be called
+    start = str(finished / "checkpoint_02.pth")
+    train(place, tmp_path, "--checkpoint", start, "--max_steps", "1", "vit_init=nowhere.pth")
+
+
+@pytest.mark.parametrize("words", [["--accum_steps", "0"], ["--max_steps", "0"], ["--max_steps", "-1"]])
+def test_counts_are_positive(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        Pretrain.parse_args(words)
+    assert "must be at least 1" in capsys.readouterr().err
+
+
+def test_resume_without_a_checkpoint(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = train(place, tmp_path / "new", "--resume", "--max_steps", "1")
+    assert [row["epoch"] for row in rows] == [0]
+    assert f"{tmp_path / 'new'} holds no checkpoint yet, starting from the beginning" in capsys.readouterr().out
+
+
+def test_resume_from_a_given_checkpoint(place: Path, finished: Path, tmp_path: Path) -> None:
+    (row,) = train(place, tmp_path, "--resume", "--checkpoint", str(finished / "checkpoint_01.pth"))
+    assert row == log_rows(finished)[2]
+    assert same_weights(saved(tmp_path, 2)["model"], saved(finished, 2)["model"])
+
+
+def test_nothing_is_left_to_resume(place: Path, finished: Path, tmp_path: Path) -> None:
+    train(place, tmp_path, "--resume", "--checkpoint", str(finished / "checkpoint_02.pth"))
+    assert log_rows(tmp_path) == []
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_a_file_of_weights_alone_cannot_be_resumed(place: Path, finished: Path, tmp_path: Path) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save({"model": saved(finished, 0)["model"]}, path)
+    with pytest.raises(CheckpointError, match=r"weights\.pth: cannot resume, it lacks optimizer, lr_scheduler, epoch"):
+        train(place, tmp_path, "--resume", "--checkpoint", str(path))
+    assert not (tmp_path / "log.txt").exists()
+    (row,) = train(place, tmp_path, "--checkpoint", str(path), "--max_steps", "1")  # but it can be started from
+    assert row["epoch"] == 0
+    assert steps_taken(saved(tmp_path, 0)) == 1
+    moved = saved(tmp_path, 0)["model"]["temp"] - saved(finished, 0)["model"]["temp"]
+    assert 0 < abs(float(moved)) <= 1.01 * row["train_lr"]  # AdamW's first step from there
+
+
+# ---- options
+
+
+@pytest.mark.parametrize(("most", "epochs"), [(3, 1), (13, 2)])
+def test_max_steps(place: Path, tmp_path: Path, most: int, epochs: int) -> None:
+    rows = train(place, tmp_path, "--max_steps", str(most))
+    assert len(rows) == len(list(tmp_path.glob("checkpoint_*.pth"))) == epochs
+    assert sum(row["steps"] for row in rows) == most
+    assert steps_taken(saved(tmp_path, epochs - 1)) == most
+
+
+def steps_taken(checkpoint: dict[str, Any]) -> float:
+    """Optimizer steps, by AdamW's own count."""
+    (count,) = {float(state["step"]) for state in checkpoint["optimizer"]["state"].values()}
+    return count
+
+
+def test_accumulation_steps_less_often(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    updates: list[int] = []
+    original = PretrainModel.update_teacher
+
+    def update(model: PretrainModel) -> None:
+        updates.append(1)
+        original(model)
+
+    monkeypatch.setattr(PretrainModel, "update_teacher", update)
+    words = ["schedular.epochs=1", "batch_size=4"]
+    (each,) = train(place, tmp_path / "each", *words)
+    assert len(updates) == each["steps"] == steps_taken(saved(tmp_path / "each", 0))
+    updates.clear()
+    (every_second,) = train(place, tmp_path / "second", *words, "--accum_steps", "2")
+    assert every_second["steps"] == each["steps"] // 2
+    assert steps_taken(saved(tmp_path / "second", 0)) == each["steps"] // 2
+    assert len(updates) == each["steps"] // 2  # the teacher moves once a step, not once a batch
+
+
+def test_accumulation_averages_the_gradients(place: Path, tmp_path: Path) -> None:
+    args = Pretrain.parse_args(arguments(place, tmp_path, "--accum_steps", "2"))
+    config = load_config(args.config, PretrainConfig)
+    run = Pretrain.Run(args, config, torch.device("cpu"))
+    run.parallel.eval()  # without dropout
+    # The bias of the MLM head: MLM alone moves it, and its loss knows nothing of the queues that fill meanwhile.
+    bias = dict(run.model.named_parameters())["text_encoder.cls.predictions.bias"]
+    batches = [Pretrain.Batch(*batch) for batch, _ in zip(run.loader, range(2), strict=False)]
+    halves = []
+    for batch in batches:
+        run.backward(batch, 0.0, micro=1)
+        assert bias.grad is not None
+        halves.append(bias.grad.clone())
+        run.optimizer.zero_grad()
+    for micro, batch in enumerate(batches):
+        run.backward(batch, 0.0, micro)
+    assert bias.grad is not None
+    torch.testing.assert_close(bias.grad, halves[0] + halves[1])
+    run.args.accum_steps = 1
+    run.optimizer.zero_grad()
+    run.backward(batches[0], 0.0, micro=0)
+    torch.testing.assert_close(halves[0], bias.grad / 2)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision(place: Path, tmp_path: Path, precision: str) -> None:
+    (full,) = train(place, tmp_path / "full", "--max_steps", "1")
+    (half,) = train(place, tmp_path / "half", "--max_steps", "1", "--precision", precision)
+    for name in LOSSES:
+        assert half[name] == pytest.approx(full[name], rel=0.03)
+    assert half["train_loss_mlm"] != full["train_loss_mlm"]
+    rows = train(place, tmp_path / "half", "--precision", precision)
+    assert all(math.isfinite(total(row)) for row in rows)
+    assert rows[-1]["train_loss_mlm"] < half["train_loss_mlm"]
+    weights = saved(tmp_path / "full", 0)["model"]
+    for key, weight in saved(tmp_path / "half", 2)["model"].items():
+        assert weight.dtype == weights[key].dtype
+        assert weight.isfinite().all()
+
+
+def test_the_amc_terms_stay_in_full_precision(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kinds: set[torch.dtype] = set()
+    original = PretrainModel.training_gradcam
+
+    def record(model: PretrainModel, logits: Tensor, attention: Tensor, attention_mask: Tensor) -> Tensor:
+        cam = original(model, logits, attention, attention_mask)
+        kinds.update((logits.dtype, attention.dtype, cam.dtype))
+        return cam
+
+    monkeypatch.setattr(PretrainModel, "training_gradcam", record)
+    train(place, tmp_path, "--precision", "bf16", "--max_steps", "1")
+    assert kinds == {torch.float32}
+
+
+def test_broken_images_are_replaced_on_request(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = json.loads((place / "data" / "train_phrases.json").read_text())
+    for row in rows:
+        (tmp_path / row["image"]).write_bytes((place / "data" / "images" / row["image"]).read_bytes())
+    broken = tmp_path / rows[7]["image"]
+    broken.write_bytes(broken.read_bytes()[:400])
+    entries = sum(row["image"] == broken.name for row in rows)
+    words = [
+        f"image_root={tmp_path}",
+        "batch_size=2",
+        "schedular.epochs=1",
+    ]  # batches of 2: nearly all entries are used
+    (row,) = train(place, tmp_path / "out", *words, "--skip_broken")
+    assert 1 <= row["broken_images"] <= entries
+    assert (
+        f"{row['broken_images']} unreadable images were replaced by others: {place / 'data'}" in capsys.readouterr().out
+    )
+    # Without the option it stops; a message from a loader's worker comes out of its traceback.
+    args = Pretrain.parse_args([*arguments(place, tmp_path / "out", *words), "--num_workers", "1"])
+    with pytest.raises(SystemExit) as stopped:
+        utils.run(Pretrain.main, args)
+    message = str(stopped.value)
+    assert message.startswith(f"error: {place / 'data' / 'train_phrases.json'}: entry ")
+    assert f"image {broken} cannot be decoded" in message
+    assert "Traceback" not in message
+
+
+def test_without_a_gpu_it_says_so(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    args = Pretrain.parse_args(arguments(place, tmp_path, "--max_steps", "1"))
+    args.device = None  # the default
+    Pretrain.main(args)
+    assert "No GPU found: running on the CPU." in capsys.readouterr().out
+
+
+# ---- refusals
+
+
+def test_a_gpu_asked_for_where_there_is_none(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(utils.UserError, match="--device cuda: this machine has no CUDA device"):
+        train(place, tmp_path, "--device", "cuda")
+
+
+def test_a_vocabulary_too_large_for_the_model(place: Path, tmp_path: Path) -> None:
+    bert = json.loads((place / "bert.json").read_text()) | {"vocab_size": 50}
+    (tmp_path / "bert.json").write_text(json.dumps(bert))
+    with pytest.raises(utils.UserError, match=r"vocab\.txt: \d+ word pieces, and bert_config's vocab_size is 50;"):
+        train(place, tmp_path, f"bert_config={tmp_path / 'bert.json'}")
+
+
+def test_a_checkpoint_of_another_size(place: Path, finished: Path, tmp_path: Path) -> None:
+    path = finished / "checkpoint_02.pth"
+    with pytest.raises(CheckpointError, match=r"checkpoint_02\.pth: does not fit") as refused:
+        train(place, tmp_path, "embed_dim=8", "--checkpoint", str(path))
+    assert "vision_proj.weight is [16, 32], the model has [8, 32]" in str(refused.value)
+    with pytest.raises(CheckpointError, match=r"missing: visual_encoder\.blocks\.2\."):
+        train(place, tmp_path, "vision_depth=3", "--checkpoint", str(path))
+
+
+def test_too_little_data_for_a_batch(place: Path, tmp_path: Path) -> None:
+    captions = f"train_file=[{place / 'data' / 'train_captions.json'}]"
+    with pytest.raises(DataError, match="24 training entries do not fill one step of 25; lower batch_size"):
+        train(place, tmp_path, captions, "batch_size=25")
+    with pytest.raises(DataError, match="24 training entries do not fill one step of 32; lower batch_size"):
+        train(place, tmp_path, captions, "--accum_steps", "4")
+    train(place, tmp_path, captions, "batch_size=24", "--max_steps", "1")
+
+
+def test_a_gradcam_layer_that_sees_no_image(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"amc\.layer is 0; the fusion layers are 1 to 2"):
+        train(place, tmp_path, "amc.layer=0")
+
+
+def test_a_loss_that_is_nan_stops_the_run(place: Path, finished: Path, tmp_path: Path) -> None:
+    content = saved(finished, 0)
+    content["model"]["text_encoder.cls.predictions.bias"].fill_(math.nan)
+    torch.save(content, tmp_path / "spoiled.pth")
+    with pytest.raises(Pretrain.TrainingError, match=r"^loss_mlm.* became NaN or infinite in epoch 0"):
+        train(place, tmp_path / "out", "--checkpoint", str(tmp_path / "spoiled.pth"))
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_divergence_stops_the_run(place: Path, tmp_path: Path) -> None:
+    # All losses are NaN here, and the similarities that hard negatives are drawn from.
+    with pytest.raises(Pretrain.TrainingError, match=r"loss_.* became NaN or infinite in epoch 0"):
+        train(place, tmp_path, "optimizer.lr=1e30", "schedular.warmup_lr=1e30")
+    assert not list(tmp_path.glob("*.pth"))
+
+
+def test_an_error_is_one_line_and_status_1(place: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "Pretrain.py", *arguments(place, tmp_path, "image_ress=8")]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    assert done.returncode == 1
+    assert done.stderr == f"error: {place / 'config.yaml'}: unknown key 'image_ress'; did you mean 'image_res'?\n"

@@ -1,0 +1,189 @@
+"""The pages of docs/ that tell how: their files load, their commands are read by the programs, their pictures exist."""
+
+import itertools
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import demo
+import prepare
+import Pretrain
+from config import GroundingConfig, PretrainConfig, load_config
+from dataset import flickr, vg
+from dataset.scenes.world import Scene, draw_scene
+from docs import figures
+from grounding import evaluate
+from grounding.benchmarks import FLICKR, REFCOCO
+from models import amc
+from models.xbert import TextEncoder
+
+DOCS = Path("docs")
+PAGES = ("tutorial.md", "gradcam.md", "demo.md")
+SHAPES = {"shape": ("circle", "square", "triangle", "star", "cross"), "size": ("small", "big")}
+SHAPES["colour"] = ("red", "green", "blue", "yellow", "purple", "orange")
+
+
+def page(name: str) -> str:
+    return (DOCS / name).read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files that the tutorial has its reader write, and white images of the scenes' sizes."""
+    folder = tmp_path_factory.mktemp("own")
+    found = re.findall(r"`data/own/([\w.]+)`:\n\n```\w*\n(.*?)```", page("tutorial.md"), flags=re.DOTALL)
+    assert [name for name, _ in found] == ["phrases.json", "val.txt", "boxes.json", "sentences.json"]
+    for name, text in found:
+        (folder / name).write_text(text)
+    (folder / "images").mkdir()
+    for index in range(4000, 4011):
+        scene = scene_of(index)
+        Image.new("RGB", (scene.width, scene.height), "white").save(folder / "images" / f"{index:06d}.jpg")
+    return folder
+
+
+def scene_of(index: int | str) -> Scene:
+    """The training scene of an index or of a file, as `prepare.py scenes data/scenes` draws it."""
+    return draw_scene(np.random.default_rng([0, 0, int(Path(str(index)).stem)]))
+
+
+def shown(image: str, phrase: str) -> list[list[int]]:
+    """The boxes [x1, y1, x2, y2] of the things that a plain phrase ("a big star") is true of."""
+    said = {key: [word for word in phrase.split() if word in words] for key, words in SHAPES.items()}
+    assert sum(map(len, said.values())) >= 1, phrase
+    fitting = [t for t in scene_of(image).things if all(w == getattr(t, k) for k, words in said.items() for w in words)]
+    return [list(thing.box) for thing in fitting]
+
+
+def test_the_training_file(own: Path) -> None:
+    config = load_config("configs/scenes/Pretrain.yaml", PretrainConfig, [f"image_root={own / 'images'}"])
+    entries = vg.load_entries(own / "phrases.json", config)
+    assert len(entries) == 8
+    for entry in entries:
+        assert entry.image.is_file()
+        for caption in entry.captions:
+            assert sorted(shown(entry.image.name, caption)) == sorted(entry.boxes), caption
+    used = [entry.image.stem for entry in entries]
+    assert not {"004008", "004010"} & set(used)  # what is evaluated is not trained on
+    data = vg.TrainingData(config.model_copy(update={"train_file": [str(own / "phrases.json")]}), seed=0)
+    assert all(data[index].has_box for index in range(len(data)))
+
+
+def test_the_files_of_evaluation(own: Path) -> None:
+    expressions = flickr.load_expressions(
+        image_ids_file=[str(own / "val.txt")],
+        phrase_box_file=[str(own / "boxes.json")],
+        sentences_file=[str(own / "sentences.json")],
+        image_root=str(own / "images"),
+    )
+    assert [one.split for one in expressions] == ["val"] * 4
+    for one in expressions:
+        scene = scene_of(one.image.name)
+        assert one.size == (scene.height, scene.width)
+        corners = [[x, y, x + w, y + h] for x, y, w, h in one.boxes.tolist()]
+        assert sorted(corners) == sorted(shown(one.image.name, one.text)), one.text
+
+
+# ---- commands
+
+
+def commands(name: str) -> list[list[str]]:
+    """The command lines of a page's sh blocks, as words."""
+    blocks = re.findall(r"```sh\n(.*?)```", page(name), flags=re.DOTALL)
+    lines = itertools.chain.from_iterable(block.replace("\\\n", " ").splitlines() for block in blocks)
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+def read_by_its_program(words: list[str]) -> str:
+    """Let the program's own parser and config reader take a command; returns what the program is called."""
+    words = words[1:] if words[0] == "python" else words
+    if words[0] == "torchrun":
+        words = words[2:]
+    program, options = words[0], words[1:]
+    assert Path(program).is_file(), program
+    if program == "Pretrain.py":
+        args: Any = Pretrain.parse_args(options)
+        load_config(args.config, PretrainConfig, args.set)
+    elif program.startswith("grounding_eval"):
+        args = evaluate.parse_args(FLICKR if "flickr" in program else REFCOCO, options)
+        load_config(args.config, GroundingConfig, args.set)
+    elif program == "prepare.py":
+        args = prepare.parse_args(options)
+        for config in args.configs:
+            load_config(config, PretrainConfig, args.set)
+    elif program == "demo.py":
+        args = demo.parse_args(options)
+        assert args.words
+        assert len(args.words) > 1
+    elif program == "docs/figures.py":
+        assert figures.question(figures.parse_args(options)) == figures.EXAMPLES[options[0]]
+    else:
+        assert program == "plot_log.py"
+        assert options[1] == "--output"
+    return program
+
+
+def test_the_tutorials_commands() -> None:
+    found = [read_by_its_program(words) for words in commands("tutorial.md")]
+    assert found == [
+        *("demo.py", "prepare.py", "Pretrain.py", "Pretrain.py", "plot_log.py"),
+        *("grounding_eval_singlegpu_flickr.py",) * 2,
+        *("grounding_eval_singlegpu.py", "demo.py"),
+    ]
+
+
+def test_each_figure_stands_with_its_command() -> None:
+    text = page("gradcam.md")
+    pairs = re.findall(r"\]\(images/(\w+)\.png\)\n\n```sh\npython docs/figures\.py (\w+)\n```", text)
+    assert [picture for picture, _ in pairs] == [command for _, command in pairs] == list(figures.EXAMPLES)
+    for words in commands("gradcam.md"):
+        read_by_its_program(words)
+
+
+# ---- what the pages say
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)\)", page(name))
+    assert links
+    for link in links:
+        assert (DOCS / link).is_file(), link
+
+
+@pytest.mark.parametrize("name", figures.EXAMPLES)
+def test_pictures_are_small_enough_to_be_committed(name: str) -> None:
+    path = DOCS / "images" / f"{name}.png"
+    assert 10_000 < path.stat().st_size < 150_000
+    with Image.open(path) as picture:
+        assert 600 <= picture.width <= 1200
+
+
+def test_the_table_of_amcs_settings() -> None:
+    """docs/gradcam.md against the release's defaults and the scenes' config."""
+    rows = re.findall(r"\n\| `(\w+)`[^|]*\| (\w[\w.]*) \| (\w[\w.]*) \|", page("gradcam.md"))
+    release = load_config("configs/Pretrain.yaml", PretrainConfig).amc.model_dump()
+    scenes = load_config("configs/scenes/Pretrain.yaml", PretrainConfig).amc.model_dump()
+    assert {key for key, *_ in rows} == set(release) - {"empty_box"}
+    for key, *values in rows:
+        for value, config in zip(values, (release, scenes), strict=True):
+            known = config[key]
+            assert (value if isinstance(known, str) else float(value)) == known, key
+
+
+def test_names_of_code_that_the_page_mentions() -> None:
+    text = page("gradcam.md")
+    for name in ("gradcam", "token_gradcam", "normalise", "resize", "mean_margin_loss", "max_margin_loss"):
+        assert f"`{name}`" in text
+        assert callable(getattr(amc, name))
+    assert "fusion_layers" in vars(TextEncoder)
+    bert = json.loads(Path("configs/config_bert.json").read_text())
+    assert (bert["fusion_layer"], bert["num_hidden_layers"]) == (6, 12)
+    small = json.loads(Path("configs/scenes/config_bert.json").read_text())
+    assert (small["fusion_layer"], small["num_hidden_layers"]) == (2, 5)
