@@ -29,7 +29,7 @@ from models.pretrain import PretrainModel
 
 REPOSITORY = Path(__file__).parents[2]
 LOSSES = {"train_loss_mlm", "train_loss_ita", "train_loss_itm", "train_loss_cam1", "train_loss_cam2"}
-KEYS = {*LOSSES, "train_lr", "epoch"}  # those of the release's log.txt (SPEC section 2)
+KEYS = {*LOSSES, "train_lr", "epoch"}  # those of the release's log.txt (docs/method.md, Training)
 Row = dict[str, Any]
 
 
