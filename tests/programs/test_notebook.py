@@ -65,7 +65,7 @@ def executed(place: Path) -> Any:
 def said(notebook: Any, cell: str) -> list[str]:
     """The printed lines of a cell."""
     (found,) = [one for one in notebook.cells if one.id == cell]
-    text = "".join(output.text for output in found.outputs if output.output_type == "stream")
+    text = "".join(output.text for output in found.outputs if output.get("name") == "stdout")
     return text.splitlines()
 
 
