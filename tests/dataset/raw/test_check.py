@@ -13,8 +13,8 @@ import prepare
 from config import GroundingConfig
 from dataset.raw import check_images
 from dataset.raw.check import is_refclef
-from dataset.raw.check_images import Seen, evenly, look, note_images
-from dataset.raw.check_report import Report
+from dataset.raw.check_images import Seen, evenly, inspect_image, note_images
+from dataset.raw.check_report import CheckReport
 from tests.dataset.raw.check_damage import (
     CAPTIONS,
     DAMAGE,
@@ -529,7 +529,7 @@ def test_processes_change_nothing(place: Path, check: Callable[..., Outcome], mo
     ],
 )
 def test_names_and_formats(name: str, kind: str, warned: bool) -> None:
-    row = Report(5).row("images", "images", "")
+    row = CheckReport(5).add("images", "images", "")
     note_images(row, {Path(name): "here"}, {Path(name): Seen((1, 1), kind)})
     assert [cases.first for _, cases in row.found("warning")] == ([[f"here ({name}: {kind})"]] if warned else [])
     assert row.total("error") == 0
@@ -537,15 +537,15 @@ def test_names_and_formats(name: str, kind: str, warned: bool) -> None:
 
 def test_whatever_a_broken_image_raises_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (3, 2)).save(tmp_path / "a.png")
-    assert look((tmp_path / "a.png", True)) == Seen((2, 3), "PNG")
-    assert look((tmp_path / "a.png" / "b.png", True)) == Seen(problem="")
+    assert inspect_image((tmp_path / "a.png", True)) == Seen((2, 3), "PNG")
+    assert inspect_image((tmp_path / "a.png" / "b.png", True)) == Seen(problem="")
 
     def fail(*_: object) -> None:
         raise EOFError
 
     monkeypatch.setattr(Image.Image, "convert", fail)
-    assert look((tmp_path / "a.png", True)) == Seen((2, 3), "PNG", "EOFError")
-    assert look((tmp_path / "a.png", False)) == Seen((2, 3), "PNG")
+    assert inspect_image((tmp_path / "a.png", True)) == Seen((2, 3), "PNG", "EOFError")
+    assert inspect_image((tmp_path / "a.png", False)) == Seen((2, 3), "PNG")
 
 
 # ---- going on
