@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, parser, table
 from config import GroundingConfig, load_config
 from grounding.benchmarks import REFCOCO
 from grounding.results import ResultFolder
@@ -66,11 +66,15 @@ def measure(variant: str, seed: int, folder: Path) -> dict[str, float | None]:
 
 def markdown(rows: Rows) -> str:
     """A line a variant; the spread where there are several runs."""
-    lines = ["| | runs | " + " | ".join(COLUMNS) + " |", "|---|---:|" + "---:|" * len(COLUMNS)]
-    for variant, runs in rows.items():
-        cells = [spread([100 * value for run in runs if (value := run[column]) is not None]) for column in COLUMNS]
-        lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = (
+        [
+            variant,
+            str(len(runs)),
+            *(spread([100 * value for run in runs if (value := run[key]) is not None]) for key in COLUMNS),
+        ]
+        for variant, runs in rows.items()
+    )
+    return "\n".join(table(["", "runs", *COLUMNS], cells)) + "\n"
 
 
 def spread(values: list[float]) -> str:
@@ -82,8 +86,8 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--output_dir", type=Path, default=Path("output/ablation"))
-    utils.run(main, parser.parse_args())
+    options = parser(__doc__)
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    options.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    options.add_argument("--output_dir", type=Path, default=Path("output/ablation"))
+    utils.run(main, options.parse_args())

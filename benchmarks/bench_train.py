@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
 from benchmarks import published
-from benchmarks.machine import Clock, describe_machine, peak_memory
+from benchmarks.machine import Clock, describe_machine, parser, peak_memory, print_table
 from config import OptimizerConfig, PretrainConfig, load_config
 from models.pretrain import Batch, PretrainModel
 from models.xbert import Attention
@@ -116,13 +116,12 @@ def memory_of(label: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=12)
-    parser.add_argument("--memory_of", choices=VARIANTS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true")
+    for name, default in {"--rounds": 3, "--batch": 8, "--tokens": 12}.items():
+        options.add_argument(name, type=int, default=default)
+    options.add_argument("--memory_of", choices=VARIANTS, help=argparse.SUPPRESS)
+    args = options.parse_args()
     trainer = Trainer(args)
     if args.memory_of:
         for _ in range(2):
@@ -141,12 +140,18 @@ def main() -> None:
 
     print(describe_machine())
     print(f"batch {args.batch}, {image_res} px, {args.tokens} tokens, {args.rounds} rounds after a first one\n")
-    print("| | s per step | ratio | peak memory, GB | losses differ by at most |\n|---|---:|---:|---:|---:|")
-    for label in VARIANTS:
-        seconds = clock.median(label, skip=1)
-        ratio = clock.median("published", skip=1) / seconds
-        error = max(abs(found[label][name] - value) for name, value in found["published"].items())
-        print(f"| {label} | {seconds:.2f} | {ratio:.2f} | {memory_of(label):.1f} | {error:.1e} |", flush=True)
+    medians = {label: clock.median(label, skip=1) for label in VARIANTS}
+    ratios = {label: medians["published"] / seconds for label, seconds in medians.items()}
+    errors = {
+        label: max(abs(found[label][name] - value) for name, value in found["published"].items()) for label in VARIANTS
+    }
+    print_table(
+        ["", "s per step", "ratio", "peak memory, GB", "losses differ by at most"],
+        (
+            [label, f"{seconds:.2f}", f"{ratios[label]:.2f}", f"{memory_of(label):.1f}", f"{errors[label]:.1e}"]
+            for label, seconds in medians.items()
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Captions: cleaning them, mirroring them, turning them into token ids (SPEC section 2; ALBEF, arXiv 2107.07651)."""
+"""Captions: cleaning, mirroring, turning them into token ids (docs/method.md, Model; ALBEF, arXiv 2107.07651)."""
 
 import os
 import re

@@ -7,8 +7,9 @@ sizes, and the published sizes of splits.
 
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 
@@ -22,12 +23,11 @@ from dataset.reading import load_json
 
 Found = TypeVar("Found")
 
-# Files of entries that stand alone: the config key that lists such files, what they hold, and their reader, which takes
-# (file, image_root, problems) and returns [(entry with .image and .text, where it stands)]. If the entries are
-# `Expression`s, their boxes and sizes are checked as well. A new reader is one line here.
-ENTRY_FILES: dict[str, tuple[str, Callable[[str, str, Problems], Any]]] = {
-    "matching_file": ("image-text pairs", matching.read_pairs),
-}
+ReadEntries: TypeAlias = Callable[[str, str, Problems], list[tuple[str, Any]]]
+# Benchmarks whose test_file needs no other file, and their readers: (file, image_root, problems) -> [(where it stands,
+# Expression)]. A new reader is one line here.
+TEST_FILE_READERS: dict[str, ReadEntries] = {}
+UNKNOWN_PHRASE = "the phrase's id has no boxes and is not under 'scene' or 'nobox'; evaluation leaves the phrase out"
 NOT_VISUAL = "0"  # the phrase id that Flickr30k Entities gives to all phrases that nothing in the image stands for
 UNKNOWN_PHRASE = "the phrase's id has no boxes and is not under 'scene' or 'nobox'; evaluation leaves the phrase out"
 DATASET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "refclef": "RefCLEF"}
@@ -130,20 +130,23 @@ class Checker:
         if bert and bert.fusion_layers and config.block_num not in bert.fusion_layers:
             known = f"{bert.fusion_layers[0]} to {bert.fusion_layers[-1]}"
             row.fail(f"block_num is {config.block_num}; the fusion layers are {known}")
-        of_refer = config.test_file or config.refcoco_data or config.det_file
-        of_flickr = config.image_ids_file or config.phrase_box_file or config.sentences_file
-        entry_files = [(key, file) for key in ENTRY_FILES for file in getattr(config, key)]
-        if not (of_refer or of_flickr or entry_files):
+        checks: list[Callable[[GroundingConfig, CheckedFile], None]] = []
+        if getattr(config, "benchmark", None) not in (None, *DATASET_NAMES, "flickr"):
+            checks = [self.check_other]
+        else:
+            checks += [self.check_refer] * bool(config.test_file or config.refcoco_data or config.det_file)
+            checks += [self.check_flickr] * bool(
+                config.image_ids_file or config.phrase_box_file or config.sentences_file
+            )
+        if not checks and not config.matching_file:
             keys = "test_file and refcoco_data, or image_ids_file, phrase_box_file and sentences_file"
             row.fail(f"names no data; it needs {keys}")
-        if of_refer:
+        for check_files in checks:
             with row.attempt():
-                self.check_refer(config, row)
-        if of_flickr:
-            with row.attempt():
-                self.check_flickr(config, row)
-        for key, file in entry_files:
-            self.once(self.entry_file, key, file, config.image_root)
+                check_files(config, row)
+        for file in config.matching_file:
+            pairs = "matching_file", "image-text pairs", "pairs", matching.read_pairs
+            self.once(self.entry_file, file, config.image_root, *pairs)
 
     def check_refer(self, config: GroundingConfig, row: CheckedFile) -> None:
         """RefCOCO, RefCOCO+ or RefCOCOg with detections, or RefCLEF with splits in its entries."""
@@ -155,9 +158,8 @@ class Checker:
         refer.splits_of(dataset, split_by)
         config.require("test_file", "refcoco_data", *([] if refclef else ["det_file"]))
         folder, det_file = Path(str(config.refcoco_data)) / dataset, None if refclef else config.det_file
-        counts: Counter[str] = Counter()
-        for file in config.test_file:
-            counts += self.once(self.test_file, file, config.image_root, folder, split_by, det_file, refclef)
+        options = config.image_root, folder, split_by, det_file, refclef
+        counts = sum((self.once(self.test_file, file, *options) for file in config.test_file), Counter[str]())
         fitting = [other for other in refer.SPLITS["refclef"] if refclef and _has_sizes(counts, f"RefCLEF ({other})")]
         if not fitting:
             _note_sizes(row, name, "images" if refclef else "expressions", counts)
@@ -170,19 +172,33 @@ class Checker:
     def check_flickr(self, config: GroundingConfig, row: CheckedFile) -> None:
         row.checked = "evaluation config, Flickr30k"
         config.require("image_ids_file", "phrase_box_file", "sentences_file")
-        counts: Counter[str] = Counter()
-        for files in flickr.triples(config.image_ids_file, config.phrase_box_file, config.sentences_file):
-            counts += self.once(self.flickr_split, *files, config.image_root)
+        splits = flickr.triples(config.image_ids_file, config.phrase_box_file, config.sentences_file)
+        counts = sum((self.once(self.flickr_split, *files, config.image_root) for files in splits), Counter[str]())
         _note_sizes(row, "Flickr30k", "images", counts)
+
+    def check_other(self, config: GroundingConfig, row: CheckedFile) -> None:
+        """The user's own data, and benchmarks that were added to those that ship."""
+        benchmark = getattr(config, "benchmark", "")
+        row.checked = f"evaluation config, {benchmark}"
+        if benchmark not in TEST_FILE_READERS:
+            row.notes.append(
+                f"what the benchmark '{benchmark}' reads is not checked: it is not one of those known here"
+            )
+            return
+        config.require("test_file")
+        for file in config.test_file:
+            entries = "test_file", "expressions", "entries", TEST_FILE_READERS[benchmark]
+            self.once(self.entry_file, file, config.image_root, *entries)
 
     # ---- data files
 
     def training_file(self, file: str, image_root: str, max_words: int, empty_captions: str) -> int | None:
         """Read one training file; returns the number of its boxes, None if it cannot be read."""
-        options = image_root, max_words
-        row, entries = self.read(
-            file, "training entries", "train_file", lambda noted: vg.read_entries(file, *options, noted, empty_captions)
-        )
+
+        def read_entries(noted: Problems) -> list[vg.Entry]:
+            return vg.read_entries(file, image_root, max_words, noted, empty_captions)
+
+        row, entries = self.read(file, "training entries", "train_file", read_entries)
         if entries is None:
             return None
         self.keep_images(row, image_root, ((entry.source, entry.image, tuple(entry.captions)) for entry in entries))
@@ -190,15 +206,15 @@ class Checker:
         self.claims += boxed
         return sum(len(claim.boxes) for claim in boxed)
 
-    def entry_file(self, key: str, file: str, image_root: str) -> None:
-        """Read a file of one of `ENTRY_FILES`."""
-        checked, reader = ENTRY_FILES[key]
-        row, found = self.read(file, checked, key, lambda noted: reader(file, image_root, noted))
+    def entry_file(self, file: str, root: str, key: str, checked: str, noun: str, read_entries: ReadEntries) -> None:
+        """Read a file of entries that need no other file."""
+        row, found = self.read(file, checked, key, partial(read_entries, file, root))
         if found is not None:
-            self.keep_images(row, image_root, ((where, item.image, item.text) for item, where in found))
-            self.keep_expressions(row, [(where, item) for item, where in found if isinstance(item, Expression)])
+            self.keep_images(row, root, ((where, item.image, item.text) for where, item in found))
+            items = [(where, item) for where, item in first_of(found).items() if isinstance(item, Expression)]
+            self.claims += [Claim(row, where, item.image, _corners(item.boxes)) for where, item in items]
             if not found and not row.errors.kinds:
-                row.fail(f"holds no {checked.split()[-1]}")
+                row.fail(f"holds no {noun}")
 
     def test_file(
         self, file: str, image_root: str, folder: Path, split_by: str, det_file: str | None, refclef: bool
@@ -209,26 +225,27 @@ class Checker:
         """
         tables = self.once(self.refer_tables, folder, split_by)
         detections = self.once(self.detections, det_file) if det_file else None
-        reading = refer.Reading(
-            image_root, tables, None if detections is None else det_file, detections or {}, entry_split=refclef
-        )
-        row, items = self.read(file, "expressions", "test_file", lambda noted: refer.read_items(file, reading, noted))
+        reading = refer.Reading(image_root, tables, det_file, detections, entry_split=refclef)
+        row, items = self.read(file, "expressions", "test_file", partial(refer.read_items, file, reading))
         if items == [] and not row.errors.kinds:
             row.fail("holds no entries")
-        self.keep_images(row, image_root, ((item.where, item.entry.image, item.entry.text) for item in items or []))
+        self.keep_images(row, image_root, ((item.where, item.image, item.text) for item in items or []))
         usable = [(item, item.expression) for item in items or [] if item.expression]
-        self.keep_expressions(row, [(item.where, expression) for item, expression in usable])
+        for item, expression in first_of((pair[0].ref_id, pair) for pair in usable).values():
+            self.claims.append(Claim(row, item.where, item.image, _corners(expression.boxes)))
+        for item, _ in first_of((pair[0].image, pair) for pair in usable).values():
+            if item.stated_size:
+                self.claims.append(Claim(row, item.where, item.image, size=item.stated_size))
         if refclef:
-            return Counter(split for split, _ in {(str(item.entry.split), item.entry.image) for item, _ in usable})
+            return Counter(split for split, _ in {(str(item.split), item.image) for item, _ in usable})
         return Counter(expression.split for _, expression in usable)
 
     def refer_tables(self, folder: Path, split_by: str) -> refer.Refer | None:
         """Read refs(SPLIT_BY).p and instances.json, each of them even if the other cannot be read."""
         refs_file, instances_file = refer.refer_files(folder, split_by)
-        _, refs = self.read(refs_file, "refs", "refcoco_data", lambda noted: refer.read_refs(refs_file, noted))
-        row, tables = self.read(
-            instances_file, "annotations", "refcoco_data", lambda noted: refer.read_instances(instances_file, noted)
-        )
+        key, read_instances = "refcoco_data", partial(refer.read_instances, instances_file)
+        _, refs = self.read(refs_file, "refs", key, partial(refer.read_refs, refs_file))
+        row, tables = self.read(instances_file, "annotations", key, read_instances)
         if tables is not None:
             row.count = len(tables[0])
         if refs is None or tables is None:
@@ -248,31 +265,26 @@ class Checker:
             images = ((f"{ids_file}: image {image_id}", flickr.image_path(root, image_id), None) for image_id in ids)
             self.keep_images(row, root, images)
         known, key = ids or [], "phrase_box_file"
-        row, found = self.read(
-            box_file, "images with boxes", key, lambda noted: flickr.read_boxes(box_file, known, noted)
-        )
+        row, found = self.read(box_file, "images with boxes", key, partial(flickr.read_boxes, box_file, known))
         boxes = found or {}
         for image_id, of in boxes.items():
             where, image = f"{box_file}: image {image_id}", flickr.image_path(root, image_id)
             self.claims.append(Claim(row, where, image, size=of.size))
             for phrase_id, own in of.by_id.items():
                 self.claims.append(Claim(row, f"{where}, phrase id {phrase_id}", image, _corners(own), of.size))
-
-        def read_phrases(noted: Problems) -> list[flickr.FlickrPhrase]:
-            return flickr.read_phrases(sentences_file, known, boxes, name, root, noted)
-
+        read_phrases = partial(flickr.read_phrases, sentences_file, known, boxes, name, root)
         row, phrases = self.read(sentences_file, "phrases with boxes", "sentences_file", read_phrases)
         if phrases is not None:
             row.count = sum(phrase.expression is not None for phrase in phrases)
             if boxes and not row.count:
                 row.fail("no phrase has boxes; do the files match?")
         for phrase in phrases or []:
-            of = boxes.get(phrase.image_id)
-            if of and phrase.expression is None and phrase.phrase_id not in {*of.boxless, NOT_VISUAL}:
-                kind = (
-                    "the phrase's id has no boxes and is not under 'scene' or 'nobox'; evaluation leaves the phrase out"
-                )
-                row.warnings.add(phrase.where, EntryProblem(kind, f"phrase_id {phrase.phrase_id}"))
+            if (
+                phrase.expression is None
+                and phrase.image_id in boxes
+                and phrase.phrase_id not in {*boxes[phrase.image_id].boxless, NOT_VISUAL}
+            ):
+                row.warnings.add(phrase.where, EntryProblem(UNKNOWN_PHRASE, f"phrase_id {phrase.phrase_id}"))
         return Counter({name: len(ids)} if ids else {})
 
     # ---- images
@@ -287,14 +299,6 @@ class Checker:
             if earlier is not where:
                 kind = "image and text are those of an earlier entry"
                 row.warnings.add(where, EntryProblem(kind, f"as {earlier.rpartition(': ')[2]}"))
-
-    def keep_expressions(self, row: CheckedFile, expressions: list[tuple[str, Expression]]) -> None:
-        """Keep the boxes of each ref and the stated size of each image, at the first expression that has them."""
-        for where, found in first_of((item[1].ref_id, item) for item in expressions).values():
-            self.claims.append(Claim(row, where, found.image, _corners(found.boxes)))
-        for where, found in first_of((item[1].image, item) for item in expressions).values():
-            if found.size:
-                self.claims.append(Claim(row, where, found.image, size=found.size))
 
     def check_images(self, sample: int | None, workers: int) -> None:
         """Look at every image that was named, and compare boxes and stated sizes with it."""
@@ -315,10 +319,12 @@ class Checker:
 
 
 def is_refclef(path: str, config: GroundingConfig) -> bool:
-    """Whether a config with test_file is of RefCLEF and not of RefCOCO: the evaluation script decides, not a key.
+    """Whether a config with test_file is of RefCLEF and not of RefCOCO: its key `benchmark` tells.
 
-    The names of its test files and its own tell; failing that, RefCLEF is the one that has no detections.
+    Without that key, the names of its test files and its own tell; failing that, RefCLEF is the one without detections.
     """
+    if benchmark := getattr(config, "benchmark", None):
+        return benchmark == "refclef"
     names = " ".join(Path(name).name.lower() for name in (*config.test_file, path))
     if "refclef" in names or "refcoco" in names:
         return "refclef" in names
