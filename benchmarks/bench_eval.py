@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -135,8 +134,8 @@ def compare(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
     print_table(["", "s per expression", "ratio", "peak memory, GB", "same points", "same boxes"], rows)
 
 
-def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:
-    """Each part of ours, one image at a time; prints a table of medians, and returns them in seconds."""
+def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+    """Each part of ours, one image at a time; prints a table of medians."""
     image_res, layer = sizes(name, args)
     texts = MIXES[name][1]
     photos = make_photos(args.rounds + 1, texts, DISTINCT.get(name, texts), image_res)
@@ -172,7 +171,6 @@ def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
         ["part", "ms per image", "share"],
         ([label, f"{1000 * value:.1f}", shares[label]] for label, value in medians.items()),
     )
-    return medians
 
 
 def by_texts(config: GroundingConfig, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
@@ -204,21 +202,6 @@ def by_texts(config: GroundingConfig, tokenizer: Tokenizer, args: argparse.Names
     print_table(["image encoder", *map(str, counts)], rows())
 
 
-def draw(parts: dict[str, dict[str, float]], path: Path) -> None:
-    """The profiles as one stacked bar a mix, milliseconds per image."""
-    figure = Figure(figsize=(8, 1 + len(parts)), layout="constrained")
-    axes = figure.subplots()
-    labels = list(next(iter(parts.values())))
-    left = np.zeros(len(parts))
-    for label in labels:
-        widths = np.array([1000 * profile[label] for profile in parts.values()])
-        axes.barh(list(parts), widths, left=left, label=label)
-        left += widths
-    axes.set_xlabel("ms per image")
-    axes.legend(ncols=3, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), frameon=False)
-    figure.savefig(path, dpi=120)
-
-
 def sizes(name: str, args: argparse.Namespace) -> tuple[int, int]:
     """Side of the images, and the GradCAM layer."""
     return (96, 3) if args.quick else (MIXES[name][0], 8)
@@ -232,22 +215,18 @@ def main() -> None:
     options.add_argument("--images", type=int, default=4, help="images of a round of ours")
     options.add_argument("--batch", type=int, default=1, help="images a batch")
     options.add_argument("--sweep", action="store_true")
-    options.add_argument("--plot", type=Path, metavar="FILE", help="draw the profiles by part")
     args = options.parse_args()
     torch.manual_seed(0)
     tokenizer = scenes_tokenizer()
     print(describe_machine())
     folder = Path(__file__).parents[1] / "configs"
-    parts: dict[str, dict[str, float]] = {}
     for name in args.mixes:
         config = load_config(folder / ("scenes" if args.quick else "") / f"Grounding_{name}.yaml", GroundingConfig)
         model = build_albef(config).eval().requires_grad_(False)
         compare(name, model, tokenizer, args)
-        parts[name] = profile(name, model, tokenizer, args)
+        profile(name, model, tokenizer, args)
         if args.sweep and name == "refcoco":
             by_texts(config, tokenizer, args)
-    if args.plot:
-        draw(parts, args.plot)
 
 
 if __name__ == "__main__":
