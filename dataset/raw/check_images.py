@@ -31,21 +31,14 @@ class Seen(NamedTuple):
 
 
 class Claim(NamedTuple):
-    """What an entry says of its image.
-
-    Args:
-        file: where problems are noted; `where` names the entry in messages.
-        boxes: [x1, y1, x2, y2] each; none: the claim is the image's size.
-        size: (height, width) that the boxes refer to, or that is claimed; None: the boxes refer to the image file.
-        evaluated: the boxes are the right answers of an expression; else those of a training entry.
-    """
+    """What the entry at `where` in `file` says of its image: boxes [x1, y1, x2, y2], or without boxes its size."""
 
     file: CheckedFile
     where: str
     image: Path
     boxes: Sequence[Sequence[float]] = ()
-    size: tuple[int, int] | None = None
-    evaluated: bool = True
+    size: tuple[int, int] | None = None  # (height, width), of which boxes are pixels; None: that of the image file
+    evaluated: bool = True  # the boxes are right answers of an expression; else those of a training entry
 
 
 def evenly(items: Sequence[Item], count: int | None) -> set[Item]:
@@ -85,7 +78,7 @@ def inspect_image(task: tuple[Path, bool]) -> Seen:
 
 def note_images(file: CheckedFile, first: dict[Path, str], seen: dict[Path, Seen]) -> None:
     """Note what is wrong with the image files, each at the first entry that names it."""
-    names_of = cache(_names_by_stem)
+    names_of, formats = cache(_names_by_stem), Image.registered_extensions()
     for path, where in first.items():
         found = seen[path]
         if found.problem == "":
@@ -97,7 +90,7 @@ def note_images(file: CheckedFile, first: dict[Path, str], seen: dict[Path, Seen
         elif found.problem is not None:
             kind = "the image cannot be decoded; is the download complete?"
             file.errors.add(where, EntryProblem(kind, f"{path}: {found.problem}"))
-        elif _formats().get(path.suffix.lower(), found.format) != SAME_FORMAT.get(str(found.format), found.format):
+        elif formats.get(path.suffix.lower(), found.format) != SAME_FORMAT.get(str(found.format), found.format):
             kind = "the image's content is of another format than its name says; programs here go by the content"
             file.warnings.add(where, EntryProblem(kind, f"{path}: {found.format}"))
 
@@ -110,13 +103,6 @@ def _names_by_stem(folder: Path) -> dict[str, list[str]]:
     return names
 
 
-@cache
-def _formats() -> dict[str, str]:
-    """Extension -> format."""
-    Image.init()
-    return Image.registered_extensions()
-
-
 def note_claims(claims: Iterable[Claim], seen: dict[Path, Seen]) -> None:
     """Note boxes and stated sizes that do not fit their image: all boxes, then all sizes."""
     for claim in sorted(claims, key=lambda claim: not claim.boxes):
@@ -125,10 +111,8 @@ def note_claims(claims: Iterable[Claim], seen: dict[Path, Seen]) -> None:
             _note_boxes(claim, *size)
         elif not claim.boxes and claim.size and actual and actual != claim.size:
             kind = "the annotated size is not that of the image file"
-            annotated, found = (f"{width}x{height}" for height, width in (claim.size, actual))
-            claim.file.warnings.add(
-                claim.where, EntryProblem(kind, f"annotated {annotated}, {claim.image} has {found}")
-            )
+            stated, found = (f"{width}x{height}" for height, width in (claim.size, actual))
+            claim.file.warnings.add(claim.where, EntryProblem(kind, f"annotated {stated}, {claim.image} has {found}"))
 
 
 def _note_boxes(claim: Claim, height: int, width: int) -> None:

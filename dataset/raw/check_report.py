@@ -15,26 +15,15 @@ LEVELS: tuple[Level, ...] = ("error", "warning")
 
 @dataclass
 class CheckedFile:
-    """One file or folder and what was found in it.
-
-    Args:
-        file: its path.
-        checked: what was looked at in it.
-        named_by: the config key that names it, and the config; "" for a config itself.
-        errors: problems of its entries that would stop training or evaluation, or make its numbers wrong. Problems that
-            would not are in `errors.warnings`.
-        count: how many usable entries it has; None where nothing is counted.
-        failures: errors of the file as a whole.
-        notes: facts worth knowing, which may be intended.
-    """
+    """One file or folder and what was found in it."""
 
     file: str
-    checked: str
-    named_by: str
-    errors: Problems
-    count: int | None = None
-    failures: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
+    checked: str  # what was looked at
+    named_by: str  # the config key that names it, and the config; "" for a config itself
+    errors: Problems  # of its entries; those that training or evaluation would ignore are in `errors.warnings`
+    count: int | None = None  # its usable entries; None where nothing is counted
+    failures: list[str] = field(default_factory=list)  # errors of the file as a whole
+    notes: list[str] = field(default_factory=list)  # facts worth knowing, which may be intended
 
     @property
     def warnings(self) -> Problems:
@@ -91,12 +80,13 @@ class CheckReport:
             totals = (f"{total:,}" if (total := file.total(level)) else "-" for level in LEVELS)
             table.append((file.file, file.checked, count, *totals))
         parts = [aligned(table, left=2)]
-        for level in LEVELS:
-            lines = [line for file in self.files for kind in file.found(level) for line in _lines(file, *kind)]
-            parts += ["\n  ".join([f"{level}s", *lines])] if lines else []
-        notes = [f"{file.file}: {note}" for file in self.files for note in file.notes]
-        parts += ["\n  ".join(["notes", *notes])] if notes else []
-        counts = " and ".join(_counted(self.total(level), level) for level in LEVELS)
+        lists = {
+            f"{level}s": [line for file in self.files for kind in file.found(level) for line in _lines(file, *kind)]
+            for level in LEVELS
+        } | {"notes": [f"{file.file}: {note}" for file in self.files for note in file.notes]}
+        parts += ["\n  ".join([title, *lines]) for title, lines in lists.items() if lines]
+        totals = {level: self.total(level) for level in LEVELS}
+        counts = " and ".join(f"{f'{n:,}' if n else 'no'} {level}{'s' * (n != 1)}" for level, n in totals.items())
         where = "; docs/data.md says where each file comes from and what it must hold" if self.total("error") else ""
         return "\n\n".join([*parts, f"{counts} in {len(self.files)} files{where}"])
 
@@ -127,7 +117,3 @@ def _lines(file: CheckedFile, kind: str, cases: Cases) -> list[str]:
     if cases.first:
         return cases.lines(kind)
     return f"{kind}{f' [{file.named_by}]' if file.named_by else ''}".split("\n")
-
-
-def _counted(number: int, noun: str) -> str:
-    return f"{f'{number:,}' if number else 'no'} {noun}{'' if number == 1 else 's'}"
