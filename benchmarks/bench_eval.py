@@ -12,7 +12,6 @@ images to chosen points and boxes. Decoding is timed apart. Rounds of the two al
 import argparse
 import io
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,16 +103,14 @@ def compare(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
     image_res, layer = sizes(name, args)
     texts = MIXES[name][1]
     photos = make_photos(args.images, texts, DISTINCT.get(name, texts), image_res)
-    count = sum(len(photo.texts) for photo in photos)
-    precisions = {"ours, fp32": torch.float32, "ours, bf16 image encoder": torch.bfloat16}
-    fast = published.with_onednn(model)
+    fast, device = published.with_onednn(model), torch.device("cpu")
     explainers = {
-        label: Explainer(fast, tokenizer, torch.device("cpu"), "itm", layer, precision)
-        for label, precision in precisions.items()
+        label: Explainer(fast, tokenizer, device, "itm", layer, precision)
+        for label, precision in {"ours, fp32": torch.float32, "ours, bf16 image encoder": torch.bfloat16}.items()
     }
     for explainer in explainers.values():
         run_ours(explainer, photos[:1], 1)  # the first call of a library is slow
-    clock, answers, handled = Clock(), {}, {"published": PUBLISHED_BATCH} | dict.fromkeys(explainers, count)
+    clock, answers = Clock(), {}
     for _ in range(args.rounds):
         model.requires_grad_(True)
         with clock.measure("published"):
@@ -123,15 +120,16 @@ def compare(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
         for label, explainer in explainers.items():
             with clock.measure(label):
                 answers[label] = run_ours(explainer, photos, args.batch)
-    print(f"\n{name}: {image_res} px, {texts} expressions an image, {args.images} images, {args.rounds} rounds\n")
-    rows = []
-    for label, expressions in handled.items():
-        each = clock.median(label) / expressions
-        ratio = clock.median("published") / PUBLISHED_BATCH / each
+    each = {label: clock.median(label) / len(chosen) for label, chosen in answers.items()}
+
+    def row(label: str) -> list[str]:
         pairs = list(zip(answers["published"], answers[label], strict=False))
         same = [f"{sum(a[i] == b[i] for a, b in pairs)}/{len(pairs)}" for i in (0, 1)]
-        rows.append([label, f"{each:.3f}", f"{ratio:.1f}", f"{clock.memory[label]:.1f}", *same])
-    print_table(["", "s per expression", "ratio", "peak memory, GB", "same points", "same boxes"], rows)
+        ratio = each["published"] / each[label]
+        return [label, f"{each[label]:.3f}", f"{ratio:.1f}", f"{clock.memory[label]:.1f}", *same]
+
+    print(f"\n{name}: {image_res} px, {texts} expressions an image, {args.images} images, {args.rounds} rounds\n")
+    print_table(["", "s per expression", "ratio", "peak memory, GB", "same points", "same boxes"], map(row, answers))
 
 
 def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
@@ -175,31 +173,29 @@ def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
 
 def by_texts(config: GroundingConfig, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Cost per expression against expressions per image, for image encoders of several sizes; prints a table."""
-    image_res, layer = sizes("refcoco", args)
-    counts = (1, 2, 4, 8, 16)
+    (image_res, layer), counts = sizes("refcoco", args), (1, 2, 4, 8, 16)
 
-    def rows() -> Iterator[list[str]]:
-        for name, depth in {"half the layers": config.vision_depth // 2, "all layers": config.vision_depth}.items():
-            model = published.with_onednn(build_albef(config.model_copy(update={"vision_depth": depth})).eval())
-            explainer = Explainer(model.requires_grad_(False), tokenizer, torch.device("cpu"), "itm", layer)
-            yield [f"{name} ({depth})", *(cell(model, explainer, texts) for texts in counts)]
-
-    def cell(model: ALBEF, explainer: Explainer, texts: int) -> str:
-        photos, clock = make_photos(2, texts, texts, image_res), Clock()
-        run_ours(explainer, photos, args.batch)
-        for _ in range(args.rounds):
-            with clock.measure("all"):
-                run_ours(explainer, photos, args.batch)
-            with clock.measure("image encoder"), torch.no_grad():
-                for photo in photos:
-                    model.encode_image(photo.pixels[None])
-        share = clock.median("image encoder") / clock.median("all")
-        return f"{clock.median('all') / (2 * texts):.3f}, {100 * share:.0f}%"
+    def row(name: str, depth: int) -> list[str]:
+        model = published.with_onednn(build_albef(config.model_copy(update={"vision_depth": depth})).eval())
+        explainer, cells = Explainer(model.requires_grad_(False), tokenizer, torch.device("cpu"), "itm", layer), []
+        for texts in counts:
+            photos, clock = make_photos(2, texts, texts, image_res), Clock()
+            run_ours(explainer, photos, args.batch)
+            for _ in range(args.rounds):
+                with clock.measure("all"):
+                    run_ours(explainer, photos, args.batch)
+                with clock.measure("image encoder"), torch.no_grad():
+                    for photo in photos:
+                        model.encode_image(photo.pixels[None])
+            seconds = clock.median("all")
+            cells.append(f"{seconds / (2 * texts):.3f}, {100 * clock.median('image encoder') / seconds:.0f}%")
+        return [f"{name} ({depth})", *cells]
 
     print(
         f"\nBy expressions per image and size of the image encoder, {image_res} px: s per expression, and its share\n"
     )
-    print_table(["image encoder", *map(str, counts)], rows())
+    depths = {"half the layers": config.vision_depth // 2, "all layers": config.vision_depth}
+    print_table(["image encoder", *map(str, counts)], (row(*item) for item in depths.items()))
 
 
 def sizes(name: str, args: argparse.Namespace) -> tuple[int, int]:

@@ -17,15 +17,15 @@ from benchmarks.machine import describe_machine, print_table
 from models.onednn import use_onednn
 
 # rows, input width, output width: image tokens of a 384 px image, text tokens of seven phrases; the small model's
-SHAPES = ((577, 768, 2304), (577, 768, 3072), (577, 3072, 768), (56, 768, 3072), (1040, 128, 512))
-ROUNDS = 7
+LAYER_SHAPES = ((577, 768, 2304), (577, 768, 3072), (577, 3072, 768), (56, 768, 3072), (1040, 128, 512))
+LAYER_ROUNDS = 7
 
 
 def gflops(layer: nn.Module, x: Tensor, backward: bool) -> float:
     """GFLOP a second of the fastest round: forward alone, or with the gradients by input and parameters."""
     gradient = torch.ones_like(layer(x))
     seconds = []
-    for _ in range(ROUNDS):
+    for _ in range(LAYER_ROUNDS):
         started = time.perf_counter()
         with torch.set_grad_enabled(backward):
             y = layer(x)
@@ -35,9 +35,9 @@ def gflops(layer: nn.Module, x: Tensor, backward: bool) -> float:
     return (3 if backward else 1) * 2 * x.numel() * gradient.shape[-1] / min(seconds) / 1e9
 
 
-def measured() -> Iterator[list[str]]:
+def layer_rows() -> Iterator[list[str]]:
     """One row of the table per shape."""
-    for rows, width, out in SHAPES:
+    for rows, width, out in LAYER_SHAPES:
         x = torch.randn(rows, width, requires_grad=True)
         layers = nn.Sequential(nn.Linear(width, out), nn.Sequential(nn.Linear(width, out)))
         use_onednn(layers[1])
@@ -48,4 +48,4 @@ def measured() -> Iterator[list[str]]:
 if __name__ == "__main__":
     print(describe_machine() + "\n")
     forward, backward = "forward, GFLOP/s: PyTorch", "with backward, GFLOP/s: PyTorch"
-    print_table(["rows x in x out", forward, "oneDNN", backward, "oneDNN"], measured())
+    print_table(["rows x in x out", forward, "oneDNN", backward, "oneDNN"], layer_rows())

@@ -30,10 +30,10 @@ from models.albef import build_albef
 from models.checkpoint import LoadReport
 from models.onednn import use_onednn
 
-IMAGE_SIZES = ((512, 512), (640, 427), (4000, 3000))
+PHOTO_SIZES = ((512, 512), (640, 427), (4000, 3000))
 STEPS = ("upload", "first phrase", "new phrase", "another threshold")
 MODEL = "random weights"
-ROUNDS = 5
+PAGE_ROUNDS = 5
 
 
 def open_random(config: GroundingConfig) -> OpenedModel:
@@ -53,11 +53,11 @@ def jpeg(size: tuple[int, int], number: int) -> bytes:
     return content.getvalue()
 
 
-def measured(opened: OpenedModel, mode: str) -> Iterator[list[str]]:
+def page_rows(opened: OpenedModel, mode: str) -> Iterator[list[str]]:
     """One row of the table per image size."""
-    for size in IMAGE_SIZES:
+    for size in PHOTO_SIZES:
         clock = Clock()
-        for number in range(ROUNDS + 1):
+        for number in range(PAGE_ROUNDS + 1):
             one_round(Answers([Offer(MODEL, Path())], lambda offer: opened), jpeg(size, number), mode, clock)
         medians = [clock.median(step, skip=1) for step in STEPS]
         yield [f"{size[0]} x {size[1]}", *(f"{seconds:.2f}" for seconds in [*medians, medians[2] / medians[1]])]
@@ -90,4 +90,4 @@ if __name__ == "__main__":
     torch.set_num_threads(args.threads)
     model = open_random(load_config("configs/Grounding_refcoco.yaml", GroundingConfig))
     print(describe_machine() + "\n")
-    print_table(["seconds", *STEPS, "new / first"], measured(model, args.mode))
+    print_table(["seconds", *STEPS, "new / first"], page_rows(model, args.mode))

@@ -61,7 +61,7 @@ def parser(text: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
     """The lines of a Markdown table: the first column flush left, the others right."""
     yield f"| {' | '.join(heads)} |".replace("|  |", "| |")
     yield "|---|" + "---:|" * (len(heads) - 1)
@@ -71,5 +71,5 @@ def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
 
 def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """Print a Markdown table, each row as soon as it is known."""
-    for line in table(heads, rows):
+    for line in markdown_table(heads, rows):
         print(line, flush=True)

@@ -23,7 +23,7 @@ from dataset.reading import DataError, load_json
 MAX_TEXT_WORDS = 50  # as many as of a training caption
 
 
-class Pair(NamedTuple):
+class MatchingPair(NamedTuple):
     """A cleaned text and an image; `match`: the text is true of the image; `kind` groups pairs in the report."""
 
     image: Path
@@ -32,7 +32,7 @@ class Pair(NamedTuple):
     kind: str
 
 
-def load_pairs(file: str, image_root: str, skip_missing: bool = False) -> list[Pair]:
+def load_pairs(file: str, image_root: str, skip_missing: bool = False) -> list[MatchingPair]:
     """Read and check one file of pairs, their images unless `skip_missing`; raises `DataError` naming the entries."""
     problems = Problems()
     found = read_pairs(file, image_root, problems)
@@ -44,9 +44,9 @@ def load_pairs(file: str, image_root: str, skip_missing: bool = False) -> list[P
     return [pair for _, pair in found]
 
 
-def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[str, Pair]]:
+def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[str, MatchingPair]]:
     """The pairs that can be used, each with where it stands; notes the others. Raises `DataError` for the file."""
-    found: list[tuple[str, Pair]] = []
+    found: list[tuple[str, MatchingPair]] = []
     for index, row in enumerate(load_json(file, list)):
         where = f"{file}: entry {index}"
         try:
@@ -58,7 +58,7 @@ def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[str
             kind = str(row.get("kind", "pair"))
             if not is_text(kind):
                 raise EntryProblem(f"key 'kind' {SURROGATE}", shown(kind))
-            found.append((where, Pair(image, text, bool(match), kind)))
+            found.append((where, MatchingPair(image, text, bool(match), kind)))
         except EntryProblem as problem:
             problems.add(where, problem)
     return found

@@ -85,8 +85,8 @@ class CheckReport:
             for level in LEVELS
         } | {"notes": [f"{file.file}: {note}" for file in self.files for note in file.notes]}
         parts += ["\n  ".join([title, *lines]) for title, lines in lists.items() if lines]
-        totals = {level: self.total(level) for level in LEVELS}
-        counts = " and ".join(f"{f'{n:,}' if n else 'no'} {level}{'s' * (n != 1)}" for level, n in totals.items())
+        sums = {level: self.total(level) for level in LEVELS}
+        counts = " and ".join(f"{f'{n:,}' if n else 'no'} {level}{'s' * (n != 1)}" for level, n in sums.items())
         where = "; docs/data.md says where each file comes from and what it must hold" if self.total("error") else ""
         return "\n\n".join([*parts, f"{counts} in {len(self.files)} files{where}"])
 
