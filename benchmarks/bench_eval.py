@@ -1,8 +1,7 @@
 """Evaluation: the published procedure against ours, side by side in one run, on the same weights and inputs.
 
-    python benchmarks/bench_eval.py                          full size, both mixes, float32 and bfloat16
-    python benchmarks/bench_eval.py --mixes refcoco --sweep  how cost falls with expressions per image
-    python benchmarks/bench_eval.py --quick                  a small model, in seconds
+    python benchmarks/bench_eval.py            full size, both mixes, float32 and bfloat16
+    python benchmarks/bench_eval.py --quick    a small model, in seconds
 
 Images and phrases are synthetic scenes, weights are random: what is measured does not depend on either. The published
 procedure runs on one batch of 8 pairs (it costs the same for every pair), ours on whole images; both from decoded
@@ -171,33 +170,6 @@ def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
     )
 
 
-def by_texts(config: GroundingConfig, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-    """Cost per expression against expressions per image, for image encoders of several sizes; prints a table."""
-    (image_res, layer), counts = sizes("refcoco", args), (1, 2, 4, 8, 16)
-
-    def row(name: str, depth: int) -> list[str]:
-        model = published.with_onednn(build_albef(config.model_copy(update={"vision_depth": depth})).eval())
-        explainer, cells = Explainer(model.requires_grad_(False), tokenizer, torch.device("cpu"), "itm", layer), []
-        for texts in counts:
-            photos, clock = make_photos(2, texts, texts, image_res), Clock()
-            run_ours(explainer, photos, args.batch)
-            for _ in range(args.rounds):
-                with clock.measure("all"):
-                    run_ours(explainer, photos, args.batch)
-                with clock.measure("image encoder"), torch.no_grad():
-                    for photo in photos:
-                        model.encode_image(photo.pixels[None])
-            seconds = clock.median("all")
-            cells.append(f"{seconds / (2 * texts):.3f}, {100 * clock.median('image encoder') / seconds:.0f}%")
-        return [f"{name} ({depth})", *cells]
-
-    print(
-        f"\nBy expressions per image and size of the image encoder, {image_res} px: s per expression, and its share\n"
-    )
-    depths = {"half the layers": config.vision_depth // 2, "all layers": config.vision_depth}
-    print_table(["image encoder", *map(str, counts)], (row(*item) for item in depths.items()))
-
-
 def sizes(name: str, args: argparse.Namespace) -> tuple[int, int]:
     """Side of the images, and the GradCAM layer."""
     return (96, 3) if args.quick else (MIXES[name][0], 8)
@@ -210,7 +182,6 @@ def main() -> None:
     options.add_argument("--rounds", type=int, default=3)
     options.add_argument("--images", type=int, default=4, help="images of a round of ours")
     options.add_argument("--batch", type=int, default=1, help="images a batch")
-    options.add_argument("--sweep", action="store_true")
     args = options.parse_args()
     torch.manual_seed(0)
     tokenizer = scenes_tokenizer()
@@ -221,8 +192,6 @@ def main() -> None:
         model = build_albef(config).eval().requires_grad_(False)
         compare(name, model, tokenizer, args)
         profile(name, model, tokenizer, args)
-        if args.sweep and name == "refcoco":
-            by_texts(config, tokenizer, args)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,9 @@ def write_raw(folder: Path, images: int, regions: int, objects: int) -> None:
     folder.mkdir()
     makers: dict[str, Callable[[int, Generator], dict[str, Any]]] = {
         "image_data": image_row,
-        "region_descriptions": lambda i, rng: {"id": i, "regions": list(region_rows(i, regions, rng))},
-        "attributes": lambda i, rng: {"image_id": i, "attributes": list(object_rows(i, objects, rng, attributes=True))},
-        "objects": lambda i, rng: {"image_id": i, "objects": list(object_rows(i, objects, rng, attributes=False))},
+        "region_descriptions": lambda i, rng: {"id": i, "regions": region_rows(i, regions, rng)},
+        "attributes": lambda i, rng: {"image_id": i, "attributes": object_rows(i, objects, rng, attributes=True)},
+        "objects": lambda i, rng: {"image_id": i, "objects": object_rows(i, objects, rng, attributes=False)},
     }
     for index, (name, make) in enumerate(makers.items()):
         with open(folder / f"{name}.json", "w", encoding="utf-8") as file:
@@ -93,31 +93,34 @@ def image_row(image_id: int, rng: Generator) -> dict[str, Any]:
     return {"image_id": image_id, "width": width, "height": height, "url": url, **ids}
 
 
-def drawn(image_id: int, mean: int, rng: Generator) -> Iterator[tuple[int, dict[str, int], list[int]]]:
-    """An id, a box and four random numbers for each of about `mean` things; some boxes stick out of the image."""
+def boxed_rows(image_id: int, mean: int, rng: Generator) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """An id and a box, and four random numbers, for each of about `mean` things; some boxes stick out of the image."""
     side, count = min(IMAGE_SIZES[image_id % len(IMAGE_SIZES)]), int(rng.poisson(mean))
     corners, sides = rng.uniform(-5, 0.9 * side, size=(count, 2)), rng.exponential(0.2 * side, size=(count, 2))
-    words = rng.integers(10_000, size=(count, 4)).tolist()
-    for k, (x, y, w, h) in enumerate(np.concatenate([corners, sides], axis=1).astype(int).tolist()):
-        yield 1000 * image_id + k, {"x": x, "y": y, "w": w, "h": h}, words[k]
+    boxes = np.concatenate([corners, sides], axis=1).astype(int).tolist()
+    for k, (box, numbers) in enumerate(zip(boxes, rng.integers(10_000, size=(count, 4)).tolist(), strict=True)):
+        yield {"id": 1000 * image_id + k, **dict(zip("xywh", box, strict=True))}, numbers
 
 
-def region_rows(image_id: int, mean: int, rng: Generator) -> Iterator[dict[str, Any]]:
-    for region_id, box, (form, a, n, m) in drawn(image_id, mean, rng):
-        adjective, noun = ADJECTIVES[a % len(ADJECTIVES)], THINGS[n % len(THINGS)]
-        phrase = FORMS[form % len(FORMS)].format(a=adjective, n=noun, m=m)
-        where = {"width": box["w"], "height": box["h"], "image_id": image_id, "phrase": phrase, "y": box["y"]}
-        yield {"region_id": region_id, **where, "x": box["x"]}
+def region_rows(image_id: int, mean: int, rng: Generator) -> list[dict[str, Any]]:
+    rows = []
+    for row, (form, a, n, m) in boxed_rows(image_id, mean, rng):
+        words = {"a": ADJECTIVES[a % len(ADJECTIVES)], "n": THINGS[n % len(THINGS)], "m": m}
+        box = {"x": row["x"], "y": row["y"], "width": row["w"], "height": row["h"]}
+        phrase = FORMS[form % len(FORMS)].format(**words)
+        rows.append({"region_id": row["id"], "image_id": image_id, "phrase": phrase, **box})
+    return rows
 
 
-def object_rows(image_id: int, mean: int, rng: Generator, *, attributes: bool) -> Iterator[dict[str, Any]]:
-    for object_id, box, (name, first, second, kind) in drawn(image_id, mean, rng):
+def object_rows(image_id: int, mean: int, rng: Generator, *, attributes: bool) -> list[dict[str, Any]]:
+    rows = []
+    for row, (name, first, second, kind) in boxed_rows(image_id, mean, rng):
         noun = THINGS[name % len(THINGS)]
-        row = {"synsets": [f"{noun}.n.01"], "h": box["h"], "object_id": object_id, "names": [noun]}
-        row |= {"w": box["w"], "y": box["y"], "x": box["x"]}
+        row |= {"object_id": row.pop("id"), "names": [noun], "synsets": [f"{noun}.n.01"]}
         if attributes and kind % 5:  # one in five has no key attributes
             row["attributes"] = [ADJECTIVES[i % len(ADJECTIVES)] for i in (first, second)][: 1 + kind % 2]
-        yield row
+        rows.append(row)
+    return rows
 
 
 if __name__ == "__main__":
