@@ -27,7 +27,6 @@ ReadEntries: TypeAlias = Callable[[str, str, Problems], list[tuple[str, Any]]]
 # Benchmarks whose test_file needs no other file, and their readers: (file, image_root, problems) -> [(where it stands,
 # Expression)]. A new reader is one line here.
 TEST_FILE_READERS: dict[str, ReadEntries] = {}
-UNKNOWN_PHRASE = "the phrase's id has no boxes and is not under 'scene' or 'nobox'; evaluation leaves the phrase out"
 NOT_VISUAL = "0"  # the phrase id that Flickr30k Entities gives to all phrases that nothing in the image stands for
 UNKNOWN_PHRASE = "the phrase's id has no boxes and is not under 'scene' or 'nobox'; evaluation leaves the phrase out"
 DATASET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "refclef": "RefCLEF"}
@@ -112,8 +111,8 @@ class Checker:
         row.checked = "training config"
         if bert and config.max_tokens > bert.max_position_embeddings:
             kind = "max_tokens is above bert_config's max_position_embeddings: a longer caption would stop the run"
-            problem = EntryProblem(kind, f"{config.max_tokens} and {bert.max_position_embeddings}")
-            row.warnings.add(self.config, problem)
+            detail = f"{config.max_tokens} and {bert.max_position_embeddings}"
+            row.warnings.add(self.config, EntryProblem(kind, detail))
         if config.vit_init:
             weights = self.report.add(config.vit_init, "image encoder's weights", f"vit_init of {self.config}")
             if not Path(config.vit_init).is_file():
@@ -130,14 +129,13 @@ class Checker:
         if bert and bert.fusion_layers and config.block_num not in bert.fusion_layers:
             known = f"{bert.fusion_layers[0]} to {bert.fusion_layers[-1]}"
             row.fail(f"block_num is {config.block_num}; the fusion layers are {known}")
-        checks: list[Callable[[GroundingConfig, CheckedFile], None]] = []
+        named: dict[Callable[[GroundingConfig, CheckedFile], None], tuple[object, ...]] = {
+            self.check_refer: (config.test_file, config.refcoco_data, config.det_file),
+            self.check_flickr: (config.image_ids_file, config.phrase_box_file, config.sentences_file),
+        }
         if getattr(config, "benchmark", None) not in (None, *DATASET_NAMES, "flickr"):
-            checks = [self.check_other]
-        else:
-            checks += [self.check_refer] * bool(config.test_file or config.refcoco_data or config.det_file)
-            checks += [self.check_flickr] * bool(
-                config.image_ids_file or config.phrase_box_file or config.sentences_file
-            )
+            named = {self.check_other: (True,)}
+        checks = [check_files for check_files, files in named.items() if any(files)]
         if not checks and not config.matching_file:
             keys = "test_file and refcoco_data, or image_ids_file, phrase_box_file and sentences_file"
             row.fail(f"names no data; it needs {keys}")
@@ -197,10 +195,7 @@ class Checker:
 
     def training_file(self, file: str, image_root: str, max_words: int, empty_captions: str) -> int | None:
         """Read one training file; returns the number of its boxes, None if it cannot be read."""
-
-        def read_entries(noted: Problems) -> list[vg.Entry]:
-            return vg.read_entries(file, image_root, max_words, noted, empty_captions)
-
+        read_entries = partial(vg.read_entries, file, image_root, max_words, empty_captions=empty_captions)
         row, entries = self.read(file, "training entries", "train_file", read_entries)
         if entries is None:
             return None
