@@ -1,4 +1,12 @@
-"""Makes the JSON files that training and evaluation read.
+"""Makes the files that training and evaluation read, and checks them.
+
+    command     reads                            makes
+    scenes      nothing                          synthetic scenes in all formats, to try everything without a download
+    vg          Visual Genome                    the three training files
+    flickr      Flickr30k Entities               the files of Flickr30k evaluation
+    refer       REFER's refs and instances.json  the expressions of RefCOCO, RefCOCO+, RefCOCOg or RefCLEF
+    detections  MAttNet's detections             dets.json, the detections by image
+    check       configs and all that they name   a list of what cannot be used
 
     python prepare.py scenes data/scenes
     python prepare.py vg downloads/vg --out data
@@ -7,11 +15,7 @@
     python prepare.py detections mattnet_dets.json --out data/refcoco+/dets.json
     python prepare.py check configs/Pretrain.yaml configs/Grounding_*.yaml
 
-`scenes` draws the embedded data set: synthetic scenes in the real formats, for trying everything without a download.
-`vg` turns Visual Genome's files into the three that training reads. `flickr` converts Flickr30k Entities' annotations.
-`refer` makes the lists of expressions of one of REFER's data sets, `detections` groups what MAttNet detected in its
-images. `check` reads every file, entry and image that configs name, and lists what cannot be used. docs/data.md says
-where to get the files.
+docs/data.md says where to get the raw files. `python prepare.py COMMAND --help` lists a command's options.
 """
 
 import argparse
@@ -37,13 +41,12 @@ from utils import integer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-ABOUT_VG = """Write vg_descriptions.json, vg_attributes.json and vg_attributes_spatial.json from Visual Genome. The
-defaults keep all that training can use; a table at the end tells what each rule dropped. docs/data.md explains
-the rules."""
+ABOUT_VG = """Writes vg_descriptions.json, vg_attributes.json and vg_attributes_spatial.json. The defaults keep all that
+training can use. A table at the end tells how many entries each rule dropped; docs/data.md explains the rules."""
 
 
 def prepare_scenes(args: argparse.Namespace) -> None:
-    """Write the embedded data set, unless it is there already."""
+    """Write the synthetic scenes, unless they are there already."""
     args.annotated = min(args.annotated, args.train)
     wanted = scenes_files.parameters(args.seed, args.train, args.annotated, args.eval, args.size)
     manifest = scenes_files.read_manifest(args.out)
@@ -64,7 +67,7 @@ def prepare_scenes(args: argparse.Namespace) -> None:
 
 
 def prepare_vg(args: argparse.Namespace) -> None:
-    """Write AMC's training files from Visual Genome, and say how many entries each rule dropped."""
+    """Write the training files from Visual Genome, and print how many entries each rule dropped."""
     if args.min_area > args.max_area or args.min_words > (args.max_words or math.inf):
         sys.exit("error: --min-area must not exceed --max-area, nor --min-words --max-words")
     rules = Rules(**{name: getattr(args, name) for name in Rules._fields})
@@ -103,7 +106,7 @@ def prepare_refer(args: argparse.Namespace) -> None:
 
 
 def prepare_detections(args: argparse.Namespace) -> None:
-    """Write MAttNet's detections by image."""
+    """Write MAttNet's detections, grouped by image."""
     grouped = raw_refer.group_detections(args.file, args.instances)
     utils.write_text(args.out, json.dumps(grouped) + "\n")
     count, empty = sum(map(len, grouped.values())), sum(not boxes for boxes in grouped.values())
@@ -111,7 +114,7 @@ def prepare_detections(args: argparse.Namespace) -> None:
 
 
 def check_configs(args: argparse.Namespace) -> None:
-    """Check what configs name; exit status 1 if there are errors."""
+    """Check everything that configs name; exit status 1 if there are errors."""
     report = check(args.configs, args.set, args.sample, args.workers, args.show)
     print(report.json() if args.json else report.text())
     if report.total("error"):
@@ -134,71 +137,76 @@ def spatial_form(word: str) -> str:
 
 
 def add_vg(commands: Commands) -> None:
-    """The arguments of `vg`. Defaults are those of `Rules`, which keep all that training can use."""
-    command = commands.add_parser("vg", help="Visual Genome to the training files", description=ABOUT_VG)
+    """The arguments of `vg`; the defaults are those of `Rules`."""
+    command = commands.add_parser("vg", description=ABOUT_VG)
     add = command.add_argument
     rules, count = Rules(), integer(1)
-    files = "folders or files: image_data, region_descriptions, attributes, .json or .zip"
+    files = "image_data, region_descriptions and attributes, as .json or .zip; or folders that hold them"
     add("raw", type=Path, nargs="+", help=files)
-    add("--out", type=Path, required=True, metavar="DIR", help=f"folder to write {', '.join(OUTPUTS.values())} to")
-    add("--only", nargs="+", choices=OUTPUTS, default=list(OUTPUTS), help="the files to make (default: all three)")
+    add("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
+    add("--only", nargs="+", choices=OUTPUTS, default=list(OUTPUTS), help="files to make (default: all three)")
     splits = (
-        "leave out the images of these files' val and test splits: refs(SPLIT).p, JSON of expressions, Flickr30k's ids "
-        "(.txt)"
+        "leave out the images of the val and test splits in these files: refs(SPLIT).p, JSON lists of expressions, "
+        "Flickr30k's image ids (.txt)"
     )
     add("--exclude-eval", type=Path, nargs="+", default=[], metavar="FILE", help=splits)
-    on_disk = "leave out images that are not on disk in DIR (default: do not look)"
+    on_disk = "leave out images that are not in DIR (default: do not look)"
     add("--image-root", type=Path, metavar="DIR", help=on_disk)
     equal = (
-        "make one entry of an image's phrases that are equal once cleaned as in training, or equal but for white "
-        "space, or of none (default: %(default)s)"
+        "join phrases of an image into one entry if they are equal once cleaned as in training, if they are equal but "
+        "for white space, or never (default: %(default)s)"
     )
     add("--group", choices=GROUPINGS, default=rules.group, help=equal)
-    area = "of a box, as a part of its image (default: %(default)s)"
+    area = "of a box, as a fraction of its image (default: %(default)s)"
     add("--min-area", type=fraction, default=rules.min_area, help=area)
     add("--max-area", type=fraction, default=rules.max_area, help=area)
-    most = "leave out entries of more (default: no limit)"
+    most = "leave out entries with more boxes (default: no limit)"
     add("--max-boxes", type=count, default=rules.max_boxes, metavar="N", help=most)
     add("--min-words", type=count, default=rules.min_words, metavar="N", help="of a caption (default: %(default)s)")
     add("--max-words", type=count, default=rules.max_words, metavar="N", help="of a caption (default: no limit)")
-    add("--positions", nargs="+", choices=POSITIONS, default=rules.positions, help="to name (default: all five)")
+    add(
+        "--positions",
+        nargs="+",
+        choices=POSITIONS,
+        default=rules.positions,
+        help="positions to name in captions (default: all five)",
+    )
     apart = (
-        "how far a position's object must be from the others of its name, centre to centre, as a part of the image's "
-        "width or height (default: %(default)s)"
+        "least distance of an object with a position from the others of its name, centre to centre, as a fraction of "
+        "the image's width or height (default: %(default)s)"
     )
     add("--margin", type=fraction, default=rules.margin, help=apart)
-    form = "caption of a position and a phrase (default: '%(default)s')"
+    form = "caption made of a position and a phrase (default: '%(default)s')"
     add("--spatial-form", type=spatial_form, default=rules.spatial_form, help=form)
     command.set_defaults(run=prepare_vg)
 
 
 def add_scenes(commands: Commands) -> None:
-    command = commands.add_parser("scenes", help="draw the embedded data set of synthetic scenes")
+    command = commands.add_parser("scenes", description="Draws synthetic scenes in all formats.")
     add = command.add_argument
     count = integer(1, scenes_files.IDS_PER_SPLIT)
     side = integer(scenes_files.SMALLEST_SIZE)
     add("out", type=Path, help="folder to write to")
     add("--seed", type=integer(0), default=0, help="equal seeds give equal files (default: 0)")
     add("--train", type=count, default=12000, metavar="N", help="training scenes (default: 12000)")
-    add("--annotated", type=count, default=4000, metavar="N", help="of them, scenes with boxes (default: 4000)")
-    add("--eval", type=count, default=250, metavar="N", help="scenes each of val, testA and testB (default: 250)")
+    add("--annotated", type=count, default=4000, metavar="N", help="training scenes that have boxes (default: 4000)")
+    add("--eval", type=count, default=250, metavar="N", help="scenes in each of val, testA and testB (default: 250)")
     add("--size", type=side, default=96, help="mean side of an image in pixels (default: 96)")
-    add("--force", action="store_true", help="write anew what is there already")
+    add("--force", action="store_true", help="replace what is there already")
     command.set_defaults(run=prepare_scenes)
 
 
 def add_flickr(commands: Commands) -> None:
     command = commands.add_parser(
         "flickr",
-        help="Flickr30k Entities -> the files of Flickr30k evaluation",
         description="Writes <split>.txt, bounding_boxes_<split>.json and sentences_<split>.json, as info-ground does.",
     )
     add = command.add_argument
-    add("source", type=Path, help="folder with Annotations/ and Sentences/, or with annotations.zip; or that archive")
+    add("source", type=Path, help="folder that holds Annotations/ and Sentences/, or annotations.zip; or that archive")
     add("--out", type=Path, required=True, help="folder to write to")
     ids = (
-        "files of image ids, one a split, which has the file's name (default: train.txt, val.txt and test.txt beside "
-        "the annotations)"
+        "one file of image ids per split, named after the split (default: train.txt, val.txt and test.txt beside the "
+        "annotations)"
     )
     add("--ids", type=Path, nargs="+", metavar="FILE", help=ids)
     command.set_defaults(run=prepare_flickr)
@@ -207,27 +215,26 @@ def add_flickr(commands: Commands) -> None:
 def add_refer(commands: Commands) -> None:
     command = commands.add_parser(
         "refer",
-        help="RefCOCO, RefCOCO+, RefCOCOg, RefCLEF -> lists of expressions",
-        description="Writes <dataset>_{train,val,test}.json; test has testA, testB, testC too, with their names.",
+        description="Writes <dataset>_{train,val,test}.json. The test file also holds testA, testB and testC.",
     )
     add = command.add_argument
     owners = sorted({name for names in SPLITS.values() for name in names})
-    add("folder", type=Path, help="folder that holds the data sets' folders, refcoco_data of the configs")
+    add("folder", type=Path, help="folder that holds the data sets' folders: refcoco_data in the configs")
     whose = (
-        "whose split (default: umd for refcocog, berkeley for refclef, unc for the others; if its refs(...).p is not "
-        "there, another that is)"
+        "whose split to use (default: umd for refcocog, berkeley for refclef, unc for the others; or another whose "
+        "refs(...).p is there)"
     )
     add("--dataset", choices=SPLITS, required=True)
     add("--split-by", choices=owners, help=whose)
     add("--out", type=Path, required=True, help="folder to write to")
     images = (
-        "the config's image_root: look for every image there and in folders below, and write the path found (default: "
-        "write the name alone, unchecked)"
+        "image_root in the configs: look for every image there and in its subfolders, and write the path found "
+        "(default: write the name alone, unchecked)"
     )
     add("--image-root", type=Path, metavar="FOLDER", help=images)
-    missing = "leave out refs whose image is not under --image-root, and count them (default: an error)"
+    missing = "leave out refs whose image is not below --image-root, and count them (default: stop with an error)"
     add("--skip-missing", action="store_true", help=missing)
-    repeated = "equal sentences of a ref as often as they stand there, as the published counts do, or once"
+    repeated = "write equal sentences of a ref as often as they occur, as in the published counts; or once"
     add("--keep-repeated", action=argparse.BooleanOptionalAction, default=True, help=repeated)
     command.set_defaults(run=prepare_refer)
 
@@ -235,13 +242,12 @@ def add_refer(commands: Commands) -> None:
 def add_detections(commands: Commands) -> None:
     command = commands.add_parser(
         "detections",
-        help="MAttNet's list of detections -> dets.json, by image",
-        description="Groups MAttNet's list of {image_id, box, ...} by image; the order within an image is kept.",
+        description="Groups MAttNet's list of {image_id, box, ...} by image, and keeps the order within an image.",
     )
     add = command.add_argument
     add("file", type=Path, help="MAttNet's file of detections")
     add("--out", type=Path, required=True, metavar="FILE", help="the dets.json to write")
-    images = "REFER's instances.json: images of it without a detection get an empty list (default: no entry)"
+    images = "REFER's instances.json: its images without a detection get an empty list (default: no entry)"
     add("--instances", type=Path, metavar="FILE", help=images)
     command.set_defaults(run=prepare_detections)
 
@@ -249,26 +255,25 @@ def add_detections(commands: Commands) -> None:
 def add_check(commands: Commands) -> None:
     command = commands.add_parser(
         "check",
-        help="check everything that configs name",
-        description="Check configs of training and evaluation, and every file, entry and image that they name. "
-        "Exit status: 0 if there are no errors, else 1; warnings and notes do not count.",
+        description="Checks configs of training and evaluation, and every file, entry and image that they name. "
+        "The exit status is 1 if there are errors, else 0; warnings and notes do not count.",
     )
     add = command.add_argument
     count, cores = integer(1), os.cpu_count() or 1
     add("configs", nargs="+", metavar="CONFIG", help="a config of training or evaluation")
-    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of each of the configs")
-    some = "decode N images in place of all; of the others read the headers"
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key in all the configs")
+    some = "decode N images only, and read the headers of the others (default: decode all)"
     add("--sample", type=integer(0), metavar="N", help=some)
     add("--workers", type=count, default=cores, metavar="N", help="processes that read images (default: all cores)")
-    cases = "list so many cases of each kind of problem (default: 5)"
+    cases = "how many cases to list of each kind of problem (default: 5)"
     add("--show", type=count, default=5, metavar="N", help=cases)
-    add("--json", action="store_true", help="print JSON in place of the table, and nothing else")
+    add("--json", action="store_true", help="print JSON instead of text")
     command.set_defaults(run=check_configs)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of the above")
     for add in (add_scenes, add_vg, add_flickr, add_refer, add_detections, add_check):
         add(commands)
     return parser.parse_args(argv)

@@ -18,7 +18,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, markdown_table, parser
 from config import GroundingConfig, load_config
 from grounding.benchmarks import REFCOCO
 from grounding.results import ResultFolder
@@ -36,22 +36,22 @@ VARIANTS: dict[str, tuple[Path, list[str]]] = {  # a config, and what is changed
 }
 COLUMNS = ["RefCOCO+ point val_d", "RefCOCO+ point testA_d", "RefCOCO+ point testB_d", "RefCOCO+ box val_d"]
 COLUMNS += ["matching val"]
-Rows = dict[str, list[dict[str, float | None]]]  # variant -> the accuracies of each seed's run
+Accuracies = dict[str, list[dict[str, float | None]]]  # variant -> the accuracies of each seed's run
 
 
 def main(args: argparse.Namespace) -> None:
-    started, rows = time.monotonic(), Rows()
+    started, rows = time.monotonic(), Accuracies()
     run_step("scenes", ["prepare.py", "scenes", str(SCENES)])
     for seed in args.seeds:
         for variant in args.variants:
             folder: Path = args.output_dir / variant.replace(",", "").replace(" ", "_") / f"seed_{seed}"
-            rows.setdefault(variant, []).append(measure(variant, seed, folder))
-            utils.write_text(args.output_dir / "table.md", markdown(rows))
-    print(f"\n{markdown(rows)}\nAccuracies in %, mean ± standard deviation over the runs. {describe_machine()}")
+            rows.setdefault(variant, []).append(train_and_evaluate(variant, seed, folder))
+            utils.write_text(args.output_dir / "table.md", results_table(rows))
+    print(f"\n{results_table(rows)}\nAccuracies in %, mean ± standard deviation over the runs. {describe_machine()}")
     print(f"Done in {(time.monotonic() - started) / 60:.0f} minutes; runs and table.md are in {args.output_dir}")
 
 
-def measure(variant: str, seed: int, folder: Path) -> dict[str, float | None]:
+def train_and_evaluate(variant: str, seed: int, folder: Path) -> dict[str, float | None]:
     """Train and evaluate one run; returns its accuracies by column."""
     config, changes = VARIANTS[variant]
     options = ["--seed", str(seed)]
@@ -64,13 +64,17 @@ def measure(variant: str, seed: int, folder: Path) -> dict[str, float | None]:
     return accuracies(REFCOCO, grounding, {variant: result})[variant]
 
 
-def markdown(rows: Rows) -> str:
+def results_table(rows: Accuracies) -> str:
     """A line a variant; the spread where there are several runs."""
-    lines = ["| | runs | " + " | ".join(COLUMNS) + " |", "|---|---:|" + "---:|" * len(COLUMNS)]
-    for variant, runs in rows.items():
-        cells = [spread([100 * value for run in runs if (value := run[column]) is not None]) for column in COLUMNS]
-        lines.append(f"| {variant} | {len(runs)} | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    cells = (
+        [
+            variant,
+            str(len(runs)),
+            *(spread([100 * value for run in runs if (value := run[key]) is not None]) for key in COLUMNS),
+        ]
+        for variant, runs in rows.items()
+    )
+    return "\n".join(markdown_table(["", "runs", *COLUMNS], cells)) + "\n"
 
 
 def spread(values: list[float]) -> str:
@@ -82,8 +86,8 @@ def spread(values: list[float]) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
-    parser.add_argument("--output_dir", type=Path, default=Path("output/ablation"))
-    utils.run(main, parser.parse_args())
+    options = parser(__doc__)
+    options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
+    options.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    options.add_argument("--output_dir", type=Path, default=Path("output/ablation"))
+    utils.run(main, options.parse_args())

@@ -1,20 +1,18 @@
 """Loading: what a training sample and an evaluation image cost, by part, and how many a second the loaders deliver.
 
-    python benchmarks/bench_data.py            JPEGs of about 640 x 480 pixels, the published configs
+    python benchmarks/bench_data.py            JPEGs of 640 x 480 pixels, the published configs
     python benchmarks/bench_data.py --quick    fewer of them
 
-Decoding, resizing and augmenting are the published operations, in the published order: there is no second variant to
-compare with. The question that the numbers answer is how many loader processes a device needs that trains or evaluates
-so many samples a second.
+Decoding, resizing and augmenting are the published operations in the published order, so there is no second variant to
+compare with. The numbers tell how many loader processes a device needs to train or evaluate at a given speed.
 """
 
-import argparse
 import io
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -23,33 +21,26 @@ from torch.utils.data import DataLoader
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.bench_eval import HEIGHT, WIDTH, scenes_tokenizer
-from benchmarks.machine import Clock, describe_machine
+from benchmarks.inputs import scene, scenes_tokenizer
+from benchmarks.machine import Clock, describe_machine, parser, print_table
 from config import AugmentConfig, PretrainConfig
-from dataset.scenes.language import KINDS, describe, text
-from dataset.scenes.world import draw_scene, render
 from dataset.transforms import augment_for_albef, augment_for_amc, normalise, resize_bicubic
 from dataset.vg import Collate, TrainingData
 from grounding.predict import ImageData
 
-WORKERS = (0, 1, 2)
-
 
 def write_images(folder: Path, count: int) -> None:
-    """Scenes as JPEGs, with an AMC training entry each."""
+    """Write scenes as JPEGs, with a training entry each."""
     entries = []
     for i in range(count):
-        rng = np.random.default_rng([11, i])
-        scene = draw_scene(rng, 560)
-        Image.fromarray(render(scene, rng)).resize((WIDTH, HEIGHT)).save(folder / f"{i}.jpg", quality=92)
-        spec = describe(scene, 0, KINDS[0], rng)
-        caption = text(spec, rng) if spec else "it"
+        jpeg, (caption,), _ = scene([11, i], 1)
+        (folder / f"{i}.jpg").write_bytes(jpeg)
         entries.append({"image": f"{i}.jpg", "caption": caption, "bbox": [[50, 60, 300, 350]]})
     (folder / "train.json").write_text(json.dumps(entries), encoding="utf-8")
 
 
-def by_part(jpeg: bytes, rounds: int) -> None:
-    """Milliseconds of each part for one image; prints a table of medians."""
+def by_part(jpeg: bytes, rounds: int) -> Clock:
+    """Time each part for one image."""
     clock, options = Clock(), AugmentConfig()
     pixels = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
     mask = np.zeros(pixels.shape[:2], np.uint8)
@@ -65,45 +56,45 @@ def by_part(jpeg: bytes, rounds: int) -> None:
             resized = resize_bicubic(image, 384)
         with clock.measure("normalise, 384 px"):
             normalise(resized)
-    print("\n| part | ms |\n|---|---:|")
-    for label in clock.seconds:
-        print(f"| {label} | {1000 * clock.median(label):.2f} |")
+    return clock
 
 
-def rate(batches: Iterable, size: int) -> float:
-    """Samples a second over all batches, the start of the processes left out."""
+def rate(batches: Iterable, size: int) -> str:
+    """Samples a second over all batches but the first, whose processes have to start."""
     iterator = iter(batches)
     next(iterator)
-    started, count = time.perf_counter(), 0
-    for _ in iterator:
-        count += size
-    return count / (time.perf_counter() - started)
+    started = time.perf_counter()
+    count = size * sum(1 for _ in iterator)
+    return f"{count / (time.perf_counter() - started):.0f}"
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args()
-    count, batch = (64, 8) if args.quick else (768, 32)
+def rates(folder: Path, count: int, batch: int) -> Iterator[list[str]]:
+    """One row of the second table per number of loader processes."""
+    config = PretrainConfig(train_file=[str(folder / "train.json")], image_root=str(folder))
+    collate, paths = Collate(scenes_tokenizer(), config), [folder / f"{i}.jpg" for i in range(count)]
+    for workers in (0, 1, 2):
+        row = [str(workers or "none beside the program")]
+        for add_gcam in (True, False):
+            data = TrainingData(config.model_copy(update={"add_gcam": add_gcam}), seed=0)
+            row.append(rate(DataLoader(data, batch, collate_fn=collate, num_workers=workers), batch))
+        images = ImageData(paths, resize_bicubic, 384, skip_broken=False)
+        yield [*row, rate(DataLoader(images, 8, collate_fn=list, num_workers=workers), 8)]
+
+
+def main(quick: bool) -> None:
+    count, batch, rounds = (64, 8, 10) if quick else (768, 32, 100)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_images(folder, count)
-        print(describe_machine())
-        by_part((folder / "0.jpg").read_bytes(), 10 if args.quick else 100)
-        config = PretrainConfig(train_file=[str(folder / "train.json")], image_root=name)
-        collate = Collate(scenes_tokenizer(), config)
-        paths = [folder / f"{i}.jpg" for i in range(count)]
-        print("\n| loader processes | AMC samples a second | ALBEF samples a second | evaluation images a second |")
-        print("|---|---:|---:|---:|")
-        for workers in WORKERS:
-            rates = []
-            for add_gcam in (True, False):
-                data = TrainingData(config.model_copy(update={"add_gcam": add_gcam}), seed=0)
-                rates.append(rate(DataLoader(data, batch, collate_fn=collate, num_workers=workers), batch))
-            images = ImageData(paths, resize_bicubic, 384, skip_broken=False)
-            rates.append(rate(DataLoader(images, 8, collate_fn=list, num_workers=workers), 8))
-            print(f"| {workers or 'none beside the program'} | " + " | ".join(f"{value:.0f}" for value in rates) + " |")
+        print(describe_machine() + "\n")
+        clock = by_part((folder / "0.jpg").read_bytes(), rounds)
+        print_table(["part", "ms"], ([label, f"{1000 * clock.median(label):.2f}"] for label in clock.seconds))
+        print()
+        heads = ["AMC samples a second", "ALBEF samples a second", "evaluation images a second"]
+        print_table(["loader processes", *heads], rates(folder, count, batch))
 
 
 if __name__ == "__main__":
-    main()
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true")
+    main(options.parse_args().quick)

@@ -7,10 +7,9 @@ What a browser would wait for, without the way there: decoding, the model, the m
 as PNG. An image is encoded for its first phrase alone. Medians of some rounds, each with a picture not yet seen.
 """
 
-import argparse
 import io
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import skimage.data
@@ -19,10 +18,9 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import Clock, describe_machine
+from benchmarks.inputs import scenes_tokenizer
+from benchmarks.machine import Clock, describe_machine, parser, print_table
 from config import GroundingConfig, load_config
-from dataset.scenes.files import vocabulary
-from dataset.text import load_tokenizer
 from grounding.load import OpenedModel
 from grounding.maps import THRESHOLD
 from grounding.web import fragments
@@ -32,10 +30,10 @@ from models.albef import build_albef
 from models.checkpoint import LoadReport
 from models.onednn import use_onednn
 
-SIZES = ((512, 512), (640, 427), (4000, 3000))
+PHOTO_SIZES = ((512, 512), (640, 427), (4000, 3000))
 STEPS = ("upload", "first phrase", "new phrase", "another threshold")
 MODEL = "random weights"
-ROUNDS = 5
+PAGE_ROUNDS = 5
 
 
 def open_random(config: GroundingConfig) -> OpenedModel:
@@ -43,10 +41,7 @@ def open_random(config: GroundingConfig) -> OpenedModel:
     torch.manual_seed(0)
     model = build_albef(config).requires_grad_(False).eval()
     use_onednn(model)
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "vocab.txt").write_text("\n".join(vocabulary()) + "\n", encoding="utf-8")
-        tokenizer = load_tokenizer(folder)
-    return OpenedModel(model, tokenizer, torch.device("cpu"), config, "", LoadReport(MODEL))
+    return OpenedModel(model, scenes_tokenizer(), torch.device("cpu"), config, "", LoadReport(MODEL))
 
 
 def jpeg(size: tuple[int, int], number: int) -> bytes:
@@ -58,22 +53,14 @@ def jpeg(size: tuple[int, int], number: int) -> bytes:
     return content.getvalue()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Time the page of demo.py --web.")
-    parser.add_argument("--mode", choices=("itm", "itc"), default="itm")
-    parser.add_argument("--threads", type=int, default=1)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
-    opened = open_random(load_config("configs/Grounding_refcoco.yaml", GroundingConfig))
-    print(describe_machine())
-    print(f"\n| seconds | {' | '.join(STEPS)} | new / first |\n|---|{'---:|' * (len(STEPS) + 1)}")
-    for size in SIZES:
+def page_rows(opened: OpenedModel, mode: str) -> Iterator[list[str]]:
+    """One row of the table per image size."""
+    for size in PHOTO_SIZES:
         clock = Clock()
-        for number in range(ROUNDS + 1):
-            one_round(Answers([Offer(MODEL, Path())], lambda offer: opened), jpeg(size, number), args.mode, clock)
+        for number in range(PAGE_ROUNDS + 1):
+            one_round(Answers([Offer(MODEL, Path())], lambda offer: opened), jpeg(size, number), mode, clock)
         medians = [clock.median(step, skip=1) for step in STEPS]
-        cells = [f"{seconds:.2f}" for seconds in [*medians, medians[2] / medians[1]]]
-        print(f"| {size[0]} x {size[1]} | {' | '.join(cells)} |")
+        yield [f"{size[0]} x {size[1]}", *(f"{seconds:.2f}" for seconds in [*medians, medians[2] / medians[1]])]
 
 
 def one_round(answers: Answers, content: bytes, mode: str, clock: Clock) -> None:
@@ -96,4 +83,11 @@ def one_round(answers: Answers, content: bytes, mode: str, clock: Clock) -> None
 
 
 if __name__ == "__main__":
-    main()
+    options = parser(__doc__)
+    options.add_argument("--mode", choices=("itm", "itc"), default="itm")
+    options.add_argument("--threads", type=int, default=1)
+    args = options.parse_args()
+    torch.set_num_threads(args.threads)
+    model = open_random(load_config("configs/Grounding_refcoco.yaml", GroundingConfig))
+    print(describe_machine() + "\n")
+    print_table(["seconds", *STEPS, "new / first"], page_rows(model, args.mode))

@@ -8,7 +8,6 @@ orders of images, and deleted at the end with what was made of them. Boxes and w
 any other, while names and attributes are few, so that an image's objects share them.
 """
 
-import argparse
 import json
 import resource
 import shutil
@@ -16,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,12 @@ from numpy.random import Generator
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, parser
 
 ROOT = Path(__file__).parents[1]
-SIZES = ((800, 600), (500, 375), (1024, 768), (375, 500))
-NAMES = ("man", "woman", "dog", "car", "tree", "building", "window", "shirt", "sign", "table", "chair", "bird", "train")
-ATTRIBUTES = (
-    *("red", "white", "black", "large", "small", "wooden"),
-    *("green", "parked", "old", "tall", "standing", "round"),
-)
+IMAGE_SIZES = ((800, 600), (500, 375), (1024, 768), (375, 500))
+THINGS = ("man", "woman", "dog", "car", "tree", "building", "window", "shirt", "sign", "table", "chair", "bird")
+ADJECTIVES = ("red", "white", "black", "large", "small", "wooden", "green", "parked", "old", "tall")
 FORMS = (
     "the {a} {n} by thing{m}",
     "A {n}, next to a thing{m}.",
@@ -41,25 +37,18 @@ FORMS = (
     "{a} {n}",
     "the {n}",
 )
-Row = dict[str, Any]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=int, default=100_000)
-    parser.add_argument("--regions", type=int, default=50, help="an image, on average")
-    parser.add_argument("--objects", type=int, default=30, help="an image, on average")
-    parser.add_argument("--out", type=Path, help="folder for the temporary folder (default: the system's)")
-    args = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(dir=args.out and args.out.resolve()))
+def main(images: int, regions: int, objects: int, out: Path | None) -> None:
+    folder = Path(tempfile.mkdtemp(dir=out and out.resolve()))
     try:
-        write_raw(folder / "raw", args.images, args.regions, args.objects)
-        measure(folder)
+        write_raw(folder / "raw", images, regions, objects)
+        run_prepare(folder)
     finally:
         shutil.rmtree(folder)
 
 
-def measure(folder: Path) -> None:
+def run_prepare(folder: Path) -> None:
     """Run the program in a process of its own, whose peak of memory the system keeps."""
     print(describe_machine(), flush=True)
     show_sizes(folder / "raw")
@@ -79,74 +68,65 @@ def show_sizes(folder: Path) -> None:
 
 
 def write_raw(folder: Path, images: int, regions: int, objects: int) -> None:
-    """image_data.json, region_descriptions.json, attributes.json and objects.json; each in another order of images."""
+    """Write image_data.json, region_descriptions.json, attributes.json and objects.json, each in its own order."""
     folder.mkdir()
-    makers: dict[str, Callable[[int, Generator], Row]] = {
+    makers: dict[str, Callable[[int, Generator], dict[str, Any]]] = {
         "image_data": image_row,
         "region_descriptions": lambda i, rng: {"id": i, "regions": region_rows(i, regions, rng)},
         "attributes": lambda i, rng: {"image_id": i, "attributes": object_rows(i, objects, rng, attributes=True)},
         "objects": lambda i, rng: {"image_id": i, "objects": object_rows(i, objects, rng, attributes=False)},
     }
     for index, (name, make) in enumerate(makers.items()):
-        order = np.random.default_rng(index).permutation(images)
-        # An image's objects are drawn from its own seed, so that attributes.json and objects.json agree.
-        write_list(folder / f"{name}.json", (make(int(i) + 1, np.random.default_rng([1, i])) for i in order))
+        with open(folder / f"{name}.json", "w", encoding="utf-8") as file:
+            for place, i in enumerate(np.random.default_rng(index).permutation(images)):
+                # An image's objects are drawn from its own seed, so that attributes.json and objects.json agree.
+                row = make(int(i) + 1, np.random.default_rng([1, i]))
+                file.write(("," if place else "[") + json.dumps(row))
+            file.write("]")
 
 
-def write_list(path: Path, rows: Iterator[Row]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        for index, row in enumerate(rows):
-            file.write(("," if index else "[") + json.dumps(row))
-        file.write("]")
-
-
-def image_row(image_id: int, rng: Generator) -> Row:
-    width, height = SIZES[image_id % len(SIZES)]
+def image_row(image_id: int, rng: Generator) -> dict[str, Any]:
+    width, height = IMAGE_SIZES[image_id % len(IMAGE_SIZES)]
     url = f"https://cs.stanford.edu/people/rak248/VG_100K{'_2' if image_id % 2 else ''}/{image_id}.jpg"
     coco_id = int(rng.integers(600_000)) if rng.random() < 0.5 else None
     ids = {"coco_id": coco_id, "flickr_id": int(rng.integers(10**10))}
     return {"image_id": image_id, "width": width, "height": height, "url": url, **ids}
 
 
-def region_rows(image_id: int, mean: int, rng: Generator) -> list[Row]:
+def boxed_rows(image_id: int, mean: int, rng: Generator) -> Iterator[tuple[dict[str, Any], list[int]]]:
+    """An id and a box, and four random numbers, for each of about `mean` things; some boxes stick out of the image."""
+    side, count = min(IMAGE_SIZES[image_id % len(IMAGE_SIZES)]), int(rng.poisson(mean))
+    corners, sides = rng.uniform(-5, 0.9 * side, size=(count, 2)), rng.exponential(0.2 * side, size=(count, 2))
+    boxes = np.concatenate([corners, sides], axis=1).astype(int).tolist()
+    for k, (box, numbers) in enumerate(zip(boxes, rng.integers(10_000, size=(count, 4)).tolist(), strict=True)):
+        yield {"id": 1000 * image_id + k, **dict(zip("xywh", box, strict=True))}, numbers
+
+
+def region_rows(image_id: int, mean: int, rng: Generator) -> list[dict[str, Any]]:
     rows = []
-    count = int(rng.poisson(mean))
-    boxes = draw_boxes(image_id, count, rng)
-    words = rng.integers(10_000, size=(count, 4)).tolist()
-    for k, (x, y, w, h) in enumerate(boxes):
-        form, a, n, m = words[k]
-        phrase = FORMS[form % len(FORMS)].format(a=pick(ATTRIBUTES, a), n=pick(NAMES, n), m=m)
-        where = {"width": w, "height": h, "image_id": image_id, "phrase": phrase, "y": y, "x": x}
-        rows.append({"region_id": 1000 * image_id + k, **where})
+    for row, (form, a, n, m) in boxed_rows(image_id, mean, rng):
+        words = {"a": ADJECTIVES[a % len(ADJECTIVES)], "n": THINGS[n % len(THINGS)], "m": m}
+        box = {"x": row["x"], "y": row["y"], "width": row["w"], "height": row["h"]}
+        phrase = FORMS[form % len(FORMS)].format(**words)
+        rows.append({"region_id": row["id"], "image_id": image_id, "phrase": phrase, **box})
     return rows
 
 
-def object_rows(image_id: int, mean: int, rng: Generator, *, attributes: bool) -> list[Row]:
+def object_rows(image_id: int, mean: int, rng: Generator, *, attributes: bool) -> list[dict[str, Any]]:
     rows = []
-    count = int(rng.poisson(mean))
-    boxes = draw_boxes(image_id, count, rng)
-    words = rng.integers(10_000, size=(count, 4)).tolist()
-    for k, (x, y, w, h) in enumerate(boxes):
-        name, first, second, kind = words[k]
-        row: Row = {"synsets": [f"{pick(NAMES, name)}.n.01"], "h": h, "object_id": 1000 * image_id + k}
-        row |= {"names": [pick(NAMES, name)], "w": w, "y": y, "x": x}
+    for row, (name, first, second, kind) in boxed_rows(image_id, mean, rng):
+        noun = THINGS[name % len(THINGS)]
+        row |= {"object_id": row.pop("id"), "names": [noun], "synsets": [f"{noun}.n.01"]}
         if attributes and kind % 5:  # one in five has no key attributes
-            row["attributes"] = [pick(ATTRIBUTES, first), pick(ATTRIBUTES, second)][: 1 + kind % 2]
+            row["attributes"] = [ADJECTIVES[i % len(ADJECTIVES)] for i in (first, second)][: 1 + kind % 2]
         rows.append(row)
     return rows
 
 
-def draw_boxes(image_id: int, count: int, rng: Generator) -> list[list[int]]:
-    """[x, y, w, h], some of which stick out of the image."""
-    width, height = SIZES[image_id % len(SIZES)]
-    corners = rng.uniform(-5, 0.9 * min(width, height), size=(count, 2))
-    sides = rng.exponential(0.2 * min(width, height), size=(count, 2))
-    return np.concatenate([corners, sides], axis=1).astype(int).tolist()
-
-
-def pick(words: Sequence[str], number: int) -> str:
-    return words[number % len(words)]
-
-
 if __name__ == "__main__":
-    main()
+    options = parser(__doc__)
+    options.add_argument("--images", type=int, default=100_000)
+    options.add_argument("--regions", type=int, default=50, help="an image, on average")
+    options.add_argument("--objects", type=int, default=30, help="an image, on average")
+    options.add_argument("--out", type=Path, help="folder for the temporary folder (default: the system's)")
+    main(**vars(options.parse_args()))

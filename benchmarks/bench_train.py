@@ -5,8 +5,7 @@
 
 A step is forward, backward and AdamW, without dropout and at a learning rate of nearly 0, so that every step of every
 variant sees the same weights, and the losses can be compared. Rounds of all variants alternate; medians are reported.
-Peak memory is that of a process of its own, which does two steps; weights of student and teacher, gradients and AdamW's
-moments are most of it in every variant.
+Peak memory is that of a process of its own, which does two steps.
 """
 
 import argparse
@@ -21,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
 from benchmarks import published
-from benchmarks.machine import Clock, describe_machine, peak_memory
+from benchmarks.machine import Clock, describe_machine, parser, peak_memory, print_table
 from config import OptimizerConfig, PretrainConfig, load_config
 from models.pretrain import Batch, PretrainModel
 from models.xbert import Attention
@@ -29,8 +28,7 @@ from optim import create_optimizer, parameter_groups
 
 ALPHA = 0.4
 GLIBC_KEEPS = 2**25  # freed blocks of up to so many bytes, unless told otherwise (`utils.return_freed_memory`)
-CONFIGS = Path(__file__).parents[1] / "configs"
-VARIANTS = {  # precision, and whether activations are recomputed
+STEP_VARIANTS = {  # precision, and whether activations are recomputed
     "published": (torch.float32, False),
     "ours, fp32": (torch.float32, False),
     "ours, bf16": (torch.bfloat16, False),
@@ -67,7 +65,9 @@ class Trainer:
     """The model with its batch and optimizers, ready to make a step of any variant."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        config = load_config(CONFIGS / ("scenes" if args.quick else "") / "Pretrain.yaml", PretrainConfig)
+        config = load_config(
+            Path(__file__).parents[1] / "configs" / ("scenes" if args.quick else "") / "Pretrain.yaml", PretrainConfig
+        )
         self.config = config.model_copy(update={"negative_sharpness": 1.0})
         self.model = build_model(self.config)
         self.fast = published.with_onednn(self.model)
@@ -93,7 +93,7 @@ class Trainer:
             with published.plain_attention(self.model):
                 values = published.training_losses(self.model, self.batch, ALPHA)
                 return self.finish(values, self.plain)
-        precision, checkpointing = VARIANTS[label]
+        precision, checkpointing = STEP_VARIANTS[label]
         self.fast.checkpoint_activations(checkpointing)
         if checkpointing:
             utils.return_freed_memory()
@@ -116,13 +116,12 @@ def memory_of(label: str) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=12)
-    parser.add_argument("--memory_of", choices=VARIANTS, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--quick", action="store_true")
+    for name, default in {"--rounds": 3, "--batch": 8, "--tokens": 12}.items():
+        options.add_argument(name, type=int, default=default)
+    options.add_argument("--memory_of", choices=STEP_VARIANTS, help=argparse.SUPPRESS)
+    args = options.parse_args()
     trainer = Trainer(args)
     if args.memory_of:
         for _ in range(2):
@@ -131,7 +130,7 @@ def main() -> None:
         return
     clock, found = Clock(), {}
     for _ in range(args.rounds + 1):
-        for label in VARIANTS:
+        for label in STEP_VARIANTS:
             trainer.reset()
             with clock.measure(label):
                 found[label] = trainer.step(label)
@@ -141,12 +140,15 @@ def main() -> None:
 
     print(describe_machine())
     print(f"batch {args.batch}, {image_res} px, {args.tokens} tokens, {args.rounds} rounds after a first one\n")
-    print("| | s per step | ratio | peak memory, GB | losses differ by at most |\n|---|---:|---:|---:|---:|")
-    for label in VARIANTS:
-        seconds = clock.median(label, skip=1)
+
+    def row(label: str) -> list[str]:
+        seconds, losses = clock.median(label, skip=1), found[label]
+        error = max(abs(losses[name] - value) for name, value in found["published"].items())
         ratio = clock.median("published", skip=1) / seconds
-        error = max(abs(found[label][name] - value) for name, value in found["published"].items())
-        print(f"| {label} | {seconds:.2f} | {ratio:.2f} | {memory_of(label):.1f} | {error:.1e} |", flush=True)
+        return [label, f"{seconds:.2f}", f"{ratio:.2f}", f"{memory_of(label):.1f}", f"{error:.1e}"]
+
+    heads = ["", "s per step", "ratio", "peak memory, GB", "losses differ by at most"]
+    print_table(heads, map(row, STEP_VARIANTS))
 
 
 if __name__ == "__main__":

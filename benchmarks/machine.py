@@ -1,11 +1,12 @@
-"""What the benchmarks share: a clock, the memory that was needed at most, and what the machine is."""
+"""What the benchmarks share: arguments, a clock, peak memory, the machine's description and Markdown tables."""
 
+import argparse
 import os
 import platform
 import resource
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -24,15 +25,25 @@ class Clock:
 
     @contextmanager
     def measure(self, label: str) -> Iterator[None]:
-        reset_peak_memory()
+        with suppress(OSError):  # not on Linux: the peak is that of the whole run
+            CLEAR_REFS.write_text("5")
         started = time.perf_counter()
         yield
         self.seconds.setdefault(label, []).append(time.perf_counter() - started)
         self.memory[label] = max(self.memory.get(label, 0.0), peak_memory())
 
     def median(self, label: str, skip: int = 0) -> float:
-        """Over all times but the first `skip`."""
+        """The median of all times but the first `skip`."""
         return statistics.median(self.seconds[label][skip:])
+
+
+def peak_memory() -> float:
+    """The most memory in GB that this process has held, on Linux since `Clock.measure` began."""
+    if STATUS.exists():
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM"):
+                return int(line.split()[1]) * 1024 / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def describe_machine() -> str:
@@ -45,16 +56,20 @@ def describe_machine() -> str:
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
-def reset_peak_memory() -> None:
-    """Start to count anew, where the system can (Linux); elsewhere `peak_memory` is of the whole run."""
-    with suppress(OSError):
-        CLEAR_REFS.write_text("5")
+def parser(text: str | None) -> argparse.ArgumentParser:
+    """A parser whose help begins with `text`, a program's docstring."""
+    return argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def peak_memory() -> float:
-    """The most memory this process has held since `reset_peak_memory`, in GB."""
-    if STATUS.exists():
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024 / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+def markdown_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The lines of a Markdown table: the first column flush left, the others right."""
+    yield f"| {' | '.join(heads)} |".replace("|  |", "| |")
+    yield "|---|" + "---:|" * (len(heads) - 1)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+
+
+def print_table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Print a Markdown table, each row as soon as it is known."""
+    for line in markdown_table(heads, rows):
+        print(line, flush=True)

@@ -18,8 +18,8 @@ from dataset.reading import DataError
 from dataset.text import clean_caption, has_content
 from utils import log
 
-K = TypeVar("K")
-V = TypeVar("V")
+Key = TypeVar("Key")
+Value = TypeVar("Value")
 SHOWN_PROBLEMS = 5  # of each kind
 SURROGATE = "holds half of a surrogate pair, which is no character; correct the entry"
 SHORT = reprlib.Repr()  # ends soon, however large or nested the value is
@@ -175,9 +175,9 @@ def is_number(value: Any) -> bool:
     return type(value) in (int, float) and abs(value) < 2**53
 
 
-def first_of(pairs: Iterable[tuple[K, V]]) -> dict[K, V]:
+def first_of(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, Value]:
     """The first value of each key, in order."""
-    first: dict[K, V] = {}
+    first: dict[Key, Value] = {}
     for key, value in pairs:
         first.setdefault(key, value)
     return first

@@ -1,4 +1,4 @@
-"""Flickr30k Entities as info-ground writes it (Plummer et al., ICCV 2015; SPEC section 4): phrases and their boxes.
+"""Flickr30k Entities as info-ground writes it (Plummer et al., ICCV 2015; docs/method.md, Data formats).
 
 Three files a split: image ids, one a line; {image_id: {"boxes": {phrase_id: [[x1, y1, x2, y2], ...]}, "width",
 "height"}}; {image_id: [{"phrases": [{"phrase", "phrase_id", "phrase_type"}]}]}, a list of sentences.
@@ -22,18 +22,20 @@ from dataset.expressions import (
     parse_boxes,
     require,
 )
+from dataset.images import LONGEST_SIDE
 from dataset.reading import DataError, load_json, read_text
 from utils import log
 
-MAX_WORDS = 50  # of a phrase, as the release cuts it
-LONGEST_SIDE = 65_535  # pixels; no JPEG is longer
+MAX_PHRASE_WORDS = 50  # the release cuts a phrase here
 
 
 class ImageBoxes(NamedTuple):
-    """What the box file says of an image.
+    """What the box file says of one image.
 
-    size: (height, width); by_id: phrase id -> its boxes (n, 4) [x, y, w, h], n >= 1; boxless: the ids that the file
-    lists as a scene or as without a box.
+    Args:
+        size: (height, width) in pixels.
+        by_id: phrase id -> its boxes (n, 4) float64 [x, y, w, h], n >= 1.
+        boxless: the phrase ids that the file lists as a scene or as without a box.
     """
 
     size: tuple[int, int]
@@ -41,24 +43,13 @@ class ImageBoxes(NamedTuple):
     boxless: frozenset[str]
 
 
-class Phrase(NamedTuple):
+class FlickrPhrase(NamedTuple):
     """One (sentence, phrase) and where it stands; `expression` is None where its id has no boxes."""
 
     where: str
     image_id: str
     phrase_id: str
     expression: Expression | None
-
-
-class Split(NamedTuple):
-    """The three files of a split, read; `name` is "val" or "test"."""
-
-    name: str
-    ids: list[str]
-    boxes: dict[str, Any]
-    sentences: dict[str, Any]
-    box_file: str
-    sentences_file: str
 
 
 def load_expressions(
@@ -71,8 +62,10 @@ def load_expressions(
 ) -> list[Expression]:
     """Read and check every (sentence, phrase) whose phrase id has boxes, in the order of ids, sentences and phrases.
 
-    Each phrase is grounded alone, in `<image_root>/<id>.jpg`; its ref_id is its index in this order, over all files.
-    With skip_missing, nobody looks whether the images are there.
+    Each phrase is grounded alone, in `<image_root>/<id>.jpg`. Its ref_id is its index in this order, over all files.
+
+    Args:
+        skip_missing: do not look whether the images are there.
 
     Raises:
         DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
@@ -81,14 +74,11 @@ def load_expressions(
     images: list[tuple[Path, str]] = []
     problems = Problems()
     for ids_file, box_file, phrases_file in triples(image_ids_file, phrase_box_file, sentences_file):
-        boxes, sentences = load_json(box_file, dict), load_json(phrases_file, dict)
-        ids = read_ids(ids_file, problems, image_root)
-        split = Split(split_of(ids_file), ids, boxes, sentences, box_file, phrases_file)
-        images += [(image_path(image_root, key), f"{ids_file}: image {key}") for key in split.ids]
-        found = read_boxes(split, problems)
-        for phrase in read_phrases(split, found, image_root, len(expressions), problems):
-            if phrase.expression:
-                expressions.append(phrase.expression)
+        split, ids = split_of(ids_file), read_ids(ids_file, problems, image_root)
+        images += [(image_path(image_root, key), f"{ids_file}: image {key}") for key in ids]
+        boxes = read_boxes(box_file, ids, problems)
+        phrases = read_phrases(phrases_file, ids, boxes, split, image_root, problems, first=len(expressions))
+        expressions += [phrase.expression for phrase in phrases if phrase.expression]
     if not skip_missing:
         check_images(images, problems)
     problems.check()
@@ -114,53 +104,12 @@ def image_path(image_root: str, image_id: str) -> Path:
     return locate(image_root, f"{image_id}.jpg")
 
 
-def read_boxes(split: Split, problems: Problems) -> dict[str, ImageBoxes]:
-    """What the box file says of each image of the split, by image id; notes and leaves out what cannot be used."""
-    found = {}
-    for image_id in split.ids:
-        try:
-            found[image_id] = _image_boxes(split.boxes, image_id)
-        except EntryProblem as problem:
-            problems.add(f"{split.box_file}: image {image_id}", problem)
-    return found
-
-
-def read_phrases(
-    split: Split, boxes: dict[str, ImageBoxes], image_root: str, first: int, problems: Problems
-) -> Iterator[Phrase]:
-    """Every (sentence, phrase) of the split, with or without boxes, in order; notes those that cannot be used.
-
-    Args:
-        boxes: from `read_boxes`.
-        first: ref_id of the first expression.
-    """
-    count = first
-    for image_id in split.ids:
-        image, of = image_path(image_root, image_id), boxes.get(image_id)
-        for where, row in _phrases(split.sentences, image_id, split.sentences_file, problems):
-            expression = None
-            try:
-                phrase_id = require(row, "phrase_id", str)
-                if of and phrase_id in of.by_id:
-                    phrase = require(row, "phrase", str)
-                    text = clean_text(phrase, MAX_WORDS, split.sentences_file, where, problems)
-                    record = {"image_height": of.size[0], "image_width": of.size[1], "split": split.name}
-                    boxes_of = of.by_id[phrase_id]
-                    expression = Expression(
-                        image, text, count, split.name, boxes_of, record, size=of.size, categories=_types(row)
-                    )
-                    count += 1
-                yield Phrase(where, image_id, phrase_id, expression)
-            except EntryProblem as problem:
-                problems.add(where, problem)
-
-
 def _warn(message: str) -> None:
     log(f"warning: {message}")
 
 
 def split_of(ids_file: str, warn: Callable[[str], object] = _warn) -> str:
-    """ "val" when the file's own name contains 'val', else "test"; says so where the release decides otherwise.
+    """ "val" when the file's own name contains 'val', else "test"; warns where the release decides otherwise.
 
     The release looks for 'val' in the whole path, so that a folder named eval/ makes its test split count as val.
     """
@@ -174,7 +123,7 @@ def split_of(ids_file: str, warn: Callable[[str], object] = _warn) -> str:
 
 
 def load_ids(path: str, image_root: str = ".") -> list[str]:
-    """The image ids of a split file, one a line, blank lines left out; `DataError` for what `read_ids` notes, too."""
+    """Read the image ids of a split file, one a line; raises `DataError`, also for what `read_ids` notes."""
     problems = Problems()
     ids = read_ids(path, problems, image_root)
     problems.check()
@@ -182,7 +131,7 @@ def load_ids(path: str, image_root: str = ".") -> list[str]:
 
 
 def read_ids(path: str, problems: Problems, image_root: str = ".") -> list[str]:
-    """As `load_ids`; notes ids that are repeated, which count once, and ids like '../1', which are left out."""
+    """As `load_ids`, but notes repeated ids, which count once, and ids like '../1', which are left out."""
     counts = Counter(read_text(path, "image_ids_file").split())
     if not counts:
         raise DataError(f"{path}: lists no image ids")
@@ -199,10 +148,25 @@ def read_ids(path: str, problems: Problems, image_root: str = ".") -> list[str]:
     return ids
 
 
-def _image_boxes(boxes: dict[str, Any], image_id: str) -> ImageBoxes:
-    if image_id not in boxes:
+def read_boxes(file: str, ids: list[str], problems: Problems) -> dict[str, ImageBoxes]:
+    """Read what a box file says of each image, by image id; notes and leaves out what cannot be used.
+
+    Raises:
+        DataError: for the file itself.
+    """
+    content, found = load_json(file, dict), {}
+    for image_id in ids:
+        try:
+            found[image_id] = _image_boxes(content, image_id)
+        except EntryProblem as problem:
+            problems.add(f"{file}: image {image_id}", problem)
+    return found
+
+
+def _image_boxes(content: dict[str, Any], image_id: str) -> ImageBoxes:
+    if image_id not in content:
         raise EntryProblem("the image id has no entry; check that phrase_box_file belongs to image_ids_file")
-    row = boxes[image_id]
+    row = content[image_id]
     size = require(row, "height", int), require(row, "width", int)
     if not all(1 <= side <= LONGEST_SIDE for side in size):
         kind = f"keys 'height' and 'width' must be the image's pixels, 1 to {LONGEST_SIDE:,}; correct the entry"
@@ -217,14 +181,49 @@ def _image_boxes(boxes: dict[str, Any], image_id: str) -> ImageBoxes:
     return ImageBoxes(size, by_id, frozenset(str(phrase_id) for ids in boxless for phrase_id in ids))
 
 
-def _types(phrase: dict[str, Any]) -> tuple[str, ...]:
-    """The phrase's types ("people", "clothing", ...), if the file tells them."""
-    types = phrase.get("phrase_type")
-    return tuple(filter(is_text, types)) if type(types) is list else ()
+def read_phrases(
+    file: str,
+    ids: list[str],
+    boxes: dict[str, ImageBoxes],
+    split: str,
+    image_root: str,
+    problems: Problems,
+    first: int = 0,
+) -> list[FlickrPhrase]:
+    """Read every (sentence, phrase) of a split, with or without boxes, in order; notes those that cannot be used.
+
+    Args:
+        boxes: from `read_boxes`.
+        split: "val" or "test".
+        first: ref_id of the first expression.
+
+    Raises:
+        DataError: for the file itself.
+    """
+    phrases: list[FlickrPhrase] = []
+    sentences, count = load_json(file, dict), first
+    for image_id in ids:
+        image, of = image_path(image_root, image_id), boxes.get(image_id)
+        for where, row in _phrases(sentences, image_id, file, problems):
+            expression = None
+            try:
+                phrase_id = require(row, "phrase_id", str)
+                if of and phrase_id in of.by_id:
+                    text = clean_text(require(row, "phrase", str), MAX_PHRASE_WORDS, file, where, problems)
+                    record = {"image_height": of.size[0], "image_width": of.size[1], "split": split}
+                    boxes_of = of.by_id[phrase_id]
+                    expression = Expression(
+                        image, text, count, split, boxes_of, record, size=of.size, categories=_types(row)
+                    )
+                    count += 1
+                phrases.append(FlickrPhrase(where, image_id, phrase_id, expression))
+            except EntryProblem as problem:
+                problems.add(where, problem)
+    return phrases
 
 
 def _phrases(sentences: dict[str, Any], image_id: str, file: str, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """Each phrase of an image's sentences, with where it stands; notes sentences that cannot be used."""
+    """Yield each phrase of an image's sentences, with where it stands; notes sentences that cannot be used."""
     if type(sentences.get(image_id)) is not list:
         kind = "the image id has no list of sentences; check that sentences_file belongs to image_ids_file"
         problems.add(f"{file}: image {image_id}", EntryProblem(kind))
@@ -232,9 +231,12 @@ def _phrases(sentences: dict[str, Any], image_id: str, file: str, problems: Prob
     for i, sentence in enumerate(sentences[image_id]):
         where = f"{file}: image {image_id}, sentence {i}"
         try:
-            phrases = require(sentence, "phrases", list)
+            yield from ((f"{where}, phrase {j}", row) for j, row in enumerate(require(sentence, "phrases", list)))
         except EntryProblem as problem:
             problems.add(where, problem)
-            continue
-        for j, phrase in enumerate(phrases):
-            yield f"{where}, phrase {j}", phrase
+
+
+def _types(phrase: dict[str, Any]) -> tuple[str, ...]:
+    """The phrase's types ("people", "clothing", ...), if the file tells them."""
+    types = phrase.get("phrase_type")
+    return tuple(filter(is_text, types)) if type(types) is list else ()

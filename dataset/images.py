@@ -68,10 +68,11 @@ def as_rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Grey of more than 8 bits, which Pillow would cut at 255; what is no number is black, a transparent grey white.
+    """Scale grey of more than 8 bits to 8, where Pillow would cut it at 255.
 
-    White is 65535; in modes that do not say how many bits are used it is 255 if no value is above that, in floats 1.
-    Where there are values above 65535, the largest is white.
+    White is 65535. In modes that do not say how many bits are used, it is 255 if no value is above that; in floats it
+    is 1 if no value is above that. If there are values above 65535, the largest is white. NaN and infinity become
+    black, the transparent grey becomes white.
     """
     values = np.array(image, np.float32)  # exact enough: it rounds all 16-bit greys as float64 does
     values[~np.isfinite(values)] = 0

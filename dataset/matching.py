@@ -1,7 +1,7 @@
 """Balanced image-text pairs for measuring how well a model matches: [{"image", "text", "match": 1 or 0, "kind"?}].
 
-Every second pair is false; chance is 0.5. Not part of the published benchmarks: a map explains a match, so a model that
-cannot match has nothing to explain.
+Every second pair is false, so chance is 0.5. Not part of the published benchmarks: a map explains a match, so a model
+that cannot match has nothing to explain.
 """
 
 from pathlib import Path
@@ -20,11 +20,11 @@ from dataset.expressions import (
 )
 from dataset.reading import DataError, load_json
 
-MAX_WORDS = 50  # of a text, as of training's captions
+MAX_TEXT_WORDS = 50  # as many as of a training caption
 
 
-class Pair(NamedTuple):
-    """A cleaned text and an image; `match` says whether it is true of it; `kind` groups pairs in the report."""
+class MatchingPair(NamedTuple):
+    """A cleaned text and an image; `match`: the text is true of the image; `kind` groups pairs in the report."""
 
     image: Path
     text: str
@@ -32,21 +32,21 @@ class Pair(NamedTuple):
     kind: str
 
 
-def load_pairs(file: str, image_root: str, skip_missing: bool = False) -> list[Pair]:
+def load_pairs(file: str, image_root: str, skip_missing: bool = False) -> list[MatchingPair]:
     """Read and check one file of pairs, their images unless `skip_missing`; raises `DataError` naming the entries."""
     problems = Problems()
     found = read_pairs(file, image_root, problems)
     if not skip_missing:
-        check_images(((pair.image, where) for pair, where in found), problems)
+        check_images(((pair.image, where) for where, pair in found), problems)
     problems.check()
     if not found:
         raise DataError(f"{file}: holds no pairs")
-    return [pair for pair, _ in found]
+    return [pair for _, pair in found]
 
 
-def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[Pair, str]]:
+def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[str, MatchingPair]]:
     """The pairs that can be used, each with where it stands; notes the others. Raises `DataError` for the file."""
-    found: list[tuple[Pair, str]] = []
+    found: list[tuple[str, MatchingPair]] = []
     for index, row in enumerate(load_json(file, list)):
         where = f"{file}: entry {index}"
         try:
@@ -54,11 +54,11 @@ def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[Pai
             match = require(row, "match", int)
             if match not in (0, 1):
                 raise EntryProblem("key 'match' must be 0 or 1", f"found {match}")
-            text = clean_text(require(row, "text", str), MAX_WORDS, file, where, problems)
+            text = clean_text(require(row, "text", str), MAX_TEXT_WORDS, file, where, problems)
             kind = str(row.get("kind", "pair"))
             if not is_text(kind):
                 raise EntryProblem(f"key 'kind' {SURROGATE}", shown(kind))
-            found.append((Pair(image, text, bool(match), kind), where))
+            found.append((where, MatchingPair(image, text, bool(match), kind)))
         except EntryProblem as problem:
             problems.add(where, problem)
     return found

@@ -20,7 +20,7 @@ class DataError(UserError):
 
 
 def read_text(path: str | Path, named_by: str) -> str:
-    """`decode_text` of a file; raises `DataError`, with `named_by` as what to check in the config."""
+    """Read a text file; raises `DataError`, which says to check `named_by` in the config."""
     try:
         return decode_text(Path(path).read_bytes())
     except OSError as error:
@@ -57,7 +57,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
 
 @contextlib.contextmanager
 def _named(image: str) -> Iterator[None]:
-    """Turn whatever reading an image raises into a `DataError` that names it."""
+    """Turn any error of reading an image into a `DataError` that names it."""
     try:
         yield
     except (FileNotFoundError, NotADirectoryError):

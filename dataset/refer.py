@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+, RefCOCOg and RefCLEF in REFER's format (SPEC sections 3 and 4).
+"""RefCOCO, RefCOCO+, RefCOCOg and RefCLEF in REFER's format (docs/method.md, Data formats).
 
 Yu et al., ECCV 2016; Mao et al., CVPR 2016 (RefCOCOg); Kazemzadeh et al., EMNLP 2014 (RefCLEF).
 
@@ -27,15 +27,15 @@ from dataset.expressions import (
 )
 from dataset.reading import DataError, load_json
 
-MAX_WORDS = 30  # of an expression, as the release cuts it
-# The data sets, by whom they are split, and the splits that refs(SPLIT_BY).p then has.
+MAX_WORDS = 30  # the release cuts an expression here
+# Data set -> who split it -> the splits that refs(SPLIT_BY).p then has.
 SPLITS: dict[str, dict[str, tuple[str, ...]]] = {
     "refcoco": {"unc": ("train", "val", "testA", "testB"), "google": ("train", "val", "test")},
     "refcoco+": {"unc": ("train", "val", "testA", "testB")},
     "refcocog": {"umd": ("train", "val", "test"), "google": ("train", "val")},
     "refclef": {"unc": ("train", "val", "testA", "testB", "testC"), "berkeley": ("train", "val", "test")},
 }
-# What refs(SPLIT).p may name besides the literals of the pickle format; Python 2 called the module __builtin__.
+# The only globals that refs(SPLIT_BY).p may name; Python 2 called the module __builtin__.
 SAFE_GLOBALS = {
     (module, name)
     for module in ("builtins", "__builtin__")
@@ -43,53 +43,57 @@ SAFE_GLOBALS = {
 }
 
 
-Table = dict[Any, dict[str, Any]]  # rows by id
+RowsById = dict[Any, dict[str, Any]]  # of a file, by their id
 
 
 class Refer(NamedTuple):
     """One REFER data set, rows as they stand in the files: refs by ref_id, annotations and images by id.
 
-    The ids are integers, but for RefCLEF's annotations, which have strings ("8756_2"). `categories` are names by id; a
-    file need not have any.
+    Ids are integers, except RefCLEF's annotation ids, which are strings ("8756_2"). `categories` are names by id, and
+    may be empty.
     """
 
-    refs: Table
-    annotations: Table
-    images: Table
+    refs: RowsById
+    annotations: RowsById
+    images: RowsById
     categories: dict[int, str]
     refs_file: Path
     instances_file: Path
 
 
 class Reading(NamedTuple):
-    """How to read the entries of the test files; see `load_expressions`. Without `refer` nothing is looked up."""
+    """How to read the entries of the test files; for the arguments see `load_expressions`.
+
+    Args:
+        refer: None: no ref is looked up, so that no entry has an expression.
+        detections: image id -> boxes [x, y, w, h, ...], the content of `det_file`; None: expressions get none.
+    """
 
     image_root: str
     refer: Refer | None
     det_file: str | None
-    detections: dict[str, Any]
+    detections: dict[str, Any] | None
     entry_split: bool = False
 
 
-class Entry(NamedTuple):
-    """What an entry of a test file says; `split` is its own, or None where the ref's counts.
+class RefEntry(NamedTuple):
+    """An entry of a test file that can be read, and where it stands.
 
-    `name` is its image as it is written there; `image` is where that is.
+    Args:
+        name: its image as it is written there; `image` is where that is.
+        split: its own split, or None where the ref's counts.
+        expression: None where its ref cannot be used.
+        stated_size: (height, width) of the image by instances.json, if it is there.
     """
 
+    where: str
     name: str
     image: Path
     text: str
     ref_id: int
     split: str | None
-
-
-class Item(NamedTuple):
-    """An entry that can be read, where it stands, and its expression: None where its ref cannot be used."""
-
-    where: str
-    entry: Entry
-    expression: Expression | None
+    expression: Expression | None = None
+    stated_size: tuple[int, int] | None = None
 
 
 def load_expressions(
@@ -124,13 +128,13 @@ def load_expressions(
         image_root=image_root,
         refer=load_refer(Path(refer_root) / dataset, split_by),
         det_file=det_file,
-        detections=load_json(det_file, dict) if det_file else {},
+        detections=load_json(det_file, dict) if det_file else None,
         entry_split=entry_split,
     )
     problems = Problems()
     items = [item for file in test_file for item in read_items(file, reading, problems)]
     if not skip_missing:
-        check_images(((item.entry.image, item.where) for item in items), problems)
+        check_images(((item.image, item.where) for item in items), problems)
     problems.check()
     if not items:
         raise DataError(f"{', '.join(test_file) or 'test_file'}: holds no entries")
@@ -138,9 +142,9 @@ def load_expressions(
 
 
 def refclef_split(config: GroundingConfig) -> str:
-    """By whom those refs are split in which RefCLEF's boxes are looked up: as `refer_split` says.
+    """Whose split of the refs to look RefCLEF's boxes up in: the config's `refer_split`.
 
-    Where the config is silent, unc as in the release, or berkeley if only that is there: both hold the same refs, and
+    If the config does not say: unc as in the release, or berkeley if only that is there. Both hold the same refs, and
     an entry's own split decides what it counts for.
     """
     folder = Path(str(config.refcoco_data)) / "refclef"
@@ -159,33 +163,26 @@ def splits_of(dataset: str, split_by: str) -> tuple[str, ...]:
     return known[split_by]
 
 
-def read_items(file: str, reading: Reading, problems: Problems) -> list[Item]:
+def read_items(file: str, reading: Reading, problems: Problems) -> list[RefEntry]:
     """The entries of one test file, in order; notes what cannot be used. Raises `DataError` for the file itself."""
     items = []
     for index, row in enumerate(load_json(file, list)):
         where = f"{file}: entry {index}"
         try:
-            entry = _entry(row, reading, file, where, problems)
+            name, text, ref_id = require(row, "image", str), require(row, "text", str), require(row, "ref_id", int)
+            image = locate(reading.image_root, name)
+            split = require(row, "split", str) if reading.entry_split else None
+            text = clean_text(text, MAX_WORDS, file, where, problems)
+            items.append(RefEntry(where, name, image, text, ref_id, split))
+            if reading.refer:
+                expression = _expression(items[-1], reading, reading.refer)
+                items[-1] = items[-1]._replace(expression=expression, stated_size=expression.size)
         except EntryProblem as problem:
             problems.add(where, problem)
-            continue
-        expression = None
-        try:
-            expression = _expression(entry, reading, reading.refer) if reading.refer else None
-        except EntryProblem as problem:
-            problems.add(where, problem)
-        items.append(Item(where, entry, expression))
     return items
 
 
-def _entry(row: Any, reading: Reading, file: str, where: str, problems: Problems) -> Entry:
-    name, text, ref_id = require(row, "image", str), require(row, "text", str), require(row, "ref_id", int)
-    image = locate(reading.image_root, name)
-    split = require(row, "split", str) if reading.entry_split else None
-    return Entry(name, image, clean_text(text, MAX_WORDS, file, where, problems), ref_id, split)
-
-
-def _expression(entry: Entry, reading: Reading, refer: Refer) -> Expression:
+def _expression(entry: RefEntry, reading: Reading, refer: Refer) -> Expression:
     ref = refer.refs.get(entry.ref_id)
     if ref is None:
         raise EntryProblem(
@@ -204,7 +201,7 @@ def _expression(entry: Entry, reading: Reading, refer: Refer) -> Expression:
         split=split,
         boxes=reference_box(ref, refer),
         record=record,
-        detections=_detections(ref["image_id"], reading) if reading.det_file else None,
+        detections=None if reading.detections is None else _detections(ref["image_id"], reading.detections, reading),
         size=_stated_size(refer.images.get(ref["image_id"], {}), refer),
         categories=_category(ref, refer),
     )
@@ -227,15 +224,14 @@ def _category(ref: dict[str, Any], refer: Refer) -> tuple[str, ...]:
     return (refer.categories[category],) if type(category) is int and category in refer.categories else ()
 
 
-def _detections(image_id: int, reading: Reading) -> np.ndarray:
-    """The detections (k, 4) [x, y, w, h] of an image; an empty list is one, in which nothing was detected."""
-    key = str(image_id)
-    if key not in reading.detections:
+def _detections(image_id: int, by_image: dict[str, Any], reading: Reading) -> np.ndarray:
+    """The detections (k, 4) [x, y, w, h] of an image; an empty list means that nothing was detected."""
+    if str(image_id) not in by_image:
         raise EntryProblem(
             f"the image has no detections in {reading.det_file}; check that det_file belongs to the test file",
             f"image_id {image_id}",
         )
-    return parse_boxes(reading.detections[key], f"{reading.det_file}: the image's detections")
+    return parse_boxes(by_image[str(image_id)], f"{reading.det_file}: the image's detections")
 
 
 def _stated_size(image: dict[str, Any], refer: Refer) -> tuple[int, int] | None:
@@ -262,7 +258,7 @@ def load_refer(folder: Path, split_by: str) -> Refer:
     return Refer({ref["ref_id"]: ref for ref in refs}, *tables, refs_file, instances_file)
 
 
-def read_instances(path: Path, problems: Problems) -> tuple[Table, Table, dict[int, str]]:
+def read_instances(path: Path, problems: Problems) -> tuple[RowsById, RowsById, dict[int, str]]:
     """Annotations, images and names of categories by id; notes rows without one, and rows that share one.
 
     Raises:
@@ -283,9 +279,9 @@ def _category_names(rows: Any) -> dict[int, str]:
     return {number: name for number, name in found if type(number) is int and is_text(name)}
 
 
-def by_id(rows: list[Any], source: str, problems: Problems, *kinds: type) -> Table:
-    """Rows by their key 'id', of a type of `kinds`; notes those that `_put` refuses, each as `source` and its index."""
-    table: Table = {}
+def by_id(rows: list[Any], source: str, problems: Problems, *kinds: type) -> RowsById:
+    """Rows by their key 'id', of a type of `kinds`; notes rows that `_put` refuses, as `source` and their index."""
+    table: RowsById = {}
     for index, row in enumerate(rows):
         try:
             _put(table, row, "id", *kinds)
@@ -294,8 +290,8 @@ def by_id(rows: list[Any], source: str, problems: Problems, *kinds: type) -> Tab
     return table
 
 
-def _put(table: Table, row: Any, key: str, *kinds: type) -> None:
-    """Add a row by its id; raises `EntryProblem` when it has none, or that of an earlier row, which would be lost."""
+def _put(table: RowsById, row: Any, key: str, *kinds: type) -> None:
+    """Add a row by its id; raises `EntryProblem` if it has no id, or the id of an earlier row."""
     row_id = require(row, key, *kinds)
     if row_id in table:
         kind = f"an earlier entry has the same {key}, and only one can be meant; were two data sets joined?"
@@ -330,7 +326,7 @@ def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
     refs = _unpickle(data, path)
     if not isinstance(refs, list):
         raise DataError(f"{path}: expected a pickled list of refs, found a {type(refs).__name__}")
-    usable: Table = {}
+    usable: RowsById = {}
     for index, ref in enumerate(refs):
         try:
             for key, *kinds in (("ann_id", int, str), ("image_id", int), ("split", str)):
@@ -342,9 +338,9 @@ def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
 
 
 class _PlainUnpickler(pickle._Unpickler):
-    """An unpickler of plain values: a pickle that names any other global is refused, before it could be called.
+    """An unpickler of plain values: it refuses a pickle that names any other global, before anything is called.
 
-    It is the one written in Python: in that of C, eight bytes can ask for a memo of tens of gigabytes.
+    Python's own unpickler, not the C one: there, eight bytes can ask for a memo of tens of gigabytes.
     """
 
     def find_class(self, module: str, name: str) -> Any:

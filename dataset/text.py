@@ -1,4 +1,4 @@
-"""Captions: cleaning them, mirroring them, turning them into token ids (SPEC section 2; ALBEF, arXiv 2107.07651)."""
+"""Captions: cleaning, mirroring, turning them into token ids (docs/method.md, Model; ALBEF, arXiv 2107.07651)."""
 
 import os
 import re
@@ -36,8 +36,11 @@ def clean_caption(text: str, max_words: int) -> str:
 
 
 def has_content(text: str) -> bool:
-    """Whether the model reads anything but [CLS] of a cleaned text: not of white space, of marks without a letter, or
-    of characters that are invisible, control codes or for private use."""
+    """Whether the model reads more than [CLS] of a cleaned text.
+
+    It does not if the text holds only white space, combining marks, or characters that are invisible, control codes or
+    for private use.
+    """
     if re.search("[a-z0-9]", text):
         return True
     unseen = ("Cc", "Cf", "Co", "Cs")
@@ -139,7 +142,7 @@ class Tokenizer:
 
 
 def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
-    """Compare a vocabulary with bert_config's `vocab_size`: one that is smaller may be another model's, and is told.
+    """Compare a vocabulary with bert_config's `vocab_size`; warns if it is smaller: it may be another model's.
 
     Raises:
         UserError: it is larger, so that the model has no embeddings for some of its word pieces.

@@ -75,7 +75,10 @@ def flip_caption(caption: str, options: AugmentConfig) -> str:
 
 
 def jitter_release(image: np.ndarray, rng: Generator) -> np.ndarray:
-    """The release's colour jitter: contrast and brightness, then hue and a saturation that only ever rises (SPEC)."""
+    """The release's colour jitter: contrast and brightness, then hue and a saturation that only ever rises.
+
+    See docs/method.md, Differences from the release.
+    """
     brightness, contrast, saturation = rng.uniform(0.6, 1.4, 3)
     hue = rng.uniform(-0.4, 0.4)
     shifted = image * contrast + (brightness - 1) * image.mean()

@@ -1,4 +1,4 @@
-"""Loader processes: what can go wrong with them that is no fault of the data."""
+"""Errors of loader processes that are not errors of the data."""
 
 import contextlib
 import os
@@ -18,9 +18,9 @@ class WorkerError(UserError):
 
 
 def check_shared_memory(workers: int, batches: int, batch_bytes: int) -> None:
-    """Raise `WorkerError` when the batches that are ready at one time do not fit in shared memory.
+    """Raise `WorkerError` if the batches that are ready at one time do not fit in shared memory.
 
-    Without this, loader processes wait for ever, or die of a bus error.
+    Otherwise loader processes would wait for ever, or die of a bus error.
     """
     if not workers or not SHARED_MEMORY.is_dir():
         return

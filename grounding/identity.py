@@ -19,7 +19,7 @@ import files
 import utils
 from config import GroundingConfig, load_bert_config
 from dataset.expressions import Expression
-from dataset.matching import Pair
+from dataset.matching import MatchingPair
 from grounding.load import SHAPE_KEYS
 
 Origin = dict[str, Any]
@@ -42,7 +42,10 @@ def of_model(config: GroundingConfig, vocabulary: str) -> Origin:
 
 
 def of_data(
-    expressions: Sequence[Expression], pairs: Mapping[str, Sequence[Pair]], image_root: str, stored: Iterable[Origin]
+    expressions: Sequence[Expression],
+    pairs: Mapping[str, Sequence[MatchingPair]],
+    image_root: str,
+    stored: Iterable[Origin],
 ) -> Origin:
     """The parts of what is asked and of what is true.
 

@@ -1,7 +1,7 @@
 """Which images the val and test splits of the benchmarks hold, so that training can leave them out.
 
 COCO's image ids (RefCOCO, RefCOCO+, RefCOCOg) and Flickr's photo ids (Flickr30k) are in Visual Genome's image_data.
-RefCLEF's images are of another collection (SAIAPR TC-12), whose ids Visual Genome does not know: they are counted only.
+RefCLEF's images are of another collection (SAIAPR TC-12), whose ids are not there: they are only counted.
 """
 
 import re
@@ -13,7 +13,7 @@ from dataset.flickr import load_ids
 from dataset.reading import DataError, load_json
 from dataset.refer import load_refs
 
-COCO_NAME = re.compile(r"COCO_[a-z]+\d{4}_(\d{12})")  # how names of COCO's files begin
+COCO_ID_IN_NAME = re.compile(r"COCO_[a-z]+\d{4}_(\d{12})")  # how the names of COCO's files begin
 
 
 class EvaluationImages(NamedTuple):
@@ -34,8 +34,7 @@ class EvaluationImages(NamedTuple):
 def read_evaluation_images(path: Path) -> EvaluationImages:
     """Read REFER's refs(SPLIT).p, a JSON list of {"image", "split"?}, or Flickr30k's image ids, one a line (.txt).
 
-    Every split but train counts, by the ref's or the entry's own `split`; where entries have none, and for .txt, by the
-    name of the file.
+    Every split but train counts: by the ref's or the entry's own `split`, or else, and for .txt, by the file's name.
 
     Raises:
         DataError: the file is missing, or is none of these.
@@ -52,7 +51,7 @@ def _read_refs(path: Path) -> EvaluationImages:
     refs = load_refs(path)
     ids = frozenset(ref["image_id"] for ref in refs if not is_train(ref["split"]))
     # The number in a file_name is unreliable; that it is COCO's is not.
-    if any(COCO_NAME.match(str(ref.get("file_name"))) for ref in refs):
+    if any(COCO_ID_IN_NAME.match(str(ref.get("file_name"))) for ref in refs):
         return EvaluationImages(path, coco=ids)
     return EvaluationImages(path, unknown=len(ids))
 
@@ -67,7 +66,7 @@ def _read_json(path: Path) -> EvaluationImages:
             raise DataError(f"{path}: entry {index}: {problem.kind} {problem.detail}".strip()) from None
         if not is_train(split):
             images.add(image)
-    matches = [COCO_NAME.match(image.rpartition("/")[2]) for image in images]
+    matches = [COCO_ID_IN_NAME.match(image.rpartition("/")[2]) for image in images]
     coco = frozenset(int(match[1]) for match in matches if match)
     return EvaluationImages(path, coco=coco, unknown=matches.count(None))
 

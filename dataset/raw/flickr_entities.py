@@ -2,8 +2,8 @@
 
 Raw: Annotations/<id>.xml, objects with the ids of the phrases that name them and a box; Sentences/<id>.txt, a sentence
 a line, phrases as `[/EN#<phrase id>/<type>[/<type>...] the words]`; a file of image ids per split. The results are what
-dataset/flickr.py reads (SPEC section 4). What the owners' own reader makes of odd input is kept wherever it makes
-something of it: an object without a name counts for nothing, and boxes are neither merged nor clipped nor left out.
+dataset/flickr.py reads (docs/method.md, Data formats). Odd input that the owners' own reader accepts is read as
+it does: an object without a name is ignored, and boxes are neither merged nor clipped nor left out.
 """
 
 import contextlib
@@ -26,16 +26,15 @@ ARCHIVE = "annotations.zip"
 SPLIT_FILES = ("train.txt", "val.txt", "test.txt")
 SPAN = "[/EN#"
 INCOMPLETE = "is the download complete?"
-Row = dict[str, Any]
-Read = Callable[[str], bytes]
+ReadFile = Callable[[str], bytes]
 
 
-class Split(NamedTuple):
+class EntitiesSplit(NamedTuple):
     """A split: its image ids in the order of its file, and by image id the content of its two JSON files."""
 
     ids: list[str]
-    boxes: dict[str, Row]
-    sentences: dict[str, list[Row]]
+    boxes: dict[str, dict[str, Any]]
+    sentences: dict[str, list[dict[str, Any]]]
 
     def summary(self) -> str:
         """How many images, sentences and phrases with a box; these last are what evaluation counts."""
@@ -48,8 +47,8 @@ class Split(NamedTuple):
 
 def convert(
     source: Path, ids_files: Sequence[Path], progress: Callable[[int], object] = lambda count: None
-) -> dict[str, Split]:
-    """Read the annotations of every image of the splits, each named as its ids file (`val.txt`: "val").
+) -> dict[str, EntitiesSplit]:
+    """ReadFile the annotations of every image of the splits, each named as its ids file (`val.txt`: "val").
 
     Args:
         source: the folder that holds Annotations/ and Sentences/, or annotations.zip; or such an archive.
@@ -59,8 +58,8 @@ def convert(
         DataError: files that cannot be used; all kinds of problems of the images in one message.
     """
     problems = Problems()
-    with opened(source) as (place, read):
-        splits = {name: Split(ids, {}, {}) for name, ids in load_splits(ids_files).items()}
+    with open_annotations(source) as (place, read):
+        splits = {name: EntitiesSplit(ids, {}, {}) for name, ids in load_splits(ids_files).items()}
         for split in splits.values():
             for image_id in split.ids:
                 name = f"Annotations/{image_id}.xml"
@@ -78,7 +77,7 @@ def convert(
     return splits
 
 
-def write(out: Path, splits: dict[str, Split]) -> None:
+def write(out: Path, splits: dict[str, EntitiesSplit]) -> None:
     """Write each split's bounding_boxes_<split>.json, sentences_<split>.json (as info-ground) and <split>.txt."""
     for name, split in splits.items():
         for kind, content in (("bounding_boxes", split.boxes), ("sentences", split.sentences)):
@@ -106,7 +105,7 @@ def load_splits(ids_files: Sequence[Path]) -> dict[str, list[str]]:
 
 
 @contextlib.contextmanager
-def opened(source: Path) -> Iterator[tuple[Path, Read]]:
+def open_annotations(source: Path) -> Iterator[tuple[Path, ReadFile]]:
     """The folder or archive that is read, and a function from such a name as "Sentences/12.txt" to the file's bytes.
 
     The function raises `EntryProblem` when the file is missing or broken; this one `DataError`.
@@ -173,7 +172,7 @@ class _Tree(ElementTree.TreeBuilder):
         )
 
 
-def parse_annotation(data: bytes) -> Row:
+def parse_annotation(data: bytes) -> dict[str, Any]:
     """An image's {"boxes": {phrase_id: [[xmin, ymin, xmax, ymax], ...]}, "scene", "nobox", "width", "height", "depth"}.
 
     Coordinates are one less than the XML's, which count from 1. An object with several names gives its box to each;
@@ -186,7 +185,7 @@ def parse_annotation(data: bytes) -> Row:
         root = ElementTree.fromstring(data, ElementTree.XMLParser(target=_Tree()))
     except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two: encodings
         raise EntryProblem(f"the XML is malformed; {INCOMPLETE}", str(error)) from None
-    image: Row = {"boxes": {}, "scene": [], "nobox": []}
+    image: dict[str, Any] = {"boxes": {}, "scene": [], "nobox": []}
     for tag in ("width", "height", "depth"):
         image[tag] = _integer(root, f"size/{tag}", "<size>")
     if min(image["width"], image["height"]) < 1:
@@ -222,7 +221,7 @@ def _integer(parent: ElementTree.Element, path: str, where: str) -> int:
 # ---- Sentences
 
 
-def parse_sentences(data: bytes) -> list[Row]:
+def parse_sentences(data: bytes) -> list[dict[str, Any]]:
     """An image's sentences, one a line, blank lines left out; see `parse_sentence`. Raises `EntryProblem`."""
     try:
         lines = decode_text(data).split("\n")
@@ -240,7 +239,7 @@ def parse_sentences(data: bytes) -> list[Row]:
     return sentences
 
 
-def parse_sentence(line: str) -> Row:
+def parse_sentence(line: str) -> dict[str, Any]:
     """A sentence {"sentence", "phrases": [{"first_word_index", "phrase", "phrase_id", "phrase_type": [..]}]}.
 
     Words stand between white space; "sentence" joins them without the marks, and "first_word_index" counts them. A
@@ -250,9 +249,9 @@ def parse_sentence(line: str) -> Row:
         EntryProblem: a span without id, type or words, or one that never ends.
     """
     words: list[str] = []
-    phrases: list[Row] = []
+    phrases: list[dict[str, Any]] = []
     mark: str | None = None  # of the span that is open,
-    row: Row = {}  # and what is known of it
+    row: dict[str, Any] = {}  # and what is known of it
     for token in line.split():
         if token.startswith(SPAN):
             if mark is not None:

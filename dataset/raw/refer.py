@@ -1,4 +1,4 @@
-"""REFER's raw files -> the lists that training and evaluation read; MAttNet's detections -> dets.json (SPEC section 4).
+"""REFER's raw files -> lists of expressions; MAttNet's detections -> dets.json (docs/method.md, Data formats).
 
 REFER (Yu et al., ECCV 2016; Kazemzadeh et al., EMNLP 2014): `<dataset>/refs(SPLIT_BY).p` and instances.json. A list
 holds {"image", "text", "ref_id", "split"}, in the order of the refs and their sentences, as dataset/refer.py reads it.
@@ -19,37 +19,42 @@ from dataset.text import clean_caption, has_content
 from utils import write_text
 
 PARTS = ("train", "val", "test")  # one file each; "test" holds every testing split
-COCO_NAME = "COCO_train2014_{:012d}.jpg"
-NAMED_BY_FILE = ("refclef",)  # its images are SAIAPR's, named by instances.json; all others are COCO's, named by id
-USUAL_SPLITS = {"refclef": "berkeley"}  # of which the published numbers are, where that is not the first of `SPLITS`
-# Images that the refs name and REFER's archive of SAIAPR lacks or holds broken, in all its copies.
+COCO_FILE_NAME = "COCO_train2014_{:012d}.jpg"
+NAMED_BY_FILE = ("refclef",)  # its images are SAIAPR's, named in instances.json; the others are COCO's, named by id
+USUAL_SPLITS = {"refclef": "berkeley"}  # whose split the published numbers use, where not the first of `SPLITS`
+# Ids of images that every copy of REFER's SAIAPR archive lacks or holds broken.
 NOT_IN_SAIAPR = {17975, 19575, 19579}
 SHOWN_MISSING = 5
-Row = dict[str, Any]
 
 
 @dataclass
-class Count:
+class SplitCount:
     """What a split of refs(SPLIT_BY).p holds, and how many entries are made of it."""
 
     refs: int = 0
     sentences: int = 0
     repeated: int = 0  # equal to an earlier sentence of the same ref
-    empty: int = 0  # nothing is left once cleaned; written all the same, as the published counts have them
-    missing: int = 0  # of refs that --skip-missing leaves out; counted nowhere else but in `refs` and `sentences`
+    empty: int = 0  # nothing is left once cleaned; written nevertheless, as the published counts include them
+    missing: int = 0  # sentences of refs that --skip-missing leaves out; of the other numbers, in `sentences` alone
     expressions: int = 0
 
 
 @dataclass
 class Lists:
-    """The entries of each of `PARTS`, by split what they were made of, and the images that are missing, by id."""
+    """What `make_lists` makes.
 
-    parts: dict[str, list[Row]] = field(default_factory=lambda: {part: [] for part in PARTS})
-    counts: dict[str, Count] = field(default_factory=dict)
+    Args:
+        parts: the entries of each of `PARTS`.
+        counts: by split, what they were made of.
+        missing: image id -> name of each image that is not on disk.
+    """
+
+    parts: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {part: [] for part in PARTS})
+    counts: dict[str, SplitCount] = field(default_factory=dict)
     missing: dict[int, str] = field(default_factory=dict)
 
     def table(self) -> str:
-        """The counts, a line a split; if images are missing, the number of their sentences, and the first of them."""
+        """One line per split; if images are missing, how many sentences they have, and the first of them."""
         names = ["refs", "sentences", "repeated", "empty", *(["missing"] if self.missing else []), "expressions"]
         lines = [f"{'split':8}" + "".join(f"{name:>13}" for name in names)]
         for split, count in self.counts.items():
@@ -72,12 +77,12 @@ class _Making(NamedTuple):
 
 
 def usual_split(dataset: str) -> str:
-    """By whom a data set is split in the published numbers."""
+    """Whose split of a data set the published numbers use."""
     return USUAL_SPLITS.get(dataset, next(iter(SPLITS[dataset])))
 
 
 def default_split(folder: Path, dataset: str) -> str:
-    """The usual split, or if its refs(SPLIT_BY).p is not there another that is."""
+    """The usual split; if its refs(SPLIT_BY).p is not there, the first whose file is."""
     names = [usual_split(dataset), *SPLITS[dataset]]
     return next((name for name in names if refer_files(folder / dataset, name)[0].is_file()), names[0])
 
@@ -92,21 +97,21 @@ def make_lists(
 ) -> Lists:
     """Make the lists of a data set.
 
-    An image's name is that which it has on disk: COCO_train2014_<12 digits of its id>.jpg, or for RefCLEF the one that
-    instances.json gives its id. The file names in refs(SPLIT_BY).p are of something else.
+    An image has its name on disk: COCO_train2014_<12 digits of its id>.jpg, or for RefCLEF the file_name of its id in
+    instances.json. The file names in refs(SPLIT_BY).p do not name image files.
 
     Args:
         folder: holds the folder `dataset`, as refcoco_data does in the configs.
         dataset, split_by: keys of `dataset.refer.SPLITS`.
-        image_root: where the images are: each must be there, or in a folder below (`find_images`), and has that path.
-            None: the name alone, unchecked.
+        image_root: the folder of the images: each must be there or in a folder below (`images_on_disk`), and an entry
+            has its path. None: an entry has its name, unchecked.
         keep_repeated: write equal sentences of a ref as often as they stand there, as published counts do; else once.
         skip_missing: leave out refs whose image is not under image_root, instead of raising.
 
     Raises:
         DataError: files that cannot be used; all kinds of problems of the refs in one message.
     """
-    lists = Lists(counts={split: Count() for split in splits_of(dataset, split_by)})
+    lists = Lists(counts={split: SplitCount() for split in splits_of(dataset, split_by)})
     for path in refer_files(folder / dataset, split_by):
         if not path.is_file():
             others = sorted(other.name for other in path.parent.glob("refs(*).p"))
@@ -117,7 +122,7 @@ def make_lists(
     making = _Making(
         refer=load_refer(folder / dataset, split_by),
         by_file_name=dataset in NAMED_BY_FILE,
-        on_disk=None if image_root is None else find_images(image_root),
+        on_disk=None if image_root is None else images_on_disk(image_root),
         keep_repeated=keep_repeated,
         skip_missing=skip_missing,
     )
@@ -131,10 +136,10 @@ def make_lists(
     return lists
 
 
-def _add_ref(ref: Row, making: _Making, lists: Lists) -> None:
+def _add_ref(ref: dict[str, Any], making: _Making, lists: Lists) -> None:
     part, image = part_of(ref["split"]), _image(ref, making, lists)
     reference_box(ref, making.refer)
-    count = lists.counts.setdefault(ref["split"], Count())
+    count = lists.counts.setdefault(ref["split"], SplitCount())
     count.refs += 1
     seen: set[str] = set()
     for sentence in require(ref, "sentences", list):
@@ -153,7 +158,7 @@ def _add_ref(ref: Row, making: _Making, lists: Lists) -> None:
 
 
 def part_of(split: str) -> str:
-    """Which of `PARTS` a split of REFER's goes to: "test" holds testA, testB, testC and test."""
+    """The one of `PARTS` that a split belongs to: "test" holds testA, testB, testC and test."""
     if split in ("train", "val"):
         return split
     if split.startswith("test"):
@@ -161,15 +166,15 @@ def part_of(split: str) -> str:
     raise EntryProblem("the ref's split is none of train, val and test...", repr(split)[:60])
 
 
-def _image(ref: Row, making: _Making, lists: Lists) -> str | None:
-    """The path of a ref's image, under image_root where that is known; None: it is missing, which is noted."""
+def _image(ref: dict[str, Any], making: _Making, lists: Lists) -> str | None:
+    """The path of a ref's image, below image_root if that is given; None: it is missing, and noted in `lists`."""
     refer, image_id = making.refer, ref["image_id"]
     detail = f"image_id {image_id}"
     if image_id not in refer.images:
         raise EntryProblem(
             f"the ref's image is not in {refer.instances_file}; it must belong to {refer.refs_file.name}", detail
         )
-    name = require(refer.images[image_id], "file_name", str) if making.by_file_name else COCO_NAME.format(image_id)
+    name = require(refer.images[image_id], "file_name", str) if making.by_file_name else COCO_FILE_NAME.format(image_id)
     if making.on_disk is None:
         return name
     path = making.on_disk.get(Path(name).name)
@@ -190,11 +195,11 @@ def _image(ref: Row, making: _Making, lists: Lists) -> str | None:
     )
 
 
-def find_images(root: Path) -> dict[str, str]:
+def images_on_disk(root: Path) -> dict[str, str]:
     """The .jpg files of a folder, its subfolders, and their folders images/: file name -> path relative to the folder.
 
-    That finds COCO's above train2014/ and SAIAPR's above 00/images/ as well; of equal names the nearest counts, then
-    the first in alphabetical order. Raises `DataError` when there is none.
+    So image_root may also be the folder above COCO's train2014/ or SAIAPR's 00/images/. Of equal names the nearest
+    counts, then the first in alphabetical order. Raises `DataError` if there is none.
     """
     if not root.is_dir():
         raise DataError(f"{root}: is not a folder; --image-root must be the one that holds the images")
@@ -221,8 +226,8 @@ def group_detections(file: Path, instances: Path | None = None) -> dict[str, lis
     """MAttNet's list as {"<image_id>": [[x, y, w, h], ...]}: images by number, boxes of an image in the list's order.
 
     Args:
-        instances: REFER's instances.json; images of it in which nothing was detected get an empty list. Without an
-            entry, evaluation takes an image for forgotten and stops.
+        instances: REFER's instances.json: its images without a detection get an empty list. Evaluation stops at an
+            image that has no entry.
 
     Raises:
         DataError: a file that cannot be used; all kinds of problems of the entries in one message.
@@ -246,7 +251,7 @@ def group_detections(file: Path, instances: Path | None = None) -> dict[str, lis
     return {str(image_id): found[image_id] for image_id in sorted(found)}
 
 
-def _image_id(row: Row) -> int:
+def _image_id(row: dict[str, Any]) -> int:
     """The image id of a detection, an integer or one written as a string."""
     value = row.get("image_id")
     if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):

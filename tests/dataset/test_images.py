@@ -21,7 +21,7 @@ from dataset.flickr import load_ids
 from dataset.images import LONGEST_SIDE, formats
 from dataset.matching import load_pairs
 from dataset.photos import read_photo
-from dataset.raw.check_images import look
+from dataset.raw.check_images import inspect_image
 from dataset.raw.flickr_entities import load_splits
 from dataset.reading import DataError, image_size, read_image
 from dataset.refer import Reading, read_items
@@ -176,7 +176,7 @@ def test_other_formats_are_refused(kind: str, tmp_path: Path, monkeypatch: pytes
     for read in readers(path):
         with pytest.raises(DataError, match=r"a\.jpg.*\bnot an image, or of another kind than JPEG, .*PPM"):
             read()
-    assert str(look((path, True)).problem).startswith("not an image")
+    assert str(inspect_image((path, True)).problem).startswith("not an image")
     assert not started
 
 
@@ -197,7 +197,7 @@ def test_a_side_has_a_limit(tmp_path: Path) -> None:
         for read in readers(path):
             with pytest.raises(DataError, match=rf"\({width} x {height} pixels, and sides of at most 65535 are read\)"):
                 read()
-        assert "sides of at most" in str(look((path, False)).problem)
+        assert "sides of at most" in str(inspect_image((path, False)).problem)
 
 
 def test_pixels_have_a_limit(tmp_path: Path) -> None:
@@ -253,7 +253,7 @@ def test_whatever_a_decoder_raises_names_the_image(
         assert f"({said})" in str(refused.value)
     with pytest.raises(DataError, match=r"^entry 7: image .*; is the download complete\? \(--skip_broken"):
         read_image(path, "entry 7")
-    assert look((path, True)).problem == said
+    assert inspect_image((path, True)).problem == said
 
 
 def test_a_user_can_still_interrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_damaged_images_are_read_or_named(name: str, tmp_path: Path) -> None:
         path.write_bytes(damaged(whole, rng))
         for read in readers(path):
             assert name in refusal(read, otherwise=name)
-        look((path, True))
+        inspect_image((path, True))
 
 
 def refusal(read: Callable[[], object], otherwise: str) -> str:

@@ -6,15 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 from PIL import Image
 
 import prepare
 from config import GroundingConfig
+from dataset.expressions import EntryProblem, Expression, Problems
 from dataset.raw import check_images
-from dataset.raw.check import is_refclef
-from dataset.raw.check_images import Seen, evenly, look, note_images
-from dataset.raw.check_report import Report
+from dataset.raw.check import TEST_FILE_READERS, is_refclef
+from dataset.raw.check_images import Seen, evenly, inspect_image, note_images
+from dataset.raw.check_report import CheckReport
 from tests.dataset.raw.check_damage import (
     CAPTIONS,
     DAMAGE,
@@ -529,7 +531,7 @@ def test_processes_change_nothing(place: Path, check: Callable[..., Outcome], mo
     ],
 )
 def test_names_and_formats(name: str, kind: str, warned: bool) -> None:
-    row = Report(5).row("images", "images", "")
+    row = CheckReport(5).add("images", "images", "")
     note_images(row, {Path(name): "here"}, {Path(name): Seen((1, 1), kind)})
     assert [cases.first for _, cases in row.found("warning")] == ([[f"here ({name}: {kind})"]] if warned else [])
     assert row.total("error") == 0
@@ -537,15 +539,15 @@ def test_names_and_formats(name: str, kind: str, warned: bool) -> None:
 
 def test_whatever_a_broken_image_raises_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     Image.new("L", (3, 2)).save(tmp_path / "a.png")
-    assert look((tmp_path / "a.png", True)) == Seen((2, 3), "PNG")
-    assert look((tmp_path / "a.png" / "b.png", True)) == Seen(problem="")
+    assert inspect_image((tmp_path / "a.png", True)) == Seen((2, 3), "PNG")
+    assert inspect_image((tmp_path / "a.png" / "b.png", True)) == Seen(problem="")
 
     def fail(*_: object) -> None:
         raise EOFError
 
     monkeypatch.setattr(Image.Image, "convert", fail)
-    assert look((tmp_path / "a.png", True)) == Seen((2, 3), "PNG", "EOFError")
-    assert look((tmp_path / "a.png", False)) == Seen((2, 3), "PNG")
+    assert inspect_image((tmp_path / "a.png", True)) == Seen((2, 3), "PNG", "EOFError")
+    assert inspect_image((tmp_path / "a.png", False)) == Seen((2, 3), "PNG")
 
 
 # ---- going on
@@ -747,3 +749,35 @@ def test_a_released_refclef_config_names_detections_that_are_not_read(
     place: Path, check: Callable[..., Outcome]
 ) -> None:
     assert check("configs/scenes/Grounding_refclef.yaml", "--set", "det_file=nowhere.json").status == 0
+
+
+class NamingConfig(GroundingConfig):
+    benchmark: str | None = None
+
+
+@pytest.mark.parametrize(("benchmark", "checked"), [("mine", True), ("another", False)])
+def test_a_benchmark_s_reader_is_one_line(
+    benchmark: str, checked: bool, small: Path, check: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(file: str, image_root: str, problems: Problems) -> list[tuple[str, Expression]]:
+        boxes = [np.array([[0.0, 0, 5, 5]]), np.array([[30.0, 0, 5, 5]])]
+        problems.add(f"{file}: entry 2", EntryProblem("odd"))
+        found = [Expression(Path(image_root, "a.png"), "a dog", i, "test", box) for i, box in enumerate(boxes)]
+        return [(f"{file}: entry {i}", one) for i, one in enumerate(found)]
+
+    keys = {"image_res": 8, "patch_size": 4, "vision_width": 8, "vision_heads": 2, "block_num": 1}
+    keys |= {"bert_config": "bert.json", "image_root": "images", "test_file": ["mine.json"], "benchmark": benchmark}
+    monkeypatch.setattr("dataset.raw.check.load_any_config", lambda *_: NamingConfig.model_validate(keys))
+    monkeypatch.setitem(TEST_FILE_READERS, "mine", read)
+    content = json.loads(check("some.yaml", "--json").out)
+    assert content["files"][0]["checked"] == f"evaluation config, {benchmark}"
+    first = {row["kind"].split(":")[0]: row["first"][0] for row in content["problems"]}
+    if checked:
+        assert first == {
+            "odd": "mine.json: entry 2",
+            "no box covers a pixel of the image": "mine.json: entry 1 ([30, 0, 35, 5] in 20x10)",
+            "image and text are those of an earlier entry": "mine.json: entry 1 (as entry 0)",
+        }
+    else:
+        assert first == {}
+        assert "'another' reads is not checked" in content["notes"][0]["note"]
