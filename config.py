@@ -101,7 +101,7 @@ class AMCConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Training augmentation (SPEC: the release's values are the defaults)."""
+    """Training augmentation; the release's values are the defaults (docs/method.md, Training)."""
 
     flip_prob: float = Field(0.5, ge=0, le=1)
     # release: "keep" leaves "left" and "right" in the caption of a flipped image; "swap" exchanges them, so that a
