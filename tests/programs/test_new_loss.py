@@ -1,4 +1,4 @@
-"""A new loss on the map: with a function in `models.amc.MAP_LOSSES` and its weight, it is trained and seen everywhere."""
+"""A new loss on the map: a function in `models.amc.MAP_LOSSES` and its weight are all that it takes."""
 
 import argparse
 from pathlib import Path
