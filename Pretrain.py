@@ -16,7 +16,6 @@ import contextlib
 import inspect
 import math
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
-from tqdm import tqdm
 
 import runs
 import utils
@@ -49,12 +47,12 @@ from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from optim import create_optimizer, moments, restore_optimizer
 from scheduler import create_scheduler, epoch_time, iteration_time
+from training_log import TrainingLog
 
 if TYPE_CHECKING:
     from grounding.pictures.tensorboard import Board
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CHECK_INTERVAL = 20  # steps between looks at the meters, which wait for the device
 
 
 class TrainingError(utils.UserError):
@@ -107,93 +105,116 @@ def main(args: argparse.Namespace) -> None:
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
     with runs.claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
-        train(args, config, device)
+        train(Run(args, config, device))
     utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
 
 
-def train(args: argparse.Namespace, config: PretrainConfig, device: torch.device) -> None:
-    run = Run(args, config, device)
-    step_limit = args.max_steps or sys.maxsize
-    for epoch in range(run.start_epoch, config.schedular.epochs):
-        steps = min(run.steps_per_epoch, step_limit - epoch * run.steps_per_epoch)
+def train(run: "Run") -> None:
+    """Train the epochs that are left; each ends with a line of log.txt and a checkpoint."""
+    step_limit = run.args.max_steps or sys.maxsize
+    for epoch in range(run.start_epoch, run.config.schedular.epochs):
+        steps = min(run.epoch_steps, step_limit - epoch * run.epoch_steps)
         if steps <= 0:
             break
-        run.finish_epoch(epoch, run.train_epoch(epoch, steps))
-    if run.board:
-        run.board.close()
+        run.train_epoch(epoch, steps)
+        run.check_weights(epoch)
+        # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
+        run.log.end_epoch(broken_images=len(run.data.replaced()))
+        run.save(epoch)
+    run.log.close()
     if broken := run.data.replaced():
         shown = ", ".join(broken[:SHOWN_PROBLEMS]) + (", ..." if len(broken) > SHOWN_PROBLEMS else "")
         utils.log(f"{len(broken)} unreadable images were replaced by others: {shown}")
 
 
 class Run:
-    """One training run: data, model, optimizer and schedule, ready for its first epoch or the one to resume with."""
+    """One training run: its parts, ready for the first epoch or for the one to resume with."""
 
     def __init__(self, args: argparse.Namespace, config: PretrainConfig, device: torch.device) -> None:
-        self.args, self.config, self.device = args, config, device
-        self.output = Path(args.output_dir)
+        """Make each part from those above it. The output folder comes last: an error leaves it as it was."""
+        self.args, self.config, self.device, self.output = args, config, device, Path(args.output_dir)
         tokenizer = load_tokenizer(args.text_encoder)
         self.data = TrainingData(config, args.seed, args.skip_broken)
         self.loader = build_loader(self.data, tokenizer, config, args)
-        self.steps_per_epoch = len(self.loader) // args.accum_steps
-        if self.steps_per_epoch == 0:
-            needed = config.batch_size * utils.world_size() * args.accum_steps
-            raise DataError(f"{len(self.data)} training entries do not fill one step of {needed}; lower batch_size")
-
-        utils.seed_everything(args.seed)
-        self.model = PretrainModel(config)
-        check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
-        resumed = initialise(self.model, config, args, start := runs.start_of(args))
-        self.model.checkpoint_activations(args.grad_checkpointing)
-        if args.grad_checkpointing:
-            utils.return_freed_memory()
-        self.model.to(device)
-        use_onednn(self.model)
-        if args.compile:
-            self.model.compile_image_encoders()
+        self.epoch_steps = len(self.loader) // args.accum_steps
+        self.model = build_model(config, args, tokenizer)
+        resumed = load_start(self.model, config, args, start := runs.start_of(args))
+        make_efficient(self.model, args, device)
+        self.parallel = average_gradients(self.model, device)
         self.optimizer = create_optimizer(config.optimizer, self.model)
         self.schedule = create_scheduler(config.schedular, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         self.start_epoch = self.restore(resumed, start) if resumed else 0
-        self.parallel: nn.Module = self.model
-        if utils.world_size() > 1:
-            # The queues are equal on all processes by construction: nothing to broadcast at each step.
-            self.parallel = DistributedDataParallel(
-                self.model,
-                device_ids=[device] if device.type == "cuda" else None,
-                **without_buffer_broadcast(),
-                gradient_as_bucket_view=True,
+        self.log = TrainingLog(self.output, self.epoch_steps, self.open_board(tokenizer))
+        here = Path(start).resolve().parent == self.output.resolve()
+        self.open_output(resumed.get("log") if resumed and here else None)
+
+    def train_epoch(self, epoch: int, steps: int) -> None:
+        """Train for `steps` optimizer steps; raises `TrainingError` when a loss is no longer a number."""
+        utils.seed_everything(self.args.seed, utils.rank(), epoch)
+        self.data.epoch = epoch
+        self.loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
+        self.parallel.train()
+        batches = iter(self.loader)
+        self.schedule.step(epoch_time(self.config.schedular, epoch))
+        for step in self.log.steps(epoch, steps):
+            self.log.add({"lr": torch.tensor(self.optimizer.param_groups[0]["lr"], dtype=torch.float64)})
+            alpha = self.config.alpha * (1.0 if epoch > 0 else min(1.0, step / self.epoch_steps))
+            for micro in range(self.args.accum_steps):
+                batch = Batch(*next(batches)).to(self.device)
+                self.log.add(self.backward(batch, alpha, micro))
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+            self.optimizer.zero_grad(set_to_none=True)
+            if (time := iteration_time(self.config.schedular, epoch, step, self.epoch_steps)) is not None:
+                self.schedule.step(time)  # type: ignore[arg-type]  # timm counts in fractions of epochs as well
+            if step == 0:
+                first = self.log.recent.means()  # losses of the very weights that the last checkpoint holds
+            if self.log.is_due(step):
+                self.check_losses(epoch, step, first)
+            self.log.end_step(step)
+
+    def backward(self, batch: Batch, alpha: float, micro: int) -> dict[str, Tensor]:
+        """Forward and backward of one batch, the `micro`-th of its optimizer step; returns the named losses."""
+        last = micro == self.args.accum_steps - 1
+        parallel = self.parallel
+        alone = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
+        precision = PRECISIONS[self.args.precision]
+        with alone:
+            with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
+                losses = parallel(batch, alpha, update_teacher=micro == 0)
+            self.scaler.scale(self.model.total(losses) / self.args.accum_steps).backward()
+        return losses
+
+    def check_losses(self, epoch: int, step: int, first: dict[str, float]) -> None:
+        """Raise `TrainingError` naming a loss that has become NaN or infinite; `first`: the losses of step 0."""
+        if broken := [name for name, mean in self.log.recent.means().items() if not math.isfinite(mean)]:
+            what = f"{' and '.join(broken)} became NaN or infinite in epoch {epoch}, at or shortly before step {step}"
+            began_finite = all(map(math.isfinite, first.values()))
+            raise TrainingError(f"{what}; {way_back(self.output, epoch if began_finite else epoch - 1)}")
+
+    def check_weights(self, epoch: int) -> None:
+        """Raise `TrainingError` instead of saving what no run can go on from: losses tell of it one step too late."""
+        if problem := diverged(self.model.state_dict()) or diverged(moments(self.optimizer), math.inf):
+            raise TrainingError(
+                f"the weights diverged in epoch {epoch} ({problem}), and are not saved; {way_back(self.output, epoch)}"
             )
-        self.board = self.open_board(tokenizer)
-        here = resumed and Path(start).resolve().parent == self.output.resolve()
-        self.describe(resumed.get("log") if resumed and here else None)
 
-    def open_board(self, tokenizer: Tokenizer) -> "Board | None":
-        """What writes for --tensorboard; None without it, and on all ranks but 0."""
-        args, config = self.args, self.config
-        if args.watch and not args.tensorboard:
-            raise utils.UserError("--watch draws its maps for TensorBoard: add --tensorboard")
-        if not args.tensorboard or utils.rank() != 0:
-            return None
-        # Imported here: it brings matplotlib and TensorBoard, which no other run needs.
-        from grounding.pictures.tensorboard import Board, watched_entries, watched_pairs
-        from grounding.predict import Explainer
-
-        explainer = Explainer(self.model, tokenizer, self.device, "itm", config.amc.layer)
-        samples = config.batch_size * args.accum_steps * utils.world_size()
-        watched = watched_pairs(args.watch) or watched_entries(self.data.entries, args.skip_broken)
-        return Board(explainer, watched, args.heat_maps_every, samples)
-
-    def settings(self) -> dict[str, Any]:
-        """What decides a run's numbers, beside its config."""
-        args = self.args
-        return {
-            "seed": args.seed,
-            "world_size": utils.world_size(),
-            "accum_steps": args.accum_steps,
-            "precision": args.precision,
-            "entries": len(self.data),
-        }
+    def save(self, epoch: int) -> None:
+        """Write the checkpoint of an epoch that is done; rank 0 writes, the others wait for it."""
+        if utils.rank() == 0:
+            content = {
+                "model": self.model.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "lr_scheduler": self.schedule.state_dict(),
+                "scaler": self.scaler.state_dict(),
+                "config": self.config.model_dump(mode="json"),
+                "epoch": epoch,
+                "run": self.settings(),
+                "log": runs.timeless_log(self.output),
+            }
+            save_checkpoint(runs.checkpoint_path(self.output, epoch), content)
+        utils.barrier()
 
     def restore(self, checkpoint: dict[str, Any], path: str | Path) -> int:
         """Put moments and loss scale back, and say what else differs; returns the epoch to go on with.
@@ -210,142 +231,59 @@ class Run:
             utils.log("\n  ".join([f"{path}: this run differs from the one that it goes on with", *changed]))
         return int(checkpoint["epoch"]) + 1
 
-    def describe(self, earlier_log: Any) -> None:
-        """Say what is about to run, and leave it beside the results."""
+    def settings(self) -> dict[str, Any]:
+        """What decides a run's numbers, beside its config."""
+        return {
+            "seed": self.args.seed,
+            "world_size": utils.world_size(),
+            "accum_steps": self.args.accum_steps,
+            "precision": self.args.precision,
+            "entries": len(self.data),
+        }
+
+    def open_board(self, tokenizer: Tokenizer) -> "Board | None":
+        """What draws for --tensorboard; None without it, and on all ranks but 0."""
+        args, config = self.args, self.config
+        if args.watch and not args.tensorboard:
+            raise utils.UserError("--watch draws its maps for TensorBoard: add --tensorboard")
+        if not args.tensorboard or utils.rank() != 0:
+            return None
+        # Imported here: it brings matplotlib and TensorBoard, which no other run needs.
+        from grounding.pictures.tensorboard import Board, watched_entries, watched_pairs
+        from grounding.predict import Explainer
+
+        explainer = Explainer(self.model, tokenizer, self.device, "itm", config.amc.layer)
+        samples = config.batch_size * args.accum_steps * utils.world_size()
+        watched = watched_pairs(args.watch) or watched_entries(self.data.entries, args.skip_broken)
+        return Board(explainer, watched, args.heat_maps_every, samples)
+
+    def open_output(self, earlier_log: Any) -> None:
+        """Make the output folder ready, leave config and provenance in it, and say what is about to run."""
         if utils.rank() != 0:
             return
         runs.prepare_output(self.output, self.start_epoch, earlier_log)
         save_config(self.config, self.output / "config.yaml")
         runs.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
         samples = f"{self.config.batch_size * self.args.accum_steps} x {utils.world_size()}"
-        utils.log(
-            f"{len(self.data)} entries, {self.steps_per_epoch} steps of {samples} samples an epoch, {self.device}"
-        )
+        utils.log(f"{len(self.data)} entries, {self.epoch_steps} steps of {samples} samples an epoch, {self.device}")
         utils.log(f"epochs {self.start_epoch} to {self.config.schedular.epochs - 1}, {self.args.precision}")
-        if self.board:
+        if board := self.log.board:
             config_text = (self.output / "config.yaml").read_text(encoding="utf-8")
-            self.board.start(self.output / runs.BOARD, self.start_epoch * self.steps_per_epoch, config_text)
+            board.start(self.output / runs.BOARD, self.start_epoch * self.epoch_steps, config_text)
             utils.log(f"watch it: tensorboard --logdir {self.output}")
 
-    def train_epoch(self, epoch: int, steps: int) -> dict[str, float]:
-        """Train for `steps` optimizer steps; returns means over them, over all processes, for the log."""
-        utils.seed_everything(self.args.seed, utils.rank(), epoch)
-        self.data.epoch = epoch
-        self.loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        self.parallel.train()
-        schedular = self.config.schedular
-        self.schedule.step(epoch_time(schedular, epoch))
-        meters, recent, batches, started = utils.Meters(), utils.Meters(), iter(self.loader), time.monotonic()
-        bar = tqdm(range(steps), desc=f"epoch {epoch}", unit="step", disable=None if utils.rank() == 0 else True)
-        for step in bar:
-            alpha = self.config.alpha * (1.0 if epoch > 0 else min(1.0, step / self.steps_per_epoch))
-            counted = [{"lr": torch.tensor(self.optimizer.param_groups[0]["lr"], dtype=torch.float64)}]
-            for micro in range(self.args.accum_steps):
-                batch = Batch(*next(batches)).to(self.device)
-                counted.append(self.backward(batch, alpha, micro))
-            for values in counted:
-                meters.update(values)
-                recent.update(values)
-            if step == 0:  # the losses of the very weights that the last checkpoint holds
-                began_finite = all(map(math.isfinite, recent.local_averages().values()))
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            self.optimizer.zero_grad(set_to_none=True)
-            now = iteration_time(schedular, epoch, step, self.steps_per_epoch)
-            if now is not None:
-                self.schedule.step(now)  # type: ignore[arg-type]  # timm counts in fractions of epochs as well
-            done = epoch * self.steps_per_epoch + step + 1
-            if (step + 1) % CHECK_INTERVAL == 0 or step == steps - 1:
-                means = self.check_finite(recent, epoch, step, began_finite)
-                bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
-                self.log_line(runs.STEPS_LOG, {"epoch": epoch, "step": step, **means})
-                if self.board:
-                    self.board.write_steps(done, means)
-                recent = utils.Meters()
-            if self.board:
-                self.board.after_step(done)
-        seconds = time.monotonic() - started
-        return meters.averages() | {"steps": steps, "seconds": round(seconds, 2)}
 
-    def backward(self, batch: Batch, alpha: float, micro: int) -> dict[str, Tensor]:
-        """Forward and backward of one batch, the `micro`-th of its optimizer step; returns the named losses."""
-        last = micro == self.args.accum_steps - 1
-        parallel = self.parallel
-        alone = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
-        precision = PRECISIONS[self.args.precision]
-        with alone:
-            with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
-                losses = parallel(batch, alpha, update_teacher=micro == 0)
-            total = sum(weight * losses[name] for name, weight in self.model.loss_weights.items())
-            self.scaler.scale(total / self.args.accum_steps).backward()
-        return losses
-
-    def log_line(self, name: str, row: dict[str, Any]) -> None:
-        """Append a line to one of the run's logs; rank 0 alone writes."""
-        if utils.rank() == 0:
-            runs.append_row(self.output / name, row)
-
-    def check_finite(self, meters: utils.Meters, epoch: int, step: int, began_finite: bool) -> dict[str, float]:
-        """This process's means; raises `TrainingError` naming a loss that has become NaN or infinite.
-
-        Args:
-            began_finite: whether the first losses of the epoch, of the last checkpoint's own weights, were numbers.
-        """
-        means = meters.local_averages()
-        if broken := [name for name, value in means.items() if not math.isfinite(value)]:
-            what = f"{' and '.join(broken)} became NaN or infinite in epoch {epoch}, at or shortly before step {step}"
-            raise TrainingError(f"{what}; {way_back(self.output, epoch if began_finite else epoch - 1)}")
-        return means
-
-    def check_weights(self, epoch: int) -> None:
-        """Raise `TrainingError` instead of saving what no run can go on from: losses tell of it one step too late."""
-        if problem := diverged(self.model.state_dict()) or diverged(moments(self.optimizer), math.inf):
-            raise TrainingError(
-                f"the weights diverged in epoch {epoch} ({problem}), and are not saved; {way_back(self.output, epoch)}"
-            )
-
-    def finish_epoch(self, epoch: int, stats: dict[str, float]) -> None:
-        """Append the epoch's log line and write its checkpoint; raises `TrainingError` if its weights are not sound."""
-        self.check_weights(epoch)
-        broken = self.data.replaced()
-        if utils.rank() == 0:
-            plain = {"steps", "seconds"}
-            row = {name if name in plain else f"train_{name}": value for name, value in stats.items()}
-            row |= {"epoch": epoch, "broken_images": len(broken)}
-            # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
-            self.log_line(runs.EPOCHS_LOG, row)
-            content = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "lr_scheduler": self.schedule.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "config": self.config.model_dump(mode="json"),
-                "epoch": epoch,
-                "run": self.settings(),
-                "log": runs.timeless_log(self.output),
-            }
-            save_checkpoint(runs.checkpoint_path(self.output, epoch), content)
-            shown = " ".join(f"{name} {value:.4g}" for name, value in stats.items())
-            utils.log(f"epoch {epoch}: {shown}")
-            if self.board:
-                means = {name: value for name, value in stats.items() if name not in plain}
-                self.board.write_epoch(epoch * self.steps_per_epoch + int(stats["steps"]), means)
-        utils.barrier()
-
-
-def without_buffer_broadcast() -> dict[str, Any]:
-    """DistributedDataParallel's option for it, whose name newer versions of PyTorch have changed."""
-    known = inspect.signature(DistributedDataParallel).parameters
-    return {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+# ---- the parts of a run
 
 
 def build_loader(
     data: TrainingData, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
+    """This process's batches, shuffled; raises `DataError` where they do not fill a step."""
     batch_bytes = 4 * config.batch_size * (3 * config.image_res**2 + config.mask_size**2)
     check_shared_memory(args.num_workers, len(data) // config.batch_size, batch_bytes)
     sampler: DistributedSampler[Any] = DistributedSampler(data, utils.world_size(), utils.rank(), seed=args.seed)
-    return DataLoader(
+    loader = DataLoader(
         data,
         batch_size=config.batch_size,
         sampler=sampler,
@@ -354,9 +292,21 @@ def build_loader(
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )
+    if len(loader) < args.accum_steps:
+        needed = config.batch_size * utils.world_size() * args.accum_steps
+        raise DataError(f"{len(data)} training entries do not fill one step of {needed}; lower batch_size")
+    return loader
 
 
-def initialise(
+def build_model(config: PretrainConfig, args: argparse.Namespace, tokenizer: Tokenizer) -> PretrainModel:
+    """The model with random weights, which the seed decides."""
+    utils.seed_everything(args.seed)
+    model = PretrainModel(config)
+    check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
+    return model
+
+
+def load_start(
     model: PretrainModel, config: PretrainConfig, args: argparse.Namespace, path: str | Path
 ) -> dict[str, Any] | None:
     """Load the weights to start from; returns the checkpoint when its run is to be continued."""
@@ -372,6 +322,29 @@ def initialise(
         return None
     check_resumable(checkpoint, path)
     return checkpoint
+
+
+def make_efficient(model: PretrainModel, args: argparse.Namespace, device: torch.device) -> None:
+    """Move the model to its device, and apply what saves memory or time there."""
+    model.checkpoint_activations(args.grad_checkpointing)
+    if args.grad_checkpointing:
+        utils.return_freed_memory()
+    model.to(device)
+    use_onednn(model)
+    if args.compile:
+        model.compile_image_encoders()
+
+
+def average_gradients(model: PretrainModel, device: torch.device) -> nn.Module:
+    """The model itself, or with several processes, its wrapper that averages their gradients."""
+    if utils.world_size() == 1:
+        return model
+    # The queues are equal on all processes by construction: nothing to broadcast at each step. Newer versions of
+    # PyTorch have renamed the option for it.
+    known = inspect.signature(DistributedDataParallel).parameters
+    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
 
 
 def way_back(output: Path, before: int) -> str:

@@ -84,13 +84,14 @@ class ScheduleConfig(Section):
 
 
 class AMCConfig(Section):
-    """Attention Mask Consistency (AMC, section 3.2): which attention, which margins, which weights."""
+    """Keys of `amc:` (AMC, section 3.2): whose attention is explained; margins and weights of the losses on its map."""
 
     layer: int = Field(8, ge=0)  # BERT layer index whose cross-attention is explained; must be a fusion layer
     margin_mean: float = 0.1
     margin_max: float = 0.5
     weight_mean: float = Field(0.2, ge=0)
     weight_max: float = Field(0.8, ge=0)
+    weights: dict[str, Annotated[float, Field(ge=0, strict=True)]] = {}  # of other losses in models.amc.MAP_LOSSES
     # release: "batch", one mean over the pixels of all samples; "sample": a hinge per sample, then averaged, so that
     # a large box does not outweigh a small one.
     mean_over: Literal["batch", "sample"] = "batch"
@@ -100,7 +101,7 @@ class AMCConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Training augmentation (SPEC: the release's values are the defaults)."""
+    """Training augmentation; the release's values are the defaults (docs/method.md, Training)."""
 
     flip_prob: float = Field(0.5, ge=0, le=1)
     # release: "keep" leaves "left" and "right" in the caption of a flipped image; "swap" exchanges them, so that a

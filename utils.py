@@ -1,4 +1,4 @@
-"""Processes, devices, seeds, meters and safe writing: the small things every program here needs."""
+"""Processes, devices, seeds and safe writing: the small things every program here needs."""
 
 import argparse
 import base64
@@ -236,37 +236,6 @@ def return_freed_memory(least: int = 2**19) -> bool:
         return bool(ctypes.CDLL(None).mallopt(mmap_threshold, least))
     except (AttributeError, OSError, TypeError):  # another C library
         return False
-
-
-# ---- meters
-
-
-class Meters:
-    """Running means of named scalars, kept on their device, so that counting a step does not wait for it."""
-
-    def __init__(self) -> None:
-        self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
-
-    def update(self, values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            total = self.sums.setdefault(name, torch.zeros((), dtype=torch.float64, device=value.device))
-            total += value.detach()
-            self.counts[name] = self.counts.get(name, 0) + 1
-
-    def local_averages(self) -> dict[str, float]:
-        """Means over this process's updates; waits for the device."""
-        return {name: float(total) / self.counts[name] for name, total in self.sums.items()}
-
-    def averages(self) -> dict[str, float]:
-        """Means over the updates of all processes, equally often updated (a collective call)."""
-        means = self.local_averages()
-        if world_size() > 1:
-            device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-            packed = torch.tensor(list(means.values()), dtype=torch.float64, device=device)
-            dist.all_reduce(packed)
-            means = dict(zip(means, (packed / world_size()).tolist(), strict=True))
-        return means
 
 
 # ---- text and files

@@ -102,8 +102,7 @@ class Trainer:
         return self.finish(values, self.ours)
 
     def finish(self, values: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, float]:
-        weights = self.model.loss_weights
-        torch.stack([weight * values[name] for name, weight in weights.items()]).sum().backward()
+        self.model.total(values).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return {name: float(value.detach()) for name, value in values.items()}

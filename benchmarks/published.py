@@ -109,7 +109,6 @@ def training_losses(model: PretrainModel, batch: Batch, alpha: float) -> dict[st
     fused, attention = fuse(encoder, text, mask, image, config.amc.layer)
     logits = model.match_logits(fused)
     cam = model.training_gradcam(logits, attention, mask)
-    cam = amc.resize(amc.normalise(cam), batch.box_mask.shape[-1])
 
     image_choice = losses.hard_negatives(contrast.sim_t2i)
     text_choice = losses.hard_negatives(contrast.sim_i2t)
@@ -122,13 +121,11 @@ def training_losses(model: PretrainModel, batch: Batch, alpha: float) -> dict[st
     with torch.no_grad():
         words_m, _ = fuse(teacher, encode_text(teacher, masked, mask), mask, image_m)
         soft = teacher.mlm_logits(words_m)
-    options = config.amc
     return {
         "loss_mlm": losses.mlm_loss(encoder.mlm_logits(words), batch.mlm_labels, soft, alpha, config.mlm_distill_axis),
         "loss_ita": contrast.loss,
         "loss_itm": losses.matching_loss(matching, positives=len(logits)),
-        "loss_cam1": amc.mean_margin_loss(cam, batch.box_mask, batch.has_box, options.margin_mean, options.mean_over),
-        "loss_cam2": amc.max_margin_loss(cam, batch.box_mask, batch.has_box, options.margin_max),
+        **amc.map_losses(cam, batch.box_mask, batch.has_box, config.amc),
     }
 
 

@@ -1,16 +1,22 @@
-"""GradCAM of an attention map, and the AMC loss on it: pure functions of tensors.
+"""GradCAM of an attention map, and the losses on it: pure functions of tensors.
 
 GradCAM: Selvaraju et al., ICCV 2017; on ALBEF's cross-attention: Li et al., NeurIPS 2021, section 3.4.
 AMC: Yang et al., CVPR 2023, arXiv 2206.15462, section 3.2.
 
+To add a loss on the map, add a function to `MAP_LOSSES`, at the end of this file, and its weight to the config.
+
 Shapes: B samples, H heads, T tokens, S = 1 + h * w image tokens (CLS first).
 """
 
+import difflib
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from config import AMCConfig, ConfigError
 
 
 def gradcam(attention: Tensor, gradient: Tensor, token_mask: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -63,14 +69,14 @@ def resize(cam: Tensor, size: int) -> Tensor:
 def mean_margin_loss(
     cam: Tensor, mask: Tensor, has_box: Tensor, margin: float, over: Literal["batch", "sample"] = "batch"
 ) -> Tensor:
-    """max(0, mean outside the mask - mean inside it + margin): AMC, the mean term.
+    """L_mean of AMC: max(0, mean outside the mask - mean inside it + margin).
 
     Args:
-        cam: (B, s, s), normalised and resized.
-        mask: (B, s, s) in [0, 1].
+        cam: (B, s, s) float, normalised and resized.
+        mask: (B, s, s) float in [0, 1], 1 inside the box.
         has_box: (B,) of 1 and 0; samples at 0 are left out.
-        over: "batch" (release): the two means run over the pixels of all samples, one hinge; "sample": a hinge per
-            sample, averaged.
+        over: "batch" (release): the two means run over the pixels of all samples, with one hinge; "sample" (the paper):
+            one hinge per sample, then their mean.
 
     Returns:
         a scalar; 0, with a gradient of 0, when no sample has a box.
@@ -85,7 +91,7 @@ def mean_margin_loss(
 
 
 def max_margin_loss(cam: Tensor, mask: Tensor, has_box: Tensor, margin: float) -> Tensor:
-    """max(0, max outside the mask - max inside it + margin), averaged over the samples with a box: AMC, the max term.
+    """L_max of AMC: max(0, max outside the mask - max inside it + margin), averaged over the samples with a box.
 
     Arguments and result as in `mean_margin_loss`.
     """
@@ -101,3 +107,53 @@ def _weighted_mean(values: Tensor, weights: Tensor, dim: tuple[int, ...]) -> Ten
 def _mean_where(values: Tensor, keep: Tensor) -> Tensor:
     keep = keep.to(values.dtype)
     return (values * keep).sum() / keep.sum().clamp(min=1)
+
+
+# ---- the losses of a training step
+
+MapLoss = Callable[[Tensor, Tensor, Tensor, AMCConfig], Tensor]
+
+# Name -> loss(cam, mask, has_box, options), with the arguments of `mean_margin_loss`. The loss is logged as loss_<name>
+# and trained with the weight that the config gives it, `amc: {weights: {<name>: 0.3}}`. An option such as a margin is a
+# typed key of `AMCConfig`.
+MAP_LOSSES: dict[str, MapLoss] = {
+    "cam1": lambda cam, mask, has_box, options: mean_margin_loss(
+        cam, mask, has_box, options.margin_mean, options.mean_over
+    ),
+    "cam2": lambda cam, mask, has_box, options: max_margin_loss(cam, mask, has_box, options.margin_max),
+}
+
+
+def map_losses(cam: Tensor, mask: Tensor, has_box: Tensor, options: AMCConfig) -> dict[str, Tensor]:
+    """All losses on the map, by the names of the log.
+
+    Args:
+        cam: (B, h, w), from `gradcam`.
+        mask: (B, s, s) in [0, 1]; the map is normalised and resized to it.
+        has_box: (B,) of 1 and 0.
+    """
+    cam, mask = resize(normalise(cam), mask.shape[-1]), mask.float()
+    return {f"loss_{name}": loss(cam, mask, has_box, options) for name, loss in MAP_LOSSES.items()}
+
+
+def map_loss_weights(options: AMCConfig) -> dict[str, float]:
+    """The weight of each loss on the map, by the names of the log.
+
+    Raises:
+        ConfigError: a loss has no weight, or a weight no loss.
+    """
+    published = {"cam1": "weight_mean", "cam2": "weight_max"}
+    weights = {name: getattr(options, key) for name, key in published.items()} | options.weights
+    for name in options.weights:
+        if name in published:
+            raise ConfigError(f"amc.weights.{name}: the weight of this loss is amc.{published[name]}")
+        if name not in MAP_LOSSES:
+            nearest = difflib.get_close_matches(name, MAP_LOSSES, n=1)
+            hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+            raise ConfigError(f"amc.weights.{name}: there is no such loss in models.amc.MAP_LOSSES{hint}")
+    for name in MAP_LOSSES:
+        if name not in weights:
+            raise ConfigError(
+                f"amc.weights lacks '{name}', a loss on the map: add its weight, or 0 to only log the loss"
+            )
+    return {f"loss_{name}": weights[name] for name in MAP_LOSSES}

@@ -4,7 +4,7 @@ ALBEF: Li et al., NeurIPS 2021, arXiv 2107.07651. AMC: Yang et al., CVPR 2023, a
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -41,11 +41,29 @@ class Batch(NamedTuple):
 STUDENT_AND_TEACHER = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
 
 
-class PretrainModel(ALBEF):
-    """ALBEF with its teacher and queues; `forward` gives the named losses of one step.
+class TeacherOutput(NamedTuple):
+    """image_tokens: (B, S, W); image, text: (B, E) L2-normalised features, for contrast."""
 
-    The losses are `loss_mlm`, `loss_ita`, `loss_itm`, `loss_cam1` (AMC, mean term) and `loss_cam2` (AMC, max term); the
-    AMC terms are 0 without AMC and in a batch without boxes. `loss_weights` says how they add up.
+    image_tokens: Tensor
+    image: Tensor
+    text: Tensor
+
+
+class Positives(NamedTuple):
+    """Of the true pairs: match logits (B, 2), and the losses on their maps by the names of the log."""
+
+    logits: Tensor
+    map_losses: dict[str, Tensor]
+
+
+class PretrainModel(ALBEF):
+    """ALBEF with its teacher and queues; `forward` gives the named losses of one step, `total` their weighted sum.
+
+    The losses are `loss_mlm`, `loss_ita`, `loss_itm` and `loss_<name>` of each loss on the map (`amc.MAP_LOSSES`). With
+    `add_gcam: False` those on the map are 0 and have no weight.
+
+    Raises:
+        ConfigError: sizes that do not fit; a loss on the map without a weight, or a weight without a loss.
     """
 
     image_queue: Tensor
@@ -60,6 +78,9 @@ class PretrainModel(ALBEF):
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__(*build_encoders(config, mlm_head=True), config.embed_dim, config.temp)
         self.config = config
+        self.loss_weights = {"loss_mlm": 1.0, "loss_ita": 1.0, "loss_itm": 1.0}
+        if config.add_gcam:
+            self.loss_weights |= amc.map_loss_weights(config.amc)
         for name in STUDENT_AND_TEACHER:
             setattr(self, f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
         for name in ("image_queue", "text_queue"):
@@ -67,12 +88,9 @@ class PretrainModel(ALBEF):
         for name in ("queue_ptr_img", "queue_ptr_txt"):
             self.register_buffer(name, torch.zeros(1, dtype=torch.long))
 
-    @property
-    def loss_weights(self) -> dict[str, float]:
-        """Factor of each named loss in the total."""
-        amc_config = self.config.amc
-        weights = {"loss_mlm": 1.0, "loss_ita": 1.0, "loss_itm": 1.0}
-        return weights | {"loss_cam1": amc_config.weight_mean, "loss_cam2": amc_config.weight_max}
+    def total(self, losses: Mapping[str, Tensor]) -> Tensor:
+        """The weighted sum of the losses, which is trained: a scalar."""
+        return sum((weight * losses[name] for name, weight in self.loss_weights.items()), start=torch.zeros(()))
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Recompute the student's activations in the backward pass; the twice-differentiated layers keep theirs."""
@@ -89,7 +107,7 @@ class PretrainModel(ALBEF):
             encoder.compile(backend=backend)
 
     def forward(self, batch: Batch, alpha: float, update_teacher: bool = True) -> dict[str, Tensor]:
-        """Losses of one step.
+        """The named losses of one step, each a scalar: ITC, ITM and the losses on the map, MLM.
 
         Args:
             alpha: weight of the teacher's targets, ramped from 0 in epoch 0.
@@ -103,59 +121,58 @@ class PretrainModel(ALBEF):
         image_tokens = self.encode_image(batch.image)
         text_tokens = self.encode_text(batch.input_ids, batch.attention_mask)
         images = self.text_encoder.image_keys_values(image_tokens)
-        with torch.no_grad():
-            teacher_image_tokens = self.visual_encoder_m(batch.image)
-            teacher_text_tokens = self.text_encoder_m(batch.input_ids, batch.attention_mask)
-            teacher_image = F.normalize(self.vision_proj_m(teacher_image_tokens[:, 0]), dim=-1)
-            teacher_text = F.normalize(self.text_proj_m(teacher_text_tokens[:, 0]), dim=-1)
+        teacher = self._teacher(batch)
 
         contrast = losses.contrastive_loss(
             self.image_feature(image_tokens),
             self.text_feature(text_tokens),
-            teacher_image,
-            teacher_text,
+            teacher.image,
+            teacher.text,
             self.image_queue,
             self.text_queue,
             self.temp,
             alpha,
         )
-        self.enqueue(all_gather(teacher_image), all_gather(teacher_text))
+        self.enqueue(all_gather(teacher.image), all_gather(teacher.text))
 
-        match_logits, cam_losses = self._positives(text_tokens, images, batch)
-        mismatch_logits = self._negatives(text_tokens, images, batch.attention_mask, contrast)
-        logits = torch.cat([match_logits, mismatch_logits])
+        positives = self._positives(text_tokens, images, batch)
+        negatives = self._negatives(text_tokens, images, batch.attention_mask, contrast)
+        match_logits = torch.cat([positives.logits, negatives])
         return {
-            "loss_mlm": self._mlm(images, teacher_image_tokens, batch, alpha),
+            "loss_mlm": self._mlm(images, teacher.image_tokens, batch, alpha),
             "loss_ita": contrast.loss,
-            "loss_itm": losses.matching_loss(logits, positives=len(match_logits)),
-            **cam_losses,
+            "loss_itm": losses.matching_loss(match_logits, positives=len(positives.logits)),
+            **positives.map_losses,
         }
 
-    def _positives(self, text_tokens: Tensor, images: list[KeyValue], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Match logits (B, 2) of the true pairs, and the AMC terms on their GradCAM maps."""
-        options = self.config.amc
+    @torch.no_grad()
+    def _teacher(self, batch: Batch) -> TeacherOutput:
+        """The momentum teacher's view of the batch."""
+        image_tokens = self.visual_encoder_m(batch.image)
+        text_tokens = self.text_encoder_m(batch.input_ids, batch.attention_mask)
+        image = F.normalize(self.vision_proj_m(image_tokens[:, 0]), dim=-1)
+        text = F.normalize(self.text_proj_m(text_tokens[:, 0]), dim=-1)
+        return TeacherOutput(image_tokens, image, text)
+
+    def _positives(self, text_tokens: Tensor, images: list[KeyValue], batch: Batch) -> Positives:
+        """Match the true pairs, with the losses on their GradCAM maps."""
         if not self.config.add_gcam:
             fused = self.text_encoder.fuse(text_tokens, batch.attention_mask, images, cls_only=True)
             zero = torch.zeros((), device=text_tokens.device)
-            return self.match_logits(fused.tokens), {"loss_cam1": zero, "loss_cam2": zero}
+            return Positives(self.match_logits(fused.tokens), {f"loss_{name}": zero for name in amc.MAP_LOSSES})
         # fp32 whatever the rest runs in: these gradients are tiny, and maps are divided by their maximum.
         with torch.autocast(text_tokens.device.type, enabled=False):
             fused = self.text_encoder.fuse(
                 text_tokens.float(),
                 batch.attention_mask,
                 [image.to(torch.float32) for image in images],
-                attention_layer=options.layer,
+                attention_layer=self.config.amc.layer,
                 twice_differentiable=True,
                 cls_only=True,
             )
             logits = self.match_logits(fused.tokens)
             cam = self.training_gradcam(logits, fused.attention, batch.attention_mask)
-            cam = amc.resize(amc.normalise(cam), batch.box_mask.shape[-1])
-            mask, has_box = batch.box_mask.float(), batch.has_box
-            return logits, {
-                "loss_cam1": amc.mean_margin_loss(cam, mask, has_box, options.margin_mean, options.mean_over),
-                "loss_cam2": amc.max_margin_loss(cam, mask, has_box, options.margin_max),
-            }
+            return Positives(logits, amc.map_losses(cam, batch.box_mask, batch.has_box, self.config.amc))
 
     def training_gradcam(self, logits: Tensor, attention: Tensor | None, attention_mask: Tensor) -> Tensor:
         """GradCAM (B, h, w) of the match logits by `attention`, itself differentiable (AMC, equation 3)."""
@@ -176,6 +193,7 @@ class PretrainModel(ALBEF):
         return self.match_logits(fused.tokens)
 
     def _mlm(self, images: list[KeyValue], teacher_image_tokens: Tensor, batch: Batch, alpha: float) -> Tensor:
+        """Masked language modelling with the image, against the words and the teacher's prediction."""
         masked, mask = batch.mlm_input_ids, batch.attention_mask
         fused = self.text_encoder.fuse(self.text_encoder(masked, mask), mask, images)
         with torch.no_grad():

@@ -75,9 +75,12 @@ def golden_text_encoder(bert_vocab: Path, tmp_path_factory: pytest.TempPathFacto
     return folder
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
-    """Tiny tensors: threads that wait for each other would take most of the time, above all on a busy machine."""
+    """Tiny tensors: threads that wait for each other would take most of the time, above all on a busy machine.
+
+    Of a module, for its models may be trained by fixtures of that scope.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

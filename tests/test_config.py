@@ -103,7 +103,7 @@ def assert_published_model(config: ModelConfig) -> None:
 
 
 def assert_published_recipe(config: PretrainConfig) -> None:
-    """docs/method.md, Training and Differences: the release's side of every quirk."""
+    """The values of the published recipe, and the release's side of every quirk."""
     assert_published_model(config)
     names = ("vg_descriptions", "vg_attributes_spatial", "vg_attributes")
     assert config.train_file == [f"data/{name}.json" for name in names]
@@ -475,6 +475,7 @@ def test_quirks_have_two_values_and_the_shipped_config_names_the_release_s(
         *(("temp", value) for value in ("0", "-0.07")),
         *((f"amc.{name}", value) for name in ("weight_mean", "weight_max") for value in ("-0.1", ".inf", ".nan")),
         *((f"amc.{name}", ".nan") for name in ("margin_mean", "margin_max")),
+        *(("amc.weights", f"{{some_loss: {value}}}") for value in ("-0.1", ".nan", "True", "much")),
         *(("vision_mlp_ratio", value) for value in ("0", "-1", ".inf")),
         *(
             ("augment.crop_scale", value)

@@ -16,11 +16,10 @@ from config import PretrainConfig, load_config
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from tests.grounding.pictures.test_watch import read_events
-from tests.programs.test_pretrain_program import (
+from tests.training_runs import (
     KEYS,
     LOSSES,
     REPOSITORY,
-    _one_thread,
     arguments,
     left_by_a_run,
     log_rows,
@@ -34,7 +33,7 @@ LAUNCHERS = {
     "torch.distributed.launch": ["torch.distributed.launch", "--use_env", "--standalone"],
 }
 ALPHA = 0.3
-one_thread = _one_thread  # a fixture that this file's tests use as well
+pytestmark = pytest.mark.usefixtures("one_thread")
 # Run by each of two processes. The program's own `Run` does a step; what each process sees of it is saved.
 SCRIPT = f"""
 import sys
@@ -163,7 +162,7 @@ def alone(place: Path, step: list[dict[str, Any]]) -> list[dict[str, Any]]:
         model.load_state_dict(seen["start"])
         use_onednn(model)  # as the program does: the comparison is of the processes, not of two products
         losses = model(Batch(*seen["batch"]), ALPHA)
-        sum(weight * losses[name] for name, weight in model.loss_weights.items()).backward()
+        model.total(losses).backward()
         gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
         results.append({"losses": losses, "gradients": gradients, "queues": model.state_dict()})
     return results

@@ -21,13 +21,6 @@ from utils import atomic_path
 RIGHT, WRONG, TRUTH = "#22c55e", "#ef4444", "#ffffff"
 SHOWN_SIDE = 280  # pixels: the longer side of a picture of `panel`
 SAME_SVG: Any = {"svg.hashsalt": "amc"}  # else ids are drawn at random: two equal figures would differ as files
-LOSS_NAMES = {
-    "loss_mlm": "MLM",
-    "loss_ita": "ITC",
-    "loss_itm": "ITM",
-    "loss_cam1": "AMC, mean term",
-    "loss_cam2": "AMC, max term",
-}
 
 
 class Case(NamedTuple):
@@ -112,14 +105,15 @@ def loss_curves(runs: dict[str, list[dict[str, Any]]], path: Path, unit: str = "
 
 
 def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps", columns: int = 5) -> Figure:
-    """A panel per loss and a line per run.
+    """A panel per loss, titled by its name in the log, and a line per run. Losses that are always 0 have no panel.
 
     Args:
         runs: the rows of each run's steps.jsonl.
         unit: what a step is.
         columns: how many panels stand side by side, at most.
     """
-    shown = [name for name in LOSS_NAMES if any(row.get(name) for rows in runs.values() for row in rows)]
+    entries = [entry for rows in runs.values() for row in rows for entry in row.items()]
+    shown = list(dict.fromkeys(name for name, value in entries if name.startswith("loss_") and value))
     columns = max(1, min(columns, len(shown)))
     lines = -(-len(shown) // columns)
     figure = Figure(figsize=(3.2 * columns, 3 * max(1, lines)), layout="constrained")
@@ -130,7 +124,7 @@ def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps", colu
             if np.nan_to_num(values).any():
                 mark = "o" if len(rows) == 1 else ""
                 axes.plot(_steps(rows), values, f"C{index}{mark}-", label=run)
-        axes.set_title(LOSS_NAMES[loss], fontsize=10)
+        axes.set_title(loss, fontsize=10, parse_math=False)
         axes.set_xlabel(unit)
         axes.grid(alpha=0.3)
     for axes in figure.axes[:1]:

@@ -47,7 +47,7 @@ from tests.models.test_checkpoint import (
     text_encoder,
     tiny_bert,
 )
-from tests.programs.test_pretrain_program import make_workplace, train
+from tests.training_runs import make_workplace, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -86,7 +86,7 @@ def train(axis: str, steps: int, names: list[str], batch: Batch, checkpoint: Pat
         losses, first = [], None
         for _ in range(steps):
             named = model(batch, alpha=0.4)
-            total = torch.stack([weight * named[name] for name, weight in model.loss_weights.items()]).sum()
+            total = model.total(named)
             total.backward()
             losses.append({name: value.item() for name, value in named.items()})
             first = first or look(model, names, total.item())

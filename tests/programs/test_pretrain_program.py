@@ -6,7 +6,6 @@ import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,113 +20,28 @@ import Pretrain
 import utils
 from config import ConfigError, PretrainConfig, load_config
 from dataset.reading import DataError
-from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.vg import TrainingData
 from models.checkpoint import CheckpointError
 from models.pretrain import PretrainModel
+from tests.training_runs import (
+    KEYS,
+    LOSSES,
+    REPOSITORY,
+    Interruption,
+    arguments,
+    interrupt,
+    left_by_a_run,
+    log_rows,
+    ready,
+    same_weights,
+    saved,
+    step_rows,
+    total,
+    train,
+)
 
-REPOSITORY = Path(__file__).parents[2]
-LOSSES = {"train_loss_mlm", "train_loss_ita", "train_loss_itm", "train_loss_cam1", "train_loss_cam2"}
-KEYS = {*LOSSES, "train_lr", "epoch"}  # those of the release's log.txt (docs/method.md, Training)
-Row = dict[str, Any]
-
-
-def make_workplace(folder: Path) -> Path:
-    """Tiny scenes (`data`), a config of a tiny model (`config.yaml`) and its `bert.json` in one folder."""
-    data = folder / "data"
-    scenes_files.generate(data, seed=5, train=24, annotated=24, evaluation=4, size=48)
-    vocabulary = (data / "text_encoder" / "vocab.txt").read_text().split()
-    bert = {
-        "vocab_size": len(vocabulary),
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.05,
-        "fusion_layer": 1,
-        "encoder_width": 32,
-    }
-    (folder / "bert.json").write_text(json.dumps(bert))
-    config = {
-        "train_file": [str(data / "train_phrases.json")],
-        "image_root": str(data / "images"),
-        "bert_config": str(folder / "bert.json"),
-        "image_res": 48,
-        "vision_width": 32,
-        "vision_depth": 2,
-        "vision_heads": 2,
-        "vision_initializer_range": 0.2,
-        "embed_dim": 16,
-        "queue_size": 64,
-        "batch_size": 8,
-        "mask_size": 48,
-        "amc": {"layer": 1},
-        "optimizer": {"opt": "adamW", "lr": 1e-3},
-        "schedular": {"epochs": 3, "warmup_epochs": 2, "warmup_interval": 2, "warmup_lr": 1e-4, "min_lr": 1e-5},
-    }
-    (folder / "config.yaml").write_text(json.dumps(config))  # JSON is YAML too
-    return folder
-
-
-def arguments(place: Path, output: Path, *words: str) -> list[str]:
-    """The command line of a run on the CPU; in `words`, key=value is a config key."""
-    line = ["--config", str(place / "config.yaml"), "--text_encoder", str(place / "data" / "text_encoder")]
-    line += ["--output_dir", str(output), "--num_workers", "0", "--device", "cpu"]
-    for word in words:
-        line += ["--set", word] if "=" in word else [word]
-    return line
-
-
-def log_rows(output: Path) -> list[Row]:
-    """log.txt without the one thing in it that no two runs share."""
-    rows = [json.loads(line) for line in (output / "log.txt").read_text().splitlines()]
-    for row in rows:
-        assert row.pop("seconds") >= 0
-    return rows
-
-
-def step_rows(output: Path) -> list[Row]:
-    return [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
-
-
-def left_by_a_run(epochs: int) -> set[str]:
-    checkpoints = {f"checkpoint_{epoch:02d}.pth" for epoch in range(epochs)}
-    return {"config.yaml", "run.json", "log.txt", "steps.jsonl", *checkpoints}
-
-
-def train(place: Path, output: Path, *words: str) -> list[Row]:
-    Pretrain.main(Pretrain.parse_args(arguments(place, output, *words)))
-    return log_rows(output)
-
-
-def saved(output: Path, epoch: int) -> dict[str, Any]:
-    return torch.load(output / f"checkpoint_{epoch:02d}.pth", weights_only=True)
-
-
-def same_weights(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    assert one.keys() == other.keys()
-    return all(torch.equal(one[key], other[key]) for key in one)
-
-
-def total(row: Row) -> float:
-    return sum(row[name] for name in LOSSES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A model this small is faster on one thread, and its sums have one order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Do not write into it."""
-    return make_workplace(tmp_path_factory.mktemp("pretrain"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -338,23 +252,6 @@ def test_compiling_changes_no_loss(
 # ---- interruption
 
 
-class Interruption(Exception):
-    """What stands for a power cut."""
-
-
-def interrupt(monkeypatch: pytest.MonkeyPatch, where: str, owner: object, name: str, after: int) -> None:
-    original, calls = getattr(owner, name), 0
-
-    def stop(*args: Any, **options: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls > after:
-            raise Interruption(where)
-        return original(*args, **options)
-
-    monkeypatch.setattr(owner, name, stop)
-
-
 @pytest.mark.parametrize("where", ["within epoch 2", "before the checkpoint of epoch 1", "writing the log of epoch 1"])
 def test_a_resumed_run_repeats_an_uninterrupted_one(
     place: Path, finished: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
@@ -512,9 +409,7 @@ def test_accumulation_steps_less_often(place: Path, tmp_path: Path, monkeypatch:
 
 
 def test_accumulation_averages_the_gradients(place: Path, tmp_path: Path) -> None:
-    args = Pretrain.parse_args(arguments(place, tmp_path, "--accum_steps", "2"))
-    config = load_config(args.config, PretrainConfig)
-    run = Pretrain.Run(args, config, torch.device("cpu"))
+    run = ready(place, tmp_path, "--accum_steps", "2")
     run.parallel.eval()  # without dropout
     # The bias of the MLM head: MLM alone moves it, and its loss knows nothing of the queues that fill meanwhile.
     bias = dict(run.model.named_parameters())["text_encoder.cls.predictions.bias"]

@@ -3,7 +3,7 @@
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,9 @@ import runs
 from config import load_config
 from optim import create_optimizer
 from scheduler import create_scheduler
-from tests.programs.test_pretrain_program import (
-    arguments,
+from tests.training_runs import (
     log_rows,
-    make_workplace,
+    ready,
     same_weights,
     saved,
     step_rows,
@@ -28,20 +27,7 @@ from utils import UserError
 
 Change = Callable[[dict[str, Any]], object]
 SHORT = ("batch_size=24",)  # three steps an epoch
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Do not write into it."""
-    return make_workplace(tmp_path_factory.mktemp("resume"))
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
@@ -71,8 +57,7 @@ def changed(path: Path, change: Change) -> Path:
 
 def resumed(place: Path, output: Path, *words: str) -> Pretrain.Run:
     """A run that is ready to go on."""
-    args = Pretrain.parse_args(arguments(place, output, *SHORT, "--resume", *words))
-    return Pretrain.Run(args, load_config(args.config, Pretrain.PretrainConfig, args.set), torch.device("cpu"))
+    return ready(place, output, *SHORT, "--resume", *words)
 
 
 # ---- what it uses
@@ -327,7 +312,7 @@ def test_moments_that_diverged_are_not_saved(place: Path, run: Path) -> None:
     going_on = resumed(place, run)
     next(iter(going_on.optimizer.state.values()))["exp_avg_sq"].fill_(math.inf)
     with pytest.raises(Pretrain.TrainingError, match=r"exp_avg_sq of parameter \d+ .*checkpoint_01\.pth is intact"):
-        going_on.finish_epoch(2, {})
+        going_on.check_weights(2)
     assert list(runs.checkpoints(run)) == [0, 1]
 
 

@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import Pretrain
 import runs
+import training_log
 from config import ConfigError, PretrainConfig, load_config
 from dataset.photos import read_photo
 from dataset.reading import DataError
@@ -29,10 +30,9 @@ from grounding.pictures import tensorboard
 from grounding.pictures.overlay import overlay, save
 from grounding.predict import Explainer
 from models.pretrain import PretrainModel
-from tests.programs.test_pretrain_program import (
+from tests.training_runs import (
     REPOSITORY,
     Interruption,
-    _one_thread,
     arguments,
     interrupt,
     left_by_a_run,
@@ -45,18 +45,18 @@ from tests.programs.test_pretrain_program import (
 )
 from utils import UserError
 
-one_thread = _one_thread  # a fixture that this file's tests use as well
 RUN = ["schedular.epochs=2"]
 STEPS = 9  # of one epoch; with a look at the meters every 4
 PHRASES = ["The red circle!", "blue"]
 TAGS = ["maps/01_the_red_circle", "maps/02_blue"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 Series = dict[str, list[tuple[int, Any]]]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _frequent_looks() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Pretrain, "CHECK_INTERVAL", 4)
+        patch.setattr(training_log, "INTERVAL", 4)
         yield
 
 
