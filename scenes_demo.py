@@ -20,6 +20,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import utils
 from config import GroundingConfig, PretrainConfig, load_config
 from dataset.expressions import Expression
@@ -60,6 +62,7 @@ def main(args: argparse.Namespace) -> None:
     started, short = time.monotonic(), not (args.all or args.full)
     output: Path = args.output_dir or Path("output/scenes" + ("_full" if args.full else "_all" if args.all else ""))
     benchmarks = {name: found for name, found in scenes_benchmarks().items() if found is REFCOCO or not short}
+    torch.set_num_threads(1)  # for the report: its maps are small, and a busy machine makes threads wait for each other
     training, overrides = (SHORT_TRAINING, SHORT_EVALUATION) if short else ([], [])
     run_step("first_look", ["demo.py", *LOOK, "--output_dir", str(output / "first_look")], output / "logs")
     print(*(f"   {path}" for path in (output / "first_look").glob("*.png")), flush=True)
