@@ -1,4 +1,4 @@
-# The two commands of the README are `make demo` and `make test`; each sets up everything that it needs in .venv.
+# Each command sets up what it needs in .venv. `make demo` takes minutes, `make demo-full` trains everything (docs/scenes.md).
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
@@ -14,7 +14,6 @@ demo-full: $(READY)
 	$(PYTHON) scenes_demo.py --full --output_dir output/scenes_full
 
 web: $(READY)
-	$(PYTHON) prepare.py scenes data/scenes
 	$(PYTHON) demo.py --web
 
 test: check

@@ -4,8 +4,11 @@
     python demo.py --images A.jpg B.jpg FOLDER --phrase PHRASE [--phrase PHRASE ...]
     python demo.py --web                                         a page to do all this in a browser: docs/web.md
 
-Without --checkpoint, the model is the one that `make demo` trained on the embedded scenes, which knows nothing of
-photographs. Pictures go to --output_dir as IMAGE_01_PHRASE.png; docs/demo.md shows one.
+    python demo.py docs/images/scenes/100000.jpg "the small red triangle"                    to try it at once
+
+Without --checkpoint, the model is the AMC model of the synthetic scenes: the one that `make demo` trained, or else the
+one that ships. It knows nothing of photographs. Pictures go to --output_dir as IMAGE_01_PHRASE.png; docs/demo.md shows
+one.
 """
 
 import argparse
@@ -30,7 +33,7 @@ from grounding.maps import THRESHOLD, check_threshold
 from grounding.pictures import overlay
 from grounding.predict import Explainer
 from grounding.web import layout, server
-from grounding.web.examples import DEMO, ONLY_BEFORE, TRAINED, Offer, examples, offered
+from grounding.web.examples import DEMO, ONLY_BEFORE, SHIPPED_AMC, TRAINED, Offer, examples, offered
 from grounding.web.request_guard import LOOPBACK
 from grounding.web.session import Answers
 from runs import newest_checkpoint
@@ -41,13 +44,13 @@ DEMO_MODELS = DEMO / TRAINED["AMC"]  # where `make demo` leaves its AMC checkpoi
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Show where a model finds phrases in images.",
-        epilog="The model that `make demo` leaves knows its scenes (data/scenes/images) alone, not photographs.",
+        epilog="The default model knows drawn scenes alone (docs/images/scenes, data/scenes/images), not photographs.",
     )
     add = parser.add_argument
     add("words", nargs="*", metavar="IMAGE PHRASE", help="an image (or folder, or quoted pattern), then phrases")
     add("--images", nargs="+", default=[], metavar="IMAGE", help="images, folders, patterns, in place of IMAGE")
     add("--phrase", action="append", default=[], help="a phrase; may be repeated")
-    add("--checkpoint", help=f"a checkpoint (default: the last one in {DEMO_MODELS})")
+    add("--checkpoint", help=f"a checkpoint (default: the last one in {DEMO_MODELS}, or else {SHIPPED_AMC})")
     add("--config", help="a Grounding_*.yaml (default: chosen by the sizes that the checkpoint states)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key, for instance image_res")
     add("--benchmark", choices=BENCHMARKS, default="refcoco", help="whose config, and whose resize to the model's size")
@@ -68,7 +71,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--npz", action="store_true", help="IMAGE.npz: the maps themselves")
     add = parser.add_argument_group("a page in the browser (needs requirements-web.txt)").add_argument
     add("--web", action="store_true", help="serve it; images and phrases are chosen there")
-    add("--checkpoints", nargs="+", default=[], metavar="FILE", help="to choose from (default: those of `make demo`)")
+    add(
+        "--checkpoints",
+        nargs="+",
+        default=[],
+        metavar="FILE",
+        help="to choose from (default: the shipped ones, those of `make demo`)",
+    )
     add("--host", default=LOOPBACK[0], help="address to serve at (default: this machine alone)")
     add("--port", type=int, help="default: 7860, or the next free one")
     return parser.parse_args(argv)
@@ -160,19 +169,11 @@ def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
 
 
 def demo_model() -> Path:
-    """The model of `make demo`; raises `UserError` with the ways to get one."""
+    """The AMC model that `make demo` trained; before that, the one that ships."""
     found = newest_checkpoint(DEMO_MODELS)
-    if found is None:
-        raise utils.UserError(
-            f"no --checkpoint was given and {DEMO_MODELS} holds none. Either\n"
-            "  make demo    trains the small AMC model of the scenes and leaves it there\n"
-            "  --checkpoint FILE    takes another, for instance one of the authors' (README)\n"
-            "  --checkpoint checkpoints/scenes_stage1.safetensors --config configs/scenes/Grounding_refcoco.yaml\n"
-            "      takes the scenes' model before AMC, which ships with the repository; its vocabulary is made by\n"
-            "      python prepare.py scenes data/scenes"
-        )
-    print(f"checkpoint: {found}, which `make demo` trained on synthetic scenes; it knows nothing of photographs")
-    return found
+    origin = "which `make demo` trained" if found else "which ships with the repository"
+    print(f"checkpoint: {found or SHIPPED_AMC}, {origin}; made for synthetic scenes, it knows nothing of photographs")
+    return found or SHIPPED_AMC
 
 
 def file_names(images: Sequence[Path]) -> list[str]:

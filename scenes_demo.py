@@ -1,23 +1,26 @@
-"""The whole of AMC on the embedded data, without a download or a GPU: train, evaluate, compare.
+"""The story of AMC on synthetic scenes, without a download or a GPU: train with and without AMC, and compare.
 
-    python scenes_demo.py           stage 1 is the checkpoint that ships with the repository
-    python scenes_demo.py --full    stage 1 is trained as well
+    python scenes_demo.py           a few minutes: 150 steps a model, RefCOCO+ alone
+    python scenes_demo.py --all     1,275 steps a model, three benchmarks: the table of docs/scenes.md
+    python scenes_demo.py --full    the same, and stage 1 is trained as well
 
-Stage 1 learns to match images and captions (plain ALBEF, no boxes), as ALBEF-14M did before AMC. From it, two runs of
-equally many steps on the same region phrases: "control" goes on without AMC, "AMC" adds the AMC loss on the boxes. All
-three are then evaluated by the three scripts. Every step is the command that it prints; a step that is complete is not
-done again, so that an interrupted demo goes on where it stopped.
+Stage 1 is plain ALBEF, trained on captions without boxes. Two models go on from it for equally many steps on the same
+region phrases: the control without AMC, the other with the AMC loss on their boxes. All three are evaluated on held-out
+scenes. An interrupted demo goes on where it stopped.
 """
 
 import argparse
+import itertools
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import utils
 from config import GroundingConfig, PretrainConfig, load_config
@@ -25,73 +28,114 @@ from dataset.expressions import Expression
 from grounding import maps, metrics
 from grounding.benchmarks import BENCHMARKS, REFCOCO, Benchmark
 from grounding.pictures.panels import Case, contact_sheet, loss_curves
-from grounding.report.page import Section
 from grounding.report.rows import Source
 from grounding.report.write import section, write_report
 from grounding.results import ResultFolder, percent
-from grounding.web.examples import SCENES, SHIPPED
+from grounding.web.examples import SCENES, SHIPPED, SHIPPED_AMC, SHOWN
 from models.checkpoint import export_student
 from runs import STEPS_LOG, read_log
 
-TEXT_ENCODER = SCENES / "text_encoder"
 CONFIGS = Path("configs/scenes")
-SCRIPTS = {"refcoco": "", "refclef": "_refclef", "flickr": "_flickr"}
+COMMON = ["--text_encoder", str(SCENES / "text_encoder"), "--device", "cpu", "--num_workers", "0"]
 MODELS = {"stage 1": "stage1", "control": "control", "AMC": "amc"}  # the last is what the others are compared with
-SHOWN_CASES = 10
+TITLES = {
+    "first_look": 'A first look: where the AMC model that ships sees "the small red triangle"',
+    "scenes": "Draw 12,750 synthetic scenes, in the formats of the real data sets",
+    "stage1": "Train stage 1: plain ALBEF on captions, without boxes",
+    "control": "Train the control: stage 1 goes on with phrases of regions, without AMC",
+    "amc": "Train AMC: the same phrases, with the AMC loss on their boxes",
+}
+LOOK = [str(SHOWN / "100000.jpg"), "the small red triangle", "--box", "19", "77", "20", "18"]
+LOOK += ["--checkpoint", str(SHIPPED_AMC), "--device", "cpu"]
+# A constant rate after the warm-up: timm warns of a cosine over one epoch.
+SHORT_TRAINING = ["--set", "schedular.epochs=1", "--set", "schedular.sched=step", "--max_steps", "150"]
+SHORT_EVALUATION = ["matching_file=[]"]
+CHANCE: dict[str, Callable[[Any], float]] = {  # metric -> accuracy of a random pixel, of a random detection
+    "point": lambda expression: float(maps.inside(expression.boxes, *expression.size).mean()),
+    "box": lambda expression: metrics.box_chance(expression.detections, expression.boxes[0]),
+}
 
 Table = dict[str, dict[str, float | None]]  # model -> column -> accuracy
 
 
 def main(args: argparse.Namespace) -> None:
-    started = time.monotonic()
-    output: Path = args.output_dir
-    run_step("scenes", ["prepare.py", "scenes", str(SCENES)])
-    stage1 = train_stage1(output) if args.full else SHIPPED
+    started, short = time.monotonic(), not (args.all or args.full)
+    output: Path = args.output_dir or Path("output/scenes" + ("_full" if args.full else "_all" if args.all else ""))
+    benchmarks = {name: found for name, found in scenes_benchmarks().items() if found is REFCOCO or not short}
+    torch.set_num_threads(1)  # for the report: its maps are small, and a busy machine makes threads wait for each other
+    training, overrides = (SHORT_TRAINING, SHORT_EVALUATION) if short else ([], [])
+    run_step("first_look", ["demo.py", *LOOK, "--output_dir", str(output / "first_look")], output / "logs")
+    print(*(f"   {path}" for path in (output / "first_look").glob("*.png")), flush=True)
+    run_step("scenes", ["prepare.py", "scenes", str(SCENES)], output / "logs")
+    stage1 = SHIPPED
+    if args.full:
+        stage1 = output / SHIPPED.name
+        export_student(train(output / "stage1", CONFIGS / "Pretrain_stage1.yaml", []), stage1)
     checkpoints = {"stage1": stage1}
-    for name, config in (("amc", "Pretrain.yaml"), ("control", "Pretrain_control.yaml")):
-        checkpoints[name] = train(output / name, CONFIGS / config, ["--checkpoint", str(stage1)], processes=2)
-    steps = {}
-    for name, checkpoint in checkpoints.items():
-        for benchmark in SCRIPTS:
-            steps[f"{name} on {benchmark}"] = evaluation(checkpoint, benchmark, output / name / benchmark)
-    run_side_by_side(steps)
-    report(output, time.monotonic() - started)
+    for name, config in (("control", "Pretrain_control.yaml"), ("amc", "Pretrain.yaml")):
+        checkpoints[name] = train(output / name, CONFIGS / config, ["--checkpoint", str(stage1)], 2, training)
+    shown = ", ".join(benchmark.name for benchmark in benchmarks.values())
+    print(f"\n== Evaluate the three models on held-out scenes: {shown}", flush=True)
+    steps = {
+        f"{name}_{benchmark}": evaluation(checkpoint, benchmark, output / name / benchmark, overrides)
+        for name, checkpoint in checkpoints.items()
+        for benchmark in benchmarks
+    }
+    run_side_by_side(steps, output / "logs")
+    print("\n== Compare: tables, heat maps, curves, a page\n", flush=True)
+    print(report(output, benchmarks, overrides))
+    print(
+        "\nAccuracies in %. Point: the map's maximum lies in the true box. Box: the detection that the map ranks first"
+    )
+    print("is right. testB asks for pairs of colour and shape that training never shows.")
+    print(
+        f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. In {output}: report.html, table.md, heat_maps.png,"
+    )
+    print("loss_curves.png; per model its checkpoints, logs and results; in logs/ each command and its output.")
+    print(f"Open the report in a browser: {(output / 'report.html').resolve().as_uri()}")
+    print("Ask the models yourself: make web. Train them to the end: python scenes_demo.py --all")
+
+
+def scenes_benchmarks() -> dict[str, Benchmark]:
+    """The benchmarks that the scenes have a config for, by the name in the config's file name."""
+    found = [one for one in BENCHMARKS.values() if (CONFIGS / Path(one.config).name).is_file()]
+    return {Path(one.config).stem.removeprefix("Grounding_"): one for one in found}
 
 
 # ---- steps
 
 
-def run_step(name: str, words: list[str], processes: int = 1) -> None:
-    """Run one of the repository's programs, by torchrun if in several processes; its failure ends the demo."""
+def run_step(name: str, words: list[str], logs: Path, processes: int = 1, alone: bool = True) -> None:
+    """Run one of the repository's programs, by torchrun if in several processes; its failure ends the demo.
+
+    Args:
+        logs: NAME.txt there takes the command and its output. Progress and errors are shown all the same.
+        alone: False for one of several at a time: it gets one thread, and is shown only if it fails.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    print(f"\n== {name}: python {' '.join([*launcher, *words])}", flush=True)
-    threads = max(1, (os.cpu_count() or 1) // processes)
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-    status = subprocess.run([sys.executable, *launcher, *words], env=environment, check=False).returncode
+    threads = max(1, (os.cpu_count() or 1) // processes) if alone else 1
+    started, command, log = time.monotonic(), [*launcher, *words], logs / f"{name}.txt"
+    settings: dict[str, Any] = {"env": {**os.environ, "OMP_NUM_THREADS": str(threads)}, "check": False}
+    if alone:
+        print(f"\n== {TITLES.get(name, name)}", flush=True)
+    logs.mkdir(parents=True, exist_ok=True)
+    with log.open("a", encoding="utf-8") as out:
+        print(f"python {' '.join(command)}", file=out, flush=True)
+        errors = None if alone else subprocess.STDOUT
+        status = subprocess.run([sys.executable, *command], stdout=out, stderr=errors, **settings).returncode
     if status:
+        print("" if alone else log.read_text(encoding="utf-8"))
         raise utils.UserError(f"'{name}' failed with exit status {status}; its message stands above")
+    if alone:
+        print(f"   {time.monotonic() - started:.0f} s", flush=True)
 
 
-def run_side_by_side(steps: dict[str, list[str]]) -> None:
-    """Run several programs, one to a core; what each says is shown when it ends."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-    def run(words: list[str]) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *words],
-            env=environment,
-            text=True,
-            check=False,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-
+def run_side_by_side(steps: dict[str, list[str]], logs: Path) -> None:
+    """Run several programs, one to a core, and name those that are done."""
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for (name, words), done in zip(steps.items(), pool.map(run, steps.values()), strict=True):
-            print(f"\n== {name}: python {' '.join(words)}\n{done.stdout}", end="", flush=True)
-            if done.returncode:
-                pool.shutdown(cancel_futures=True)
-                raise utils.UserError(f"'{name}' failed with exit status {done.returncode}; its message stands above")
+        done = pool.map(lambda name: run_step(name, steps[name], logs, alone=False), steps)
+        for name, _ in zip(steps, done, strict=True):
+            print(f"   {name}", flush=True)
 
 
 def train(output: Path, config: Path, start: list[str], processes: int = 1, options: Sequence[str] = ()) -> Path:
@@ -99,117 +143,91 @@ def train(output: Path, config: Path, start: list[str], processes: int = 1, opti
 
     `start` says what to start from; `options` are given to a resumed run as well.
     """
-    last = output / f"checkpoint_{load_config(config, PretrainConfig).schedular.epochs - 1:02d}.pth"
+    overrides = [value for option, value in itertools.pairwise(options) if option == "--set"]
+    last = output / f"checkpoint_{load_config(config, PretrainConfig, overrides).schedular.epochs - 1:02d}.pth"
     if not last.exists():
         begun = any(output.glob("checkpoint_*.pth"))
-        words = ["--config", str(config), "--output_dir", str(output), "--text_encoder", str(TEXT_ENCODER)]
-        words += ["--device", "cpu", "--num_workers", "0", *options, *(["--resume"] if begun else start)]
-        run_step(output.name, ["Pretrain.py", *words], processes)
+        words = ["Pretrain.py", "--config", str(config), "--output_dir", str(output), *COMMON, *options]
+        run_step(output.name, [*words, *(["--resume"] if begun else start)], output.parent / "logs", processes)
     return last
 
 
-def evaluation(checkpoint: Path, benchmark: str, output: Path) -> list[str]:
+def evaluation(checkpoint: Path, benchmark: str, output: Path, overrides: Sequence[str] = ()) -> list[str]:
     """The program that evaluates a checkpoint on one of the scenes' benchmarks, and its options."""
-    config = CONFIGS / f"Grounding_{benchmark}.yaml"
-    words = ["--checkpoint", str(checkpoint), "--output_dir", str(output), "--config", str(config)]
-    words += ["--text_encoder", str(TEXT_ENCODER), "--device", "cpu", "--num_workers", "0"]
-    return [f"grounding_eval_singlegpu{SCRIPTS[benchmark]}.py", *words]
-
-
-def train_stage1(output: Path) -> Path:
-    """Train stage 1 from random weights and keep the student alone, in the form that ships with the repository."""
-    path = output / SHIPPED.name
-    checkpoint = train(output / "stage1", CONFIGS / "Pretrain_stage1.yaml", [])
-    export_student(checkpoint, path)
-    return path
+    own = f"grounding_eval_singlegpu_{benchmark}.py"
+    words = ["--config", str(CONFIGS / f"Grounding_{benchmark}.yaml")]
+    words += ["--checkpoint", str(checkpoint), "--output_dir", str(output)]
+    words += [word for override in overrides for word in ("--set", override)]
+    return [own if Path(own).exists() else "grounding_eval_singlegpu.py", *words, *COMMON]
 
 
 # ---- report
 
 
-def report(output: Path, seconds: float) -> None:
-    """Print the table of all models, and leave it with the pictures in the output folder."""
+def report(output: Path, benchmarks: dict[str, Benchmark], overrides: Sequence[str]) -> str:
+    """Write the table of all models, pictures and the page into the output folder; returns the table for a terminal."""
     table: Table = {}
-    cases: list[Case] = []
-    sections: list[Section] = []
-    for benchmark, kind in BENCHMARKS.items():
-        config = load_config(CONFIGS / f"Grounding_{benchmark}.yaml", GroundingConfig)
-        folders = {model: ResultFolder(output / name / benchmark / "result") for model, name in MODELS.items()}
-        expressions = kind.load(config)
-        for model, row in {**chance(kind, config, expressions), **accuracies(kind, config, folders)}.items():
+    sections = []
+    for name, benchmark in benchmarks.items():
+        config = load_config(CONFIGS / f"Grounding_{name}.yaml", GroundingConfig, list(overrides))
+        folders = {model: ResultFolder(output / folder / name / "result") for model, folder in MODELS.items()}
+        expressions = benchmark.load(config)
+        for model, row in {**chance(benchmark, config, expressions), **accuracies(benchmark, config, folders)}.items():
             table.setdefault(model, {}).update(row)
         sources = [Source(model, folder, "00") for model, folder in folders.items()]
-        sections.append(section(kind, expressions, sources, others=len(sources) - 1))
-        if kind is REFCOCO:
-            cases = choose_cases(expressions, list(folders.values()))
-    utils.write_text(output / "table.md", markdown(table))
-    contact_sheet(cases, list(MODELS), output / "heat_maps.png")
+        sections.append(section(benchmark, expressions, sources, others=len(sources) - 1))
+        if benchmark is REFCOCO:
+            contact_sheet(choose_cases(expressions, folders), list(MODELS), output / "heat_maps.png")
+    header, *lines = table_rows(table)
+    marked = [header, ["---", *["---:"] * len(table)], *lines]
+    utils.write_text(output / "table.md", "".join(f"| {' | '.join(line)} |\n" for line in marked))
     runs = {model: read_log(output / name / STEPS_LOG) for model, name in MODELS.items() if model != "stage 1"}
     loss_curves(runs, output / "loss_curves.png")
-    training = [output / name for name in MODELS.values()]
-    write_report(output / "report.html", "AMC on the embedded scenes", sections, training)
-    print(
-        f"\n{markdown(table)}\nAccuracies in %. Matching is over balanced pairs, of held-out scenes as all the rest is."
-    )
-    print(f"Done in {seconds / 60:.1f} minutes. In {output}:")
-    print("  table.md, heat_maps.png, loss_curves.png; per model its checkpoints, logs and results")
-    print(f"Open the report in a browser: {(output / 'report.html').resolve().as_uri()}")
+    trained = [output / name for name in MODELS.values()]
+    write_report(output / "report.html", "AMC on the embedded scenes", sections, trained)
+    return utils.aligned([header, *lines])
 
 
 def chance(benchmark: Benchmark, config: GroundingConfig, expressions: Sequence[Expression]) -> Table:
-    """The row of accuracies to expect of a random pixel, a random detection, a random answer."""
-    row: dict[str, float | None] = {}
-    for metric in benchmark.metrics:
-        values: list[float] = []
-        for expression in expressions:
-            if metric == "point":
-                assert expression.size is not None
-                values.append(float(maps.inside(expression.boxes, *expression.size).mean()))
-            else:
-                assert expression.detections is not None
-                values.append(metrics.box_chance(expression.detections, expression.boxes[0]))
-        splits = [expression.split for expression in expressions]
-        for name, value in metrics.split_accuracies(values, splits, benchmark.splits).items():
-            row[f"{benchmark.name} {metric} {name}"] = value
-    for file in config.matching_file:
-        row[Path(file).stem.replace("_", " ")] = 0.5
+    """The row of accuracies to expect of random answers, for the metrics of `CHANCE` and for matching."""
+    splits = [expression.split for expression in expressions]
+    row: dict[str, float | None] = {Path(file).stem.replace("_", " "): 0.5 for file in config.matching_file}
+    for metric in [metric for metric in benchmark.metrics if metric in CHANCE]:
+        found = metrics.split_accuracies([CHANCE[metric](one) for one in expressions], splits, benchmark.splits)
+        row |= {f"{benchmark.name} {metric} {name}": value for name, value in found.items()}
     return {"chance": row}
 
 
 def accuracies(benchmark: Benchmark, config: GroundingConfig, folders: dict[str, ResultFolder]) -> Table:
     """Each model's row of accuracies on one benchmark, from its log."""
-    table: Table = {}
     names = [*benchmark.metrics, *(Path(file).stem for file in config.matching_file)]
-    for model, folder in folders.items():
-        row = table.setdefault(model, {})
-        for (name, key), value in folder.accuracies("00", names).items():
-            column = f"{benchmark.name} {name} {key}" if name in benchmark.metrics else key.replace("_", " ")
-            row[column] = value
-    return table
+
+    def column(name: str, key: str) -> str:
+        return f"{benchmark.name} {name} {key}" if name in benchmark.metrics else key.replace("_", " ")
+
+    found = {model: folder.accuracies("00", names) for model, folder in folders.items()}
+    return {model: {column(*key): value for key, value in row.items()} for model, row in found.items()}
 
 
-def markdown(table: Table) -> str:
-    """The table turned on its side: a line per benchmark and split, a column per model."""
+def table_rows(table: Table) -> list[list[str]]:
+    """The table turned on its side, as cells: a row per benchmark and split, a column per model."""
     keys = list(dict.fromkeys(key for row in table.values() for key in row))
-    lines = ["| | " + " | ".join(table) + " |", "|---|" + "---:|" * len(table)]
-    lines += [f"| {key} | " + " | ".join(percent(row.get(key)) for row in table.values()) + " |" for key in keys]
-    return "\n".join(lines) + "\n"
+    return [["", *table], *([key, *(percent(row.get(key)) for row in table.values())] for key in keys)]
 
 
-def choose_cases(expressions: Sequence[Expression], folders: Sequence[ResultFolder]) -> list[Case]:
+def choose_cases(expressions: Sequence[Expression], folders: dict[str, ResultFolder]) -> list[Case]:
     """Expressions at equal distances through the test files, with the map of each model."""
-    ids = [expression.ref_id for expression in expressions]
-    records: list[list[dict[str, Any]]] = []
-    for folder in folders:
-        found = folder.read("00", ids)
-        assert found is not None
-        records.append(found[0])
-    chosen = range(0, len(expressions), max(1, len(expressions) // SHOWN_CASES))[:SHOWN_CASES]
-    return [Case(expressions[i], [rows[i]["pred"] for rows in records]) for i in chosen]
+    found = [folder.read("00", [expression.ref_id for expression in expressions]) for folder in folders.values()]
+    chosen = range(0, len(expressions), max(1, len(expressions) // 10))[:10]
+    return [Case(expressions[i], [stored[0][i]["pred"] for stored in found if stored]) for i in chosen]
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Train, evaluate and compare on the embedded scenes.")
-    parser.add_argument("--full", action="store_true", help="train stage 1 too, instead of taking the one that ships")
-    parser.add_argument("--output_dir", type=Path, default=Path("output/scenes"))
-    utils.run(main, parser.parse_args())
+    parser = argparse.ArgumentParser(description="Train with and without AMC on the embedded scenes, and compare.")
+    parser.add_argument("--all", action="store_true", help="all steps and benchmarks: the table of docs/scenes.md")
+    parser.add_argument("--full", action="store_true", help="the same, and train stage 1 too")
+    parser.add_argument("--output_dir", type=Path, help="default: output/scenes, output/scenes_all, output/scenes_full")
+    try:
+        utils.run(main, parser.parse_args())
+    except KeyboardInterrupt:
+        sys.exit("\ninterrupted; the same command goes on where this one stopped")

@@ -41,7 +41,7 @@ Accuracies = dict[str, list[dict[str, float | None]]]  # variant -> the accuraci
 
 def main(args: argparse.Namespace) -> None:
     started, rows = time.monotonic(), Accuracies()
-    run_step("scenes", ["prepare.py", "scenes", str(SCENES)])
+    run_step("scenes", ["prepare.py", "scenes", str(SCENES)], args.output_dir / "logs")
     for seed in args.seeds:
         for variant in args.variants:
             folder: Path = args.output_dir / variant.replace(",", "").replace(" ", "_") / f"seed_{seed}"
@@ -58,7 +58,7 @@ def train_and_evaluate(variant: str, seed: int, folder: Path) -> dict[str, float
     for change in changes:
         options += ["--set", change]
     checkpoint = train(folder, config, ["--checkpoint", str(SHIPPED)], 2, options)
-    run_step(f"{variant}, seed {seed}, evaluated", evaluation(checkpoint, "refcoco", folder / "refcoco"))
+    run_step(f"{folder.name}_evaluated", evaluation(checkpoint, "refcoco", folder / "refcoco"), folder.parent / "logs")
     grounding = load_config(CONFIGS / "Grounding_refcoco.yaml", GroundingConfig)
     result = ResultFolder(folder / "refcoco" / "result")
     return accuracies(REFCOCO, grounding, {variant: result})[variant]

@@ -16,7 +16,7 @@ from models.checkpoint import LoadReport, load_weights, read_checkpoint
 from models.onednn import use_onednn
 
 SCENES_BERT = Path("configs/scenes/config_bert.json")
-SCENES_TEXT_ENCODER = Path("data/scenes/text_encoder")
+SCENES_TEXT_ENCODER = Path("configs/scenes")  # holds the vocab.txt of dataset/scenes
 CONFIG_FOLDERS = (Path("configs"), Path("configs/scenes"))
 SHAPE_KEYS = ("patch_size", "vision_width", "vision_depth", "vision_heads", "vision_mlp_ratio", "embed_dim")
 
@@ -153,11 +153,4 @@ def of_scenes(config: GroundingConfig) -> bool:
 
 
 def _usual_text_encoder(config: GroundingConfig) -> str:
-    if not of_scenes(config):
-        return "bert-base-uncased"
-    if not SCENES_TEXT_ENCODER.is_dir():
-        raise utils.UserError(
-            f"{SCENES_TEXT_ENCODER}: the scenes' vocabulary is not there; make it with: python prepare.py scenes "
-            f"{SCENES_TEXT_ENCODER.parent}, or pass --text_encoder"
-        )
-    return str(SCENES_TEXT_ENCODER)
+    return str(SCENES_TEXT_ENCODER) if of_scenes(config) else "bert-base-uncased"

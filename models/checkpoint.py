@@ -1,11 +1,13 @@
 """Checkpoints: read (safely), convert, check, write (atomically).
 
 A checkpoint is a `torch.save` dict with `model` (state dict), `optimizer`, `lr_scheduler`, `config`, `epoch`; a
-`.safetensors` file holds the state dict alone. Others are converted: state dicts under other keys, names with prefixes
-of wrappers, ALBEF's fine-tuned names. Loading never hides a mismatch: what is converted, started afresh or left out on
-purpose is reported, and anything else that does not fit is an error.
+`.safetensors` file holds the state dict, and the config if `export_student` wrote it. Others are converted: state dicts
+under other keys, names with prefixes of wrappers, ALBEF's fine-tuned names. Loading never hides a mismatch: what is
+converted, started afresh or left out on purpose is reported, and anything else that does not fit is an error.
 """
 
+import contextlib
+import json
 import math
 import re
 import reprlib
@@ -17,10 +19,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from files import UnreadableFile, load_tensors, save_tensors, verify_archive, why_unreadable
+from files import UnreadableFile, load_tensors, parse_json, save_tensors, verify_archive, why_unreadable
 from models.vit import VisionTransformer
 from models.xbert import TextEncoder
 from utils import UserError, atomic_path
@@ -121,8 +124,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if fault := "a key that is no text" if not isinstance(key, str) else _fault(value, size):
             shown = f"{key!r:.200}" if isinstance(key, str) else reprlib.repr(key)
             raise CheckpointError(f"{path}: {shown} in its state dict is {fault}")
-    rest = {} if state is content else {key: value for key, value in content.items() if key not in TOP_KEYS}
+    if state is content:
+        rest = _stated_config(path)
+    else:
+        rest = {key: value for key, value in content.items() if key not in TOP_KEYS}
     return {"model": _by_our_names(state, path), **rest}
+
+
+def _stated_config(path: Path) -> dict[str, Any]:
+    """{"config": ...} where `export_student` wrote the training config into a safetensors file, else {}."""
+    with contextlib.suppress(SafetensorError, ValueError, KeyError), safe_open(path, framework="pt") as file:
+        return {"config": parse_json((file.metadata() or {})["config"])}
+    return {}
 
 
 def _refused_call(error: BaseException | None) -> str | None:
@@ -203,12 +216,14 @@ def diverged(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> 
 
 
 def export_student(checkpoint: str | Path, out: str | Path) -> None:
-    """Write a checkpoint's student alone, in half precision, as safetensors: what to start another training from."""
-    state = read_checkpoint(checkpoint)["model"]
+    """Write a checkpoint's student alone, in half precision, as safetensors; its config becomes the file's metadata."""
+    content = read_checkpoint(checkpoint)
+    state, config = content["model"], content.get("config")
     left_out = (TEACHER, QUEUE, POSITION_IDS)
     kept = {key: value for key, value in state.items() if not any(pattern.search(key) for pattern in left_out)}
+    metadata = {"config": json.dumps(config)} if config is not None else None
     with atomic_path(out) as temporary:
-        save_file({key: value.half().contiguous().clone() for key, value in kept.items()}, temporary)
+        save_file({key: value.half().contiguous().clone() for key, value in kept.items()}, temporary, metadata)
 
 
 def load_weights(model: nn.Module, state: State, path: str | Path) -> LoadReport:

@@ -1,7 +1,7 @@
-"""Writes the embedded data set of synthetic scenes in the real formats (SPEC section 4), to run every program on.
+"""Write the synthetic scenes as data sets, in the formats of the real ones (docs/method.md, Data formats).
 
-Under the output folder: images/, train_captions.json, train_phrases.json, refer/refcoco+, refer/refclef, flickr/,
-matching_{val,testB}.json, text_encoder/vocab.txt, and, written last, world.json. Image paths are relative to images/.
+The output folder gets images/, train_captions.json, train_phrases.json, refer/refcoco+, refer/refclef, flickr/,
+matching_{val,testB}.json, text_encoder/vocab.txt and, last of all, scenes.json. Image paths are relative to images/.
 """
 
 import itertools
@@ -26,13 +26,13 @@ VERSION = 2
 SPLITS = ("train", "val", "testA", "testB")
 MANIFEST = "scenes.json"
 IDS_PER_SPLIT = 100_000
-SMALLEST_SIZE = 48  # pixels; shapes of smaller images could not be told apart
-ENDING = "on the background"
+SMALLEST_SIZE = 48  # pixels; in smaller images the shapes look alike
+ENDING = "on the background"  # of some Flickr30k sentences: a phrase without a box
 Row = dict[str, Any]
 
 
 class Drawn(NamedTuple):
-    """A scene with its image id; rng is where what is written of it comes from."""
+    """A scene and its image id. `rng` makes all random choices in the texts about it."""
 
     image_id: int
     split: str
@@ -41,18 +41,18 @@ class Drawn(NamedTuple):
 
     @property
     def name(self) -> str:
-        """The name of its image file, under images/."""
+        """Name of its file in images/."""
         return f"{self.image_id:06d}.jpg"
 
 
 def parameters(seed: int, train: int, annotated: int, evaluation: int, size: int) -> Row:
-    """What a folder's content depends on."""
+    """All that decides the content of a folder."""
     counts = {"train": train, "annotated": annotated, "evaluation": evaluation}
     return {"version": VERSION, "seed": seed, **counts, "size": size}
 
 
 def read_manifest(out: Path) -> Row | None:
-    """The world.json of a folder ({"parameters", "counts"}), or None when the folder is not complete."""
+    """The scenes.json of a folder ({"parameters", "counts"}); None if the folder is not complete."""
     try:
         return json.loads((out / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -68,17 +68,21 @@ def generate(
     size: int = world.REFERENCE,
     progress: Callable[[int], object] = lambda count: None,
 ) -> dict[str, int]:
-    """Write the data set; equal arguments give equal bytes, and a scene does not depend on how many there are.
+    """Write the data set. Equal arguments give equal bytes, and no scene depends on the number of scenes.
 
     Args:
-        train: number of training scenes, each with captions.
-        annotated: the first so many of them have region phrases with boxes as well.
-        evaluation: number of scenes of each of val, testA and testB; testB's refer to combinations never trained on.
-        size: mean side of the images in pixels.
+        train: number of training scenes; all have captions.
+        annotated: how many of them, the first ones, also have region phrases with boxes.
+        evaluation: number of scenes in each of val, testA and testB. testB asks for pairs of colour and shape that
+            training never shows.
+        size: mean of an image's width and height, in pixels.
         progress: called with 1 after each image.
 
     Returns:
-        how much there is of each part.
+        file or benchmark -> its number of entries.
+
+    Raises:
+        ValueError: a number is out of range.
     """
     if not (0 < annotated <= train <= IDS_PER_SPLIT and 0 < evaluation <= IDS_PER_SPLIT and size >= SMALLEST_SIZE):
         raise ValueError(
@@ -124,7 +128,7 @@ def generate(
 
 
 def vocabulary() -> list[str]:
-    """A WordPiece vocabulary: BERT's special tokens, every word of the generator, and letters and digits for others."""
+    """The WordPiece vocabulary: BERT's special tokens, all words of the scenes, letters and digits for other words."""
     characters = string.ascii_lowercase + string.digits
     known = set(phrases.words()) | set(ENDING.split()) | set(characters)
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(known), *("##" + c for c in characters)]
@@ -134,7 +138,7 @@ def vocabulary() -> list[str]:
 
 
 def _caption_row(one: Drawn) -> Row:
-    """Captions of the whole scene in every style, as many of a part of it, and a phrase about a single object."""
+    """A training entry without boxes: captions of the whole scene and of parts of it, and a phrase for one object."""
     texts = [compose(one.scene, one.rng, style).text for style in CAPTION_STYLES]
     texts += [compose_part(one.scene, one.rng).text for _ in CAPTION_STYLES]
     target = int(one.rng.integers(len(one.scene.things)))
@@ -143,7 +147,8 @@ def _caption_row(one: Drawn) -> Row:
 
 
 def _phrase_rows(one: Drawn) -> list[Row]:
-    """Three targets with paraphrases; now and then a phrase true of several objects, with all their boxes."""
+    """Training entries with boxes: three objects with two or three phrases each; in 45% of the scenes one more phrase
+    that is true of several objects, with all their boxes."""
     scene, rng = one.scene, one.rng
     rows = []
     for target in shuffled(rng, range(len(scene.things)))[:3]:
@@ -160,7 +165,7 @@ def _phrase_rows(one: Drawn) -> list[Row]:
 
 
 def _paraphrases(scene: Scene, target: int, rng: Generator, count: int, kinds: Sequence[str] = KINDS) -> list[Spec]:
-    """Up to `count` phrases for one object, of different kinds if there are as many."""
+    """Up to `count` phrases for one object, each of another kind."""
     found = (describe(scene, target, kind, rng) for kind in shuffled(rng, kinds))
     return list(itertools.islice((spec for spec in found if spec), count))
 
@@ -171,11 +176,12 @@ def _boxes(spec: Spec, scene: Scene) -> list[list[int]]:
 
 
 def _xywh(box: world.Box) -> list[int]:
+    """[x1, y1, x2, y2] as [x, y, width, height]."""
     return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
 
 
 def _targets(one: Drawn) -> list[int]:
-    """The objects that evaluation may ask for, in random order: held-out combinations in testB."""
+    """The objects that evaluation may ask for, in random order; in testB those of `HELD_OUT` pairs alone."""
     things = one.scene.things
     order = shuffled(one.rng, range(len(things)))
     return [i for i in order if one.split != "testB" or (things[i].colour, things[i].shape) in world.HELD_OUT]
@@ -185,7 +191,7 @@ def _targets(one: Drawn) -> list[int]:
 
 
 def _write_refer(root: Path, dataset: str, drawn: list[Drawn], kinds: Sequence[str]) -> int:
-    """REFER's files and the test lists of one data set; two targets a scene, two sentences a target. Returns refs."""
+    """Write REFER's files and the test lists: two targets a scene, two sentences a target. Returns how many targets."""
     folder = root / dataset
     refs: list[Row] = []
     tests: dict[str, list[Row]] = {"val": [], "test": []}
@@ -242,7 +248,7 @@ def _ref(ref_id: int, annotation: Row, one: Drawn, sentences: list[Row]) -> Row:
 
 
 def _detections(one: Drawn) -> list[list[float]]:
-    """[x, y, w, h, score]: every object's box, a shifted copy of it, and a few boxes of nothing, best score first."""
+    """Simulated detections [x, y, w, h, score], best score first: each object's box, a shifted copy, random boxes."""
     scene, rng = one.scene, one.rng
     found = []
     for thing in scene.things:
@@ -258,18 +264,21 @@ def _detections(one: Drawn) -> list[list[float]]:
 
 
 def _inside(detection: Sequence[float], scene: Scene) -> list[float]:
-    """A detection [x, y, w, h, score] cut to the image and rounded."""
+    """A detection [x, y, w, h, score], clipped to the image and rounded."""
     x, y, w, h, score = detection
     x1, y1 = max(x, 0), max(y, 0)
     x2, y2 = min(x + w, scene.width), min(y + h, scene.height)
     return [*(round(float(v), 2) for v in (x1, y1, x2 - x1, y2 - y1)), round(float(score), 4)]
 
 
-# ---- Flickr30k Entities, as info-ground writes it
+# ---- Flickr30k Entities, in info-ground's format
 
 
 def _write_flickr(folder: Path, split: str, drawn: list[Drawn]) -> int:
-    """Two sentences an image; a phrase has all boxes that it is true of. Returns the number of phrases with boxes."""
+    """Write two sentences an image; a phrase has the boxes of all objects that it is true of.
+
+    Returns the number of phrases with boxes.
+    """
     boxes: dict[str, Row] = {}
     sentences: dict[str, list[Row]] = {}
     count = 0
@@ -284,7 +293,7 @@ def _write_flickr(folder: Path, split: str, drawn: list[Drawn]) -> int:
 
 
 def _flickr_image(one: Drawn) -> tuple[Row, list[Row]]:
-    """An image's boxes and sentences. A phrase id stands for a set of objects, or for the picture or its background."""
+    """Boxes and sentences of an image. A phrase id is one set of objects, or the picture, or its background."""
     scene, rng = one.scene, one.rng
     picture, background = str(100 * one.image_id), str(100 * one.image_id + 1)
     ids: dict[tuple[int, ...], str] = {}
@@ -320,7 +329,13 @@ def _flickr_phrase(first: int, phrase: str, phrase_id: str, kind: str) -> Row:
 
 
 class Statement(NamedTuple):
-    """A true text of the scene of that index, and what it claims; texts of one form differ in their words only."""
+    """A text that is true of a scene.
+
+    Args:
+        scene: index of the scene.
+        form: texts of the same form differ in their words only.
+        claims: what the text says of each object.
+    """
 
     scene: int
     kind: str
@@ -329,14 +344,14 @@ class Statement(NamedTuple):
     claims: list[Spec]
 
     def is_false(self, scene: Scene) -> bool:
-        """True when some claim is clearly true of nothing in the scene."""
+        """Whether some claim is clearly false of every object of the scene."""
         return any(not matches(spec, scene, lenient=True) for spec in self.claims)
 
 
 def _matching_rows(drawn: list[Drawn], rng: Generator) -> list[Row]:
-    """Two phrases and two captions of each scene, each followed by one of another scene that is false in this one.
+    """Balanced image-text pairs: each true text of a scene is followed by a text of another scene that is false here.
 
-    The false text has the same form, so that it is hard to tell from the true one without the image.
+    Both texts have the same form, so that only the image tells which is true.
     """
     statements = [statement for index, one in enumerate(drawn) for statement in _statements(index, one)]
     by_form: dict[tuple[object, ...], list[Statement]] = {}
@@ -356,7 +371,7 @@ def _matching_rows(drawn: list[Drawn], rng: Generator) -> list[Row]:
 
 
 def _statements(index: int, one: Drawn) -> list[Statement]:
-    """Two phrases, of different kinds, and two captions, of different styles, that are true of a scene."""
+    """Two phrases of different kinds and two captions of different styles, all true of a scene."""
     scene, rng = one.scene, one.rng
     targets = itertools.cycle(_targets(one))
     specs = ((kind, describe(scene, next(targets), kind, rng)) for kind in shuffled(rng, KINDS))

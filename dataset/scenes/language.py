@@ -1,7 +1,7 @@
-"""What is said of a scene: structured phrases with a truth predicate, words for them, and captions.
+"""Phrases and captions of a scene.
 
-A phrase is a `Spec`, so that which objects it is true of is computed from the scene. Every word comes from the tables
-at the top. "left" and "right" (leftmost, rightmost) are the only words that a mirrored image makes false.
+A phrase is a `Spec` first: `matches` computes from the scene which objects it is true of. `text` turns it into words,
+all from the tables below. Only "left", "right", "leftmost" and "rightmost" become false in a mirrored image.
 """
 
 import math
@@ -13,7 +13,7 @@ from numpy.random import Generator
 
 from dataset.scenes.world import COLOURS, SHAPES, Scene, Thing, pick, shuffled
 
-# {} stands for the noun phrase.
+# {} is the noun phrase, the second {} of a relation the object that it relates to.
 NOUNS: dict[str | None, tuple[str, ...]] = {None: ("thing", "object"), **{shape: (shape,) for shape in SHAPES}}
 SIZES = {"small": ("small", "little"), "big": ("big", "large")}
 PLACES = {
@@ -41,14 +41,14 @@ RELATIONS = {
 }
 KINDS = ("attribute", "size", "position", "relation")
 
-CAPTION_WORDS = 24  # what training's 25 tokens hold after [CLS]
+CAPTION_WORDS = 24  # training cuts captions to 25 tokens, [CLS] included
 CAPTION_STYLES = ("plain", "size", "place", "relation")
 OPENINGS = ("a picture of", "an image with")
 FUNCTION_WORDS = "a an another and the"
 
 
 def words() -> list[str]:
-    """Every word that a phrase or caption can hold, sorted."""
+    """All words of phrases and captions, sorted."""
     tables = (NOUNS, SIZES, PLACES, EXTREMES, RELATIONS)
     templates = [template for table in tables for row in table.values() for template in row]
     return sorted(set(re.findall("[a-z]+", " ".join([*templates, *COLOURS, *OPENINGS, FUNCTION_WORDS]))))
@@ -58,7 +58,13 @@ def words() -> list[str]:
 
 
 class Spec(NamedTuple):
-    """What a phrase says of an object; None says nothing. An extreme is never combined with a place or a relation."""
+    """What a phrase says of an object; None: nothing.
+
+    Args:
+        place: a key of `PLACES`.
+        extreme: a key of `EXTREMES`; never together with a place or a relation.
+        relation: a key of `RELATIONS`: where the object lies, seen from the `anchor`.
+    """
 
     colour: str | None = None
     shape: str | None = None
@@ -70,14 +76,15 @@ class Spec(NamedTuple):
 
     @property
     def form(self) -> tuple[object, ...]:
-        """Which fields are set: phrases of one form differ in their words only."""
+        """Which fields are set. Phrases of the same form differ in their words only."""
         return tuple(value.form if isinstance(value, Spec) else value is not None for value in self)
 
 
 def matches(spec: Spec, scene: Scene, lenient: bool = False) -> list[int]:
-    """The indices of the objects that a phrase is clearly true of; lenient: those that it is not clearly false of.
+    """The indices of the objects that a phrase is clearly true of.
 
-    Between the two lie the unclear cases: an object between left and middle, or hardly further left than another.
+    Args:
+        lenient: include unclear cases: an object between left and middle, or hardly further left than another.
     """
     things = scene.things
     colour, shape, size, place, extreme, relation, anchor = spec
@@ -101,12 +108,12 @@ def matches(spec: Spec, scene: Scene, lenient: bool = False) -> list[int]:
 
 
 def is_unique(spec: Spec, scene: Scene, target: int) -> bool:
-    """True when the phrase is clearly true of the target and clearly false of every other object."""
+    """Whether the phrase is clearly true of the target and clearly false of all other objects."""
     return matches(spec, scene, lenient=True) == [target] == matches(spec, scene)
 
 
 def in_place(place: str, thing: Thing, scene: Scene, lenient: bool = False) -> bool:
-    """Whether the object's centre lies in a part of the image: about its outer third, or (middle) near its centre."""
+    """Whether the object's centre lies in a part of the image: an outer third or so, or (middle) around the centre."""
     x, y = thing.centre
     x, y = x / scene.width, y / scene.height
     if place == "middle":
@@ -121,7 +128,7 @@ def in_place(place: str, thing: Thing, scene: Scene, lenient: bool = False) -> b
 
 
 def related(relation: str, thing: Thing, anchor: Thing, lenient: bool = False) -> bool:
-    """Whether an object clearly lies in a direction from another; lenient: its centre is any further that way."""
+    """Whether an object clearly lies in a direction from another; lenient: by any distance between the centres."""
     if not lenient:
         return direction(thing, anchor) == relation
     (x, y), (ax, ay) = thing.centre, anchor.centre
@@ -129,7 +136,7 @@ def related(relation: str, thing: Thing, anchor: Thing, lenient: bool = False) -
 
 
 def direction(thing: Thing, anchor: Thing) -> str | None:
-    """Which of `RELATIONS` clearly holds: the box is beyond the anchor's edge, and further that way than sideways."""
+    """The relation of an object to the anchor, if one is clear: the boxes do not overlap in the main direction."""
     (x, y), (ax, ay) = thing.centre, anchor.centre
     if abs(x - ax) > abs(y - ay):
         relation, gap = ("left", anchor.box[0] - thing.box[2]) if x < ax else ("right", thing.box[0] - anchor.box[2])
@@ -139,7 +146,7 @@ def direction(thing: Thing, anchor: Thing) -> str | None:
 
 
 def _extreme(extreme: str, among: list[int], scene: Scene, lenient: bool) -> list[int]:
-    """The objects among some that lead all the others by a margin; lenient: that none of the others leads by it."""
+    """The objects of `among` that are the most extreme by a margin; lenient: that no other one beats by it."""
     if extreme in ("biggest", "smallest"):
         margin, values = math.log(1.15), {i: math.log(scene.things[i].side) for i in among}
     else:
@@ -153,9 +160,9 @@ def _extreme(extreme: str, among: list[int], scene: Scene, lenient: bool) -> lis
 
 
 def describe(scene: Scene, target: int, kind: str, rng: Generator) -> Spec | None:
-    """A phrase of one of `KINDS` that refers to the target alone, drawn at random; None when there is none.
+    """A random phrase of one of `KINDS` that is true of the target alone; None if there is none.
 
-    Mostly one that needs its size, place or relation: without it, it would be true of other objects too.
+    In most phrases the size, place or relation is needed: without it, they would be true of other objects too.
     """
     heads = shuffled(rng, nouns(scene.things[target]))
     if kind == "attribute":
@@ -170,7 +177,7 @@ def describe(scene: Scene, target: int, kind: str, rng: Generator) -> Spec | Non
 
 
 def nouns(thing: Thing) -> list[Spec]:
-    """Colour and shape, shape alone, colour alone."""
+    """The three ways to name an object: by colour and shape, by shape, by colour."""
     return [Spec(thing.colour, thing.shape), Spec(shape=thing.shape), Spec(colour=thing.colour)]
 
 
@@ -185,7 +192,7 @@ def _by_position(head: Spec, scene: Scene, target: int, rng: Generator) -> list[
 
 
 def _superlatives(head: Spec, scene: Scene, target: int, kind: str) -> list[Spec]:
-    """The extremes that hold of the target; none where the noun is true of it alone, since they would say nothing."""
+    """Phrases with an extreme that is true of the target; none if the noun alone singles it out."""
     among = matches(head, scene)
     extremes = ("biggest", "smallest") if kind == "size" else ("leftmost", "rightmost")
     if len(among) == 1:
@@ -202,7 +209,7 @@ def _by_relation(head: Spec, scene: Scene, target: int, rng: Generator) -> Itera
 
 
 def text(spec: Spec, rng: Generator, articles: Sequence[str] = ("the ", "")) -> str:
-    """Words for a phrase: templates and synonyms are drawn at random."""
+    """The words of a phrase, with random templates, synonyms and one of the articles."""
     parts = [pick(rng, SIZES[spec.size])] if spec.size else []
     parts += [spec.colour] if spec.colour else []
     phrase = " ".join([*parts, pick(rng, NOUNS[spec.shape])])
@@ -219,7 +226,12 @@ def text(spec: Spec, rng: Generator, articles: Sequence[str] = ("the ", "")) -> 
 
 
 class Mention(NamedTuple):
-    """An object in a caption: what is said of it, its noun phrase, and the index of that phrase's first token."""
+    """An object in a caption.
+
+    Args:
+        phrase: its noun phrase.
+        first: index of that phrase's first token in the caption.
+    """
 
     spec: Spec
     phrase: str
@@ -227,7 +239,7 @@ class Mention(NamedTuple):
 
 
 class Caption(NamedTuple):
-    """tokens: words and commas."""
+    """A caption as tokens (words and commas), and the objects that it mentions."""
 
     tokens: list[str]
     mentions: list[Mention]
@@ -238,11 +250,12 @@ class Caption(NamedTuple):
 
 
 def compose(scene: Scene, rng: Generator, style: str, limit: int = CAPTION_WORDS, opening: float = 0.3) -> Caption:
-    """A caption that enumerates all objects in random order, of at most `limit` words (at least 19) besides commas.
+    """A caption that lists all objects in random order.
 
     Args:
-        style: one of `CAPTION_STYLES`: what is said besides colours and shapes, as far as the words go.
-        opening: the probability of an opening ("a picture of"), if the words suffice.
+        style: one of `CAPTION_STYLES`: what is said besides colours and shapes, as far as `limit` allows.
+        limit: most words, not counting commas; at least 19.
+        opening: probability of an opening ("a picture of"), if `limit` allows.
     """
     order = shuffled(rng, range(len(scene.things)))
     specs = [nouns(scene.things[i])[0] for i in order]
@@ -268,9 +281,9 @@ def compose(scene: Scene, rng: Generator, style: str, limit: int = CAPTION_WORDS
 
 
 def compose_part(scene: Scene, rng: Generator, limit: int = CAPTION_WORDS) -> Caption:
-    """A caption of one to three of the objects, in detail: it leaves objects out, and still is rarely true elsewhere.
+    """A caption of one to three of the objects, in such detail that it is rarely true of another scene.
 
-    One object alone is described in full; of several, each may lack its colour or its shape.
+    A single object is described in full. Of several, some lack their colour or their shape.
     """
     order = shuffled(rng, range(len(scene.things)))[: pick(rng, (1, 2, 2, 3))]
     spare = limit - 3 * len(order) - 1
@@ -295,7 +308,7 @@ def compose_part(scene: Scene, rng: Generator, limit: int = CAPTION_WORDS) -> Ca
 
 
 def _relate(specs: list[Spec], order: list[int], scene: Scene) -> None:
-    """Let one object be described by its direction from the next in the list, if one clearly is in a direction."""
+    """Relate the first object that has a clear direction from the next one in the list to it."""
     for k in range(len(order) - 1):
         relation = direction(scene.things[order[k]], scene.things[order[k + 1]])
         if relation:
@@ -304,7 +317,7 @@ def _relate(specs: list[Spec], order: list[int], scene: Scene) -> None:
 
 
 def _say(specs: list[Spec], start: str, rng: Generator) -> Caption:
-    """Words for a list of objects; one with a relation is followed by its anchor."""
+    """The caption of a list of objects. An object with a relation is followed by its anchor."""
     caption = Caption(start.split(), [])
     last = len(specs) - (2 if len(specs) > 1 and specs[-2].relation else 1)
     for k, spec in enumerate(specs):

@@ -1,6 +1,7 @@
-"""The world of the embedded data set: a scene is a few coloured shapes on a muted, noisy background; and its rendering.
+"""Draw synthetic scenes: a few coloured, patterned shapes on a muted, noisy background.
 
-Boxes are [x1, y1, x2, y2] in whole pixels, x2 and y2 exclusive. What is said of scenes is in language.py.
+`draw_scene` chooses the objects, `render` makes the pixels. Boxes are [x1, y1, x2, y2] in whole pixels, x2 and y2
+exclusive. language.py has the phrases and captions of a scene.
 """
 
 import functools
@@ -24,20 +25,27 @@ COLOURS = {
     "orange": (248, 134, 24),
 }
 SHAPES = ("circle", "square", "triangle", "star", "cross")
-SIDES = {"small": (16, 20), "big": (32, 40)}  # long side in pixels, for scenes of REFERENCE pixels
-REFERENCE = 96
+REFERENCE = 96  # mean side in pixels of an image; the pixel sizes below are for such an image
+SIDES = {"small": (16, 20), "big": (32, 40)}  # shortest and longest long side of a shape, in pixels
 # Each shape has its own pattern, as kinds of real objects have: a small ViT learns patterns in a hundred steps, and
-# outlines hardly at all (README).
-STRIPE = 3  # width in pixels of a stripe or of a cell of a checkerboard, for scenes of REFERENCE pixels
-CONTRAST = 0.8
-# Never in train, val and testA; each colour and each shape alone is seen there.
+# outlines hardly at all (docs/scenes.md).
+STRIPE = 3  # width in pixels of a stripe, or of a cell of a checkerboard
+CONTRAST = 0.8  # of a pattern: 0 is the plain colour, 1 black or white
+# Only testB asks for these (colour, shape) pairs. Training shows each colour and each shape, but not the pair.
 HELD_OUT = (("red", "square"), ("green", "star"), ("blue", "triangle"), ("yellow", "cross"), ("purple", "circle"))
 ANGLES = (-12, -6, 0, 6, 12)  # degrees; few, so that masks can be cached
 SUPERSAMPLING = 4
 
 
 class Thing(NamedTuple):
-    """An object: side is the length in pixels of the longer side of its box, angle is in degrees."""
+    """An object of a scene.
+
+    Args:
+        size: "small" or "big".
+        side: the longer side of its box, in pixels.
+        angle: in degrees.
+        rgb: the colour that is drawn, each value about 0 to 255.
+    """
 
     colour: str
     shape: str
@@ -54,7 +62,7 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """Objects in an image of width x height pixels; their boxes do not overlap."""
+    """The objects of an image of width x height pixels. Their boxes do not overlap."""
 
     width: int
     height: int
@@ -62,15 +70,17 @@ class Scene(NamedTuple):
 
     @property
     def scale(self) -> float:
-        """How much larger than in an image of REFERENCE pixels everything is drawn."""
+        """Size of the image relative to one of REFERENCE pixels; shapes and stripes grow by it."""
         return math.sqrt(self.width * self.height) / REFERENCE
 
 
 def pick(rng: Generator, items: Sequence[T]) -> T:
+    """A random item."""
     return items[int(rng.random() * len(items))]  # several times faster than rng.integers
 
 
 def shuffled(rng: Generator, items: Sequence[T]) -> list[T]:
+    """The items in random order."""
     keys = rng.random(len(items)).tolist()
     return [items[i] for i in sorted(range(len(items)), key=keys.__getitem__)]
 
@@ -79,22 +89,23 @@ def shuffled(rng: Generator, items: Sequence[T]) -> list[T]:
 
 
 def draw_scene(rng: Generator, size: int = REFERENCE, held_out: bool = False) -> Scene:
-    """Draw a scene of 3 to 6 objects whose mean side is about `size` pixels, of aspect ratio 1:1, 4:3 or 3:4.
+    """Choose the objects of a scene: 3 to 6 of them, in an image of aspect ratio 1:1, 4:3 or 3:4.
 
     Args:
-        held_out: one or two objects are `HELD_OUT` combinations; otherwise none is.
+        size: mean of width and height, in pixels.
+        held_out: whether one or two objects are `HELD_OUT` pairs; otherwise none is.
     """
     wide, narrow = round(size * 7 / 6), round(size * 7 / 8)
     width, height = pick(rng, ((size, size), (wide, narrow), (narrow, wide)))
     looks = _draw_looks(rng, int(rng.integers(3, 7)), int(rng.integers(1, 3)) if held_out else 0)
     things = None
-    while things is None:  # too many big ones do not fit: draw other sizes
+    while things is None:  # the objects did not fit: try other sizes and places
         things = _place(rng, looks, width, height, size / REFERENCE)
     return Scene(width, height, tuple(shuffled(rng, things)))
 
 
 def _draw_looks(rng: Generator, count: int, held_out: int) -> list[tuple[str, str]]:
-    """(colour, shape) of each object; most share a colour or a shape with an earlier one, so that both words matter."""
+    """(colour, shape) of each object. Most repeat a colour or a shape, so that a phrase needs both words."""
     looks = shuffled(rng, HELD_OUT)[:held_out]
     while len(looks) < count:
         colour, shape = pick(rng, tuple(COLOURS)), pick(rng, SHAPES)
@@ -108,7 +119,7 @@ def _draw_looks(rng: Generator, count: int, held_out: int) -> list[tuple[str, st
 
 
 def _place(rng: Generator, looks: list[tuple[str, str]], width: int, height: int, scale: float) -> list[Thing] | None:
-    """Objects with sizes and places, or None when they do not fit without touching."""
+    """The objects with random sizes and places; None if they do not fit without touching."""
     margin = max(1, round(2 * scale))
     things: list[Thing] = []
     for colour, shape in looks:
@@ -131,7 +142,7 @@ def _place(rng: Generator, looks: list[tuple[str, str]], width: int, height: int
 
 
 def _gap(a: Box, b: Box) -> int:
-    """The larger of the horizontal and vertical gap between two boxes, in pixels; negative when they overlap."""
+    """Pixels between two boxes, the larger of the horizontal and the vertical gap; negative when they overlap."""
     return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
 
 
@@ -140,16 +151,16 @@ def _gap(a: Box, b: Box) -> int:
 
 @functools.cache
 def shape_mask(shape: str, side: int, angle: int) -> np.ndarray:
-    """The coverage (h, w) in [0, 1] of an upright shape turned by `angle` degrees; max(h, w) is `side`.
+    """How much of each pixel a shape covers, float32 (h, w) in [0, 1]; max(h, w) is about `side`.
 
-    Cropped to the pixels that it covers at least a quarter of.
+    Rows and columns without a pixel that is covered by at least a quarter are cut off.
     """
     corners = np.array(_outline(shape)) @ _rotation(0 if shape == "circle" else angle)
     corners -= corners.min(0)
     corners *= side * SUPERSAMPLING / corners.max()
     width, height = (math.ceil(v / SUPERSAMPLING) for v in corners.max(0))
     canvas = Image.new("L", (width * SUPERSAMPLING, height * SUPERSAMPLING))
-    # ImageDraw's outline includes the last pixel.
+    # ImageDraw counts pixel centres and fills the last pixel of an edge too.
     ImageDraw.Draw(canvas).polygon([(x - 0.5, y - 0.5) for x, y in corners.tolist()], fill=255)
     coverage = np.asarray(canvas.reduce(SUPERSAMPLING), np.float32) / 255
     rows, columns = (np.flatnonzero((coverage >= 0.25).any(axis)) for axis in (1, 0))
@@ -162,7 +173,7 @@ def _rotation(degrees: float) -> np.ndarray:
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
-    """Corners of a shape around the origin, y down."""
+    """Corners (x, y) of a shape around the origin, y downwards."""
     if shape == "square":
         return [(-1, -1), (1, -1), (1, 1), (-1, 1)]
     if shape == "cross":
@@ -175,10 +186,10 @@ def _outline(shape: str) -> list[tuple[float, float]]:
 
 
 def pattern(shape: str, height: int, width: int, stripe: float) -> np.ndarray:
-    """What a shape's colour turns to, (height, width) in [-1, 1]: -1 is black, 0 its own colour, 1 white.
+    """The pattern of a shape, float32 (height, width) in [-1, 1]: -1 is black, 0 the shape's own colour, 1 white.
 
     Args:
-        stripe: width in pixels of a stripe, or of a checkerboard's cell.
+        stripe: width in pixels of a stripe, or of a cell of a checkerboard.
     """
     across, along = (np.sin((np.arange(length) + 0.5) * (math.pi / stripe)) for length in (width, height))
     waves = {
@@ -194,9 +205,9 @@ def pattern(shape: str, height: int, width: int, stripe: float) -> np.ndarray:
 
 
 def render(scene: Scene, rng: Generator) -> np.ndarray:
-    """The scene as uint8 (height, width, 3) RGB. The draws do not depend on the objects."""
+    """The image of a scene, uint8 (height, width, 3) RGB. The objects do not change what is drawn from `rng`."""
     pixels = np.array(_background(scene.width, scene.height, rng), np.float32)
-    noise = np.frombuffer(rng.bytes(pixels.size), np.int8).reshape(pixels.shape)  # uniform, and cheap to draw
+    noise = np.frombuffer(rng.bytes(pixels.size), np.int8).reshape(pixels.shape)  # uniform in -128..127, fast
     amplitude = np.float32(rng.uniform(6, 16) / 128)
     for thing in scene.things:
         x1, y1, x2, y2 = thing.box
@@ -211,7 +222,7 @@ def render(scene: Scene, rng: Generator) -> np.ndarray:
 
 
 def _background(width: int, height: int, rng: Generator) -> Image.Image:
-    """Smooth muted colour waves, with faint strokes that are no object."""
+    """A smooth, muted background with a few faint strokes."""
     grid = rng.uniform(80, 180) + rng.uniform(-35, 35, (4, 4, 1)) + rng.uniform(-16, 16, (4, 4, 3))
     image = Image.fromarray(grid.astype(np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
     draw = ImageDraw.Draw(image)

@@ -10,15 +10,18 @@ from runs import newest_checkpoint
 from utils import UserError, shortest_ends
 
 SHIPPED = Path("checkpoints/scenes_stage1.safetensors")
+SHIPPED_AMC = Path("checkpoints/scenes_amc.safetensors")
 SHIPPED_CONFIG = Path("configs/scenes/Grounding_refcoco.yaml")
 DEMO = Path("output/scenes")  # where `make demo` leaves its models
-TRAINED = {"control": "control", "AMC": "amc"}  # name on the page -> folder
+TRAINED = {"control": "control", "AMC": "amc"}  # name on the page, after "make demo: " -> folder
 BEFORE = "stage 1 (before AMC)"
+AFTER = "AMC"
 ONLY_BEFORE = (
     "Only the model before AMC is here. `make demo` trains one with AMC, and a control without it, to compare."
 )
 SCENES = Path("data/scenes")
-SCENES_FILE = SCENES / "refer/refcoco+/refcoco+_val.json"
+SHOWN = Path("docs/images/scenes")  # held-out scenes that ship: an example needs no `prepare.py scenes`
+SCENES_FILE = SHOWN / "phrases.json"
 SCENES_SHOWN = ("100000.jpg", "100013.jpg", "100016.jpg", "100021.jpg")
 PHRASES_SHOWN = 3
 
@@ -53,8 +56,8 @@ def offered(checkpoints: Sequence[str] = (), config: str | None = None, demo: Pa
     """The checkpoints of the page, in the order of its list.
 
     Args:
-        checkpoints: as named on the command line; none: the shipped stage 1 and the newest ones that `make demo` left.
-        config: for all of them; None: each by its sizes, the shipped one by its own.
+        checkpoints: as named on the command line; none: the two that ship and the newest ones that `make demo` left.
+        config: for all of them; None: each by its sizes, the shipped stage 1 by its own.
 
     Raises:
         UserError: one of `checkpoints` is no file.
@@ -68,9 +71,10 @@ def offered(checkpoints: Sequence[str] = (), config: str | None = None, demo: Pa
             Offer(name, path, config or _own_config(path))
             for name, path in zip(shortest_ends(paths), paths, strict=True)
         ]
-    trained = [(name, newest_checkpoint(demo / folder)) for name, folder in TRAINED.items()]
+    trained = [(f"make demo: {name}", newest_checkpoint(demo / folder)) for name, folder in TRAINED.items()]
     return [
         Offer(BEFORE, SHIPPED, config or str(SHIPPED_CONFIG)),
+        Offer(AFTER, SHIPPED_AMC, config),
         *(Offer(name, path, config) for name, path in trained if path is not None),
     ]
 
@@ -80,12 +84,12 @@ def _own_config(path: Path) -> str | None:
 
 
 def examples() -> list[Example]:
-    """Scenes, if they are drawn, then photographs that come with scikit-image; nothing is downloaded."""
+    """Scenes, then photographs that come with scikit-image; nothing is downloaded."""
     return scene_examples() + photograph_examples()
 
 
-def scene_examples(file: Path = SCENES_FILE, images: Path = SCENES / "images") -> list[Example]:
-    """Held-out scenes with phrases of their own; empty when the scenes are not drawn."""
+def scene_examples(file: Path = SCENES_FILE, images: Path = SHOWN) -> list[Example]:
+    """Held-out scenes with phrases of their own; empty when their files are not there."""
     try:
         entries = load_json(file, list)
     except DataError:

@@ -353,9 +353,12 @@ def test_checkpoint_without_queues_or_teacher_starts_them(tiny_config: TinyConfi
 
 def test_exported_student_starts_another_training(training: PretrainModel, tmp_path: Path) -> None:
     state = state_of(training)
-    save_checkpoint(tmp_path / "trained.pth", {"model": state, "epoch": 0})
+    save_checkpoint(tmp_path / "trained.pth", {"model": state, "epoch": 0, "config": {"image_res": 96}})
     export_student(tmp_path / "trained.pth", tmp_path / "student.safetensors")
-    exported = read_checkpoint(tmp_path / "student.safetensors")["model"]
+    content = read_checkpoint(tmp_path / "student.safetensors")
+    assert content.keys() == {"model", "config"}
+    assert content["config"] == {"image_res": 96}
+    exported = content["model"]
     assert not [key for key in exported if "_m." in key or "queue" in key]
     assert {value.dtype for value in exported.values()} == {torch.float16}
     report = load_weights(training, exported, "student.safetensors")

@@ -412,7 +412,15 @@ def test_our_own_files_need_no_conversion(tmp_path: Path, training: PretrainMode
 def test_a_wrapped_checkpoint_is_exported_by_our_names(tmp_path: Path, training: PretrainModel) -> None:
     torch.save({f"module.{key}": value for key, value in state_of(training).items()}, tmp_path / "wrapped.pth")
     export_student(tmp_path / "wrapped.pth", tmp_path / "student.safetensors")
-    assert "temp" in read_checkpoint(tmp_path / "student.safetensors")["model"]
+    content = read_checkpoint(tmp_path / "student.safetensors")
+    assert "temp" in content["model"]
+    assert "config" not in content
+
+
+@pytest.mark.parametrize("metadata", [None, {"format": "pt"}, {"config": "{"}, {"config": "[" * 9999}])
+def test_metadata_without_a_config_is_passed_over(metadata: dict[str, str] | None, tmp_path: Path) -> None:
+    save_file({"temp": torch.ones(())}, tmp_path / "x.safetensors", metadata)
+    assert read_checkpoint(tmp_path / "x.safetensors").keys() == {"model"}
 
 
 OTHER_MODELS = {

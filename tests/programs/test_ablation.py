@@ -22,7 +22,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[str]]]:
         asked.append((config.name, options))
         return output / "checkpoint_02.pth"
 
-    def run_step(name: str, words: list[str]) -> None:
+    def run_step(name: str, words: list[str], logs: Path) -> None:
         if name == "scenes":
             return
         assert words[0] == "grounding_eval_singlegpu.py"

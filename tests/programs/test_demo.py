@@ -15,10 +15,11 @@ import demo
 from config import ConfigError, GroundingConfig, PretrainConfig, load_config
 from dataset.photos import read_photo
 from dataset.reading import DataError
+from dataset.refer import load_expressions
 from dataset.scenes import files as scenes_files
 from dataset.transforms import resize_bilinear_image
 from grounding.benchmarks import FLICKR, REFCOCO
-from grounding.ground import encode, ground_all
+from grounding.ground import encode, ground, ground_all
 from grounding.load import LayerError, config_of, open_model
 from grounding.maps import ScoredBox
 from models.albef import build_albef
@@ -283,10 +284,8 @@ def test_without_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(demo, "DEMO_MODELS", tmp_path)
-    with pytest.raises(
-        UserError, match=r"(?s)make demo .*scenes_stage1\.safetensors --config configs/scenes/Grounding_r"
-    ):
-        demo.demo_model()
+    assert demo.demo_model() == Path("checkpoints/scenes_amc.safetensors")
+    assert "ships with the repository" in capsys.readouterr().out
     for epoch in ("09", "99", "100"):
         (tmp_path / f"checkpoint_{epoch}.pth").touch()
     assert demo.demo_model() == newest_checkpoint(tmp_path) == tmp_path / "checkpoint_100.pth"
@@ -362,16 +361,35 @@ def test_the_vocabulary_must_be_the_models(place: Path, bert_vocab: Path, tmp_pa
         open_model(place / "tuned.pth", text_encoder=str(tmp_path), device="cpu")
 
 
-def test_the_scenes_vocabulary_is_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_ships_needs_nothing_else(tmp_path: Path) -> None:
+    """A fresh clone: both models of the scenes open, and the AMC model finds most phrases of the scenes that ship."""
+    assert Path("configs/scenes/vocab.txt").read_text().split() == scenes_files.vocabulary()
     stage1, config = Path("checkpoints/scenes_stage1.safetensors"), "configs/scenes/Grounding_refcoco.yaml"
-    monkeypatch.setattr("grounding.load.SCENES_TEXT_ENCODER", tmp_path / "data" / "text_encoder")
-    with pytest.raises(UserError, match=r"make it with: python prepare.py scenes .*data, or pass --text_encoder"):
-        open_model(stage1, config, device="cpu")
-    (tmp_path / "data" / "text_encoder").mkdir(parents=True)
-    (tmp_path / "data" / "text_encoder" / "vocab.txt").write_text("\n".join(scenes_files.vocabulary()))
     opened = open_model(stage1, config, device="cpu")
-    assert opened.tokenizer.vocab_size == 122
+    assert (opened.tokenizer.vocab_size, opened.report.loaded) == (122, 177)
+    opened = open_model(demo.SHIPPED_AMC, device="cpu")
     assert opened.report.loaded == 177
+    assert (opened.origin, opened.config.block_num) == (f"{config}, by the checkpoint's sizes", 3)
+    shown = Path("docs/images/scenes")
+    scenes_files.generate(tmp_path, seed=0, train=1, annotated=1, evaluation=22)
+    expected = load_expressions(
+        test_file=[str(tmp_path / "refer/refcoco+/refcoco+_val.json")],
+        image_root=str(tmp_path / "images"),
+        refer_root=str(tmp_path / "refer"),
+        dataset="refcoco+",
+        split_by="unc",
+    )
+    rows = [(row["image"], row["text"]) for row in json.loads((shown / "phrases.json").read_text())]
+    expressions = [one for one in expected if (Path(one.image).name, one.text) in rows]
+    assert len(expressions) == len(rows) == 16
+    right = {}
+    for one in expressions:
+        image, drawn = read_photo(shown / Path(one.image).name), read_photo(Path(one.image))
+        assert np.abs(np.asarray(image, int) - np.asarray(drawn, int)).mean() < 1  # another libjpeg rounds differently
+        found = ground(opened.explainer(), image, one.text)
+        right[one.text] = demo.against_truth(found, one.boxes.tolist())["point_correct"]
+    assert right["the small red triangle"]  # of README and docs/demo.md
+    assert sum(right.values()) >= 12, right
 
 
 def test_names_of_files() -> None:

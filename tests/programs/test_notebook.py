@@ -16,13 +16,13 @@ from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 from dataset.photos import read_photo
-from dataset.scenes import files as scenes_files
 from grounding.ground import ground, ground_all
 from grounding.load import open_model
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "demo_amc.ipynb"
-CHECKPOINT, CONFIG = "checkpoints/scenes_stage1.safetensors", "configs/scenes/Grounding_refcoco.yaml"
+CHECKPOINT, CONFIG = "checkpoints/scenes_amc.safetensors", "configs/scenes/Grounding_refcoco.yaml"
+IMAGE = "docs/images/scenes/100000.jpg"
 PHRASES = ["the small red triangle", "the big circle", "the blue circle", "the star"]
 PATIENCE = 600  # seconds for a cell, and for the kernel to start; a machine may be slow
 pytestmark = pytest.mark.usefixtures("one_thread")  # as in the kernel: what is printed is then the same to the digit
@@ -30,11 +30,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # as in the kernel: what is 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The repository's root as the notebook sees it, with few scenes, those of seed 0, and no run of `make demo`."""
+    """The repository's root as the notebook sees it, without a run of `make demo`."""
     folder = tmp_path_factory.mktemp("root")
-    for name in ("checkpoints", "configs"):
+    for name in ("checkpoints", "configs", "docs"):
         (folder / name).symlink_to(ROOT / name)
-    scenes_files.generate(folder / "data" / "scenes", seed=0, train=1, annotated=1, evaluation=1)
     return folder
 
 
@@ -90,10 +89,10 @@ def test_stored_without_outputs() -> None:
 def test_what_it_prints_is_what_ground_finds(executed: Any, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     opened = open_model(CHECKPOINT, CONFIG, device="cpu")
-    image = read_photo(Path("data/scenes/images/100000.jpg"))
+    image = read_photo(Path(IMAGE))
     found = ground_all(opened.explainer(), image, PHRASES)
     first = found[0]
-    assert said(executed, "open")[-1] == f"config: {CONFIG}"
+    assert said(executed, "open")[-1] == f"config: {CONFIG}, by the checkpoint's sizes"
     assert said(executed, "overlay") == [
         f"'{first.text}': match {first.match:.4f}, point {first.point}, boxes {[box.box for box in first.boxes]}"
     ]
@@ -132,6 +131,6 @@ def test_other_parameters_and_another_checkpoint(place: Path) -> None:
     assert len(pictures(other, "phrases")) == 1
 
 
-def test_without_scenes_it_says_how_to_draw_them(tmp_path: Path) -> None:
-    with pytest.raises(CellExecutionError, match=r"draw the scenes with: python prepare\.py scenes data/scenes"):
+def test_away_from_the_root_it_says_where_to_run(tmp_path: Path) -> None:
+    with pytest.raises(CellExecutionError, match=r"is not there; run the notebook from the root"):
         execute(tmp_path)

@@ -1,6 +1,5 @@
 """Heat maps, contact sheets, curves and the table of the demo: what a person sees of a run."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-import scenes_demo
-from config import GroundingConfig
 from dataset.expressions import Expression
 from dataset.reading import read_image
 from grounding import maps, metrics
-from grounding.benchmarks import REFCOCO
 from grounding.pictures.panels import Case, _steps, blend, contact_sheet, loss_curves, loss_figure, panel
-from grounding.results import ResultFolder
-from utils import UserError
 
 
 def test_blend_leaves_the_cold_parts_alone() -> None:
@@ -132,55 +126,3 @@ def test_chance_of_a_random_detection() -> None:
     detections = np.array([[0, 0, 10, 10], [0, 0, 10, 9], [0, 0, 4, 4], [50, 50, 9, 9.0]])
     assert metrics.box_chance(detections, box) == 0.5
     assert metrics.box_chance(np.zeros((0, 4)), box) == 0.0
-
-
-def test_the_table_has_a_line_per_split_and_a_column_per_model() -> None:
-    table: scenes_demo.Table = {"chance": {"point val_d": 0.0625}, "AMC": {"point val_d": 0.875, "box val_d": None}}
-    assert scenes_demo.markdown(table).splitlines() == [
-        "| | chance | AMC |",
-        "|---|---:|---:|",
-        "| point val_d | 6.25 | 87.50 |",
-        "| box val_d | - | - |",
-    ]
-
-
-def test_the_table_is_read_from_the_logs(tmp_path: Path) -> None:
-    folder = ResultFolder(tmp_path)
-    folder.write_lines("00", [{"val_d": 0.1}, {"val_d": 0.2}, {"matching_val": 0.3, "matching_val_phrase": 0.4}])
-    config = GroundingConfig(image_root="", matching_file=["somewhere/matching_val.json"])
-    assert scenes_demo.accuracies(REFCOCO, config, {"AMC": folder}) == {
-        "AMC": {
-            "RefCOCO+ box val_d": 0.1,
-            "RefCOCO+ point val_d": 0.2,
-            "matching val": 0.3,
-            "matching val phrase": 0.4,
-        }
-    }
-
-
-def test_training_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[list[str]] = []
-    monkeypatch.setattr(scenes_demo, "run_step", lambda name, words, processes: calls.append(words))
-    config = Path("configs/scenes/Pretrain.yaml")
-    start = ["--checkpoint", "stage1"]
-    last = scenes_demo.train(tmp_path, config, start)
-    assert last.name == "checkpoint_02.pth"
-    assert calls[0][-2:] == start
-    (tmp_path / "checkpoint_00.pth").touch()
-    scenes_demo.train(tmp_path, config, start)
-    assert calls[1][-1] == "--resume"
-    last.touch()
-    scenes_demo.train(tmp_path, config, start)
-    assert len(calls) == 2
-
-
-def test_programs_side_by_side_are_shown_in_order(capsys: pytest.CaptureFixture[str]) -> None:
-    scenes_demo.run_side_by_side({"slow": ["-c", "import time; time.sleep(0.3); print(1)"], "fast": ["-c", "print(2)"]})
-    shown = capsys.readouterr().out
-    assert re.findall(r"^== (\w+)|^(\d)$", shown, re.M) == [("slow", ""), ("", "1"), ("fast", ""), ("", "2")]
-
-
-def test_a_failing_program_ends_the_demo(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(UserError, match="'bad' failed with exit status 3; its message stands above"):
-        scenes_demo.run_side_by_side({"bad": ["-c", "import sys; print('why', file=sys.stderr); sys.exit(3)"]})
-    assert "why" in capsys.readouterr().out

@@ -450,13 +450,15 @@ def test_phrases_of_a_text() -> None:
 
 def test_checkpoints_of_the_page(tmp_path: Path) -> None:
     stage1 = Offer("stage 1 (before AMC)", examples.SHIPPED, "configs/scenes/Grounding_refcoco.yaml")
-    assert offered(demo=tmp_path) == [stage1]
+    amc = Offer("AMC", examples.SHIPPED_AMC)
+    assert offered(demo=tmp_path) == [stage1, amc]
     for name in ("amc/checkpoint_00.pth", "amc/checkpoint_02.pth", "control/checkpoint_01.pth"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    control, amc = tmp_path / "control/checkpoint_01.pth", tmp_path / "amc/checkpoint_02.pth"
-    assert offered(demo=tmp_path) == [stage1, Offer("control", control), Offer("AMC", amc)]
-    assert [offer.config for offer in offered(config="my.yaml", demo=tmp_path)] == ["my.yaml"] * 3
+    control, trained = tmp_path / "control/checkpoint_01.pth", tmp_path / "amc/checkpoint_02.pth"
+    left = [Offer("make demo: control", control), Offer("make demo: AMC", trained)]
+    assert offered(demo=tmp_path) == [stage1, amc, *left]
+    assert [offer.config for offer in offered(config="my.yaml", demo=tmp_path)] == ["my.yaml"] * 4
     (tmp_path / "amc/checkpoint_01.pth").touch()
     other = tmp_path / "amc/checkpoint_01.pth"
     named = offered([str(control), str(other), str(examples.SHIPPED), str(control)])
@@ -484,6 +486,9 @@ def test_examples(tmp_path: Path) -> None:
     (scene,) = scene_examples(tmp_path / "val.json", tmp_path)
     assert scene == ("scene 1", tmp_path / "100000.jpg", ("the big star", "a b", "red"), "")
     assert scene_examples(tmp_path / "none.json", tmp_path) == []
+    shipped = scene_examples()
+    assert [len(example.phrases) for example in shipped] == [3] * 4
+    assert all(example.path.is_file() for example in shipped)
 
 
 def test_times_are_told() -> None:
