@@ -1,5 +1,6 @@
 """From Visual Genome's annotations to entries: fields of every release, grouping, limits, positions."""
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -7,7 +8,17 @@ import pytest
 
 from dataset.expressions import EntryProblem
 from dataset.raw import vg_phrases
-from dataset.raw.vg_fields import Image, Region, Thing, read_box, read_image_id, read_regions, read_texts, read_things
+from dataset.raw.vg_fields import (
+    Image,
+    Region,
+    Thing,
+    read_box,
+    read_each,
+    read_image_id,
+    read_region,
+    read_texts,
+    read_thing,
+)
 from dataset.raw.vg_phrases import Rules
 
 IMAGE = Image("VG_100K/1.jpg", 100, 100, None, None)
@@ -236,16 +247,14 @@ BOX = {"x": 1, "y": 2, "w": 3, "h": 4}
     ],
 )
 def test_objects_of_every_version(row: dict[str, Any]) -> None:
-    assert read_things([{**row, **BOX}], IMAGE) == [Thing(5, ["clock"], ["green"], (1, 2, 4, 6))]
+    assert read_thing(IMAGE, {**row, **BOX}) == Thing(5, ["clock"], ["green"], (1, 2, 4, 6))
 
 
 @pytest.mark.parametrize("key", ["region_id", "id"])
 def test_regions_of_every_version(key: str) -> None:
     row = {key: 1382, "phrase": "a clock", "x": 1, "y": 2, "width": 3, "height": 4}
-    assert read_regions([row, {**row, "image_id": 1}], IMAGE) == [
-        Region(None, "a clock", (1, 2, 4, 6)),
-        Region(1, "a clock", (1, 2, 4, 6)),
-    ]
+    assert read_region(IMAGE, row) == Region(None, "a clock", (1, 2, 4, 6))
+    assert read_region(IMAGE, {**row, "image_id": 1}) == Region(1, "a clock", (1, 2, 4, 6))
 
 
 @pytest.mark.parametrize("row", [{"image_id": 5}, {"id": 5}, {"id": "5", "image_id": 5}, {"image_id": None, "id": 5}])
@@ -263,5 +272,6 @@ def test_image_ids_of_every_version(row: dict[str, Any]) -> None:
     ],
 )
 def test_two_keys_for_one_thing_must_agree(row: dict[str, Any], kind: str, detail: str) -> None:
-    with pytest.raises(EntryProblem, match=f"{kind}.*object 0, {detail}"):
-        read_things([{**BOX, **row}], IMAGE)
+    with pytest.raises(EntryProblem, match=f"object 0, {detail}") as problem:
+        list(read_each([{**BOX, **row}], "object", functools.partial(read_thing, IMAGE)))
+    assert problem.value.kind.startswith(kind)

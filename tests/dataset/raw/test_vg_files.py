@@ -7,12 +7,13 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
 
 from dataset.raw import archives, vg_files, visual_genome
-from dataset.raw.vg_files import Draft, Source, Spool, find_sources, read_entries
+from dataset.raw.vg_files import Draft, Source, find_sources, read_entries
 from dataset.raw.vg_phrases import Rules
 from dataset.reading import DataError
 from utils import UserError
@@ -249,12 +250,15 @@ def test_a_missing_file_is_named(raw: Path, tmp_path: Path, missing: str) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_spool(tmp_path: Path) -> None:
-    with Spool(tmp_path) as spool:
-        for image_id, text in ((5, "é"), (3, ""), (9, "nine")):
-            spool.add(image_id, text)
-            assert spool.get(5) == "é"
-        assert [spool.get(i) for i in (9, 5, 3, 4)] == ["nine", "é", "", ""]
+def test_a_draft_is_read_back_in_any_order(tmp_path: Path) -> None:
+    rows = [{"caption": "é", "bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]}, {"caption": "nine", "bbox": [[0, 0, 1, 1]]}]
+    with TemporaryFile(dir=tmp_path) as file:
+        draft = Draft(file)
+        for image_id, added in ((5, rows), (3, []), (9, rows[1:])):
+            draft.add(image_id, added)
+            assert json.loads(f"[{draft.get(5)}]") == rows
+        assert [draft.get(i) for i in (9, 3, 4)] == [json.dumps(rows[1]), "", ""]
+        assert (len(draft.places), draft.entries, draft.boxes) == (2, 3, 4)
         assert not list(tmp_path.iterdir())
 
 
