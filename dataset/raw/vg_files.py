@@ -24,9 +24,9 @@ Row = dict[str, Any]
 KINDS = ("image_data", "region_descriptions", "attributes", "objects")
 NAME = re.compile(rf"({'|'.join(KINDS)})(?:_v\d[\d_.]*)?(\.json(?:\.gz|\.zip)?|\.zip)")  # objects_v1_2.json.zip, say
 PIECE = 1 << 20  # bytes that are read at a time
-SPACE = re.compile(r"[ \t\n\r]*")
-OPENING = re.compile(r"[ \t\n\r]*\[[ \t\n\r]*(?=[^ \t\n\r])\]?")  # up to the first item, or the end of an empty list
-CLOSING = re.compile(r"[ \t\n\r]*[,\]]")  # what follows an item
+BLANKS = " \t\n\r"
+OPENING = re.compile(rf"\[[{BLANKS}]*(?=[^{BLANKS}])(\]?)[{BLANKS}]*")  # up to the first item, or past an empty list
+CLOSING = re.compile(rf"[{BLANKS}]*([,\]])[{BLANKS}]*")  # what follows an item
 
 
 def _refuse(constant: str) -> None:
@@ -112,37 +112,30 @@ def _items(file: IO[bytes]) -> Iterator[Any]:
         json.JSONDecodeError, UnicodeDecodeError, RepeatedKey: the file is no such list.
     """
     decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    text, at, opened, closed, data = "", 0, False, False, b""
-    while not closed or data:
+    text, at, mark, data = "", 0, "", b""  # mark: what the list has before `at`: nothing yet, a comma, or its end
+    while mark != "]" or data:
         data = file.read(max(PIECE, len(text) - at))
-        text, at = text[at:] + decode(data, not data), 0
+        text, at = (text[at:] + decode(data, not data)).lstrip(BLANKS), 0
+        if mark == "]" and text:
+            raise json.JSONDecodeError("Extra data after the list", text, 0)
         try:
-            if not opened:
-                at, mark = _match(OPENING, text, at, "Expecting value")
-                opened, closed = True, mark == "]"
-            while not closed:
-                start, _ = _match(SPACE, text, at)
-                item, end = DECODER.raw_decode(text, start)
-                at, mark = _match(
-                    CLOSING, text, end, "Expecting ',' delimiter"
-                )  # at the text's end, a number may go on
-                closed = mark == "]"
+            if not mark:
+                at, mark = _mark(OPENING, text, at, "Expecting value")
+            while mark != "]":
+                item, end = DECODER.raw_decode(text, at)
+                at, mark = _mark(CLOSING, text, end, "Expecting ',' delimiter")  # where the text is cut, 1 may be 12
                 yield item
         except json.JSONDecodeError:
             if not data or len(text) - at > AT_ONCE:
                 raise
-        if closed:
-            if text[at:].strip():
-                raise json.JSONDecodeError("Extra data after the list", text, at)
-            at = len(text)
 
 
-def _match(pattern: re.Pattern[str], text: str, at: int, refusal: str = "") -> tuple[int, str]:
-    """Where the match at a place ends, and its last character; raises `JSONDecodeError` where there is none."""
+def _mark(pattern: re.Pattern[str], text: str, at: int, refusal: str) -> tuple[int, str]:
+    """Where a match at a place ends, and the mark in it; raises `JSONDecodeError` where nothing matches."""
     match = pattern.match(text, at)
     if match is None:
         raise json.JSONDecodeError(refusal, text, at)
-    return match.end(), match[0][-1:]
+    return match.end(), match[1] or ","
 
 
 @contextmanager
