@@ -33,7 +33,7 @@ from dataset.raw.vg_phrases import GROUPINGS, POSITIONS, Rules
 from dataset.raw.visual_genome import OUTPUTS
 from dataset.refer import SPLITS
 from dataset.scenes import files as scenes_files
-from utils import integer
+from terminal import integer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 

@@ -290,10 +290,21 @@ def read_runs(paths: Sequence[Path], by_epoch: bool = False) -> tuple[dict[str, 
 def run_names(paths: Sequence[Path]) -> dict[str, Path]:
     """A name for each of the different runs: its folder's, with as many folders above it as tell all of them apart."""
     different = {Path(os.path.abspath(path)): path for path in paths}
-    names = utils.shortest_ends([full.parent if full.is_file() else full for full in different])
+    names = shortest_ends([full.parent if full.is_file() else full for full in different])
     if len(set(names)) < len(names):  # two logs of one folder
         names = [str(path) for path in different.values()]
     return dict(zip(names, different.values(), strict=True))
+
+
+def shortest_ends(paths: Sequence[Path]) -> list[str]:
+    """As much of the end of each path as tells all of them apart; all of it where nothing does."""
+    longest = max((len(path.parts) for path in paths), default=0)
+    ends: list[str] = []
+    for count in range(1, longest + 1):
+        ends = [str(Path(*path.parts[-count:])) for path in paths]
+        if len(set(ends)) == len(ends):
+            break
+    return ends
 
 
 def _step_rows(path: Path) -> Rows:

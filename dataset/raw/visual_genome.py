@@ -18,7 +18,8 @@ from dataset.raw.vg_fields import Image, Thing, read_each, read_image, read_imag
 from dataset.raw.vg_files import Draft, Row, Source, find_sources, read_entries
 from dataset.raw.vg_phrases import DROPPED, Rules, describe_attributes, describe_positions, describe_regions
 from dataset.reading import DataError
-from utils import aligned, atomic_path
+from terminal import aligned
+from utils import atomic_path
 
 T = TypeVar("T")
 
