@@ -69,7 +69,7 @@ def prepare_vg(args: argparse.Namespace) -> None:
         sys.exit("error: --min-area must not exceed --max-area, nor --min-words --max-words")
     rules = Rules(**{name: getattr(args, name) for name in Rules._fields})
     report = visual_genome.prepare(args.raw, args.out, rules, args.only, args.exclude_eval, args.image_root)
-    print(visual_genome.describe(report))
+    print(visual_genome.summary(report))
     print("\nwrote " + ", ".join(str(args.out / OUTPUTS[name]) for name in report.drafts))
 
 

@@ -16,7 +16,7 @@ from dataset.text import clean_caption
 from dataset.vg import clip_box
 
 T = TypeVar("T")
-Box = tuple[int, int, int, int]  # [x1, y1, x2, y2] in pixels, inside the image, not empty
+Corners = tuple[int, int, int, int]  # [x1, y1, x2, y2] in pixels, inside the image, not empty
 
 # Keys of the same meaning, the newest version's first.
 IMAGE_ID, OBJECT_ID, NAMES = ("image_id", "id"), ("object_id", "id"), ("names", "object_names", "name")
@@ -34,21 +34,21 @@ class Image(NamedTuple):
     flickr_id: int | None
 
 
-class Region(NamedTuple):
+class DescribedRegion(NamedTuple):
     """A region description; `box` is None when nothing of it is inside the image."""
 
     image_id: int | None
     phrase: str
-    box: Box | None
+    box: Corners | None
 
 
-class Thing(NamedTuple):
+class VGObject(NamedTuple):
     """An object; none of its names and attributes is blank, or equal to another once cleaned."""
 
     object_id: int | None
     names: list[str]
     attributes: list[str]
-    box: Box | None
+    box: Corners | None
 
 
 def read_image_id(row: Row) -> int:
@@ -59,7 +59,7 @@ def read_image_id(row: Row) -> int:
     return image_id
 
 
-def read_image(image_id: int, row: Row) -> Image:
+def read_image_row(image_id: int, row: Row) -> Image:
     """An entry of image_data.json."""
     url, width, height = row.get("url"), row.get("width"), row.get("height")
     match = ON_DISK.search(url) if isinstance(url, str) else None
@@ -73,20 +73,20 @@ def read_image(image_id: int, row: Row) -> Image:
     return Image(match[1], width, height, read_id(row, "coco_id"), read_id(row, "flickr_id"))
 
 
-def read_region(image: Image, row: Row) -> Region:
+def read_region(image: Image, row: Row) -> DescribedRegion:
     """A region of an image, from region_descriptions.json."""
     phrase = row.get("phrase")
     if phrase is not None and not is_text(phrase):
         raise EntryProblem("key 'phrase' must be a text", f"found {phrase!r:.60}")
-    return Region(read_id(row, "image_id"), phrase or "", read_box(row, image))
+    return DescribedRegion(read_id(row, "image_id"), phrase or "", read_box(row, image))
 
 
-def read_thing(image: Image, row: Row) -> Thing:
+def read_object(image: Image, row: Row) -> VGObject:
     """An object of an image, from attributes.json or objects.json."""
     if row.keys().isdisjoint(NAMES):
         raise EntryProblem("key 'names' is missing")
     names = any_of(row, NAMES, read_texts) or []
-    return Thing(any_of(row, OBJECT_ID, read_id), names, read_texts(row, "attributes"), read_box(row, image))
+    return VGObject(any_of(row, OBJECT_ID, read_id), names, read_texts(row, "attributes"), read_box(row, image))
 
 
 def read_each(rows: Iterable[Any], what: str, read: Callable[[Row], T]) -> Iterator[T]:
@@ -123,7 +123,7 @@ def read_texts(row: Row, key: str) -> list[str]:
     return list(unique.values())
 
 
-def read_box(row: Row, image: Image) -> Box | None:
+def read_box(row: Row, image: Image) -> Corners | None:
     """The box from x, y and w, h or width, height, clipped to the image as the trainer does; None if that is empty."""
     x, y = read_number(row, "x"), read_number(row, "y")
     w, h = read_side(row, "w", "width"), read_side(row, "h", "height")

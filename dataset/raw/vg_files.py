@@ -36,7 +36,7 @@ def _refuse(constant: str) -> None:
 DECODER = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=unique_keys)
 
 
-class Source(NamedTuple):
+class RawFile(NamedTuple):
     """A JSON file, or the member of that name of a .zip file."""
 
     path: Path
@@ -46,13 +46,13 @@ class Source(NamedTuple):
         return f"{self.path} ({self.member})" if self.member else str(self.path)
 
 
-def find_sources(raw: Sequence[Path]) -> dict[str, Source]:
+def find_sources(raw: Sequence[Path]) -> dict[str, RawFile]:
     """The owners' files in folders, or given by name: kind, one of `KINDS`, -> file. A file is preferred to its .zip.
 
     Raises:
         DataError: a path does not exist or is not such a file, or two are of the same kind.
     """
-    found: dict[str, Source] = {}
+    found: dict[str, RawFile] = {}
     for path in raw:
         if not path.exists():
             raise DataError(f"{path}: does not exist; give a folder with Visual Genome's files, or the files")
@@ -68,14 +68,14 @@ def find_sources(raw: Sequence[Path]) -> dict[str, Source]:
     return found
 
 
-def _contents(file: Path) -> list[tuple[str, Source]]:
+def _contents(file: Path) -> list[tuple[str, RawFile]]:
     """The kinds of a file, or of the members of a .zip."""
     if file.suffix == ".gz":
         raise DataError(f"{file}: is compressed by gzip; unpack it first (gunzip)")
-    sources = [Source(file)]
+    sources = [RawFile(file)]
     if file.suffix == ".zip":
         with _readable(file), zipfile.ZipFile(file) as archive:
-            sources = [Source(file, info.filename) for info in visible_members(archive)]
+            sources = [RawFile(file, info.filename) for info in visible_members(archive)]
     named = [(NAME.fullmatch((source.member or file.name).rpartition("/")[2]), source) for source in sources]
     found = [(match[1], source) for match, source in named if match and match[2] == ".json"]
     if not found:
@@ -83,7 +83,7 @@ def _contents(file: Path) -> list[tuple[str, Source]]:
     return found
 
 
-def read_entries(source: Source) -> Iterator[Any]:
+def read_items(source: RawFile) -> Iterator[Any]:
     """The items of the list that a file holds, one after the other; shows progress on a terminal.
 
     Raises:
@@ -139,7 +139,7 @@ def _mark(pattern: re.Pattern[str], text: str, at: int, refusal: str) -> tuple[i
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[tuple[Any, int]]:
+def _opened(source: RawFile) -> Iterator[tuple[Any, int]]:
     """The JSON text of a source, as a buffered binary file, and its size in bytes."""
     if source.member is None:
         with open(source.path, "rb") as file:
@@ -153,7 +153,7 @@ def _opened(source: Source) -> Iterator[tuple[Any, int]]:
 
 
 @contextmanager
-def _readable(source: Source | Path) -> Iterator[None]:
+def _readable(source: RawFile | Path) -> Iterator[None]:
     """Turn what reading a file raises into a `DataError` that names it."""
     try:
         yield

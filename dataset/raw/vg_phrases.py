@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
-from dataset.raw.vg_fields import Box, Image, Region, Thing, clean, one_line
+from dataset.raw.vg_fields import Corners, DescribedRegion, Image, VGObject, clean, one_line
 from dataset.raw.vg_files import Row
 from dataset.text import has_content
 
@@ -63,7 +63,7 @@ class Rules(NamedTuple):
 
 
 def describe_regions(
-    regions: list[Region], image_id: int, image: Image, rules: Rules, counts: Counter[str]
+    regions: list[DescribedRegion], image_id: int, image: Image, rules: Rules, counts: Counter[str]
 ) -> list[Row]:
     """Entries of region descriptions."""
     own = [(region.phrase, region.box) for region in regions if region.image_id in (None, image_id)]
@@ -71,14 +71,14 @@ def describe_regions(
     return group_phrases(own, image, rules, counts)
 
 
-def describe_attributes(things: list[Thing], image: Image, rules: Rules, counts: Counter[str]) -> list[Row]:
+def describe_attributes(things: list[VGObject], image: Image, rules: Rules, counts: Counter[str]) -> list[Row]:
     """Entries of "attribute name", each with the boxes of all objects that share both."""
     phrases = ((text, thing.box) for thing, _, text in _attribute_phrases(things, counts))
     return group_phrases(phrases, image, rules, counts)
 
 
 def describe_positions(
-    things: list[Thing], others: list[Thing], image: Image, rules: Rules, counts: Counter[str]
+    things: list[VGObject], others: list[VGObject], image: Image, rules: Rules, counts: Counter[str]
 ) -> list[Row]:
     """Entries of "position attribute name", for objects whose position tells them from all others of their name.
 
@@ -86,7 +86,7 @@ def describe_positions(
         others: objects of objects.json, which count as others of their name; those that `things` holds are skipped.
     """
     known = {thing.object_id for thing in things} - {None}
-    by_name: dict[str, dict[Box, None]] = {}  # distinct boxes: an object annotated twice is one
+    by_name: dict[str, dict[Corners, None]] = {}  # distinct boxes: an object annotated twice is one
     for thing in (*things, *(other for other in others if other.object_id not in known)):
         if thing.box is not None:
             for name in thing.names:
@@ -110,7 +110,7 @@ def describe_positions(
     return group_phrases(phrases, image, rules, counts)
 
 
-def _attribute_phrases(things: Iterable[Thing], counts: Counter[str]) -> Iterator[tuple[Thing, str, str]]:
+def _attribute_phrases(things: Iterable[VGObject], counts: Counter[str]) -> Iterator[tuple[VGObject, str, str]]:
     """Every (object, name, "attribute name")."""
     for thing in things:
         if not thing.names:
@@ -121,14 +121,14 @@ def _attribute_phrases(things: Iterable[Thing], counts: Counter[str]) -> Iterato
             yield thing, name, f"{attribute} {name}"
 
 
-def positions_of(boxes: Sequence[Box], image: Image, rules: Rules) -> dict[Box, list[str]]:
+def positions_of(boxes: Sequence[Corners], image: Image, rules: Rules) -> dict[Corners, list[str]]:
     """The positions, in the order of `POSITIONS`, that each box alone has among these distinct boxes, two or more.
 
     A box is "left" if its centre is at least `margin` left of all other centres; right, top and bottom alike. It is
     "middle" if others are at least `margin` away on both sides of it, along one axis, and this is true of no other box.
     """
-    found: dict[str, Box] = {}
-    between: set[Box] = set()
+    found: dict[str, Corners] = {}
+    between: set[Corners] = set()
     for axis, side, low, high in ((0, image.width, "left", "right"), (1, image.height, "top", "bottom")):
         centres = {box: box[axis] + box[axis + 2] for box in boxes}  # doubled, which keeps them integers
         gap = max(2 * rules.margin * side, 1)
@@ -146,10 +146,10 @@ def positions_of(boxes: Sequence[Box], image: Image, rules: Rules) -> dict[Box, 
 
 
 def group_phrases(
-    phrases: Iterable[tuple[str, Box | None]], image: Image, rules: Rules, counts: Counter[str]
+    phrases: Iterable[tuple[str, Corners | None]], image: Image, rules: Rules, counts: Counter[str]
 ) -> list[Row]:
     """Entries of an image's phrases, in the order of their first phrase, whose spelling is the caption."""
-    grouped: dict[str | int, tuple[str, dict[Box, None]]] = {}
+    grouped: dict[str | int, tuple[str, dict[Corners, None]]] = {}
     for text, box in phrases:
         cleaned, caption = clean(text), one_line(text)
         if box is None or (objection := _objection(cleaned, box, image, rules)):
@@ -168,7 +168,7 @@ def group_phrases(
     return rows
 
 
-def _objection(cleaned: str, box: Box, image: Image, rules: Rules) -> str:
+def _objection(cleaned: str, box: Corners, image: Image, rules: Rules) -> str:
     """The rule that drops a phrase with its box; empty if none does."""
     words = len(cleaned.split())
     if not has_content(cleaned):

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from dataset.expressions import EntryProblem
 from dataset.raw.evaluation_images import EvaluationImages, read_evaluation_images
-from dataset.raw.vg_fields import Image, Thing, read_each, read_image, read_image_id, read_region, read_thing
-from dataset.raw.vg_files import Draft, Row, Source, find_sources, read_entries
+from dataset.raw.vg_fields import Image, VGObject, read_each, read_image_id, read_image_row, read_object, read_region
+from dataset.raw.vg_files import Draft, RawFile, Row, find_sources, read_items
 from dataset.raw.vg_phrases import DROPPED, Rules, describe_attributes, describe_positions, describe_regions
 from dataset.reading import DataError
 from terminal import aligned
@@ -32,8 +32,8 @@ SOURCES = {"descriptions": "region_descriptions", "attributes": "attributes", "a
 # Of each file: the key of the list that an image's entry holds, what is in it, and how that is read.
 LISTS: dict[str, tuple[str, str, Callable[[Image, Row], Any]]] = {
     "region_descriptions": ("regions", "region", read_region),
-    "attributes": ("attributes", "object", read_thing),
-    "objects": ("objects", "object", read_thing),
+    "attributes": ("attributes", "object", read_object),
+    "objects": ("objects", "object", read_object),
 }
 
 
@@ -55,7 +55,7 @@ class Images(NamedTuple):
     found: list[int]
 
 
-class Report(NamedTuple):
+class Prepared(NamedTuple):
     """What became of the images, the evaluation files in the order of `images.found`, and the outputs."""
 
     images: Images
@@ -70,7 +70,7 @@ def prepare(
     outputs: Sequence[str] = tuple(OUTPUTS),
     exclude: Sequence[Path] = (),
     image_root: Path | None = None,
-) -> Report:
+) -> Prepared:
     """Write `outputs`, keys of `OUTPUTS`, to the folder `out`: all of them or, when something is wrong, none.
 
     Args:
@@ -99,10 +99,10 @@ def prepare(
                 draft.write(stack.enter_context(atomic_path(out / OUTPUTS[name])))
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error}); is there room, and are you allowed to?") from error
-    return Report(images, evaluation, drafts)
+    return Prepared(images, evaluation, drafts)
 
 
-def _fill(drafts: Mapping[str, Draft], sources: dict[str, Source], images: Images, rules: Rules) -> None:
+def _fill(drafts: Mapping[str, Draft], sources: dict[str, RawFile], images: Images, rules: Rules) -> None:
     """Read the annotations into the drafts of the outputs; those of objects.json wait in the draft "objects"."""
     descriptions, attributes, spatial = (drafts.get(name) for name in OUTPUTS)
     objects = drafts["objects"]
@@ -117,15 +117,15 @@ def _fill(drafts: Mapping[str, Draft], sources: dict[str, Source], images: Image
             attributes.add(image_id, describe_attributes(things, image, rules, attributes.dropped))
         if spatial:
             rows = json.loads(f"[{objects.get(image_id)}]")
-            others = [Thing(**{**row, "box": row["box"] and tuple(row["box"])}) for row in rows]
+            others = [VGObject(**{**row, "box": row["box"] and tuple(row["box"])}) for row in rows]
             spatial.add(image_id, describe_positions(things, others, image, rules, spatial.dropped))
 
 
-def read_images(source: Source, evaluation: Sequence[EvaluationImages], image_root: Path | None) -> Images:
+def read_images(source: RawFile, evaluation: Sequence[EvaluationImages], image_root: Path | None) -> Images:
     """Read image_data.json; leave out the evaluation's images and, given image_root, those that are not under it."""
     if image_root is not None and not image_root.is_dir():
         raise DataError(f"--image-root {image_root}: no such folder; it must hold VG_100K and VG_100K_2")
-    table = dict(_read_all(source, read_image))
+    table = dict(_read_all(source, read_image_row))
     if not table:
         raise DataError(f"{source}: holds no images")
     held = [{i for i, image in table.items() if file.holds(image.coco_id, image.flickr_id)} for file in evaluation]
@@ -135,7 +135,7 @@ def read_images(source: Source, evaluation: Sequence[EvaluationImages], image_ro
     return Images(table, used, leaking, missing - leaking, set(), [len(ids) for ids in held])
 
 
-def read_per_image(sources: dict[str, Source], kind: str, images: Images) -> Iterator[tuple[int, Image, list[Any]]]:
+def read_per_image(sources: dict[str, RawFile], kind: str, images: Images) -> Iterator[tuple[int, Image, list[Any]]]:
     """(image id, image, its regions or objects) of each image to use, in the order of the file.
 
     Raises:
@@ -158,7 +158,7 @@ def read_per_image(sources: dict[str, Source], kind: str, images: Images) -> Ite
             yield image_id, images.used[image_id], found
 
 
-def _read_all(source: Source, read: Callable[[int, Row], T]) -> Iterator[tuple[int, T]]:
+def _read_all(source: RawFile, read: Callable[[int, Row], T]) -> Iterator[tuple[int, T]]:
     """(image id, `read` of it and the entry) for every entry of a file; a problem becomes a `DataError`."""
     seen: set[int] = set()
 
@@ -171,7 +171,7 @@ def _read_all(source: Source, read: Callable[[int, Row], T]) -> Iterator[tuple[i
         return image_id, item
 
     try:
-        yield from read_each(read_entries(source), "entry", read_entry)
+        yield from read_each(read_items(source), "entry", read_entry)
     except EntryProblem as problem:
         raise DataError(f"{source}: {problem.kind} ({problem.detail}); correct the entry or take it out") from None
 
@@ -179,7 +179,7 @@ def _read_all(source: Source, read: Callable[[int, Row], T]) -> Iterator[tuple[i
 # ---- what is said at the end
 
 
-def describe(report: Report) -> str:
+def summary(report: Prepared) -> str:
     """Images, then each output with its entries and boxes, and the candidates that each rule dropped."""
     images, evaluation = report.images, report.evaluation
     files = [(f"  {file.path}: of {len(file):,} images", n) for file, n in zip(evaluation, images.found, strict=True)]
@@ -194,7 +194,7 @@ def describe(report: Report) -> str:
     return "\n\n".join(filter(None, parts))
 
 
-def _unrecognised(report: Report) -> str:
+def _unrecognised(report: Prepared) -> str:
     """What --exclude-eval cannot see."""
     ids = [(image.coco_id, image.flickr_id) for image in report.images.all.values()]
     no_coco, no_flickr = (sum(pair[i] is None for pair in ids) for i in (0, 1))
