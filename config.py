@@ -100,7 +100,7 @@ class AMCConfig(Section):
 
 
 class AugmentConfig(Section):
-    """Training augmentation (SPEC: the release's values are the defaults)."""
+    """Training augmentation; the defaults are the values of the release."""
 
     flip_prob: float = Field(0.5, ge=0, le=1)
     # release: "keep" leaves "left" and "right" in the caption of a flipped image; "swap" exchanges them, so that a

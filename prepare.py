@@ -277,8 +277,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Run a command; what killed ones left half written where it writes is removed first."""
     if "out" in args:
-        for path, size in utils.sweep(args.out if args.out.is_dir() else args.out.parent):
-            print(f"{path}: removed, {size / 1e6:.1f} MB that a killed process left half written")
+        utils.sweep(args.out if args.out.is_dir() else args.out.parent)
     args.run(args)
 
 

@@ -252,10 +252,10 @@ def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Remove the temporary files in a folder whose process is gone; yields each with its bytes.
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of `atomic_path` in a folder whose process is gone, and say so.
 
-    Of a process on another host, nothing is known but that it has not written for a day.
+    A file of another host is removed once it is a day old.
     """
     for path in list(folder.glob(".*.tmp")):
         name = re.fullmatch(r"\..+\.([0-9]+)(@.*)?\.tmp", path.name)
@@ -265,7 +265,7 @@ def sweep(folder: Path) -> Iterator[tuple[Path, int]]:
         here = name[2] in (None, f"@{platform.node()}")
         if time.time() - known.st_mtime > 86400 or (here and _is_gone(int(name[1]))):
             path.unlink(missing_ok=True)
-            yield path, known.st_size
+            log(f"{path}: removed, {known.st_size / 1e6:.1f} MB that a killed process left half written")
 
 
 def _is_gone(process: int) -> bool:

@@ -103,7 +103,7 @@ def assert_published_model(config: ModelConfig) -> None:
 
 
 def assert_published_recipe(config: PretrainConfig) -> None:
-    """SPEC.md, sections 2 and 6; the release's side of every quirk."""
+    """The published values, and the side of the release of every quirk."""
     assert_published_model(config)
     names = ("vg_descriptions", "vg_attributes_spatial", "vg_attributes")
     assert config.train_file == [f"data/{name}.json" for name in names]

@@ -145,11 +145,12 @@ def texts() -> list[Path]:
 
 def told(path: Path) -> Iterator[tuple[int, str]]:
     """The lines of a text with their numbers; of a test, whose strings may name anything, docstrings and comments."""
-    test, docstring = ROOT / "tests" in path.parents and path.suffix == ".py", False
+    test, quoted = ROOT / "tests" in path.parents and path.suffix == ".py", ""
     for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
-        opens = not docstring and line.lstrip().startswith('"""')
-        yield number, line if docstring or opens or not test else line.partition("# ")[2]
-        docstring = (docstring or opens) != (line.count('"""') - opens) % 2 == 1 if docstring or opens else False
+        here = quoted or ("docstring" if line.lstrip().startswith('"""') else "")
+        yield number, line if not test or here == "docstring" else "" if here else line.partition("# ")[2]
+        if line.count('"""') % 2:
+            quoted = "" if quoted else here or "data"
 
 
 # A file of code or a document by its name or path; a path that begins with a folder of the tree; `a.dotted.name`.

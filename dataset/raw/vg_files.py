@@ -83,7 +83,7 @@ def _contents(file: Path) -> list[tuple[str, RawFile]]:
     return found
 
 
-def read_items(source: RawFile) -> Iterator[Any]:
+def stream_items(source: RawFile) -> Iterator[Any]:
     """The items of the list that a file holds, one after the other; shows progress on a terminal.
 
     Raises:

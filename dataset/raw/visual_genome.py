@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, TypeVar
 from dataset.expressions import EntryProblem
 from dataset.raw.evaluation_images import EvaluationImages, read_evaluation_images
 from dataset.raw.vg_fields import Image, VGObject, read_each, read_image_id, read_image_row, read_object, read_region
-from dataset.raw.vg_files import Draft, RawFile, Row, find_sources, read_items
+from dataset.raw.vg_files import Draft, RawFile, Row, find_sources, stream_items
 from dataset.raw.vg_phrases import DROPPED, Rules, describe_attributes, describe_positions, describe_regions
 from dataset.reading import DataError
 from terminal import aligned
@@ -171,7 +171,7 @@ def _read_all(source: RawFile, read: Callable[[int, Row], T]) -> Iterator[tuple[
         return image_id, item
 
     try:
-        yield from read_each(read_items(source), "entry", read_entry)
+        yield from read_each(stream_items(source), "entry", read_entry)
     except EntryProblem as problem:
         raise DataError(f"{source}: {problem.kind} ({problem.detail}); correct the entry or take it out") from None
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from dataset.raw import archives, vg_files, visual_genome
-from dataset.raw.vg_files import Draft, RawFile, find_sources, read_items
+from dataset.raw.vg_files import Draft, RawFile, find_sources, stream_items
 from dataset.raw.vg_phrases import Rules
 from dataset.reading import DataError
 from utils import UserError
@@ -54,7 +54,7 @@ def make(raw: Path, out: Path) -> None:
 def test_entries_are_read_one_at_a_time(tmp_path: Path) -> None:
     """The first arrive before the file turns out to be broken; numbers are plain ones."""
     path = write(tmp_path / "x.json", '[{"a": 1}, [2.5, 1e3], ' + " " * 300_000 + '"unfinished')
-    entries = read_items(RawFile(path))
+    entries = stream_items(RawFile(path))
     assert next(entries) == {"a": 1}
     numbers = next(entries)
     assert numbers == [2.5, 1000.0]
@@ -120,12 +120,12 @@ def test_items_do_not_depend_on_the_pieces(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(vg_files, "PIECE", piece)
     for index, ascii_only in enumerate((True, False)):
         path = write(tmp_path / f"{index}.json", json.dumps(items, indent=1, ensure_ascii=ascii_only) + "\n \n")
-        assert list(read_items(RawFile(path))) == items
+        assert list(stream_items(RawFile(path))) == items
     for text in ("[]", " [ ] "):
-        assert list(read_items(RawFile(write(tmp_path / "x.json", text)))) == []
+        assert list(stream_items(RawFile(write(tmp_path / "x.json", text)))) == []
     for text in ("[1] x", "[] []", "[1, 2", "[1 2]", "[1]]", '["\\ud8', "", "[1,]", "[,1]"):
         with pytest.raises(DataError, match=r"x\.json: not valid JSON"):
-            list(read_items(RawFile(write(tmp_path / "x.json", text))))
+            list(stream_items(RawFile(write(tmp_path / "x.json", text))))
 
 
 def test_an_entry_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,7 +146,7 @@ def test_an_entry_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         list(vg_files._items(Counting(path.read_bytes())))
     assert read < 1 << 16
     with pytest.raises(DataError, match=r"x\.json: not valid JSON \(Unterminated string"):
-        list(read_items(RawFile(path)))
+        list(stream_items(RawFile(path)))
 
 
 def test_gzip_is_named(raw: Path, tmp_path: Path) -> None:
