@@ -131,9 +131,12 @@ def read_box(row: Row, image: Image) -> Corners | None:
 
 
 def read_side(row: Row, short: str, long: str) -> float:
-    """The number of pixels under one of two keys, or both."""
-    value = any_of(row, (short, long), read_number)
-    return read_number(row, short if short in row else long) if value is None else value
+    """The number of pixels under one of two keys, or under both."""
+    first, *others = [read_number(row, key) for key in (short, long) if key in row] or [read_number(row, long)]
+    if others and others[0] != first:
+        kind = f"keys '{short}' and '{long}' mean the same but differ; leave out the wrong one"
+        raise EntryProblem(kind, f"{first} and {others[0]}")
+    return first
 
 
 def read_number(row: Row, key: str) -> float:
