@@ -269,6 +269,7 @@ def test_image_ids_of_every_version(row: dict[str, Any]) -> None:
         ({"names": ["a"], "object_names": ["b"]}, "keys 'names' and 'object_names' mean", r"\['a'\] and \['b'\]"),
         ({"names": ["a", "b"], "name": "b"}, "keys 'names' and 'name' mean", ""),
         ({"names": ["a"], "width": 4}, "keys 'w' and 'width' mean the same but differ", "3 and 4"),
+        ({"names": ["a"], "width": None}, "key 'width' must be a number", "found None"),
     ],
 )
 def test_two_keys_for_one_thing_must_agree(row: dict[str, Any], kind: str, detail: str) -> None:
