@@ -47,6 +47,7 @@ from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from optim import create_optimizer, moments, restore_optimizer
 from scheduler import create_scheduler, epoch_time, iteration_time
+from terminal import boolean, integer
 from training_log import TrainingLog
 
 if TYPE_CHECKING:
@@ -64,24 +65,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", default="./configs/Pretrain.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     parser.add_argument("--checkpoint", default="", help="weights to start from, for instance ALBEF.pth")
-    parser.add_argument("--resume", type=utils.boolean, nargs="?", const=True, default=False, help="continue a run")
+    parser.add_argument("--resume", type=boolean, nargs="?", const=True, default=False, help="continue a run")
     parser.add_argument("--output_dir", default="Pretrain/")
     parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
-    parser.add_argument("--seed", default=42, type=utils.integer(0, 2**63 - 1))
+    parser.add_argument("--seed", default=42, type=integer(0, 2**63 - 1))
     parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
-    parser.add_argument("--accum_steps", default=1, type=utils.integer(1), help="batches per optimizer step")
+    parser.add_argument("--accum_steps", default=1, type=integer(1), help="batches per optimizer step")
     parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
     parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
-    parser.add_argument("--num_workers", default=4, type=utils.integer(0), help="loader processes per process")
-    parser.add_argument("--max_steps", type=utils.integer(1), help="stop after this many optimizer steps in all")
+    parser.add_argument("--num_workers", default=4, type=integer(0), help="loader processes per process")
+    parser.add_argument("--max_steps", type=integer(1), help="stop after this many optimizer steps in all")
     parser.add_argument(
         "--skip_broken", action="store_true", help="replace missing and unreadable images and count them"
     )
     watch = parser.add_argument_group("watching", "what TensorBoard shows of the run; its numbers stay the same")
     watch.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/tensorboard: losses and heat maps")
     watch.add_argument(
-        "--heat_maps_every", default=500, type=utils.integer(1), metavar="STEPS", help="optimizer steps between maps"
+        "--heat_maps_every", default=500, type=integer(1), metavar="STEPS", help="optimizer steps between maps"
     )
     watch.add_argument(
         "--watch",
@@ -94,7 +95,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     launch = parser.add_argument_group("process group", "read from the launcher's environment")
     launch.add_argument("--world_size", default=1, type=int)
     launch.add_argument("--dist_url", default="env://")
-    launch.add_argument("--distributed", default=True, type=utils.boolean)
+    launch.add_argument("--distributed", default=True, type=boolean)
     launch.add_argument("--local_rank", "--local-rank", default=0, type=int)
     return parser.parse_args(argv)
 

@@ -238,7 +238,7 @@ def load_config(path: str | Path, kind: type[AnyConfig], overrides: list[str] | 
     Raises:
         ConfigError: the file is missing or not YAML, or a key is unknown, missing or of the wrong type.
     """
-    return _validate(path, kind, _read_values(path, overrides))
+    return parse_config(path, kind, _read_yaml(path), overrides)
 
 
 def load_any_config(path: str | Path, overrides: list[str] | None = None) -> PretrainConfig | GroundingConfig:
@@ -247,41 +247,26 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Pre
     Raises:
         ConfigError: as `load_config`; or the keys do not tell, neither the file's own nor with `overrides`.
     """
-    values = _read_values(path, overrides)
-    for keys in (_read_values(path, None).keys(), values.keys()):
+    values = _read_yaml(path)
+    own = set(values)
+    _lay_over(values, overrides)
+    for keys in (own, set(values)):
         training, evaluation = (len(keys & kind.model_fields.keys()) for kind in (PretrainConfig, GroundingConfig))
         if training != evaluation:
-            break
-    else:
-        raise ConfigError(
-            f"{path}: cannot tell whether it is of training (train_file) or of evaluation (test_file and refcoco_data, "
-            "or image_ids_file, phrase_box_file and sentences_file)"
-        )
-    if training > evaluation:
-        return _validate(path, PretrainConfig, values)
-    return _validate(path, GroundingConfig, values)
-
-
-def _read_values(path: str | Path, overrides: list[str] | None) -> dict[str, Any]:
-    """The keys and values of a YAML file, `overrides` laid over them."""
-    text = _read_text(path, "the config")
-    try:
-        values = YAML(typ="safe", pure=True).load(text)
-    except Exception as error:  # besides YAMLError: a date that does not exist, deep nesting, an odd tag
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
-    for item in overrides or []:
-        _override(values, item)
-    return values
+            if training > evaluation:
+                return parse_config(path, PretrainConfig, values)
+            return parse_config(path, GroundingConfig, values)
+    raise ConfigError(
+        f"{path}: cannot tell whether it is of training (train_file) or of evaluation (test_file and refcoco_data, "
+        "or image_ids_file, phrase_box_file and sentences_file)"
+    )
 
 
 def parse_config(
     source: str | Path, kind: type[AnyConfig], values: dict[str, Any], overrides: list[str] | None = None
 ) -> AnyConfig:
     """`load_config` of values that were read already; `source` is what messages name. Raises `ConfigError`."""
-    for item in overrides or []:
-        _override(values, item)
+    _lay_over(values, overrides)
     return _validate(source, kind, values)
 
 
@@ -295,6 +280,17 @@ def load_bert_config(path: str | Path) -> BertConfig:
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from error
     return _validate(path, BertConfig, values)
+
+
+def _read_yaml(path: str | Path) -> dict[str, Any]:
+    text = _read_text(path, "the config")
+    try:
+        values = YAML(typ="safe", pure=True).load(text)
+    except Exception as error:  # besides YAMLError: a date that does not exist, deep nesting, an odd tag
+        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
+    return values
 
 
 def _read_text(path: str | Path, what: str) -> str:
@@ -353,19 +349,22 @@ def save_config(config: BaseModel, path: str | Path) -> None:
         YAML(typ="safe", pure=True).dump(config.model_dump(mode="json"), file)
 
 
-def _override(values: dict[str, Any], item: str) -> None:
-    key, equals, text = item.partition("=")
-    if not equals:
-        raise ConfigError(f"--set {item}: write key=value, for instance --set optimizer.lr=1e-4")
-    *sections, last = key.strip().split(".")
-    for section in sections:
-        values = values.setdefault(section, {})
-        if not isinstance(values, dict):
-            raise ConfigError(f"--set {item}: '{section}' is a single value, not a section")
-    try:
-        values[last] = YAML(typ="safe", pure=True).load(text) if text else None
-    except Exception as error:  # as in `_read_values`
-        raise ConfigError(f"--set {item}: not a valid YAML value ({str(error).partition(chr(10))[0]})") from error
+def _lay_over(values: dict[str, Any], overrides: list[str] | None) -> None:
+    """Set the keys of `overrides`, each "key=value" or "section.key=value", in `values`."""
+    for item in overrides or []:
+        key, equals, text = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item}: write key=value, for instance --set optimizer.lr=1e-4")
+        *sections, last = key.strip().split(".")
+        section: Any = values
+        for name in sections:
+            section = section.setdefault(name, {})
+            if not isinstance(section, dict):
+                raise ConfigError(f"--set {item}: '{name}' is a single value, not a section")
+        try:
+            section[last] = YAML(typ="safe", pure=True).load(text) if text else None
+        except Exception as error:  # as in `_read_yaml`
+            raise ConfigError(f"--set {item}: not a valid YAML value ({str(error).partition(chr(10))[0]})") from error
 
 
 def _validate(path: str | Path, kind: type[AnyConfig], values: Any) -> AnyConfig:

@@ -61,6 +61,18 @@ def decode_text(data: bytes) -> str:
     return text.replace("\r\n", "\n")
 
 
+class RepeatedKey(ValueError):
+    """A key, the error's only argument, that stands more than once in a JSON object."""
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's keys and values as a dict, for `object_pairs_hook`; raises `RepeatedKey`."""
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        raise RepeatedKey(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
+    return row
+
+
 def parse_json(text: str) -> Any:
     """The value of a JSON text.
 
@@ -68,31 +80,23 @@ def parse_json(text: str) -> Any:
         json.JSONDecodeError: it is no JSON.
         ValueError: it is JSON that cannot be used, for instance with a key twice in an object; says why.
     """
-    repeated: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        row = dict(pairs)
-        if len(row) != len(pairs):
-            repeated.extend(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        return row
-
     try:
-        value = json.loads(text, object_pairs_hook=unique)
+        return json.loads(text, object_pairs_hook=unique_keys)
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and text[error.pos] in "{[":
             raise ValueError(
                 "holds JSON lines, one value each; make one list of them, say with: jq -s . FILE"
             ) from None
         raise
+    except RepeatedKey as error:
+        key = error.args[0]
+        raise ValueError(
+            f"an object holds the key {key!r:.80} more than once, so that all but one would be lost"
+        ) from None
     except RecursionError:
         raise ValueError("lists or objects are nested too deeply") from None
     except ValueError:
         raise ValueError("an integer has thousands of digits") from None
-    if repeated:
-        raise ValueError(
-            f"an object holds the key {repeated[0]!r:.80} more than once, so that all but one would be lost"
-        )
-    return value
 
 
 # ---- tensors

@@ -37,7 +37,7 @@ from dataset.raw.vg_phrases import GROUPINGS, POSITIONS, Rules
 from dataset.raw.visual_genome import OUTPUTS
 from dataset.refer import SPLITS
 from dataset.scenes import files as scenes_files
-from utils import integer
+from terminal import integer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
@@ -72,7 +72,7 @@ def prepare_vg(args: argparse.Namespace) -> None:
         sys.exit("error: --min-area must not exceed --max-area, nor --min-words --max-words")
     rules = Rules(**{name: getattr(args, name) for name in Rules._fields})
     report = visual_genome.prepare(args.raw, args.out, rules, args.only, args.exclude_eval, args.image_root)
-    print(visual_genome.describe(report))
+    print(visual_genome.summary(report))
     print("\nwrote " + ", ".join(str(args.out / OUTPUTS[name]) for name in report.drafts))
 
 
@@ -282,8 +282,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     """Run a command; what killed ones left half written where it writes is removed first."""
     if "out" in args:
-        for path, size in utils.sweep(args.out if args.out.is_dir() else args.out.parent):
-            print(f"{path}: removed, {size / 1e6:.1f} MB that a killed process left half written")
+        utils.sweep(args.out if args.out.is_dir() else args.out.parent)
     args.run(args)
 
 

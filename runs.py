@@ -74,8 +74,8 @@ def claim(folder: Path) -> Iterator[None]:
         raise RunError(refusal)
     if lock is not None:
         _held.add(lock)
-        for path, size in [*utils.sweep(folder), *utils.sweep(folder / "result")]:
-            utils.log(f"{path}: removed, {size / 1e6:.1f} MB that a killed process left half written")
+        for written in (folder, folder / "result"):
+            utils.sweep(written)
     try:
         yield
     finally:
@@ -199,15 +199,12 @@ def prepare_output(output: Path, start_epoch: int, known: Any = None) -> None:
         kept = [row for row in read_log(path, _with_epoch) if row.get("epoch", start_epoch) < start_epoch]
         if path.name == EPOCHS_LOG and path.is_file() and isinstance(known, list):
             for row in known:
-                if isinstance(row, dict) and row.get("epoch") in range(start_epoch) and _lacks(kept, row):
-                    utils.log(f"{path}: the line of epoch {row['epoch']} was lost; restored from the checkpoint")
+                wanted = row.get("epoch") if isinstance(row, dict) else None
+                if wanted in range(start_epoch) and all(other["epoch"] != wanted for other in kept):
+                    utils.log(f"{path}: the line of epoch {wanted} was lost; restored from the checkpoint")
                     kept.append(row)
             kept.sort(key=lambda row: row["epoch"])
         utils.write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-
-
-def _lacks(rows: Rows, wanted: Row) -> bool:
-    return all(row["epoch"] != wanted["epoch"] for row in rows)
 
 
 def timeless_log(output: Path) -> Rows:
@@ -290,10 +287,21 @@ def read_runs(paths: Sequence[Path], by_epoch: bool = False) -> tuple[dict[str, 
 def run_names(paths: Sequence[Path]) -> dict[str, Path]:
     """A name for each of the different runs: its folder's, with as many folders above it as tell all of them apart."""
     different = {Path(os.path.abspath(path)): path for path in paths}
-    names = utils.shortest_ends([full.parent if full.is_file() else full for full in different])
+    names = shortest_ends([full.parent if full.is_file() else full for full in different])
     if len(set(names)) < len(names):  # two logs of one folder
         names = [str(path) for path in different.values()]
     return dict(zip(names, different.values(), strict=True))
+
+
+def shortest_ends(paths: Sequence[Path]) -> list[str]:
+    """As much of the end of each path as tells all of them apart; all of it where nothing does."""
+    longest = max((len(path.parts) for path in paths), default=0)
+    ends: list[str] = []
+    for count in range(1, longest + 1):
+        ends = [str(Path(*path.parts[-count:])) for path in paths]
+        if len(set(ends)) == len(ends):
+            break
+    return ends
 
 
 def _step_rows(path: Path) -> Rows:

@@ -34,6 +34,7 @@ from grounding.results import ResultFolder, percent
 from grounding.web.examples import SCENES, SHIPPED, SHIPPED_AMC, SHOWN
 from models.checkpoint import export_student
 from runs import STEPS_LOG, read_log
+from terminal import aligned
 
 CONFIGS = Path("configs/scenes")
 COMMON = ["--text_encoder", str(SCENES / "text_encoder"), "--device", "cpu", "--num_workers", "0"]
@@ -185,7 +186,7 @@ def report(output: Path, benchmarks: dict[str, Benchmark], overrides: Sequence[s
     loss_curves(runs, output / "loss_curves.png")
     trained = [output / name for name in MODELS.values()]
     write_report(output / "report.html", "AMC on the embedded scenes", sections, trained)
-    return utils.aligned([header, *lines])
+    return aligned([header, *lines])
 
 
 def chance(benchmark: Benchmark, config: GroundingConfig, expressions: Sequence[Expression]) -> Table:

@@ -1,21 +1,18 @@
 """Processes, devices, seeds and safe writing: the small things every program here needs."""
 
 import argparse
-import base64
 import contextlib
 import ctypes
 import datetime
-import itertools
-import math
 import os
 import platform
 import random
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -23,6 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from system_errors import describe_os_error, explain
+from terminal import Escaping, printable
 
 T = TypeVar("T")
 
@@ -56,30 +54,6 @@ def _own_words(error: UserError) -> str:
     if "Original Traceback" in text:
         text = re.split(rf"^(?:\w+\.)*{type(error).__name__}: ", text, flags=re.MULTILINE)[-1]
     return text.strip()
-
-
-# ---- terminal
-
-CONTROLS = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\r\t"}
-
-
-def printable(text: str, stream: TextIO) -> str:
-    """A text as a stream can show it: control characters, and those that its encoding lacks, become escapes."""
-    encoding = getattr(stream, "encoding", None) or "utf-8"
-    return text.translate(CONTROLS).encode(encoding, "backslashreplace").decode(encoding)
-
-
-class Escaping:
-    """A text stream whose `write` makes text `printable`: phrases and paths come from files, and terminals obey."""
-
-    def __init__(self, stream: TextIO) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        return self.stream.write(printable(text, self.stream))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 # ---- processes
@@ -162,29 +136,7 @@ def log(message: str) -> None:
         print(message, flush=True)
 
 
-# ---- command line
-
-
-def boolean(text: str) -> bool:
-    """A true boolean for argparse: `--resume False` means False."""
-    known = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-    if text.lower() not in known:
-        raise argparse.ArgumentTypeError(f"expected true or false, not {text!r}")
-    return known[text.lower()]
-
-
-def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
-    """An integer from low to high, for argparse."""
-
-    def parse(text: str) -> int:
-        value = int(text)
-        if not low <= value <= high:
-            upper = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"must be at least {low}{upper}, not {value}")
-        return value
-
-    parse.__name__ = "integer"  # for argparse's message about what is no integer
-    return parse
+# ---- device, seeds, memory
 
 
 def choose_device(name: str | None) -> torch.device:
@@ -238,18 +190,7 @@ def return_freed_memory(least: int = 2**19) -> bool:
         return False
 
 
-# ---- text and files
-
-
-def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Rows of cells as lines of columns: the first `left` of a row flush left, the others right; rows may be short."""
-    widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, strict=False)
-        padded = (cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+# ---- files
 
 
 @contextlib.contextmanager
@@ -280,10 +221,10 @@ def atomic_path(path: str | Path, needed: int | None = None) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def sweep(folder: Path) -> Iterator[tuple[Path, int]]:
-    """Remove the temporary files in a folder whose process is gone; yields each with its bytes.
+def sweep(folder: Path) -> None:
+    """Remove the temporary files of `atomic_path` in a folder whose process is gone, and say so.
 
-    Of a process on another host, nothing is known but that it has not written for a day.
+    A file of another host is removed once it is a day old.
     """
     for path in list(folder.glob(".*.tmp")):
         name = re.fullmatch(r"\..+\.([0-9]+)(@.*)?\.tmp", path.name)
@@ -293,7 +234,7 @@ def sweep(folder: Path) -> Iterator[tuple[Path, int]]:
         here = name[2] in (None, f"@{platform.node()}")
         if time.time() - known.st_mtime > 86400 or (here and _is_gone(int(name[1]))):
             path.unlink(missing_ok=True)
-            yield path, known.st_size
+            log(f"{path}: removed, {known.st_size / 1e6:.1f} MB that a killed process left half written")
 
 
 def _is_gone(process: int) -> bool:
@@ -306,22 +247,6 @@ def _is_gone(process: int) -> bool:
     except PermissionError:
         pass
     return False
-
-
-def shortest_ends(paths: Sequence[Path]) -> list[str]:
-    """As much of the end of each path as tells all of them apart; all of it where nothing does."""
-    longest = max((len(path.parts) for path in paths), default=0)
-    ends: list[str] = []
-    for count in range(1, longest + 1):
-        ends = [str(Path(*path.parts[-count:])) for path in paths]
-        if len(set(ends)) == len(ends):
-            break
-    return ends
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    """A file's content as an address, for a page that needs no other file; `kind` is its MIME type."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -34,7 +34,7 @@ class Sample(NamedTuple):
     rng: Generator
 
 
-class Entry(NamedTuple):
+class TrainingEntry(NamedTuple):
     """One training entry; `source` names its file and index in messages. Boxes are [x1, y1, x2, y2] in pixels."""
 
     image: Path
@@ -86,7 +86,7 @@ class TrainingData(Dataset[Sample]):
                     raise DataError(f"none of the {len(self)} training images can be read") from None
                 index = int(rng.integers(len(self)))
 
-    def _sample(self, entry: Entry, rng: Generator) -> Sample:
+    def _sample(self, entry: TrainingEntry, rng: Generator) -> Sample:
         config = self.config
         image = np.asarray(read_image(entry.image, entry.source))
         caption = entry.captions[int(rng.integers(len(entry.captions)))]
@@ -98,7 +98,7 @@ class TrainingData(Dataset[Sample]):
         image, mask, caption = augment_for_amc(image, mask, caption, config.augment, config.image_res, size, rng)
         return Sample(normalise(image), caption, torch.from_numpy(mask.astype(np.float32)), has_box, rng)
 
-    def _mask(self, entry: Entry, height: int, width: int, rng: Generator) -> tuple[np.ndarray, bool]:
+    def _mask(self, entry: TrainingEntry, height: int, width: int, rng: Generator) -> tuple[np.ndarray, bool]:
         """The mask (h, w) of a drawn box, or of all boxes, and whether there is one."""
         mask = np.zeros((height, width), np.uint8)
         if not entry.boxes or not (self.config.phrase_input or self.config.mask_all):
@@ -121,7 +121,7 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def load_entries(file: str | Path, config: PretrainConfig) -> list[Entry]:
+def load_entries(file: str | Path, config: PretrainConfig) -> list[TrainingEntry]:
     """Read and check one training JSON; captions come back cleaned.
 
     Raises:
@@ -135,7 +135,7 @@ def load_entries(file: str | Path, config: PretrainConfig) -> list[Entry]:
 
 def read_entries(
     file: str | Path, image_root: str, max_words: int, problems: Problems, empty_captions: str = "keep"
-) -> list[Entry]:
+) -> list[TrainingEntry]:
     """The entries of one training JSON that can be used; notes the others, and captions of which nothing is left.
 
     Args:
@@ -169,7 +169,7 @@ def read_entries(
     return entries
 
 
-def _entry(row: Any, source: str, image_root: str, max_words: int) -> Entry:
+def _entry(row: Any, source: str, image_root: str, max_words: int) -> TrainingEntry:
     _check_spelling(row)
     image = locate(image_root, require(row, "image", str))
     if "caption" not in row:
@@ -182,7 +182,7 @@ def _entry(row: Any, source: str, image_root: str, max_words: int) -> Entry:
     boxes = row.get("bbox", [])
     if not isinstance(boxes, list) or not all(map(is_box, boxes)):
         raise EntryProblem("key 'bbox' must be a list of [x1, y1, x2, y2]", f"found {shown(boxes)}")
-    return Entry(image, [clean_caption(text, max_words) for text in texts], boxes, source)
+    return TrainingEntry(image, [clean_caption(text, max_words) for text in texts], boxes, source)
 
 
 def _texts(row: dict[str, Any]) -> list[Any]:
@@ -199,7 +199,7 @@ def _check_spelling(row: Any) -> None:
             raise EntryProblem(f"unknown key {shown(others[close[0]])}; did you mean '{key}'?")
 
 
-def _check_images(entries: list[Entry], skip_broken: bool) -> None:
+def _check_images(entries: list[TrainingEntry], skip_broken: bool) -> None:
     first = first_of((entry.image, entry.source) for entry in entries)
     missing = [source for image, source in first.items() if not os.path.isfile(image)]
     if not missing:

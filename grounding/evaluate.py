@@ -27,6 +27,7 @@ from grounding.results import ResultFolder, Row, percent
 from models.albef import build_albef
 from models.checkpoint import read_checkpoint
 from runs import claim, write_provenance
+from terminal import boolean, integer
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Line = dict[str, float | None]
@@ -46,13 +47,13 @@ def parse_args(benchmark: Benchmark, argv: Sequence[str] | None = None) -> argpa
     parser.add_argument("--gradcam_mode", choices=("itm", "itc"), default="itm", help="what the map explains")
     parser.add_argument("--block_num", type=int, default=None, help="layer to explain (default: the config's, 8)")
     parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
-    parser.add_argument("--evaluate", type=utils.boolean, nargs="?", const=True, default=True, help="has no effect")
+    parser.add_argument("--evaluate", type=boolean, nargs="?", const=True, default=True, help="has no effect")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
     parser.add_argument(
         "--precision", choices=PRECISIONS, default="fp32", help="of the image encoder; maps are computed in fp32"
     )
-    parser.add_argument("--seed", type=utils.integer(0), default=42)
-    parser.add_argument("--num_workers", type=utils.integer(0), default=4, help="processes that decode images")
+    parser.add_argument("--seed", type=integer(0), default=42)
+    parser.add_argument("--num_workers", type=integer(0), default=4, help="processes that decode images")
     parser.add_argument(
         "--skip_broken", action="store_true", help="leave out missing and unreadable images and count them"
     )
@@ -63,7 +64,7 @@ def parse_args(benchmark: Benchmark, argv: Sequence[str] | None = None) -> argpa
     launch = parser.add_argument_group("process group", "read from the launcher's environment")
     launch.add_argument("--world_size", default=1, type=int)
     launch.add_argument("--dist_url", default="env://")
-    launch.add_argument("--distributed", default=True, type=utils.boolean)
+    launch.add_argument("--distributed", default=True, type=boolean)
     return parser.parse_args(argv)
 
 

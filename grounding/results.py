@@ -18,6 +18,7 @@ import utils
 from grounding import identity
 from grounding.identity import Origin
 from runs import read_log
+from terminal import aligned
 
 Row = dict[str, Any]
 
@@ -173,7 +174,7 @@ class ResultFolder:
         for epoch, values in by_epoch.items():
             mark = "*" if epoch == best else " "
             cells.append([epoch + mark, *(percent(values.get(column)) for column in columns)])
-        return f"{utils.aligned(cells, left=0)}\nin %; * best by {' '.join(decisive)}"
+        return f"{aligned(cells, left=0)}\nin %; * best by {' '.join(decisive)}"
 
 
 def _is_record(row: Any) -> bool:

@@ -231,7 +231,7 @@ def test_what_a_killed_process_leaves_is_found(tmp_path: Path) -> None:
     code = "import os, sys, utils\nwith utils.atomic_path(sys.argv[1]) as path: path.touch(); os._exit(9)"
     subprocess.run([sys.executable, "-c", code, tmp_path / "a.b.pth"], cwd=ROOT, check=False)
     (left,) = tmp_path.iterdir()
-    assert [path for path, _ in utils.sweep(tmp_path)] == [left]
+    utils.sweep(tmp_path)
     assert not left.exists()
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from dataset.expressions import Cases, Problems
-from utils import UserError, aligned
+from terminal import aligned
+from utils import UserError
 
 Level = Literal["error", "warning"]
 LEVELS: tuple[Level, ...] = ("error", "warning")

@@ -1,9 +1,12 @@
-"""Visual Genome's files, unpacked or in the owners' .zip, read as a stream: one entry is in memory at a time."""
+"""Visual Genome's files, unpacked or in the owners' .zip, read as a stream: one entry is in memory at a time.
+
+They have up to 4 GB. Python's `json` decodes each entry: it is fast, and strict about what JSON is.
+"""
 
 import codecs
 import json
+import os
 import re
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,33 +16,27 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
-from dataset.expressions import EntryProblem
 from dataset.raw.archives import AT_ONCE, BROKEN_ZIP, check_ratio, visible_members
 from dataset.reading import DataError
+from files import RepeatedKey, unique_keys
 
+Row = dict[str, Any]
 KINDS = ("image_data", "region_descriptions", "attributes", "objects")
 NAME = re.compile(rf"({'|'.join(KINDS)})(?:_v\d[\d_.]*)?(\.json(?:\.gz|\.zip)?|\.zip)")  # objects_v1_2.json.zip, say
 PIECE = 1 << 20  # bytes that are read at a time
-SPACE = re.compile("[ \t\n\r]*")
+BLANKS = " \t\n\r"
+OPENING = re.compile(rf"\[[{BLANKS}]*(?=[^{BLANKS}])(\]?)[{BLANKS}]*")  # up to the first item, or past an empty list
+CLOSING = re.compile(rf"[{BLANKS}]*([,\]])[{BLANKS}]*")  # what follows an item
 
 
 def _refuse(constant: str) -> None:
     raise json.JSONDecodeError(f"{constant} is no JSON", constant, 0)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        keys = [key for key, _ in pairs]
-        repeated = next(key for key in keys if keys.count(key) > 1)
-        raise EntryProblem("an object holds a key more than once, and one would be lost", f"{repeated!r:.60}")
-    return row
+DECODER = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=unique_keys)
 
 
-DECODER = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=_unique)
-
-
-class Source(NamedTuple):
+class RawFile(NamedTuple):
     """A JSON file, or the member of that name of a .zip file."""
 
     path: Path
@@ -49,13 +46,13 @@ class Source(NamedTuple):
         return f"{self.path} ({self.member})" if self.member else str(self.path)
 
 
-def find_sources(raw: Sequence[Path]) -> dict[str, Source]:
-    """The owners' files of each kind of `KINDS` that folders and files hold; of a file and its .zip, the file.
+def find_sources(raw: Sequence[Path]) -> dict[str, RawFile]:
+    """The owners' files in folders, or given by name: kind, one of `KINDS`, -> file. A file is preferred to its .zip.
 
     Raises:
-        DataError: a path does not exist or is none of them, or there are several of a kind.
+        DataError: a path does not exist or is not such a file, or two are of the same kind.
     """
-    found: dict[str, list[Source]] = {}
+    found: dict[str, RawFile] = {}
     for path in raw:
         if not path.exists():
             raise DataError(f"{path}: does not exist; give a folder with Visual Genome's files, or the files")
@@ -65,36 +62,32 @@ def find_sources(raw: Sequence[Path]) -> dict[str, Source]:
             if file.suffix in (".zip", ".gz") and not names.isdisjoint((file.stem, f"{file.stem}.json")):
                 continue
             for kind, source in _contents(file):
-                found.setdefault(kind, []).append(source)
-    for kind, sources in found.items():
-        if len(sources) > 1:
-            raise DataError(f"{sources[0]} and {sources[1]} are both {kind}; give the one to use by its name")
-    return {kind: sources[0] for kind, sources in found.items()}
+                if kind in found:
+                    raise DataError(f"{found[kind]} and {source} are both {kind}; give the one to use by its name")
+                found[kind] = source
+    return found
 
 
-def _contents(file: Path) -> list[tuple[str, Source]]:
-    """What a file holds, by kind."""
+def _contents(file: Path) -> list[tuple[str, RawFile]]:
+    """The kinds of a file, or of the members of a .zip."""
     if file.suffix == ".gz":
         raise DataError(f"{file}: is compressed by gzip; unpack it first (gunzip)")
+    sources = [RawFile(file)]
     if file.suffix == ".zip":
         with _readable(file), zipfile.ZipFile(file) as archive:
-            members = [info.filename for info in visible_members(archive)]
-        sources = [(name, Source(file, name)) for name in members]
-    else:
-        sources = [(file.name, Source(file))]
-    named = ((NAME.fullmatch(name.rpartition("/")[2]), source) for name, source in sources)
+            sources = [RawFile(file, info.filename) for info in visible_members(archive)]
+    named = [(NAME.fullmatch((source.member or file.name).rpartition("/")[2]), source) for source in sources]
     found = [(match[1], source) for match, source in named if match and match[2] == ".json"]
     if not found:
         raise DataError(f"{file}: none of Visual Genome's files ({', '.join(f'{kind}.json' for kind in KINDS)})")
     return found
 
 
-def read_entries(source: Source) -> Iterator[Any]:
+def stream_items(source: RawFile) -> Iterator[Any]:
     """The items of the list that a file holds, one after the other; shows progress on a terminal.
 
     Raises:
-        DataError: the file cannot be read or unpacked, or holds something else.
-        EntryProblem: an object of an item holds a key twice.
+        DataError: the file cannot be read or unpacked, is no JSON list, or an object in it has a key twice.
     """
     with _readable(source), _opened(source) as (file, size):
         start = file.peek(8)
@@ -113,54 +106,40 @@ def read_entries(source: Source) -> Iterator[Any]:
 
 
 def _items(file: IO[bytes]) -> Iterator[Any]:
-    """The items of a JSON list in UTF-8; what fails to decode is tried again with more of the file, up to `AT_ONCE`."""
-    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    text, at, first, closed, ended = "", 0, True, False, False
-    while not ended:
-        data = file.read(max(PIECE, len(text)))
-        ended = not data
-        text += decode(data, ended)
-        try:
-            while not closed:
-                items, at, closed = _next(text, at, first)
-                first = False
-                yield from items
-        except json.JSONDecodeError:
-            if ended or len(text) - at > AT_ONCE:
-                raise
-        text, at = text[at:], 0
-        if closed and (text := text.strip()):
-            raise json.JSONDecodeError("Extra data after the list", text, 0)
-
-
-def _next(text: str, at: int, first: bool) -> tuple[list[Any], int, bool]:
-    """The item of a list that follows on `at` (or none, in an empty list), where it ends, and whether the list does.
+    """The items of a JSON list in UTF-8; what fails to decode is tried again with more of the file, up to `AT_ONCE`.
 
     Raises:
-        json.JSONDecodeError: the text is cut there, or broken.
+        json.JSONDecodeError, UnicodeDecodeError, RepeatedKey: the file is no such list.
     """
-    at, opening = _skip(text, at), "[" if first else ","
-    if text[at : at + 1] != opening:
-        raise json.JSONDecodeError(f"Expecting '{opening}'", text, at)
-    at = _skip(text, at + 1)
-    if first and text[at : at + 1] == "]":
-        return [], at + 1, True
-    item, at = DECODER.raw_decode(text, at)
-    at = _skip(text, at)
-    if text[at : at + 1] not in (",", "]"):  # empty: a number may go on after it
-        raise json.JSONDecodeError("Expecting ',' delimiter", text, at)
-    closed = text[at] == "]"
-    return [item], at + closed, closed
+    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
+    text, at, mark, data = "", 0, "", b""  # mark: what the list has before `at`: nothing yet, a comma, or its end
+    while mark != "]" or data:
+        data = file.read(max(PIECE, len(text) - at))
+        text, at = (text[at:] + decode(data, not data)).lstrip(BLANKS), 0
+        if mark == "]" and text:
+            raise json.JSONDecodeError("Extra data after the list", text, 0)
+        try:
+            if not mark:
+                at, mark = _mark(OPENING, text, at, "Expecting value")
+            while mark != "]":
+                item, end = DECODER.raw_decode(text, at)
+                at, mark = _mark(CLOSING, text, end, "Expecting ',' delimiter")  # where the text is cut, 1 may be 12
+                yield item
+        except json.JSONDecodeError:
+            if not data or len(text) - at > AT_ONCE:
+                raise
 
 
-def _skip(text: str, at: int) -> int:
-    """Where the white space at a place ends."""
-    match = SPACE.match(text, at)
-    return match.end() if match else at
+def _mark(pattern: re.Pattern[str], text: str, at: int, refusal: str) -> tuple[int, str]:
+    """Where a match at a place ends, and the mark in it; raises `JSONDecodeError` where nothing matches."""
+    match = pattern.match(text, at)
+    if match is None:
+        raise json.JSONDecodeError(refusal, text, at)
+    return match.end(), match[1] or ","
 
 
 @contextmanager
-def _opened(source: Source) -> Iterator[tuple[Any, int]]:
+def _opened(source: RawFile) -> Iterator[tuple[Any, int]]:
     """The JSON text of a source, as a buffered binary file, and its size in bytes."""
     if source.member is None:
         with open(source.path, "rb") as file:
@@ -174,70 +153,53 @@ def _opened(source: Source) -> Iterator[tuple[Any, int]]:
 
 
 @contextmanager
-def _readable(source: Source | Path) -> Iterator[None]:
+def _readable(source: RawFile | Path) -> Iterator[None]:
+    """Turn what reading a file raises into a `DataError` that names it."""
     try:
         yield
     except DataError:
         raise
-    except json.JSONDecodeError as error:
-        raise DataError(f"{source}: not valid JSON ({error.msg}); is the download complete?") from error
-    except (UnicodeDecodeError, RecursionError) as error:
-        raise DataError(f"{source}: not valid JSON ({error}); is the download complete?") from error
+    except RepeatedKey as error:
+        kind = f"an object holds a key more than once, and one would be lost ({error.args[0]!r:.60})"
+        raise DataError(f"{source}: {kind}; correct the entry or take it out") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        why = getattr(error, "msg", error)
+        raise DataError(f"{source}: not valid JSON ({why}); is the download complete?") from error
     except BROKEN_ZIP as error:
         raise DataError(f"{source}: cannot be read ({str(error)[:100]}); is the download complete?") from error
 
 
-class Spool:
-    """Texts by image id in a temporary file, which has no name: added in any order, read back in any order."""
+class Draft:
+    """JSON objects of each image in a temporary file without a name: images are added and read back in any order.
 
-    def __init__(self, folder: Path) -> None:
-        self.file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - closed by its owner
-        self.places: dict[int, tuple[int, int]] = {}
-        self.end = 0
+    For an output, these are its entries {"image", "caption", "bbox"}, and `dropped` counts the candidates, each a
+    phrase with its box, by the rule that dropped them.
+    """
 
-    def __enter__(self) -> "Spool":
-        return self
+    def __init__(self, file: IO[bytes]) -> None:
+        self.file = file
+        self.places: dict[int, tuple[int, int]] = {}  # image id -> first byte and number of bytes
+        self.entries = self.boxes = 0
+        self.dropped: Counter[str] = Counter()
 
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def add(self, image_id: int, text: str) -> None:
-        data = text.encode()
-        self.file.seek(self.end)
-        self.file.write(data)
-        self.places[image_id] = (self.end, len(data))
-        self.end += len(data)
+    def add(self, image_id: int, rows: Sequence[Row]) -> None:
+        """Add all rows of an image; an image without any is not kept."""
+        if rows:
+            start = self.file.seek(0, os.SEEK_END)
+            self.places[image_id] = start, self.file.write(",\n".join(map(json.dumps, rows)).encode())
+            self.entries += len(rows)
+            self.boxes += sum(len(row.get("bbox", ())) for row in rows)
 
     def get(self, image_id: int) -> str:
-        """The text of an image; empty where none was added."""
+        """The rows of an image, as they stand in a JSON list; empty where none was added."""
         start, length = self.places.get(image_id, (0, 0))
         self.file.seek(start)
         return self.file.read(length).decode()
-
-
-class Draft:
-    """An output in the making: entries {"image", "caption", "bbox"} of one image after the other, and their counts.
-
-    `dropped` counts candidates, a phrase with its box, by the rule that dropped them.
-    """
-
-    def __init__(self, spool: Spool) -> None:
-        self.spool = spool
-        self.images = self.entries = self.boxes = 0
-        self.dropped: Counter[str] = Counter()
-
-    def add(self, image_id: int, entries: list[dict[str, Any]]) -> None:
-        if entries:
-            self.spool.add(image_id, ",\n".join(map(json.dumps, entries)))
-            self.images += 1
-            self.entries += len(entries)
-            self.boxes += sum(len(entry["bbox"]) for entry in entries)
 
     def write(self, path: Path) -> None:
         """Write a JSON list, an entry a line, in the order of image ids."""
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.write("[")
-            for index, image_id in enumerate(sorted(self.spool.places)):
-                file.write(",\n" if index else "\n")
-                file.write(self.spool.get(image_id))
+            for index, image_id in enumerate(sorted(self.places)):
+                file.write((",\n" if index else "\n") + self.get(image_id))
             file.write("\n]\n")

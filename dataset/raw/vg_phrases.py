@@ -6,18 +6,22 @@ Every candidate, a phrase with its box, ends as a box of an entry or in `counts`
 import itertools
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from dataset.raw.vg_fields import Box, Image, Region, Thing, clean, one_line
+from dataset.raw.vg_fields import Corners, DescribedRegion, Image, VGObject, clean, one_line
+from dataset.raw.vg_files import Row
 from dataset.text import has_content
-
-Phrase = tuple[str, Box | None]
 
 GROUPINGS = ("cleaned", "exact", "none")
 POSITIONS = ("left", "right", "top", "bottom", "middle")
 
-EMPTY_BOX = "box empty or outside the image"
 OTHER_IMAGE = "region of another image"
+NO_NAME = "object without a name"
+NO_ATTRIBUTE = "object without an attribute"
+EMPTY_BOX = "box empty or outside the image"
+SAYS_WHERE = "phrase names a position already"
+ALONE = "the only object of its name"
+NO_POSITION = "no position tells it apart"
 NO_TEXT = "no text"
 FEW_WORDS = "fewer words than --min-words"
 MANY_WORDS = "more words than --max-words"
@@ -25,11 +29,6 @@ SMALL_BOX = "box smaller than --min-area"
 LARGE_BOX = "box larger than --max-area"
 REPEATED = "the same phrase and box again"
 MANY_BOXES = "more boxes than --max-boxes"
-NO_NAME = "object without a name"
-NO_ATTRIBUTE = "object without an attribute"
-SAYS_WHERE = "phrase names a position already"
-ALONE = "the only object of its name"
-NO_POSITION = "no position tells it apart"
 DROPPED = (
     *(OTHER_IMAGE, NO_NAME, NO_ATTRIBUTE, EMPTY_BOX, SAYS_WHERE, ALONE, NO_POSITION),
     *(NO_TEXT, FEW_WORDS, MANY_WORDS, SMALL_BOX, LARGE_BOX, REPEATED, MANY_BOXES),
@@ -64,37 +63,37 @@ class Rules(NamedTuple):
 
 
 def describe_regions(
-    regions: list[Region], image_id: int, image: Image, rules: Rules, counts: Counter[str]
-) -> list[dict[str, Any]]:
+    regions: list[DescribedRegion], image_id: int, image: Image, rules: Rules, counts: Counter[str]
+) -> list[Row]:
     """Entries of region descriptions."""
-    own = [region for region in regions if region.image_id in (None, image_id)]
+    own = [(region.phrase, region.box) for region in regions if region.image_id in (None, image_id)]
     counts[OTHER_IMAGE] += len(regions) - len(own)
-    return group_phrases(((region.phrase, region.box) for region in own), image, rules, counts)
+    return group_phrases(own, image, rules, counts)
 
 
-def describe_attributes(things: list[Thing], image: Image, rules: Rules, counts: Counter[str]) -> list[dict[str, Any]]:
+def describe_attributes(things: list[VGObject], image: Image, rules: Rules, counts: Counter[str]) -> list[Row]:
     """Entries of "attribute name", each with the boxes of all objects that share both."""
-    phrases = ((text, thing.box) for thing, _, text in attribute_phrases(things, counts))
+    phrases = ((text, thing.box) for thing, _, text in _attribute_phrases(things, counts))
     return group_phrases(phrases, image, rules, counts)
 
 
 def describe_positions(
-    things: list[Thing], others: list[Thing], image: Image, rules: Rules, counts: Counter[str]
-) -> list[dict[str, Any]]:
+    things: list[VGObject], others: list[VGObject], image: Image, rules: Rules, counts: Counter[str]
+) -> list[Row]:
     """Entries of "position attribute name", for objects whose position tells them from all others of their name.
 
     Args:
         others: objects of objects.json, which count as others of their name; those that `things` holds are skipped.
     """
     known = {thing.object_id for thing in things} - {None}
-    by_name: dict[str, dict[Box, None]] = {}  # distinct boxes: an object annotated twice is one
+    by_name: dict[str, dict[Corners, None]] = {}  # distinct boxes: an object annotated twice is one
     for thing in (*things, *(other for other in others if other.object_id not in known)):
         if thing.box is not None:
             for name in thing.names:
                 by_name.setdefault(clean(name), {})[thing.box] = None
     places = {name: positions_of(list(boxes), image, rules) for name, boxes in by_name.items() if len(boxes) > 1}
-    phrases: list[Phrase] = []
-    for thing, name, text in attribute_phrases(things, counts):
+    phrases = []
+    for thing, name, text in _attribute_phrases(things, counts):
         key = clean(name)
         if thing.box is None:
             counts[EMPTY_BOX] += 1
@@ -111,7 +110,7 @@ def describe_positions(
     return group_phrases(phrases, image, rules, counts)
 
 
-def attribute_phrases(things: Iterable[Thing], counts: Counter[str]) -> Iterator[tuple[Thing, str, str]]:
+def _attribute_phrases(things: Iterable[VGObject], counts: Counter[str]) -> Iterator[tuple[VGObject, str, str]]:
     """Every (object, name, "attribute name")."""
     for thing in things:
         if not thing.names:
@@ -122,42 +121,42 @@ def attribute_phrases(things: Iterable[Thing], counts: Counter[str]) -> Iterator
             yield thing, name, f"{attribute} {name}"
 
 
-def positions_of(boxes: Sequence[Box], image: Image, rules: Rules) -> dict[Box, list[str]]:
+def positions_of(boxes: Sequence[Corners], image: Image, rules: Rules) -> dict[Corners, list[str]]:
     """The positions, in the order of `POSITIONS`, that each box alone has among these distinct boxes, two or more.
 
-    Left: its centre is at least the margin left of all others; right, top and bottom alike. Middle: at least the margin
-    away on either side of its centre (left and right, or above and below) there is another, and of no other's.
+    A box is "left" if its centre is at least `margin` left of all other centres; right, top and bottom alike. It is
+    "middle" if others are at least `margin` away on both sides of it, along one axis, and this is true of no other box.
     """
-    found: dict[str, Box] = {}
-    between: set[Box] = set()
+    found: dict[str, Corners] = {}
+    between: set[Corners] = set()
     for axis, side, low, high in ((0, image.width, "left", "right"), (1, image.height, "top", "bottom")):
         centres = {box: box[axis] + box[axis + 2] for box in boxes}  # doubled, which keeps them integers
         gap = max(2 * rules.margin * side, 1)
-        first, *_, last = order = sorted(boxes, key=lambda box: centres[box])
-        if centres[order[1]] - centres[first] >= gap:
+        first, second, *_ = order = sorted(boxes, key=lambda box: centres[box])
+        *_, before, last = order
+        if centres[second] - centres[first] >= gap:
             found[low] = first
-        if centres[last] - centres[order[-2]] >= gap:
+        if centres[last] - centres[before] >= gap:
             found[high] = last
         between |= {box for box in boxes if centres[first] + gap <= centres[box] <= centres[last] - gap}
     if len(between) == 1:
         (found["middle"],) = between
-    positions: dict[Box, list[str]] = {}
-    for position in POSITIONS:
-        if position in found and position in rules.positions:
-            positions.setdefault(found[position], []).append(position)
-    return positions
+    named = [position for position in POSITIONS if position in found and position in rules.positions]
+    return {found[one]: [position for position in named if found[position] == found[one]] for one in named}
 
 
-def group_phrases(phrases: Iterable[Phrase], image: Image, rules: Rules, counts: Counter[str]) -> list[dict[str, Any]]:
+def group_phrases(
+    phrases: Iterable[tuple[str, Corners | None]], image: Image, rules: Rules, counts: Counter[str]
+) -> list[Row]:
     """Entries of an image's phrases, in the order of their first phrase, whose spelling is the caption."""
-    grouped: dict[str | int, tuple[str, dict[Box, None]]] = {}
+    grouped: dict[str | int, tuple[str, dict[Corners, None]]] = {}
     for text, box in phrases:
-        cleaned = clean(text)
+        cleaned, caption = clean(text), one_line(text)
         if box is None or (objection := _objection(cleaned, box, image, rules)):
             counts[EMPTY_BOX if box is None else objection] += 1
             continue
-        keys: dict[str, str | int] = {"cleaned": cleaned, "exact": one_line(text), "none": len(grouped)}
-        _, boxes = grouped.setdefault(keys[rules.group], (one_line(text), {}))
+        keys: dict[str, str | int] = {"cleaned": cleaned, "exact": caption, "none": len(grouped)}
+        _, boxes = grouped.setdefault(keys[rules.group], (caption, {}))
         counts[REPEATED] += box in boxes
         boxes[box] = None
     rows = []
@@ -169,7 +168,7 @@ def group_phrases(phrases: Iterable[Phrase], image: Image, rules: Rules, counts:
     return rows
 
 
-def _objection(cleaned: str, box: Box, image: Image, rules: Rules) -> str:
+def _objection(cleaned: str, box: Corners, image: Image, rules: Rules) -> str:
     """The rule that drops a phrase with its box; empty if none does."""
     words = len(cleaned.split())
     if not has_content(cleaned):

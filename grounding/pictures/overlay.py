@@ -4,6 +4,7 @@ Sizes are in inches of a figure of `DPI` dots; they do not depend on the image's
 photographs of any size. A large image is reduced to the dots that it is shown with, a small one keeps its pixels.
 """
 
+import base64
 import io
 import re
 from collections.abc import Callable, Sequence
@@ -130,6 +131,11 @@ def png(figure: Figure, compress_level: int = 6) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": compress_level})
     return buffer.getvalue()
+
+
+def data_uri(kind: str, content: bytes) -> str:
+    """A file's content as an address, for a page that needs no other file; `kind` is its MIME type."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def slug(text: str) -> str:

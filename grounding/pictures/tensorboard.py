@@ -22,7 +22,7 @@ from config import ConfigError
 from dataset.photos import read_photo
 from dataset.reading import DataError, read_image
 from dataset.text import has_content
-from dataset.vg import Entry, clip_box
+from dataset.vg import TrainingEntry, clip_box
 from grounding.ground import clean_phrase, encode, ground
 from grounding.pictures.overlay import overlay, pixels
 from grounding.predict import Explainer
@@ -131,7 +131,9 @@ def watched_pairs(pairs: Sequence[tuple[str, str]]) -> list[Watched]:
     return [Watched(images[path], phrase) for path, phrase in pairs]
 
 
-def watched_entries(entries: Sequence[Entry], skip_broken: bool = False, count: int = SHOWN_ENTRIES) -> list[Watched]:
+def watched_entries(
+    entries: Sequence[TrainingEntry], skip_broken: bool = False, count: int = SHOWN_ENTRIES
+) -> list[Watched]:
     """The first captions of entries at equal distances through the training data, of those with boxes if any has.
 
     Entries with no caption that holds anything are passed over.

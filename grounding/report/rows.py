@@ -14,7 +14,7 @@ from grounding.benchmarks import Benchmark
 from grounding.maps import ResizedMap
 from grounding.metrics import score, size_of
 from grounding.results import ResultFolder
-from runs import read_log
+from runs import read_log, shortest_ends
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)  # of a map's maximum
 MOST_SHOWN = 4  # checkpoints that a report shows in detail
@@ -123,7 +123,7 @@ def named_apart(sources: Sequence[Source]) -> list[Source]:
     names = [source.name for source in sources]
     alike = [source for source in sources if names.count(source.name) > 1]
     paths = [source.folder.folder.parent / f"epoch {source.epoch}" for source in alike]
-    ends = iter(utils.shortest_ends(paths))
+    ends = iter(shortest_ends(paths))
     return [source._replace(name=next(ends)) if source in alike else source for source in sources]
 
 

@@ -10,13 +10,13 @@ from PIL import Image
 
 from dataset.reading import read_image
 from grounding.metrics import size_of
+from grounding.pictures.overlay import data_uri
 from grounding.pictures.panels import panel
 from grounding.report.charts import Panel, chart
 from grounding.report.page import Block, Case, Cell, Chart, Part, Sheet, Shot, Table
 from grounding.report.rows import MEASURES, THRESHOLDS, Results
 from grounding.report.statistics import Group, Interval, by_category, by_length, by_size, intervals
 from grounding.results import percent
-from utils import data_uri
 
 CASES, CHANGED_CASES = 6, 4  # pictures of each kind
 JPEG_QUALITY = 82

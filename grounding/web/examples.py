@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from dataset.reading import DataError, load_json
-from runs import newest_checkpoint
-from utils import UserError, shortest_ends
+from runs import newest_checkpoint, shortest_ends
+from utils import UserError
 
 SHIPPED = Path("checkpoints/scenes_stage1.safetensors")
 SHIPPED_AMC = Path("checkpoints/scenes_amc.safetensors")

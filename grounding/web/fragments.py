@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from grounding.ground import Answer, Grounding, of_word, place
 from grounding.pictures import overlay
+from grounding.pictures.overlay import data_uri
 from grounding.web.session import MOST_BYTES, TOO_LARGE, Picture, Reply
-from utils import UserError, data_uri
+from utils import UserError
 
 SIDE = 4.5  # inches of a picture's longer side: text stays legible with three pictures beside each other
 SMALL_SHOWN = 256  # pixels of a longer side; up to this many are sent as PNG and shown pixel by pixel

@@ -1,5 +1,6 @@
 """From Visual Genome's annotations to entries: fields of every release, grouping, limits, positions."""
 
+import functools
 from collections import Counter
 from typing import Any
 
@@ -7,7 +8,17 @@ import pytest
 
 from dataset.expressions import EntryProblem
 from dataset.raw import vg_phrases
-from dataset.raw.vg_fields import Image, Region, Thing, read_box, read_image_id, read_regions, read_texts, read_things
+from dataset.raw.vg_fields import (
+    DescribedRegion,
+    Image,
+    VGObject,
+    read_box,
+    read_each,
+    read_image_id,
+    read_object,
+    read_region,
+    read_texts,
+)
 from dataset.raw.vg_phrases import Rules
 
 IMAGE = Image("VG_100K/1.jpg", 100, 100, None, None)
@@ -80,7 +91,7 @@ def test_boxes_per_phrase(limit: int | None, kept: int) -> None:
 
 def test_regions_of_another_image() -> None:
     counts: Counter[str] = Counter()
-    regions = [Region(1, "mine", A), Region(2, "yours", B), Region(None, "mine too", C)]
+    regions = [DescribedRegion(1, "mine", A), DescribedRegion(2, "yours", B), DescribedRegion(None, "mine too", C)]
     rows = vg_phrases.describe_regions(regions, 1, IMAGE, Rules(), counts)
     assert [row["caption"] for row in rows] == ["mine", "mine too"]
     assert counts[vg_phrases.OTHER_IMAGE] == 1
@@ -137,13 +148,13 @@ def test_without_a_margin_one_must_still_be_further() -> None:
     assert vg_phrases.positions_of(three, IMAGE, Rules(margin=0)) == {three[2]: ["right"]}
 
 
-def describe_positions(things: list[Thing], others: list[Thing], **rules: Any) -> tuple[list[str], Counter[str]]:
+def describe_positions(things: list[VGObject], others: list[VGObject], **rules: Any) -> tuple[list[str], Counter[str]]:
     counts: Counter[str] = Counter()
     rows = vg_phrases.describe_positions(things, others, IMAGE, Rules(**rules), counts)
     return [row["caption"] for row in rows], +counts
 
 
-CARS = [Thing(i, ["car"], ["red"], at(x, 50)) for i, x in enumerate((20, 50, 80))]
+CARS = [VGObject(i, ["car"], ["red"], at(x, 50)) for i, x in enumerate((20, 50, 80))]
 
 
 def test_which_positions() -> None:
@@ -161,14 +172,14 @@ def test_the_form_of_a_spatial_caption() -> None:
 
 def test_limits_do_not_hide_the_others() -> None:
     """A large car is no entry under --max-area, but the small ones are still not alone."""
-    large = Thing(9, ["car"], ["blue"], (0, 0, 100, 100))
+    large = VGObject(9, ["car"], ["blue"], (0, 0, 100, 100))
     words, counts = describe_positions([CARS[0], CARS[2], large], [], max_area=0.5)
     assert words == ["left red car", "right red car"]
     assert counts == {vg_phrases.LARGE_BOX: 1}
 
 
 def test_an_object_annotated_twice_is_one() -> None:
-    twice = [*CARS[:2], Thing(11, ["Car"], ["old", "red"], CARS[0].box)]
+    twice = [*CARS[:2], VGObject(11, ["Car"], ["old", "red"], CARS[0].box)]
     words, counts = describe_positions(twice, [])
     assert words == ["left red car", "right red car", "left old Car"]
     assert counts == {vg_phrases.REPEATED: 1}
@@ -177,7 +188,7 @@ def test_an_object_annotated_twice_is_one() -> None:
 def test_others_without_ids_count_by_their_boxes() -> None:
     others = [thing._replace(object_id=None) for thing in CARS]
     assert describe_positions(CARS, others)[0] == ["left red car", "middle red car", "right red car"]
-    others.append(Thing(None, ["car"], [], at(5, 50)))
+    others.append(VGObject(None, ["car"], [], at(5, 50)))
     assert describe_positions(CARS, others)[0] == ["right red car"]
 
 
@@ -236,16 +247,14 @@ BOX = {"x": 1, "y": 2, "w": 3, "h": 4}
     ],
 )
 def test_objects_of_every_version(row: dict[str, Any]) -> None:
-    assert read_things([{**row, **BOX}], IMAGE) == [Thing(5, ["clock"], ["green"], (1, 2, 4, 6))]
+    assert read_object(IMAGE, {**row, **BOX}) == VGObject(5, ["clock"], ["green"], (1, 2, 4, 6))
 
 
 @pytest.mark.parametrize("key", ["region_id", "id"])
 def test_regions_of_every_version(key: str) -> None:
     row = {key: 1382, "phrase": "a clock", "x": 1, "y": 2, "width": 3, "height": 4}
-    assert read_regions([row, {**row, "image_id": 1}], IMAGE) == [
-        Region(None, "a clock", (1, 2, 4, 6)),
-        Region(1, "a clock", (1, 2, 4, 6)),
-    ]
+    assert read_region(IMAGE, row) == DescribedRegion(None, "a clock", (1, 2, 4, 6))
+    assert read_region(IMAGE, {**row, "image_id": 1}) == DescribedRegion(1, "a clock", (1, 2, 4, 6))
 
 
 @pytest.mark.parametrize("row", [{"image_id": 5}, {"id": 5}, {"id": "5", "image_id": 5}, {"image_id": None, "id": 5}])
@@ -260,8 +269,10 @@ def test_image_ids_of_every_version(row: dict[str, Any]) -> None:
         ({"names": ["a"], "object_names": ["b"]}, "keys 'names' and 'object_names' mean", r"\['a'\] and \['b'\]"),
         ({"names": ["a", "b"], "name": "b"}, "keys 'names' and 'name' mean", ""),
         ({"names": ["a"], "width": 4}, "keys 'w' and 'width' mean the same but differ", "3 and 4"),
+        ({"names": ["a"], "width": None}, "key 'width' must be a number", "found None"),
     ],
 )
 def test_two_keys_for_one_thing_must_agree(row: dict[str, Any], kind: str, detail: str) -> None:
-    with pytest.raises(EntryProblem, match=f"{kind}.*object 0, {detail}"):
-        read_things([{**BOX, **row}], IMAGE)
+    with pytest.raises(EntryProblem, match=f"object 0, {detail}") as problem:
+        list(read_each([{**BOX, **row}], "object", functools.partial(read_object, IMAGE)))
+    assert problem.value.kind.startswith(kind)

@@ -157,7 +157,7 @@ def test_training_reads_every_entry(raw: Path, tmp_path: Path) -> None:
 def test_the_counts(raw: Path, tmp_path: Path) -> None:
     report = visual_genome.prepare([raw], tmp_path, Rules())
     drafts = report.drafts.values()
-    assert [(d.images, d.entries, d.boxes) for d in drafts] == [(2, 5, 6), (2, 7, 10), (2, 9, 9)]
+    assert [(len(d.places), d.entries, d.boxes) for d in drafts] == [(2, 5, 6), (2, 7, 10), (2, 9, 9)]
     descriptions, attributes, spatial = (+draft.dropped for draft in drafts)
     assert descriptions == {
         vg_phrases.NO_TEXT: 3,

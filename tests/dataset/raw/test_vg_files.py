@@ -7,12 +7,13 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import pytest
 
 from dataset.raw import archives, vg_files, visual_genome
-from dataset.raw.vg_files import Draft, Source, Spool, find_sources, read_entries
+from dataset.raw.vg_files import Draft, RawFile, find_sources, stream_items
 from dataset.raw.vg_phrases import Rules
 from dataset.reading import DataError
 from utils import UserError
@@ -53,7 +54,7 @@ def make(raw: Path, out: Path) -> None:
 def test_entries_are_read_one_at_a_time(tmp_path: Path) -> None:
     """The first arrive before the file turns out to be broken; numbers are plain ones."""
     path = write(tmp_path / "x.json", '[{"a": 1}, [2.5, 1e3], ' + " " * 300_000 + '"unfinished')
-    entries = read_entries(Source(path))
+    entries = stream_items(RawFile(path))
     assert next(entries) == {"a": 1}
     numbers = next(entries)
     assert numbers == [2.5, 1000.0]
@@ -119,12 +120,12 @@ def test_items_do_not_depend_on_the_pieces(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(vg_files, "PIECE", piece)
     for index, ascii_only in enumerate((True, False)):
         path = write(tmp_path / f"{index}.json", json.dumps(items, indent=1, ensure_ascii=ascii_only) + "\n \n")
-        assert list(read_entries(Source(path))) == items
+        assert list(stream_items(RawFile(path))) == items
     for text in ("[]", " [ ] "):
-        assert list(read_entries(Source(write(tmp_path / "x.json", text)))) == []
+        assert list(stream_items(RawFile(write(tmp_path / "x.json", text)))) == []
     for text in ("[1] x", "[] []", "[1, 2", "[1 2]", "[1]]", '["\\ud8', "", "[1,]", "[,1]"):
         with pytest.raises(DataError, match=r"x\.json: not valid JSON"):
-            list(read_entries(Source(write(tmp_path / "x.json", text))))
+            list(stream_items(RawFile(write(tmp_path / "x.json", text))))
 
 
 def test_an_entry_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,7 +146,7 @@ def test_an_entry_has_a_limit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         list(vg_files._items(Counting(path.read_bytes())))
     assert read < 1 << 16
     with pytest.raises(DataError, match=r"x\.json: not valid JSON \(Unterminated string"):
-        list(read_entries(Source(path)))
+        list(stream_items(RawFile(path)))
 
 
 def test_gzip_is_named(raw: Path, tmp_path: Path) -> None:
@@ -213,8 +214,8 @@ def test_the_file_goes_before_its_zip(tmp_path: Path) -> None:
     for name in ("attributes.json.zip", "attributes.zip", "objects_v1_2.json.zip"):
         write(tmp_path / name, "no zip file")  # not opened
     assert find_sources([tmp_path]) == {
-        "attributes": Source(tmp_path / "attributes.json"),
-        "objects": Source(tmp_path / "objects_v1_2.json"),
+        "attributes": RawFile(tmp_path / "attributes.json"),
+        "objects": RawFile(tmp_path / "objects_v1_2.json"),
     }
 
 
@@ -222,7 +223,7 @@ def test_sources_that_cannot_be_used(raw: Path, tmp_path: Path) -> None:
     write(raw / "image_data_v1_2.json", "[]")
     with pytest.raises(DataError, match=r"image_data\.json and .*image_data_v1_2\.json are both image_data"):
         find_sources([raw])
-    assert find_sources([raw / "image_data.json"]) == {"image_data": Source(raw / "image_data.json")}
+    assert find_sources([raw / "image_data.json"]) == {"image_data": RawFile(raw / "image_data.json")}
     with pytest.raises(DataError, match="absent: does not exist"):
         find_sources([tmp_path / "absent"])
     with pytest.raises(DataError, match=r"other\.json: none of Visual Genome's files"):
@@ -249,12 +250,15 @@ def test_a_missing_file_is_named(raw: Path, tmp_path: Path, missing: str) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_spool(tmp_path: Path) -> None:
-    with Spool(tmp_path) as spool:
-        for image_id, text in ((5, "é"), (3, ""), (9, "nine")):
-            spool.add(image_id, text)
-            assert spool.get(5) == "é"
-        assert [spool.get(i) for i in (9, 5, 3, 4)] == ["nine", "é", "", ""]
+def test_a_draft_is_read_back_in_any_order(tmp_path: Path) -> None:
+    rows = [{"caption": "é", "bbox": [[1, 2, 3, 4], [5, 6, 7, 8]]}, {"caption": "nine", "bbox": [[0, 0, 1, 1]]}]
+    with TemporaryFile(dir=tmp_path) as file:
+        draft = Draft(file)
+        for image_id, added in ((5, rows), (3, []), (9, rows[1:])):
+            draft.add(image_id, added)
+            assert json.loads(f"[{draft.get(5)}]") == rows
+        assert [draft.get(i) for i in (9, 3, 4)] == [json.dumps(rows[1]), "", ""]
+        assert (len(draft.places), draft.entries, draft.boxes) == (2, 3, 4)
         assert not list(tmp_path.iterdir())
 
 

@@ -23,7 +23,7 @@ from config import ConfigError, PretrainConfig, load_config
 from dataset.photos import read_photo
 from dataset.reading import DataError
 from dataset.text import load_tokenizer
-from dataset.vg import Entry, load_entries
+from dataset.vg import TrainingEntry, load_entries
 from grounding.ground import ground
 from grounding.load import open_model
 from grounding.pictures import tensorboard
@@ -283,7 +283,7 @@ def test_entries_to_watch(tmp_path: Path) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(10)]
     for number, path in enumerate(paths):
         Image.new("RGB", (20 + number, 10)).save(path)
-    entries = [Entry(path, [f"phrase {path.stem}", "another"], [], f"entry {path.stem}") for path in paths]
+    entries = [TrainingEntry(path, [f"phrase {path.stem}", "another"], [], f"entry {path.stem}") for path in paths]
     boxed = [entry._replace(boxes=[[2, 3, 90, 8.9], [5, 5, 5, 7], [0, 0, 4, 1]]) for entry in entries[1::2]]
     mixed = [boxed[number // 2] if number % 2 else entry for number, entry in enumerate(entries)]
     found = tensorboard.watched_entries(mixed, count=2)
