@@ -30,7 +30,7 @@ from dataset.scenes.language import KINDS, describe, text
 from dataset.scenes.world import draw_scene, render
 from dataset.transforms import augment_for_albef, augment_for_amc, normalise, resize_bicubic
 from dataset.vg import Collate, TrainingData
-from grounding.predict import ImageData
+from grounding.batches import ImageData
 
 WORKERS = (0, 1, 2)
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from grounding.predict import ask
 
 from config import GroundingConfig, load_config
 from dataset.expressions import Expression
@@ -24,7 +25,6 @@ from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark, asked_for
 from grounding.evaluate import EvaluationError, find_checkpoints
 from grounding.load import LayerError
 from grounding.metrics import size_of
-from grounding.predict import ask
 from grounding.report.rows import ReportError
 from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef

@@ -18,7 +18,7 @@ from dataset.reading import DataError
 from dataset.scenes import files as scenes_files
 from dataset.transforms import resize_bilinear_image
 from grounding.benchmarks import FLICKR, REFCOCO
-from grounding.ground import encode, ground_all
+from grounding.explain import encode, ground_all
 from grounding.load import LayerError, config_of, open_model
 from grounding.maps import ScoredBox
 from models.albef import build_albef

@@ -17,7 +17,7 @@ from PIL import Image
 
 from dataset.photos import read_photo
 from dataset.scenes import files as scenes_files
-from grounding.ground import ground, ground_all
+from grounding.explain import ground, ground_all
 from grounding.load import open_model
 
 ROOT = Path(__file__).parents[2]

@@ -19,10 +19,9 @@ from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.transforms import normalise
 from docs import figures
-from grounding.ground import encode, ground
+from grounding.explain import Explainer, encode, ground
 from grounding.load import open_model
 from grounding.pictures.anatomy import look, parts, terms, training_view
-from grounding.predict import Explainer
 from models import amc
 from models.albef import build_albef
 from tests.small_model import BERT, SIZES

@@ -23,11 +23,10 @@ from dataset.photos import read_photo
 from dataset.reading import DataError
 from dataset.text import load_tokenizer
 from dataset.vg import Entry, load_entries
-from grounding.ground import ground
+from grounding.explain import Explainer, ground
 from grounding.load import open_model
 from grounding.pictures import tensorboard
 from grounding.pictures.overlay import overlay, save
-from grounding.predict import Explainer
 from models.pretrain import PretrainModel
 from tests.programs.test_pretrain_program import (
     REPOSITORY,

@@ -18,9 +18,8 @@ from config import PretrainConfig
 from dataset.reading import DataError
 from dataset.scenes import files as scenes_files
 from dataset.transforms import resize_bilinear_image
-from grounding.ground import Answer, PhraseError, ground_all, of_word
+from grounding.explain import Answer, Explainer, PhraseError, ground_all, of_word
 from grounding.load import LayerError, OpenedModel, open_model
-from grounding.predict import Explainer
 from grounding.web import examples, fragments, session
 from grounding.web.examples import Offer, offered, scene_examples
 from grounding.web.layout import NOTHING, Events
