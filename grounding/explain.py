@@ -239,7 +239,8 @@ def ask(explainer: Explainer, image: EncodedImage, phrases: Sequence[str], max_w
         maps, token_maps = explainer.finite(found.maps.cpu()), found.token_maps
         for row, (phrase, text), match in zip(range(len(maps)), named, matches, strict=False):
             count = int(tokens.attention_mask[row].sum())
-            small, words = maps[row], ()
+            small = maps[row]
+            words: tuple[WordMap, ...] = ()
             if token_maps is not None:
                 small = small * (tokens.attention_mask.shape[1] / count)  # the mean over its own tokens, not padding
                 words = word_maps(explainer.tokenizer.split(text), token_maps[row, :count].cpu())

@@ -102,7 +102,7 @@ def why_unfit(vit: ViT) -> str | None:
     if not hasattr(getattr(vit, "patch_embed", None), "grid_size") or not hasattr(vit, "num_prefix_tokens"):
         return "its patches form no grid"
     blocks = getattr(vit, "blocks", ())
-    attentions = [getattr(block, "attn", None) for block in blocks]
+    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
     if not attentions or not all(hasattr(attention, "fused_attn") for attention in attentions):
         return "its blocks have no self-attention of timm's ViT"
     (height, width), (rows, columns), (down, right) = vit.patch_embed.img_size, grid(vit), patch_size(vit)

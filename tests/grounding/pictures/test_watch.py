@@ -426,7 +426,7 @@ def test_tensorboard_is_optional(place: Path, tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "out").exists()
     for name in (
         "grounding.pictures.tensorboard",
-        "grounding.predict",
+        "grounding.explain",
         "matplotlib",
     ):  # without the flag, not even these
         monkeypatch.setitem(sys.modules, name, None)
