@@ -80,12 +80,17 @@ class Explainer(NamedTuple):
         found = [self.model.match(encoded, *chunk).cpu() for chunk in self.chunks(texts, index)]
         return self.finite(torch.cat(found), "the match probability")
 
-    def answers(self, encoded: Any, texts: list[str]) -> Iterator[tuple[Tokens, Explanation, list[float]]]:
-        """Explain texts about one encoded image, chunk by chunk: tokens, explanation, and match probabilities."""
+    def answers(self, encoded: Any, texts: list[str]) -> Iterator[tuple[Tokens, Explanation, Tensor, list[float]]]:
+        """Explain texts about one encoded image, chunk by chunk.
+
+        Yields:
+            tokens (n, T), the explanation, its maps (n, h, w) on the CPU, and n match probabilities.
+        """
         for index, tokens in self.chunks(texts):
             found = self.model.explain(encoded, index, tokens, self.mode, self.block)
+            maps = self.finite(found.maps.cpu())
             match = self.model.match(encoded, index, tokens) if found.match is None else found.match
-            yield tokens, found, self.finite(match.cpu(), "the match probability").tolist()
+            yield tokens, found, maps, self.finite(match.cpu(), "the match probability").tolist()
 
     def chunks(
         self, texts: list[str], index: list[int] | None = None, size: int = MAX_PAIRS
@@ -235,8 +240,8 @@ def ask(explainer: Explainer, image: EncodedImage, phrases: Sequence[str], max_w
     """The model's part of `ground_all`; arguments and errors as there."""
     texts = [clean_phrase(explainer, phrase, max_words) for phrase in phrases]
     named, answers = zip(phrases, texts, strict=True), []
-    for tokens, found, matches in explainer.answers(image.encoded, texts):
-        maps, token_maps = explainer.finite(found.maps.cpu()), found.token_maps
+    for tokens, found, maps, matches in explainer.answers(image.encoded, texts):
+        token_maps = found.token_maps
         for row, (phrase, text), match in zip(range(len(maps)), named, matches, strict=False):
             count = int(tokens.attention_mask[row].sum())
             small = maps[row]

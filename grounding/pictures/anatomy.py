@@ -34,9 +34,11 @@ def parts(seen: Explanation) -> Parts:
     """The parts of the one phrase in `seen`."""
 
     def average(x: Tensor) -> Tensor:
-        return x[0].mean(dim=(0, 1)).unflatten(-1, seen.grid)
+        return x[0].mean(dim=(0, 1)).unflatten(-1, seen.grid).cpu()
 
-    return Parts(average(seen.attention), average(seen.gradient), average(seen.gradient.clamp(min=0)), seen.maps[0])
+    return Parts(
+        average(seen.attention), average(seen.gradient), average(seen.gradient.clamp(min=0)), seen.maps[0].cpu()
+    )
 
 
 class Training(NamedTuple):
@@ -61,7 +63,7 @@ def training_view(
     rng, side = np.random.default_rng(0), explainer.model.image_res
     pixels, mask, _ = augment_for_amc(np.asarray(image), covered, phrase, AS_IT_IS, side, config.mask_size, rng)
     encoded = encode(explainer, Image.fromarray(pixels), resize_bilinear_image)
-    cam = look(explainer._replace(block=config.amc.layer), encoded, phrase).maps
+    cam = look(explainer._replace(block=config.amc.layer), encoded, phrase).maps.cpu()
     return Training(pixels, amc.resize(amc.normalise(cam), config.mask_size)[0], torch.from_numpy(mask).float())
 
 
@@ -91,6 +93,6 @@ def terms(cam: Tensor, mask: Tensor, options: AMCConfig) -> Terms:
 
 
 def look(explainer: Explainer, image: EncodedImage, phrase: str) -> Explanation:
-    """Attention and gradient of one phrase by the explainer's mode and layer, on the CPU."""
-    ((_, seen, _),) = explainer.answers(image.encoded, [clean_phrase(explainer, phrase)])
-    return Explanation(*(part.cpu() if isinstance(part, Tensor) else part for part in seen))
+    """Attention and gradient of one phrase by the explainer's mode and layer."""
+    ((_, seen, _, _),) = explainer.answers(image.encoded, [clean_phrase(explainer, phrase)])
+    return seen

@@ -6,7 +6,6 @@ import json
 import numpy as np
 import pytest
 import torch
-from grounding.predict import MAX_PAIRS, Explainer
 from numpy.random import default_rng
 from PIL import Image
 
@@ -15,7 +14,7 @@ from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.transforms import normalise, resize_bicubic, resize_bilinear_image
 from grounding import maps
-from grounding.explain import PhraseError, encode, ground, ground_all, word_maps
+from grounding.explain import MAX_PAIRS, Explainer, PhraseError, encode, ground, ground_all, word_maps
 from grounding.maps import THRESHOLD, ScoredBox, map_boxes, region_boxes, share_of_maximum
 from models.albef import build_albef
 from models.checkpoint import CheckpointError
