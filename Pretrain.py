@@ -250,8 +250,8 @@ class Run:
         if not args.tensorboard or utils.rank() != 0:
             return None
         # Imported here: it brings matplotlib and TensorBoard, which no other run needs.
+        from grounding.explain import Explainer
         from grounding.pictures.tensorboard import Board, watched_entries, watched_pairs
-        from grounding.predict import Explainer
 
         explainer = Explainer(self.model, tokenizer, self.device, "itm", config.amc.layer)
         samples = config.batch_size * args.accum_steps * utils.world_size()

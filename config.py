@@ -14,7 +14,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_serializer,
+)
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
 
@@ -124,6 +134,17 @@ class AugmentConfig(Section):
         return scale
 
 
+# Keys of the plain ViT; `vision_model` takes their place.
+VISION_SIZES = (
+    "patch_size",
+    "vision_width",
+    "vision_depth",
+    "vision_heads",
+    "vision_mlp_ratio",
+    "vision_initializer_range",
+)
+
+
 class ModelConfig(Section):
     """What decides the model's shapes; shared by training and evaluation."""
 
@@ -135,6 +156,9 @@ class ModelConfig(Section):
     vision_heads: int = Field(12, ge=1)
     vision_mlp_ratio: float = Field(4.0, gt=0)
     vision_initializer_range: float = Field(0.02, gt=0)  # std of the linear layers' first weights, as BERT's key says
+    # The image encoder by its name in timm, such as vit_base_patch14_reg4_dinov2; its sizes are then its own, and
+    # bert_config's encoder_width must be its width. Any ViT with a CLS token; nothing is downloaded.
+    vision_model: str | None = None
     embed_dim: int = Field(256, ge=1)
     temp: float = Field(0.07, gt=0)
     queue_size: int = Field(65536, ge=1)
@@ -142,6 +166,12 @@ class ModelConfig(Section):
     alpha: float = Field(0.4, ge=0, le=1)
     optimizer: OptimizerConfig = OptimizerConfig()
     schedular: ScheduleConfig = ScheduleConfig()
+
+    @model_serializer(mode="wrap")
+    def _one_image_encoder(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A saved config says `vision_model` or the sizes of the plain ViT, never both."""
+        unused = ("vision_model",) if self.vision_model is None else VISION_SIZES
+        return {key: value for key, value in values(self).items() if key not in unused}
 
 
 class PretrainConfig(ModelConfig):
@@ -302,22 +332,32 @@ def _read_text(path: str | Path, what: str) -> str:
         raise ConfigError(f"{path}: not a text file ({error})") from error
 
 
+def width_problems(what: str, width: int, bert: BertConfig) -> list[str]:
+    """Whether the fusion layers can read image tokens of a width; `what` names it."""
+    if width == bert.encoder_width:
+        return []
+    return [
+        f"{what} is {width} but bert_config has encoder_width {bert.encoder_width}: the cross-attention reads image "
+        "tokens, so the two must be equal"
+    ]
+
+
 def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
     """What of the sizes would keep the model from being built, each with the keys to change; empty if nothing."""
     problems = []
-    if config.vision_width != bert.encoder_width:
-        problems.append(
-            f"vision_width is {config.vision_width} but bert_config has encoder_width {bert.encoder_width}: the "
-            "cross-attention reads image tokens, so the two must be equal"
-        )
-    for key, of, size, parts in (
-        ("image_res", "patch_size", config.image_res, config.patch_size),
-        ("vision_width", "vision_heads", config.vision_width, config.vision_heads),
-        ("bert_config's hidden_size", "num_attention_heads", bert.hidden_size, bert.num_attention_heads),
-    ):
-        if size % parts:
-            problems.append(f"{key} is {size}, which its {of} of {parts} does not divide")
-    if int(config.vision_width * config.vision_mlp_ratio) < 1:
+    parts = [("bert_config's hidden_size", "num_attention_heads", bert.hidden_size, bert.num_attention_heads)]
+    plain = config.vision_model is None  # another's sizes are known when it is built: models/vit.py
+    if plain:
+        problems += width_problems("vision_width", config.vision_width, bert)
+        parts = [
+            ("image_res", "patch_size", config.image_res, config.patch_size),
+            ("vision_width", "vision_heads", config.vision_width, config.vision_heads),
+            *parts,
+        ]
+    for key, of, size, divisor in parts:
+        if size % divisor:
+            problems.append(f"{key} is {size}, which its {of} of {divisor} does not divide")
+    if plain and int(config.vision_width * config.vision_mlp_ratio) < 1:
         problems.append(
             f"vision_mlp_ratio is {config.vision_mlp_ratio}: it leaves the MLP of the image encoder no width"
         )

@@ -27,11 +27,10 @@ from dataset.reading import SKIP, DataError
 from grounding import maps, metrics
 from grounding.benchmarks import BENCHMARKS
 from grounding.evaluate import PRECISIONS
-from grounding.ground import Grounding, encode, ground_all, notes
+from grounding.explain import Explainer, Grounding, encode, ground_all, notes
 from grounding.load import OpenedModel, open_model
 from grounding.maps import THRESHOLD, check_threshold
 from grounding.pictures import overlay
-from grounding.predict import Explainer
 from grounding.web import layout, server
 from grounding.web.examples import DEMO, ONLY_BEFORE, SHIPPED_AMC, TRAINED, Offer, examples, offered
 from grounding.web.request_guard import LOOPBACK

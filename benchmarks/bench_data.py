@@ -26,7 +26,7 @@ from benchmarks.machine import Clock, describe_machine, parser, print_table
 from config import AugmentConfig, PretrainConfig
 from dataset.transforms import augment_for_albef, augment_for_amc, normalise, resize_bicubic
 from dataset.vg import Collate, TrainingData
-from grounding.predict import ImageData
+from grounding.batches import ImageData
 
 
 def write_images(folder: Path, count: int) -> None:

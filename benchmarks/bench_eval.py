@@ -27,9 +27,8 @@ from config import GroundingConfig, load_config
 from dataset.text import Tokenizer
 from dataset.transforms import normalise, resize_bicubic
 from grounding import maps, metrics
-from grounding.predict import Explainer
+from grounding.explain import Explainer
 from models.albef import ALBEF, build_albef
-from models.amc import gradcam
 
 MIXES = {"refcoco": (384, 7), "flickr": (256, 14)}  # image_res, expressions per image
 DISTINCT = {"flickr": 11}  # equal strings among an image's phrases; an assumption, of every 14 three are repetitions
@@ -137,26 +136,17 @@ def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
     texts = MIXES[name][1]
     photos = make_photos(args.rounds + 1, texts, DISTINCT.get(name, texts), image_res)
     model = published.with_onednn(model)
-    clock, encoder = Clock(), model.text_encoder
+    clock = Clock()
     for photo in photos:
         tokens = tokenizer(list(dict.fromkeys(photo.texts)))
         with clock.measure("loading"):
             pixels = decode_pixels(photo.jpeg, image_res)
-        with torch.no_grad():
-            with clock.measure("image encoder"):
-                image = model.encode_image(pixels[None])
-            with clock.measure("keys and values"):
-                images = encoder.image_keys_values(image)
-            with clock.measure("text"):
-                encoded = model.encode_text(*tokens)
-        with clock.measure("fusion, forward"):
-            fused = encoder.fuse(encoded, tokens.attention_mask, images, attention_layer=layer, cls_only=True)
-            score = model.match_logits(fused.tokens)[:, 1].sum()
-        assert fused.attention is not None
-        with clock.measure("fusion, backward"):
-            (gradient,) = torch.autograd.grad(score, fused.attention)
+        with clock.measure("image encoder, keys and values"):
+            encoded = model.encode(pixels[None], only=("itm", layer))
+        with clock.measure("text, fusion and gradient"):
+            found = model.explain(encoded, None, tokens, "itm", layer)
         with clock.measure("map, point and box"):
-            for cam in gradcam(fused.attention.detach(), gradient, tokens.attention_mask, model.visual_encoder.grid):
+            for cam in found.maps:
                 resized = maps.ResizedMap(cam, HEIGHT, WIDTH)
                 resized.point()
                 metrics.best_detection(resized, photo.detections)

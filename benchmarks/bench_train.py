@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import utils
 from benchmarks import published
 from benchmarks.machine import Clock, describe_machine, parser, peak_memory, print_table
-from config import OptimizerConfig, PretrainConfig, load_config
+from config import OptimizerConfig, PretrainConfig, load_bert_config, load_config
 from models.pretrain import Batch, PretrainModel
 from models.xbert import Attention
 from optim import create_optimizer, parameter_groups
@@ -71,7 +71,9 @@ class Trainer:
         self.config = config.model_copy(update={"negative_sharpness": 1.0})
         self.model = build_model(self.config)
         self.fast = published.with_onednn(self.model)
-        self.batch = make_batch(args.batch, args.tokens, self.config, self.model.text_encoder.config.vocab_size)
+        self.batch = make_batch(
+            args.batch, args.tokens, self.config, load_bert_config(self.config.bert_config).vocab_size
+        )
         groups = parameter_groups(self.model, 0.0)
         self.plain = torch.optim.AdamW(groups, lr=1e-30, foreach=False, fused=False)
         self.ours = create_optimizer(OptimizerConfig(opt="adamW", lr=1e-30, weight_decay=0.0), self.model)

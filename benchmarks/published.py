@@ -77,7 +77,7 @@ def maps(model: ALBEF, images: Tensor, ids: Tensor, mask: Tensor, layer: int) ->
         model.zero_grad()
         model.match_logits(fused)[:, 1].sum().backward()
     assert attention.grad is not None
-    return amc.gradcam(attention.detach(), attention.grad, mask, model.visual_encoder.grid)
+    return amc.gradcam(attention.detach(), attention.grad, mask, model.grid)
 
 
 def training_losses(model: PretrainModel, batch: Batch, alpha: float) -> dict[str, Tensor]:

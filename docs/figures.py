@@ -33,12 +33,11 @@ from dataset.refer import MAX_WORDS
 from dataset.text import clean_caption
 from demo import check_boxes, demo_model
 from grounding import maps, metrics
-from grounding.ground import Grounding, encode, ground, ground_all
-from grounding.load import layers, open_model
+from grounding.explain import Explainer, Grounding, encode, ground, ground_all
+from grounding.load import open_model
 from grounding.pictures.anatomy import Terms, Training, look, parts, terms, training_view
 from grounding.pictures.overlay import COLORMAP, DPI, SMALL, pixels, see_through, word_strip, wrap
 from grounding.pictures.panels import RIGHT, WRONG
-from grounding.predict import Explainer
 from grounding.web.examples import SHIPPED, SHIPPED_CONFIG
 
 Box = Sequence[float]  # [x, y, w, h] in pixels of the image
@@ -79,8 +78,7 @@ Models = dict[str, Explainer]  # by the name that the picture gives them
 def gradcam_figure(explainer: Explainer, image: Image.Image, phrase: str, boxes: Sequence[Box]) -> Figure:
     """The image, then A, G, max(G, 0), A * max(G, 0) on the grid of patches, then the map at the image's size."""
     encoded = encode(explainer, image)
-    seen, _ = look(explainer, encoded, phrase)
-    made, found = parts(seen, explainer.model.visual_encoder.grid), ground(explainer, encoded, phrase)
+    made, found = parts(look(explainer, encoded, phrase)), ground(explainer, encoded, phrase)
     figure, grid = _panels(2, 3, image.size, PART, head=0.42)
     _show(grid[0], image, f'"{found.text}"')
     titles = ("attention A", "gradient G of the match logit", "max(G, 0)", "A max(G, 0): the map")
@@ -169,7 +167,7 @@ def _hinges(axes: Axes, found: Terms, options: AMCConfig) -> list[Line2D]:
 
 def layers_figure(models: Models, image: Image.Image, phrases: Sequence[str], boxes: Sequence[Box]) -> Figure:
     """A row a phrase: its map at every fusion layer of every model; boxes, one a phrase, tell who is right."""
-    columns = [(name, asked, block) for name, asked in models.items() for block in layers(asked.model, "itm")]
+    columns = [(name, asked, block) for name, asked in models.items() for block in asked.model.layers("itm")]
     encoded = {name: encode(explainer, image) for name, explainer in models.items()}
     names = [wrap(clean_caption(phrase, MAX_WORDS), len(columns) * LAYER, SMALL) for phrase in phrases]
     head = 0.08 + LINE * max(map(len, names))

@@ -16,11 +16,12 @@ from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from dataset.workers import killed_workers_explained
 from grounding import identity, metrics
+from grounding.batches import Ask, ImageData, Pair, answer_pairs, load_images
 from grounding.benchmarks import Benchmark, asked_for
+from grounding.explain import Explainer, Resize
 from grounding.identity import Origin
 from grounding.load import check_config, ready
 from grounding.metrics import score
-from grounding.predict import Ask, Explainer, ImageData, Pair, Resize, ask, load_images
 from grounding.report.rows import sources_of
 from grounding.report.write import report_folders
 from grounding.results import ResultFolder, Row, percent
@@ -301,7 +302,7 @@ class Evaluation:
         images = list(dict.fromkeys(image for image, _ in pairs))
         data = ImageData(images, resize, self.config.image_res, self.args.skip_broken)
         batches = load_images(data, self.config.batch_size, self.args.num_workers)
-        parts = utils.gather_objects(dict(ask(function, pairs, batches)))
+        parts = utils.gather_objects(dict(answer_pairs(function, pairs, batches)))
         found = {position: answer for part in parts for position, answer in part.items()}
         if pairs and not found:
             raise DataError(f"none of the {len(images)} images can be read; check image_root")

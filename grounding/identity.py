@@ -33,8 +33,9 @@ NOT_OF_EVALUATION = {"hidden_dropout_prob", "attention_probs_dropout_prob", "ini
 def of_model(config: GroundingConfig, vocabulary: str) -> Origin:
     """The parts that say which function a checkpoint's weights are; `vocabulary` is the tokenizer's file."""
     bert = load_bert_config(config.bert_config).model_dump(exclude=NOT_OF_EVALUATION)
+    sizes = config.model_dump()
     return {
-        **{key: getattr(config, key) for key in ("image_res", *SHAPE_KEYS)},
+        **{key: sizes[key] for key in ("image_res", *SHAPE_KEYS) if key in sizes},
         **{f"bert_config's {key}": value for key, value in bert.items()},
         "vocabulary": f"sha256 {files.file_digest(vocabulary)}",
         "torch": str(torch.__version__),

@@ -1,4 +1,4 @@
-"""From a checkpoint file to a model that can be asked: which config, which vocabulary, which layer."""
+"""Open a checkpoint: choose its config and vocabulary, build the model, load the weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,26 +7,33 @@ from typing import Any, NamedTuple
 import torch
 
 import utils
-from config import ConfigError, GroundingConfig, ModelConfig, load_bert_config, load_config, parse_config
+from config import (
+    VISION_SIZES,
+    ConfigError,
+    GroundingConfig,
+    ModelConfig,
+    load_bert_config,
+    load_config,
+    parse_config,
+)
 from dataset.text import Tokenizer, load_tokenizer
 from grounding.benchmarks import REFCOCO, Benchmark
-from grounding.predict import Explainer
+from grounding.explain import Explainer
 from models.albef import ALBEF, build_albef
 from models.checkpoint import LoadReport, load_weights, read_checkpoint
+from models.interface import ExplainableModel, check_layer
 from models.onednn import use_onednn
 
 SCENES_BERT = Path("configs/scenes/config_bert.json")
 SCENES_TEXT_ENCODER = Path("configs/scenes")  # holds the vocab.txt of dataset/scenes
 CONFIG_FOLDERS = (Path("configs"), Path("configs/scenes"))
-SHAPE_KEYS = ("patch_size", "vision_width", "vision_depth", "vision_heads", "vision_mlp_ratio", "embed_dim")
-
-
-class LayerError(utils.UserError):
-    """A layer that the model does not have."""
+# What decides the shapes of the weights, beside bert_config and image_res. A config that is saved has `vision_model` or
+# the sizes of the plain ViT.
+SHAPE_KEYS = ("vision_model", *(key for key in VISION_SIZES if key != "vision_initializer_range"), "embed_dim")
 
 
 class OpenedModel(NamedTuple):
-    """A checkpoint's model with what it takes to ask it.
+    """A checkpoint's model, tokenizer and device.
 
     Args:
         config: the one that was given or chosen; its `block_num` is the layer explained unless another is asked for.
@@ -34,7 +41,7 @@ class OpenedModel(NamedTuple):
         report: what became of the file's tensors.
     """
 
-    model: ALBEF
+    model: ExplainableModel
     tokenizer: Tokenizer
     device: torch.device
     config: GroundingConfig
@@ -44,7 +51,7 @@ class OpenedModel(NamedTuple):
     def explainer(
         self, mode: str = "itm", block: int | None = None, precision: torch.dtype = torch.float32
     ) -> Explainer:
-        """To be asked in a mode ("itm", "itc") at a layer; raises `LayerError` when there is no such layer."""
+        """Explain by a mode ("itm", "itc") and a layer; raises `LayerError` when the model has no such layer."""
         block = self.config.block_num if block is None else block
         check_layer(self.model, mode, block)
         return Explainer(self.model, self.tokenizer, self.device, mode, block, precision, self.report.path)
@@ -96,21 +103,8 @@ def ready(model: ALBEF, content: dict[str, Any], path: str | Path, device: torch
     return report
 
 
-def layers(model: ALBEF, mode: str) -> range:
-    """The layers that can be explained: the fusion layers ("itm") or the image encoder's blocks ("itc")."""
-    return model.text_encoder.fusion_layers if mode == "itm" else range(len(model.visual_encoder.blocks))
-
-
-def check_layer(model: ALBEF, mode: str, block: int) -> None:
-    """Raise `LayerError` when `block` is none of `layers`."""
-    known = layers(model, mode)
-    if block not in known:
-        what = "fusion layers" if mode == "itm" else "image encoder's blocks"
-        raise LayerError(f"--block_num {block}: the {what} are {known.start} to {known.stop - 1}")
-
-
 def check_config(config: GroundingConfig, mode: str, block: int) -> None:
-    """Raise `ConfigError` for sizes that do not fit, `LayerError` as `check_layer`; no weights are made for it."""
+    """Raise `ConfigError` for sizes that do not fit, `LayerError` for a missing layer; no weights are made."""
     with torch.device("meta"):
         check_layer(build_albef(config), mode, block)
 
@@ -143,8 +137,8 @@ def config_of(
 
 
 def _sizes(config: dict[str, Any]) -> tuple[Any, ...]:
-    defaults = ModelConfig().model_dump()
-    return Path(config["bert_config"]), *(config.get(key, defaults[key]) for key in SHAPE_KEYS)
+    sizes = config if config.get("vision_model") else ModelConfig().model_dump() | config
+    return Path(config["bert_config"]), *(sizes.get(key) for key in SHAPE_KEYS)
 
 
 def of_scenes(config: GroundingConfig) -> bool:

@@ -1,6 +1,6 @@
 """ALBEF: two encoders, projections and a matching head (Li et al., NeurIPS 2021, arXiv 2107.07651).
 
-Encoders are injected; `build_albef` makes them from a config.
+Encoders are injected; `build_albef` makes them from a config. `models.interface` says what evaluation asks of it.
 """
 
 from typing import NamedTuple
@@ -9,29 +9,35 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import BertConfig, ConfigError, ModelConfig, load_bert_config, size_problems
-from models.amc import gradcam
-from models.vit import VisionTransformer
+from config import ConfigError, ModelConfig, load_bert_config, size_problems, width_problems
+from dataset.text import Tokens
+from models import vit
+from models.interface import Explanation, check_layer
+from models.vit import ViT, build_vit
 from models.xbert import KeyValue, TextEncoder
 
 
-class Explained(NamedTuple):
-    """attention and gradient: (B, H, T, S) of a layer and d(match logit)/d(it); logits: (B, 2). All detached."""
+class EncodedImages(NamedTuple):
+    """N images as ALBEF keeps them.
 
-    attention: Tensor
-    gradient: Tensor
-    logits: Tensor
+    Args:
+        pixels: (N, 3, r, r).
+        keys_values: for each fusion layer, of N images; none where only mode "itc" will be asked.
+        block_inputs: what enters an image block, (N, S, W), by its index: all blocks, one, or none.
+    """
+
+    pixels: Tensor
+    keys_values: list[KeyValue]
+    block_inputs: dict[int, Tensor]
 
 
 class ALBEF(nn.Module):
-    """The model as evaluation sees it.
+    """The model as evaluation sees it: a `models.interface.ExplainableModel`.
 
     Shapes: N images, S image tokens (CLS first), B texts, T tokens, W width, E embedding size.
     """
 
-    def __init__(
-        self, visual_encoder: VisionTransformer, text_encoder: TextEncoder, embed_dim: int, temp: float
-    ) -> None:
+    def __init__(self, visual_encoder: ViT, text_encoder: TextEncoder, embed_dim: int, temp: float) -> None:
         super().__init__()
         width, text_width = visual_encoder.embed_dim, text_encoder.config.hidden_size
         self.visual_encoder = visual_encoder
@@ -40,6 +46,8 @@ class ALBEF(nn.Module):
         self.text_proj = nn.Linear(text_width, embed_dim)
         self.temp = nn.Parameter(torch.tensor(temp))
         self.itm_head = nn.Linear(text_width, 2)
+
+    # ---- its parts
 
     def encode_image(self, images: Tensor) -> Tensor:
         """(N, 3, r, r), normalised -> tokens (N, S, W)."""
@@ -61,85 +69,99 @@ class ALBEF(nn.Module):
         """(B, T, W) -> (B, 2); class 1 says that text and image match."""
         return self.itm_head(fusion_tokens[:, 0])
 
-    def match_gradcam(
-        self,
-        images: list[KeyValue],
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        layer: int,
-        image_index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """GradCAM of the match logit on cross-attention layer `layer` (AMC, equation 3), one map per text.
+    # ---- the door
 
-        Arguments as in `match_attention`.
+    @property
+    def image_res(self) -> int:
+        """Height and width of input images, in pixels."""
+        return self.visual_encoder.patch_embed.img_size[0]
 
-        Returns:
-            maps (B, h, w) and the match logits (B, 2), both detached.
-        """
-        seen = self.match_attention(images, input_ids, attention_mask, layer, image_index)
-        return gradcam(seen.attention, seen.gradient, attention_mask, self.visual_encoder.grid), seen.logits
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image patches."""
+        return vit.grid(self.visual_encoder)
 
-    def match_attention(
-        self,
-        images: list[KeyValue],
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        layer: int,
-        image_index: Tensor | None = None,
-    ) -> Explained:
-        """Cross-attention of layer `layer` and the gradient of the match logit by it: what a GradCAM map is made of.
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that it can read, [CLS] included."""
+        return self.text_encoder.config.max_position_embeddings
 
-        The gradient runs from the logit back to that attention and no further. Parameters should not require gradients.
+    def layers(self, mode: str) -> range:
+        """The BERT layers with cross-attention ("itm"), or the image encoder's blocks ("itc")."""
+        return self.text_encoder.fusion_layers if mode == "itm" else range(len(self.visual_encoder.blocks))
 
-        Args:
-            images: from `text_encoder.image_keys_values`; `image_index` as in `TextEncoder.fuse`.
-        """
+    @torch.no_grad()
+    def encode(
+        self, images: Tensor, precision: torch.dtype = torch.float32, only: tuple[str, int] | None = None
+    ) -> EncodedImages:
+        """Images once, as in `ExplainableModel.encode`."""
+        encoder, inputs, tokens = self.visual_encoder, {}, None
+        with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
+            if only is None:
+                found, tokens = vit.block_inputs(encoder, images)
+                inputs = dict(enumerate(found))
+            elif only[0] == "itm":
+                tokens = self.encode_image(images)
+            else:
+                inputs = {only[1]: vit.tokens_before(encoder, images, only[1])}
+        keys_values = [] if tokens is None else self.text_encoder.image_keys_values(tokens.float())
+        return EncodedImages(images, keys_values, {block: x.float() for block, x in inputs.items()})
+
+    def explain(
+        self, encoded: EncodedImages, image_index: Tensor | None, tokens: Tokens, mode: str, layer: int
+    ) -> Explanation:
+        """Attention and gradient, as in `ExplainableModel.explain`. Parameters should not require gradients."""
+        check_layer(self, mode, layer)
+        function = self._explain_match if mode == "itm" else self._explain_similarity
+        return function(encoded, image_index, tokens, layer)
+
+    @torch.no_grad()
+    def match(self, encoded: EncodedImages, image_index: Tensor | None, tokens: Tokens) -> Tensor:
+        """Match probabilities (B,), as in `ExplainableModel.match`."""
+        text = self.encode_text(*tokens)
+        fused = self.text_encoder.fuse(text, tokens.attention_mask, encoded.keys_values, image_index, cls_only=True)
+        return self.match_logits(fused.tokens).softmax(dim=1)[:, 1]
+
+    def _explain_match(
+        self, encoded: EncodedImages, image_index: Tensor | None, tokens: Tokens, layer: int
+    ) -> Explanation:
+        """Cross-attention of fusion layer `layer`; the gradient of the match logit runs back to it and no further."""
         with torch.no_grad():
-            text = self.encode_text(input_ids, attention_mask)
+            text = self.encode_text(*tokens)
         with torch.enable_grad():
-            fused = self.text_encoder.fuse(
-                text, attention_mask, images, image_index, attention_layer=layer, cls_only=True
-            )
+            mask, images = tokens.attention_mask, encoded.keys_values
+            fused = self.text_encoder.fuse(text, mask, images, image_index, attention_layer=layer, cls_only=True)
             logits = self.match_logits(fused.tokens)
             assert fused.attention is not None
             (gradient,) = torch.autograd.grad(logits[:, 1].sum(), fused.attention)
-        return Explained(fused.attention.detach(), gradient, logits.detach())
+        match = logits.detach().softmax(dim=1)[:, 1]
+        return Explanation(self._patches(fused.attention.detach()), self._patches(gradient), mask, match, self.grid)
 
-    def contrast_gradcam(
-        self,
-        block_tokens: Tensor,
-        input_ids: Tensor,
-        attention_mask: Tensor,
-        block: int,
-        image_index: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """GradCAM of the image-text similarity on self-attention of image block `block`: its CLS row, patch columns.
+    def _explain_similarity(
+        self, encoded: EncodedImages, image_index: Tensor | None, tokens: Tokens, layer: int
+    ) -> Explanation:
+        """Self-attention of image block `layer`, its CLS row, and the gradient of the similarity over temperature.
 
         The image's way through the model does not depend on the text: it is computed once, a text adds a backward pass.
-
-        Args:
-            block_tokens: (N, S, W), the images as they enter that block (`visual_encoder.tokens_before`).
-            image_index: (B,), which image each text is compared with; left out where text b goes with image b.
-
-        Returns:
-            maps (B, h, w) and similarities over temperature (B,), both detached.
         """
         if image_index is None:
-            image_index = torch.arange(len(input_ids), device=input_ids.device)
+            image_index = tokens.input_ids.new_zeros(len(tokens.input_ids))
         with torch.no_grad():
-            text = self.text_feature(self.encode_text(input_ids, attention_mask))
+            text = self.text_feature(self.encode_text(*tokens))
         with torch.enable_grad():
-            tokens, attention = self.visual_encoder.forward_from(block_tokens, block)
-            similarity = (self.image_feature(tokens)[image_index] * text).sum(dim=1) / self.temp
-        cams = attention.new_empty(len(text), *self.visual_encoder.grid)
+            final, attention = vit.forward_from(self.visual_encoder, encoded.pixels, encoded.block_inputs[layer], layer)
+            similarity = (self.image_feature(final)[image_index] * text).sum(dim=1) / self.temp
+        rows_seen = self._patches(attention.detach()[image_index, :, :1])
+        gradients = torch.empty_like(rows_seen)
         for rows in _one_text_per_image(image_index):
             chosen = torch.zeros_like(similarity).index_fill(0, rows, 1.0)
             (gradient,) = torch.autograd.grad(similarity, attention, chosen, retain_graph=True)
-            seen = image_index[rows]
-            cls_attention, cls_gradient = attention.detach()[seen, :, :1], gradient[seen, :, :1]
-            one_token = torch.ones_like(attention_mask[rows, :1])
-            cams[rows] = gradcam(cls_attention, cls_gradient, one_token, self.visual_encoder.grid)
-        return cams, similarity.detach()
+            gradients[rows] = self._patches(gradient[image_index[rows], :, :1])
+        return Explanation(rows_seen, gradients, None, None, self.grid)
+
+    def _patches(self, columns: Tensor) -> Tensor:
+        """(..., S) -> (..., h * w)."""
+        return columns[..., self.visual_encoder.num_prefix_tokens :]
 
 
 def _one_text_per_image(image_index: Tensor) -> list[Tensor]:
@@ -155,20 +177,14 @@ def _one_text_per_image(image_index: Tensor) -> list[Tensor]:
     return [torch.tensor(group, device=image_index.device) for group in groups]
 
 
-def build_encoders(config: ModelConfig, mlm_head: bool) -> tuple[VisionTransformer, TextEncoder]:
+def build_encoders(config: ModelConfig, mlm_head: bool) -> tuple[ViT, TextEncoder]:
     """The two encoders with random weights, at the config's sizes; raises `ConfigError` for sizes that do not fit."""
-    bert_config: BertConfig = load_bert_config(config.bert_config)
+    bert_config = load_bert_config(config.bert_config)
     if problems := size_problems(config, bert_config):
         raise ConfigError("\n".join(problems))
-    visual_encoder = VisionTransformer(
-        image_res=config.image_res,
-        patch_size=config.patch_size,
-        width=config.vision_width,
-        depth=config.vision_depth,
-        heads=config.vision_heads,
-        mlp_ratio=config.vision_mlp_ratio,
-        initializer_range=config.vision_initializer_range,
-    )
+    visual_encoder = build_vit(config)
+    if problems := width_problems(f"the width of {config.vision_model}", visual_encoder.embed_dim, bert_config):
+        raise ConfigError("\n".join(problems))
     return visual_encoder, TextEncoder(bert_config, mlm_head)
 
 

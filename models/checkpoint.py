@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from files import UnreadableFile, load_tensors, parse_json, save_tensors, verify_archive, why_unreadable
-from models.vit import VisionTransformer
+from models.albef import ALBEF
+from models.vit import ViT, prefix_positions
 from models.xbert import TextEncoder
 from utils import UserError, atomic_path
 
@@ -194,23 +195,19 @@ def check_resumable(content: dict[str, Any], path: str | Path) -> None:
         raise CheckpointError(f"{path}: cannot resume, its 'epoch' is {content['epoch']}; {advice}")
 
 
-def first_not_finite(model: nn.Module | Mapping[str, Tensor]) -> str | None:
-    """The name of the first parameter or buffer that holds NaN or infinity."""
-    state = model.state_dict() if isinstance(model, nn.Module) else model
-    return next((name for name, value in state.items() if not value.isfinite().all()), None)
-
-
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     """Write a checkpoint under a temporary name, then rename it; equal content gives equal bytes."""
     save_tensors(path, content)
 
 
 def diverged(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> str | None:
-    """The first of some tensors that is not finite, or as large as `largest`, in words; None if all are sound."""
+    """Which tensor first holds NaN, infinity or a value as large as `largest`, in words; None if all are sound."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and tensor.numel():
             low, high = (float(value) for value in tensor.aminmax())
-            if not -largest < low <= high < largest:  # NaN is no number to compare
+            if not (math.isfinite(low) and math.isfinite(high)):
+                return f"{name} holds NaN or infinity"
+            if not -largest < low <= high < largest:
                 return f"{name} reaches from {low:.3g} to {high:.3g}"
     return None
 
@@ -226,7 +223,7 @@ def export_student(checkpoint: str | Path, out: str | Path) -> None:
         save_file({key: value.half().contiguous().clone() for key, value in kept.items()}, temporary, metadata)
 
 
-def load_weights(model: nn.Module, state: State, path: str | Path) -> LoadReport:
+def load_weights(model: ALBEF, state: State, path: str | Path) -> LoadReport:
     """Load a state dict into ALBEF, for training or for evaluation.
 
     Explained differences: position embeddings of another resolution are resized; `queue_ptr` serves for both pointers;
@@ -241,7 +238,7 @@ def load_weights(model: nn.Module, state: State, path: str | Path) -> LoadReport
     state = dict(state)
     _convert_queues(state, target, report)
     _convert_teacher(state, target, report)
-    _fit_positions(state, target, report)
+    _fit_positions(state, target, report, prefix_positions(model.visual_encoder))
     for key in [key for key in target if key not in state and POSITION_IDS.search(key)]:
         state[key] = target[key]  # a constant that some versions of transformers do not save
     for what, pattern in (("teacher", TEACHER), ("queues", QUEUE), ("MLM head", MLM_HEAD)):
@@ -288,13 +285,25 @@ def _convert_teacher(state: State, target: State, report: LoadReport) -> None:
             state[key] = state[student]
 
 
-def _fit_positions(state: State, target: State, report: LoadReport) -> None:
-    """Resize the position embeddings that are of another resolution; `_check` says what else is wrong with them."""
+def _fit_positions(state: State, target: State, report: LoadReport, prefix: int) -> None:
+    """Resize position embeddings of another resolution, on square grids; `_check` says what else is wrong with them.
+
+    Args:
+        prefix: how many of the embeddings are of prefix tokens.
+    """
     for key in [key for key in state if key in target and POSITION_EMBEDDING.match(key)]:
         old, new = state[key].shape, target[key].shape
-        if old != new and len(old) == 3 and old[1] > 1 and old == (1, 1 + math.isqrt(old[1] - 1) ** 2, new[2]):
-            state[key] = resize_position_embedding(state[key], new[1])
+        if old == new or len(old) != 3 or (old[0], old[2]) != (1, new[2]):
+            continue
+        if min(_side(count - prefix) for count in (old[1], new[1])) > 0:
+            state[key] = resize_position_embedding(state[key], new[1], prefix)
             report.resized.append(f"{key}, {old[1]} to {new[1]} tokens")
+
+
+def _side(patches: int) -> int:
+    """The side of a square grid of so many patches; 0 where they form none."""
+    side = math.isqrt(max(patches, 0))
+    return side if side * side == patches else 0
 
 
 def _check(state: State, target: State, path: str | Path) -> None:
@@ -336,17 +345,19 @@ def _listing(items: list[str], most: int = 5) -> str:
     return ", ".join(items[:most]) + more
 
 
-def resize_position_embedding(embedding: Tensor, tokens: int) -> Tensor:
-    """(1, 1 + g * g, W) -> (1, tokens, W): bicubic on the patch grid, align_corners False; the CLS position stays."""
-    old, new = (round((count - 1) ** 0.5) for count in (embedding.shape[1], tokens))
-    if old * old + 1 != embedding.shape[1] or new * new + 1 != tokens:
-        raise CheckpointError(f"position embeddings of {embedding.shape[1]} tokens: not a square grid and a CLS token")
-    cls, patches = embedding[:, :1], embedding[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
+def resize_position_embedding(embedding: Tensor, tokens: int, prefix: int = 1) -> Tensor:
+    """(1, P + g * g, W) -> (1, tokens, W): bicubic on the patch grid, align_corners False; the first P stay."""
+    old, new = (_side(count - prefix) for count in (embedding.shape[1], tokens))
+    if not old or not new:
+        raise CheckpointError(
+            f"position embeddings of {embedding.shape[1]} tokens, for {tokens}: not square grids with {prefix} more"
+        )
+    kept, patches = embedding[:, :prefix], embedding[:, prefix:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
     resized = F.interpolate(patches.float(), size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([cls, resized.permute(0, 2, 3, 1).flatten(1, 2).to(cls.dtype)], dim=1)
+    return torch.cat([kept, resized.permute(0, 2, 3, 1).flatten(1, 2).to(kept.dtype)], dim=1)
 
 
-def init_image_encoder(encoder: VisionTransformer, path: str | Path) -> LoadReport:
+def init_image_encoder(encoder: ViT, path: str | Path) -> LoadReport:
     """Start the image encoder from a DeiT or timm ViT state dict; its classifier is left out."""
     state = read_checkpoint(path)["model"]
     report = LoadReport(str(path), converted=state.converted)
@@ -355,7 +366,7 @@ def init_image_encoder(encoder: VisionTransformer, path: str | Path) -> LoadRepo
     if heads:
         report.ignored.append(f"classifier, {len(heads)} tensors")
     state = {key: value for key, value in state.items() if key not in heads}
-    _fit_positions(state, target, report)
+    _fit_positions(state, target, report, prefix_positions(encoder))
     _check(state, target, path)
     encoder.load_state_dict(state)
     report.loaded = len(state)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from config import PretrainConfig
 from models import amc, losses
 from models.albef import ALBEF, build_encoders
-from models.vit import VisionTransformer
+from models.vit import ViT
 from models.xbert import KeyValue, TextEncoder
 from utils import all_gather
 
@@ -70,7 +70,7 @@ class PretrainModel(ALBEF):
     text_queue: Tensor
     queue_ptr_img: Tensor
     queue_ptr_txt: Tensor
-    visual_encoder_m: VisionTransformer
+    visual_encoder_m: ViT
     text_encoder_m: TextEncoder
     vision_proj_m: nn.Linear
     text_proj_m: nn.Linear
@@ -94,7 +94,7 @@ class PretrainModel(ALBEF):
 
     def checkpoint_activations(self, enable: bool = True) -> None:
         """Recompute the student's activations in the backward pass; the twice-differentiated layers keep theirs."""
-        self.visual_encoder.checkpoint_activations = enable
+        self.visual_encoder.set_grad_checkpointing(enable)
         self.text_encoder.checkpoint_activations = enable
 
     def compile_image_encoders(self, backend: str | Callable[..., Any] = "inductor") -> None:
@@ -178,7 +178,7 @@ class PretrainModel(ALBEF):
         """GradCAM (B, h, w) of the match logits by `attention`, itself differentiable (AMC, equation 3)."""
         assert attention is not None
         (gradient,) = torch.autograd.grad(logits[:, 1].sum(), attention, create_graph=True)
-        return amc.gradcam(attention, gradient, attention_mask, self.visual_encoder.grid)
+        return amc.gradcam(attention, gradient, attention_mask, self.grid, self.visual_encoder.num_prefix_tokens)
 
     def _negatives(
         self, text_tokens: Tensor, images: list[KeyValue], attention_mask: Tensor, contrast: losses.ContrastiveOutput

@@ -1,107 +1,248 @@
-"""Image encoder: timm's VisionTransformer, plus a way to see one block's attention.
+"""Image encoder: a vision transformer of timm, as it is, and a way to see the attention of one of its blocks.
 
-Dosovitskiy et al., ICLR 2021, arXiv 2010.11929. Parameter names are timm's, and the
-released checkpoints'.
+Dosovitskiy et al., ICLR 2021, arXiv 2010.11929. Parameter names are timm's, and the released checkpoints'.
+
+Every pass is timm's own: to see or to replace what a block computes, its `forward_features` runs on a shallow copy of
+the encoder in which that block is another. Parameters are shared, and the encoder itself is never changed, so that
+nothing has to be restored and threads do not meet.
+
+Shapes: N images, S = P + h * w tokens, P prefix tokens (CLS first, then others such as registers), W width, H heads.
 """
 
-from typing import Any
+import copy
+import difflib
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
+import timm
 import torch
-from timm.models.vision_transformer import VisionTransformer as TimmVisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+
+from config import VISION_SIZES, ConfigError, ModelConfig
+
+Module = TypeVar("Module", bound=nn.Module)
+ViT = Any  # a module of timm with a CLS token, of VisionTransformer's kind (`build_vit` checks it)
 
 
-class VisionTransformer(TimmVisionTransformer):
-    """ViT with a CLS token, learned absolute positions, a final LayerNorm and no head."""
+# ---- building
 
-    cls_token: nn.Parameter
-    pos_embed: nn.Parameter
 
-    def __init__(
-        self,
-        image_res: int,
-        patch_size: int,
-        width: int,
-        depth: int,
-        heads: int,
-        mlp_ratio: float,
-        initializer_range: float = 0.02,
-    ) -> None:
-        super().__init__(
-            img_size=image_res,
-            patch_size=patch_size,
-            embed_dim=width,
-            depth=depth,
-            num_heads=heads,
-            mlp_ratio=mlp_ratio,
-            qkv_bias=True,
-            num_classes=0,
-            global_pool="token",
-        )
-        self.checkpoint_activations = False
-        for module in self.blocks.modules():  # timm's 0.02 is right for a width of 768, too small for 128
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=initializer_range)
+def build_vit(config: ModelConfig) -> ViT:
+    """The image encoder of a config, with random weights; called with images (N, 3, r, r), it gives tokens (N, S, W).
 
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
-        rows, columns = self.patch_embed.grid_size
-        return rows, columns
+    Without `vision_model`, it is a plain ViT of the config's sizes.
 
-    def forward(self, images: Tensor) -> Tensor:  # type: ignore[override]  # timm's options are not ours
-        """(B, 3, image_res, image_res) -> tokens (B, 1 + patches, width), CLS first."""
-        return self.norm(self._run(self.embed(images), 0, len(self.blocks)))
+    Raises:
+        ConfigError: `vision_model` is not in timm, its maps could not be explained, or its sizes are not the config's.
+    """
+    if config.vision_model is not None:
+        return _named_vit(config, config.vision_model)
+    vit = VisionTransformer(
+        img_size=config.image_res,
+        patch_size=config.patch_size,
+        embed_dim=config.vision_width,
+        depth=config.vision_depth,
+        num_heads=config.vision_heads,
+        mlp_ratio=config.vision_mlp_ratio,
+        qkv_bias=True,
+        num_classes=0,
+        global_pool="",
+    )
+    for module in vit.blocks.modules():  # timm's 0.02 is right for a width of 768, too small for 128
+        if isinstance(module, nn.Linear):
+            nn.init.normal_(module.weight, std=config.vision_initializer_range)
+    return vit
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Patches to tokens with CLS and positions: the input of block 0."""
-        patches = self.patch_embed(images)
-        return torch.cat([self.cls_token.expand(len(patches), -1, -1), patches], dim=1) + self.pos_embed
 
-    def tokens_before(self, images: Tensor, block: int) -> Tensor:
-        """The input of block `block`, (B, 1 + patches, width)."""
-        return self._run(self.embed(images), 0, block)
+def _named_vit(config: ModelConfig, name: str) -> ViT:
+    if not timm.is_model(name):  # names of model hubs are not followed: nothing is downloaded
+        nearest = difflib.get_close_matches(name, timm.list_models(), n=1)
+        advice = f"; did you mean {nearest[0]}?" if nearest else ""
+        raise ConfigError(f"vision_model: timm has no architecture {name}{advice}")
+    make: dict[str, Any] = {"pretrained": False, "num_classes": 0, "global_pool": "", "img_size": config.image_res}
+    try:
+        with torch.device("meta"):
+            probe = timm.create_model(name, **make)
+            problem = why_unfit(probe)
+    except Exception as error:  # each architecture refuses in its own way what it does not know
+        problem = f"it is no ViT for images of {config.image_res} pixels ({error})"
+    if problem:
+        raise ConfigError(f"vision_model: {name} cannot be explained: {problem}")
+    if problems := _contradictions(config, probe):
+        raise ConfigError("\n".join(problems))
+    return timm.create_model(name, **make)
 
-    def block_inputs(self, images: Tensor) -> list[Tensor]:
-        """What enters each block, and last what leaves the final norm: `tokens_before` of every block at once."""
-        tokens = [self.embed(images)]
-        for block in range(len(self.blocks)):
-            tokens.append(self._run(tokens[-1], block, block + 1))
-        return [*tokens[:-1], self.norm(tokens[-1])]
 
-    def forward_from(self, tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
-        """Run the blocks from `block` on and return that block's attention as well.
+def _contradictions(config: ModelConfig, vit: ViT) -> list[str]:
+    """Which of the size keys that the config sets are not those of its `vision_model`."""
+    sizes = {
+        "patch_size": patch_size(vit)[0],
+        "vision_width": vit.embed_dim,
+        "vision_depth": len(vit.blocks),
+        "vision_heads": vit.blocks[0].attn.num_heads,
+    }
+    return [
+        f"vision_model: {config.vision_model} has its own {key}"
+        + (f", {sizes[key]}, and the config says {getattr(config, key)}" if key in sizes else "")
+        + ": leave that key out"
+        for key in VISION_SIZES
+        if key in config.model_fields_set and getattr(config, key) != sizes.get(key)
+    ]
 
-        Args:
-            tokens: its input, (B, 1 + patches, width), from `tokens_before`.
 
-        Returns:
-            the final tokens (B, 1 + patches, width) and the attention probabilities (B, heads, 1 + patches,
-            1 + patches) they depend on; a leaf to differentiate by when nothing before it needs a gradient.
-        """
-        seen: Any = self.blocks[block]
-        update, attention = _explicit_attention(seen.attn, seen.norm1(tokens))
-        tokens = tokens + update
-        tokens = tokens + seen.mlp(seen.norm2(tokens))
-        return self.norm(self._run(tokens, block + 1, len(self.blocks))), attention
+@torch.no_grad()
+def why_unfit(vit: ViT) -> str | None:
+    """Why the attention of a model of timm cannot be explained as a ViT's; None where it can.
 
-    def _run(self, tokens: Tensor, start: int, stop: int) -> Tensor:
-        for block in self.blocks[start:stop]:
-            if self.checkpoint_activations and torch.is_grad_enabled():
-                tokens = checkpoint(block, tokens, use_reentrant=False)
-            else:
-                tokens = block(tokens)
+    Runs the model: cheap for one on the meta device.
+    """
+    if getattr(vit, "cls_token", None) is None:
+        return "it has no CLS token"
+    if not hasattr(getattr(vit, "patch_embed", None), "grid_size") or not hasattr(vit, "num_prefix_tokens"):
+        return "its patches form no grid"
+    blocks = getattr(vit, "blocks", ())
+    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
+    if not attentions or not all(hasattr(attention, "fused_attn") for attention in attentions):
+        return "its blocks have no self-attention of timm's ViT"
+    (height, width), (rows, columns), (down, right) = vit.patch_embed.img_size, grid(vit), patch_size(vit)
+    if (rows * down, columns * right) != (height, width):
+        return f"patches of {down} x {right} pixels do not divide images of {height} x {width}"
+    images = torch.zeros(1, 3, height, width, device=vit.cls_token.device)
+    seeing = [_seeing(block) for block in blocks]
+    length = vit.num_prefix_tokens + rows * columns
+    tokens = _with(vit, blocks=nn.Sequential(*(block for block, _ in seeing))).forward_features(images)
+    if not isinstance(tokens, Tensor) or tokens.shape != (1, length, vit.embed_dim):
+        return "it does not end with one token a patch and its prefix tokens"
+    if vit.forward_head(tokens) is not tokens:
+        return "its output is not its tokens"
+    for attention, (_, seen) in zip(attentions, seeing, strict=True):
+        if [tuple(found.shape) for found in seen.attention] != [(1, attention.num_heads, length, length)]:
+            return "its blocks do not attend from every token to every token, once"
+    return None
+
+
+# ---- what an encoder is
+
+
+def grid(vit: ViT) -> tuple[int, int]:
+    """Rows and columns of patches."""
+    rows, columns = vit.patch_embed.grid_size
+    return rows, columns
+
+
+def patch_size(vit: ViT) -> tuple[int, int]:
+    """Height and width of a patch, in pixels."""
+    height, width = vit.patch_embed.patch_size
+    return height, width
+
+
+def prefix_positions(vit: ViT) -> int:
+    """How many of the position embeddings are of prefix tokens."""
+    rows, columns = grid(vit)
+    return 0 if vit.pos_embed is None else vit.pos_embed.shape[1] - rows * columns
+
+
+# ---- looking inside
+
+
+def block_inputs(vit: ViT, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    """What enters each block, and the tokens after the final norm, each (N, S, W), from images (N, 3, r, r)."""
+    taps = [_Tap(block) for block in vit.blocks]
+    tokens = _with(vit, blocks=nn.Sequential(*taps)).forward_features(images)
+    return [tap.entered for tap in taps], tokens
+
+
+def tokens_before(vit: ViT, images: Tensor, block: int) -> Tensor:
+    """What enters block `block`, (N, S, W); nothing after that is computed."""
+    tap = _Tap(_Skip())
+    _with(vit, blocks=_replaced(vit, range(block, len(vit.blocks)), tap), norm=nn.Identity()).forward_features(images)
+    return tap.entered
+
+
+def forward_from(vit: ViT, images: Tensor, tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Run an encoder from block `block` on, and return that block's attention as well.
+
+    Args:
+        images: (N, 3, r, r); of them, what timm computes beside the tokens is taken, such as rotary embeddings.
+        tokens: (N, S, W), what enters the block: from `tokens_before` or `block_inputs`.
+
+    Returns:
+        the final tokens (N, S, W) and the attention probabilities (N, H, S, S) that they depend on, before dropout; a
+        leaf to differentiate by where nothing before it needs a gradient.
+    """
+    seen_block, seen = _seeing(vit.blocks[block])
+    blocks = _replaced(vit, range(block), _Skip())
+    blocks[block] = _Enter(seen_block, tokens)
+    final = _with(vit, blocks=blocks).forward_features(images)
+    return final, seen.attention[0]
+
+
+def _with(module: Module, **children: nn.Module) -> Module:
+    """A shallow copy of a module, with other children in place of those named."""
+    other = copy.copy(module)
+    other._modules = {**module._modules, **children}
+    if hasattr(other, "grad_checkpointing"):  # would run a block again to differentiate it
+        other.grad_checkpointing = False  # type: ignore[assignment]
+    return other
+
+
+def _replaced(vit: ViT, blocks: Sequence[int], module: nn.Module) -> nn.Sequential:
+    """The blocks of an encoder, with one module in place of some of them."""
+    return nn.Sequential(*(module if index in blocks else own for index, own in enumerate(vit.blocks)))
+
+
+def _seeing(block: Any) -> tuple[nn.Module, "_Seen"]:
+    """The block with its attention unfused, and what shows that attention's probabilities.
+
+    timm gives them to the module `attn_drop`, between softmax and values, where no fused kernel computes both at once.
+    """
+    seen = _Seen(block.attn.attn_drop)
+    attn = _with(block.attn, attn_drop=seen)
+    attn.fused_attn = False
+    return _with(block, attn=attn), seen
+
+
+class _Seen(nn.Module):
+    """Stands for the dropout of attention probabilities, and keeps them."""
+
+    def __init__(self, dropout: nn.Module) -> None:
+        super().__init__()
+        self.dropout = dropout
+        self.attention: list[Tensor] = []
+
+    def forward(self, attention: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and not attention.requires_grad:
+            attention.requires_grad_()  # evaluation: the graph of a map begins here
+        self.attention.append(attention)
+        return self.dropout(attention)
+
+
+class _Tap(nn.Module):
+    """Stands for a block, and keeps the tokens that enter it."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, tokens: Tensor, *args: Any, **keys: Any) -> Tensor:
+        self.entered = tokens
+        return self.block(tokens, *args, **keys)
+
+
+class _Enter(nn.Module):
+    """Stands for a block that computes from other tokens than those that reach it."""
+
+    def __init__(self, block: nn.Module, tokens: Tensor) -> None:
+        super().__init__()
+        self.block, self.tokens = block, tokens
+
+    def forward(self, _: Tensor, *args: Any, **keys: Any) -> Tensor:
+        return self.block(self.tokens, *args, **keys)
+
+
+class _Skip(nn.Module):
+    """Stands for a block that computes nothing."""
+
+    def forward(self, tokens: Tensor, *args: Any, **keys: Any) -> Tensor:
         return tokens
-
-
-def _explicit_attention(attn: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """timm's self-attention without the fused kernel, which does not give its probabilities away."""
-    batch, length, width = tokens.shape
-    qkv = attn.qkv(tokens).view(batch, length, 3, attn.num_heads, width // attn.num_heads)
-    query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind()
-    attention = (query * attn.scale @ key.transpose(-2, -1)).softmax(dim=-1)
-    if torch.is_grad_enabled() and not attention.requires_grad:
-        attention.requires_grad_()
-    mixed = (attention @ value).transpose(1, 2).reshape(batch, length, width)
-    return attn.proj(mixed), attention

@@ -246,11 +246,7 @@ class MLMHead(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """BERT in two halves: `forward` reads the text, `fuse` reads the text with an image; `mlm_logits` on request.
-
-    Raises:
-        ValueError: from `fuse`, when `attention_layer` is not a fusion layer.
-    """
+    """BERT in two halves: `forward` reads the text, `fuse` reads the text with an image; `mlm_logits` on request."""
 
     def __init__(self, config: BertConfig, mlm_head: bool) -> None:
         super().__init__()
@@ -305,15 +301,12 @@ class TextEncoder(nn.Module):
             text_tokens: (B, T, W), from `forward`.
             images: from `image_keys_values`, of B images, or of one image that all texts share.
             image_index: (B,), which image each text looks at, where that is neither of the two.
-            attention_layer: return the cross-attention of this BERT layer.
+            attention_layer: return the cross-attention of this BERT layer, one of `fusion_layers`.
             twice_differentiable: the graph from that attention to the output has second derivatives, which fused
                 attention kernels lack.
             cls_only: the tokens of the result are (B, 1, W), the CLS token alone. The last layer then computes nothing
                 for the others, which see the image no more; an attention asked for in the last layer is whole still.
         """
-        if attention_layer is not None and attention_layer not in self.fusion_layers:
-            known = f"{self.fusion_layers.start} to {self.fusion_layers.stop - 1}"
-            raise ValueError(f"layer {attention_layer} has no cross-attention; the fusion layers are {known}")
         hidden, bias, seen = text_tokens, _additive(attention_mask), None
         for index, image in zip(self.fusion_layers, images, strict=True):
             above = twice_differentiable and attention_layer is not None and index > attention_layer

@@ -14,10 +14,9 @@ from torch import Tensor
 from config import AMCConfig, AugmentConfig, PretrainConfig
 from dataset.transforms import augment_for_amc, resize_bilinear_image
 from dataset.vg import clip_box
-from grounding.ground import EncodedImage, clean_phrase, encode
-from grounding.predict import Explainer
+from grounding.explain import EncodedImage, Explainer, clean_phrase, encode
 from models import amc
-from models.albef import Explained
+from models.interface import Explanation
 
 AS_IT_IS = AugmentConfig(flip_prob=0, grayscale_prob=0, jitter_prob=0)
 
@@ -31,14 +30,15 @@ class Parts(NamedTuple):
     product: Tensor
 
 
-def parts(seen: Explained, grid: tuple[int, int]) -> Parts:
-    """The parts of the one phrase in `seen`, over a grid of (h, w) patches."""
+def parts(seen: Explanation) -> Parts:
+    """The parts of the one phrase in `seen`."""
 
     def average(x: Tensor) -> Tensor:
-        return x[0, :, :, 1:].mean(dim=(0, 1)).unflatten(-1, grid)
+        return x[0].mean(dim=(0, 1)).unflatten(-1, seen.grid).cpu()
 
-    product = amc.gradcam(seen.attention, seen.gradient, torch.ones_like(seen.attention[:, 0, :, 0]), grid)[0]
-    return Parts(average(seen.attention), average(seen.gradient), average(seen.gradient.clamp(min=0)), product)
+    return Parts(
+        average(seen.attention), average(seen.gradient), average(seen.gradient.clamp(min=0)), seen.maps[0].cpu()
+    )
 
 
 class Training(NamedTuple):
@@ -60,16 +60,15 @@ def training_view(
     for x, y, w, h in boxes:
         if (box := clip_box([x, y, x + w, y + h], image.height, image.width)) is not None:
             covered[box[1] : box[3], box[0] : box[2]] = 1
-    rng, side = np.random.default_rng(0), explainer.model.visual_encoder.patch_embed.img_size[0]
+    rng, side = np.random.default_rng(0), explainer.model.image_res
     pixels, mask, _ = augment_for_amc(np.asarray(image), covered, phrase, AS_IT_IS, side, config.mask_size, rng)
     encoded = encode(explainer, Image.fromarray(pixels), resize_bilinear_image)
-    seen, words = look(explainer._replace(block=config.amc.layer), encoded, phrase)
-    cam = amc.gradcam(seen.attention, seen.gradient, words, explainer.model.visual_encoder.grid)
+    cam = look(explainer._replace(block=config.amc.layer), encoded, phrase).maps.cpu()
     return Training(pixels, amc.resize(amc.normalise(cam), config.mask_size)[0], torch.from_numpy(mask).float())
 
 
 class Terms(NamedTuple):
-    """AMC's two terms of one pair (SPEC section 2), before their weights, and the values that they compare."""
+    """AMC's two terms of one pair (AMC, section 3.2), before their weights, and the values that they compare."""
 
     mean_inside: float
     mean_outside: float
@@ -93,8 +92,7 @@ def terms(cam: Tensor, mask: Tensor, options: AMCConfig) -> Terms:
     )
 
 
-def look(explainer: Explainer, image: EncodedImage, phrase: str) -> tuple[Explained, Tensor]:
-    """Attention and gradient of one phrase at the explainer's layer, and its token mask (1, T); all on the CPU."""
-    ids, mask = (tensor.to(explainer.device) for tensor in explainer.tokenizer([clean_phrase(explainer, phrase)]))
-    seen = explainer.model.match_attention(image.keys_values, ids, mask, explainer.block)
-    return Explained(*(tensor.cpu() for tensor in seen)), mask.cpu()
+def look(explainer: Explainer, image: EncodedImage, phrase: str) -> Explanation:
+    """Attention and gradient of one phrase by the explainer's mode and layer."""
+    ((_, seen, _, _),) = explainer.answers(image.encoded, [clean_phrase(explainer, phrase)])
+    return seen

@@ -26,7 +26,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
-from grounding.ground import Grounding
+from grounding.explain import Grounding
 from grounding.maps import ResizedMap, share_of_maximum
 from utils import UserError, atomic_path
 

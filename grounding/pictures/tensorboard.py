@@ -23,9 +23,9 @@ from dataset.photos import read_photo
 from dataset.reading import DataError, read_image
 from dataset.text import has_content
 from dataset.vg import TrainingEntry, clip_box
-from grounding.ground import clean_phrase, encode, ground
+from grounding.explain import Explainer, clean_phrase, encode, ground
 from grounding.pictures.overlay import overlay, pixels
-from grounding.predict import Explainer
+from models.interface import MODES
 from utils import UserError, log
 
 SHOWN_ENTRIES = 4  # of the training data, where nothing else is asked for
@@ -192,11 +192,11 @@ def summary_writer() -> Any:
 
 def check_layer(explainer: Explainer) -> None:
     """Raise `ConfigError` for a layer without maps, which nobody has checked where AMC is off."""
-    fusion = explainer.model.text_encoder.fusion_layers
-    if explainer.block not in fusion:
+    known = explainer.model.layers(explainer.mode)
+    if explainer.block not in known:
         raise ConfigError(
-            f"--tensorboard draws maps of amc.layer, which is {explainer.block}; the fusion layers are {fusion.start} "
-            f"to {fusion[-1]}: choose one by --set amc.layer={fusion[len(fusion) // 2]}"
+            f"--tensorboard draws maps of amc.layer, which is {explainer.block}; the {MODES[explainer.mode]} are "
+            f"{known.start} to {known[-1]}: choose one by --set amc.layer={known[len(known) // 2]}"
         )
 
 

@@ -4,7 +4,7 @@ import html
 import io
 from collections.abc import Sequence
 
-from grounding.ground import Answer, Grounding, of_word, place
+from grounding.explain import Answer, Grounding, of_word, place
 from grounding.pictures import overlay
 from grounding.pictures.overlay import data_uri
 from grounding.web.session import MOST_BYTES, TOO_LARGE, Picture, Reply

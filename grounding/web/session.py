@@ -1,7 +1,7 @@
 """Answers of several models about pictures, each thing computed once: what the page of `demo.py --web` asks.
 
 An image is encoded once per model, a phrase is asked once per model, mode and layer. Threshold, words and colours ask
-the model nothing (`grounding.ground.place`). What is kept is bounded in number and in size.
+the model nothing (`grounding.explain.place`). What is kept is bounded in number and in size.
 """
 
 import hashlib
@@ -18,10 +18,10 @@ from PIL import Image
 from dataset.photos import read_photo
 from dataset.reading import DataError
 from dataset.transforms import resize_bicubic
-from grounding.ground import Answer, EncodedImage, PhraseError, ask, encode, notes
-from grounding.load import LayerError, OpenedModel, layers, of_scenes
-from grounding.predict import Resize
+from grounding.explain import Answer, EncodedImage, PhraseError, Resize, ask, encode, notes
+from grounding.load import OpenedModel, of_scenes
 from grounding.web.examples import Offer
+from models.interface import LayerError
 from utils import UserError
 
 MOST_BYTES = 10 * 2**20  # of an uploaded file
@@ -151,7 +151,7 @@ class Answers:
         """Opens the model if it is not yet open; raises `UserError` when it cannot be opened."""
         with self.lock:
             opened = self._opened(model, {})
-        return Layers(tuple(layers(opened.model, mode)), opened.config.block_num, of_scenes(opened.config))
+        return Layers(tuple(opened.model.layers(mode)), opened.config.block_num, of_scenes(opened.config))
 
     def check_layer(self, mode: str, layer: int) -> None:
         """Raise `LayerError` when no model has a layer; they are opened in their order until one has it."""

@@ -16,7 +16,7 @@ import Pretrain
 from dataset import workers
 from dataset.transforms import resize_bilinear_image
 from dataset.workers import WorkerError, check_shared_memory, killed_workers_explained
-from grounding.predict import ImageData, load_images
+from grounding.batches import ImageData, load_images
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, folder: Path, megabytes: float) -> None:

@@ -20,15 +20,15 @@ from dataset.reading import DataError, read_image
 from dataset.scenes import files as scenes_files
 from dataset.transforms import normalise, resize_bilinear_image
 from grounding import evaluate as program
+from grounding.batches import Loaded, answer_pairs
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark, asked_for
 from grounding.evaluate import EvaluationError, find_checkpoints
-from grounding.load import LayerError
 from grounding.metrics import size_of
-from grounding.predict import ask
 from grounding.report.rows import ReportError
 from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef
 from models.checkpoint import CheckpointError
+from models.interface import LayerError
 from models.losses import hard_negatives
 from tests.small_model import BERT, SIZES
 from utils import UserError
@@ -128,12 +128,7 @@ def test_maps_are_those_of_each_pair_alone(mode: str, place: Path, tmp_path: Pat
     compared = 0
     for expression, record in list(zip(REFCOCO.load(config), results(tmp_path), strict=True))[::5]:
         image = normalise(REFCOCO.resize(read_image(expression.image, ""), config.image_res))[None]
-        ids, mask = tokenizer([expression.text])
-        if mode == "itm":
-            keys_values = model.text_encoder.image_keys_values(model.encode_image(image))
-            cam, _ = model.match_gradcam(keys_values, ids, mask, block)
-        else:
-            cam, _ = model.contrast_gradcam(model.visual_encoder.tokens_before(image, block), ids, mask, block)
+        cam = model.explain(model.encode(image), None, tokenizer([expression.text]), mode, block).maps
         assert (record["pred"].max() > 0) == (cam.max() > 0)
         compared += int(cam.max() > 0)  # the tiny random model gives some maps that are 0 everywhere
         assert torch.allclose(record["pred"] / (record["pred"].max() + 1e-12), cam[0] / (cam.max() + 1e-12), atol=1e-4)
@@ -504,10 +499,10 @@ def test_matching_is_decided_at_one_half(
 
     def answer(function: Any, asked: Any, batches: Any) -> Any:
         if function.__name__ == "maps":
-            return ask(function, asked, batches)
+            return answer_pairs(function, asked, batches)
         return ((i, of_true if match else of_false) for i, match in enumerate(matches))
 
-    monkeypatch.setattr(program, "ask", answer)
+    monkeypatch.setattr(program, "answer_pairs", answer)
     evaluate(REFCLEF, place, tmp_path, "--set", f"matching_file=[{file}]", checkpoint=ONE)
     assert log(tmp_path)[1]["matching_val"] == accuracy
 
@@ -552,9 +547,7 @@ def test_texts_without_content_are_evaluated_as_cls_alone(mode: str, place: Path
 # ---- parts
 
 
-def test_ask_computes_each_different_pair_once() -> None:
-    from grounding.predict import Loaded
-
+def test_each_different_pair_is_asked_once() -> None:
     pairs = [(Path("a"), "x"), (Path("b"), "x"), (Path("a"), "x"), (Path("c"), "x"), (Path("a"), "y")]
     batches = [[Loaded(Path("a"), torch.tensor([10.0])), Loaded(Path("b"), torch.tensor([20.0]))], []]
     asked: list[tuple[float, str]] = []
@@ -563,7 +556,7 @@ def test_ask_computes_each_different_pair_once() -> None:
         asked.extend((float(images[i]), text) for i, text in zip(index, texts, strict=True))
         return images[index, 0] + torch.tensor([len(text) for text in texts])
 
-    answers = dict(ask(function, pairs, batches))
+    answers = dict(answer_pairs(function, pairs, batches))
     assert asked == [(10.0, "x"), (10.0, "y"), (20.0, "x")]
     assert {position: float(value) for position, value in answers.items()} == {0: 11, 2: 11, 4: 11, 1: 21}
 

@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import ConfigError, GroundingConfig, PretrainConfig
+from dataset.text import Tokens
 from models import amc
 from models.albef import ALBEF, build_albef
+from models.interface import Explanation, LayerError
 from models.pretrain import STUDENT_AND_TEACHER, Batch, PretrainModel
 from models.xbert import Attention, KeyValue, TextEncoder
 
@@ -21,6 +23,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 IDS = torch.tensor([[1, 7, 8, 9, 10], [1, 11, 12, 0, 0], [1, 5, 6, 7, 0]])
 MASK = (IDS > 0).long()
+TOKENS = Tokens(IDS, MASK)
 
 
 @torch.no_grad()
@@ -202,14 +205,18 @@ def test_padding_does_not_change_a_text(model: ALBEF, layer: int | None) -> None
         close(padded_attention[:, :, :3], attention)
 
 
-@pytest.mark.parametrize("layer", [0, 3])
-def test_layer_without_cross_attention_is_refused(model: ALBEF, layer: int) -> None:
-    pictures = model.text_encoder.image_keys_values(model.encode_image(images(3)))
-    text = model.encode_text(IDS, MASK)
-    with pytest.raises(ValueError, match=f"layer {layer} has no cross-attention; the fusion layers are 1 to 2"):
-        model.text_encoder.fuse(text, MASK, pictures, attention_layer=layer)
-    with pytest.raises(ValueError, match="fusion layers are 1 to 2"):
-        model.match_gradcam(pictures, IDS, MASK, layer)
+@pytest.mark.parametrize(
+    ("mode", "layer", "message"),
+    [
+        ("itm", 0, "--block_num 0: the fusion layers are 1 to 2"),
+        ("itm", 3, "--block_num 3: the fusion layers are 1 to 2"),
+        ("itc", 2, "--block_num 2: the image encoder's blocks are 0 to 1"),
+        ("itc", -1, "--block_num -1: the image encoder's blocks are 0 to 1"),
+    ],
+)
+def test_layers_that_cannot_be_explained(model: ALBEF, mode: str, layer: int, message: str) -> None:
+    with pytest.raises(LayerError, match=f"^{message}$"):
+        model.explain(model.encode(images(3)), torch.arange(3), TOKENS, mode, layer)
 
 
 def test_features_are_normalised_projections_of_the_first_token(model: ALBEF) -> None:
@@ -219,18 +226,6 @@ def test_features_are_normalised_projections_of_the_first_token(model: ALBEF) ->
     text = model.encode_text(IDS, MASK)
     projected = text[:, 0] @ model.text_proj.weight.t() + model.text_proj.bias
     close(model.text_feature(text), projected / projected.pow(2).sum(1, keepdim=True).sqrt())
-
-
-# ---- image encoder
-
-
-@pytest.mark.parametrize("block", [0, 1])
-def test_image_encoder_can_be_entered_at_any_block(model: ALBEF, block: int) -> None:
-    encoder = model.visual_encoder
-    tokens, attention = encoder.forward_from(encoder.tokens_before(images(2), block), block)
-    close(tokens, encoder(images(2)))
-    assert attention.shape == (2, 2, 5, 5)
-    close(attention.sum(dim=-1), torch.ones(2, 2, 5))
 
 
 # ---- GradCAM for evaluation
@@ -253,108 +248,91 @@ def whole_model_match_gradcam(model: ALBEF, pictures: Tensor, layer: int) -> tup
     return plain_gradcam(attention.detach(), attention.grad, MASK), logits.detach()
 
 
-@pytest.mark.parametrize("layer", [1, 2])
-def test_match_gradcam_equals_autograd_through_the_whole_model(model: ALBEF, layer: int) -> None:
-    expected, expected_logits = whole_model_match_gradcam(model, images(3), layer)
-    with torch.no_grad():
-        pictures = model.text_encoder.image_keys_values(model.encode_image(images(3)))
-        cam, logits = model.match_gradcam(pictures, IDS, MASK, layer)
-    assert expected.amax(dim=(1, 2)).count_nonzero() >= 2  # not a comparison of nothing with nothing
-    assert not cam.requires_grad
-    assert not logits.requires_grad
+def explained(model: ALBEF, pictures: Tensor, layer: int, index: Tensor | None, mode: str = "itm") -> Explanation:
+    return model.explain(model.encode(pictures, only=(mode, layer)), index, TOKENS, mode, layer)
+
+
+def same_maps(cam: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(cam / cam.max(), expected / expected.max(), rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(cam.max(), expected.max(), rtol=1e-3, atol=0)
-    close(logits, expected_logits)
 
 
 @pytest.mark.parametrize("layer", [1, 2])
-def test_match_gradcam_of_a_shared_and_of_indexed_images(model: ALBEF, layer: int) -> None:
+def test_match_maps_equal_autograd_through_the_whole_model(model: ALBEF, layer: int) -> None:
+    expected, expected_logits = whole_model_match_gradcam(model, images(3), layer)
+    found = explained(model, images(3), layer, torch.arange(3))
+    assert found.match is not None
+    assert found.token_maps is not None
+    assert expected.amax(dim=(1, 2)).count_nonzero() >= 2  # not a comparison of nothing with nothing
+    assert not any(tensor.requires_grad for tensor in (found.attention, found.gradient, found.maps, found.match))
+    same_maps(found.maps, expected)
+    close(found.token_maps.mean(dim=1), found.maps)
+    assert not found.token_maps[1, 3:].any()  # padding
+    close(found.match, expected_logits.softmax(dim=1)[:, 1])
+
+
+@pytest.mark.parametrize("layer", [1, 2])
+def test_match_maps_of_a_shared_and_of_indexed_images(model: ALBEF, layer: int) -> None:
     index = torch.tensor([1, 1, 0])
-    encoder, tokens = model.text_encoder, model.encode_image(images(2))
-    expected, _ = whole_model_match_gradcam(model, images(2)[index], layer)
-    cam, _ = model.match_gradcam(encoder.image_keys_values(tokens), IDS, MASK, layer, index)
-    torch.testing.assert_close(cam / cam.max(), expected / expected.max(), rtol=1e-3, atol=1e-5)
-    expected, _ = whole_model_match_gradcam(model, images(2)[[0, 0, 0]], layer)
-    cam, _ = model.match_gradcam(encoder.image_keys_values(tokens[:1]), IDS, MASK, layer)
-    torch.testing.assert_close(cam / cam.max(), expected / expected.max(), rtol=1e-3, atol=1e-5)
+    expected, logits = whole_model_match_gradcam(model, images(2)[index], layer)
+    same_maps(explained(model, images(2), layer, index).maps, expected)
+    close(model.match(model.encode(images(2)), index, TOKENS), logits.softmax(dim=1)[:, 1])
+    expected, logits = whole_model_match_gradcam(model, images(2)[[0, 0, 0]], layer)
+    same_maps(explained(model, images(2)[:1], layer, None).maps, expected)
+    close(model.match(model.encode(images(2)[:1]), None, TOKENS), logits.softmax(dim=1)[:, 1])
 
 
-def test_match_gradcam_of_a_padded_text_differs_by_a_factor_only(model: ALBEF) -> None:
-    pictures = model.text_encoder.image_keys_values(model.encode_image(images(1)))
+def test_match_map_of_a_padded_text_differs_by_a_factor_only(model: ALBEF) -> None:
+    encoded = model.encode(images(1))
     ids, padded = torch.tensor([[1, 11, 12]]), torch.tensor([[1, 11, 12, 0, 0, 0]])
-    cam, logits = model.match_gradcam(pictures, ids, (ids > 0).long(), 1)
-    padded_cam, padded_logits = model.match_gradcam(pictures, padded, (padded > 0).long(), 1)
-    torch.testing.assert_close(padded_cam * 6 / 3, cam, rtol=1e-3, atol=1e-8)  # the mean runs over padding as well
-    close(padded_logits, logits)
+    one, other = (model.explain(encoded, None, Tokens(x, (x > 0).long()), "itm", 1) for x in (ids, padded))
+    torch.testing.assert_close(other.maps * 6 / 3, one.maps, rtol=1e-3, atol=1e-8)  # the mean includes padding
+    assert one.match is not None
+    torch.testing.assert_close(other.match, one.match)
 
 
 @pytest.mark.parametrize("block", [0, 1])
-def test_contrast_gradcam_equals_autograd_through_the_whole_model(model: ALBEF, block: int) -> None:
-    pictures = images(3)
-    attn: Any = model.visual_encoder.blocks[block].attn
-    kept = []
-
-    def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        output.retain_grad()
-        kept.append(output)
-
-    # timm shows its probabilities to the dropout that follows them, when it does not use the fused kernel
-    model.requires_grad_(True)
-    attn.fused_attn = False
-    handle = attn.attn_drop.register_forward_hook(keep)
-    image = F.normalize(model.vision_proj(model.visual_encoder(pictures)[:, 0]), dim=-1)
-    text = F.normalize(model.text_proj(model.text_encoder(IDS, MASK)[:, 0]), dim=-1)
-    expected_similarity = (image @ text.t() / model.temp).diagonal()
-    expected_similarity.sum().backward()
-    handle.remove()
-    attn.fused_attn = True
-    model.zero_grad()
-    model.requires_grad_(False)
-    (attention,) = kept
-    assert attention.grad is not None
-    expected = torch.zeros(3, 4)
-    for b in range(3):
-        for head in range(2):
-            expected[b] += attention[b, head, 0, 1:].detach() * attention.grad[b, head, 0, 1:].clamp(min=0) / 2
-
-    with torch.no_grad():
-        before = model.visual_encoder.tokens_before(pictures, block)
-        cam, similarity = model.contrast_gradcam(before, IDS, MASK, block)
-    assert expected.amax(dim=1).min() > 0
-    assert not cam.requires_grad
-    torch.testing.assert_close(cam.flatten(1) / cam.max(), expected / expected.max(), rtol=1e-3, atol=1e-5)
-    close(similarity, expected_similarity.detach())
-
-
-@pytest.mark.parametrize("block", [0, 1])
-def test_contrast_gradcam_of_indexed_images(model: ALBEF, block: int) -> None:
+def test_similarity_maps_of_indexed_images(model: ALBEF, block: int) -> None:
     """Several texts of an image share its way through the model, and have the maps that each has alone."""
     index, order = torch.tensor([1, 1, 0, 1, 2, 0]), torch.tensor([0, 1, 2, 2, 0, 1])
-    with torch.no_grad():
-        before = model.visual_encoder.tokens_before(images(3), block)
-    cam, similarity = model.contrast_gradcam(before, IDS[order], MASK[order], block, index)
+    tokens = Tokens(IDS[order], MASK[order])
+    found = model.explain(model.encode(images(3)), index, tokens, "itc", block)
+    assert found.token_maps is found.match is None
     for row in range(6):
-        text = order[row : row + 1]
-        alone, own = model.contrast_gradcam(before[index[row]][None], IDS[text], MASK[text], block)
-        torch.testing.assert_close(cam[row], alone[0], rtol=1e-3, atol=1e-8)
-        close(similarity[row], own[0])
+        text = Tokens(tokens.input_ids[row : row + 1], tokens.attention_mask[row : row + 1])
+        alone = model.explain(model.encode(images(3)[index[row]][None]), None, text, "itc", block)
+        torch.testing.assert_close(found.maps[row], alone.maps[0], rtol=1e-3, atol=1e-8)
 
 
-def test_maps_do_not_depend_on_what_ran_before(model: ALBEF) -> None:
-    pictures = model.text_encoder.image_keys_values(model.encode_image(images(3)))
-    before = model.visual_encoder.tokens_before(images(3), 1)
+def test_one_encoding_serves_every_mode_and_layer(model: ALBEF) -> None:
+    """Whatever was asked before, and as if the images had been encoded for that question alone."""
+    encoded, index = model.encode(images(3)), torch.tensor([2, 0, 1])
+    questions = [("itm", 1), ("itm", 2), ("itc", 0), ("itc", 1)]
+    first = [model.explain(encoded, index, TOKENS, *question).maps for question in questions]
+    second = [model.explain(encoded, index, TOKENS, *question).maps for question in reversed(questions)]
+    for (mode, layer), one, other in zip(questions, first, reversed(second), strict=True):
+        assert torch.equal(one, other)
+        assert torch.equal(one, explained(model, images(3), layer, index, mode).maps)
 
-    def match(layer: int) -> Tensor:
-        return model.match_gradcam(pictures, IDS, MASK, layer)[0]
 
-    def contrast() -> Tensor:
-        return model.contrast_gradcam(before, IDS, MASK, 1)[0]
+def test_encoding_for_one_question_computes_nothing_else(model: ALBEF) -> None:
+    assert model.encode(images(1), only=("itm", 1)).block_inputs == {}
+    ran: list[int] = []
+    for index, block in enumerate(model.visual_encoder.blocks):
+        block.register_forward_pre_hook(lambda *_, index=index: ran.append(index))
+    encoded = model.encode(images(1), only=("itc", 1))
+    assert (encoded.keys_values, list(encoded.block_inputs), ran) == ([], [1], [0])
 
-    first = match(1), match(2), contrast()
-    model.text_encoder.fuse(model.encode_text(IDS, MASK), MASK, pictures, torch.tensor([2, 0, 1]), 1)
-    second = contrast(), match(2), match(1)
-    for a, b in zip(first, reversed(second), strict=True):
-        assert torch.equal(a, b)
+
+def test_reduced_precision_is_of_the_image_encoder_alone(model: ALBEF) -> None:
+    exact, reduced = model.encode(images(2)), model.encode(images(2), torch.bfloat16)
+    assert {x.dtype for x in (*reduced.block_inputs.values(), *reduced.keys_values[0])} == {torch.float32}
+    assert not torch.equal(reduced.block_inputs[1], exact.block_inputs[1])
+    torch.testing.assert_close(reduced.block_inputs[1], exact.block_inputs[1], rtol=0.1, atol=0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        tokens = model.encode_image(images(2)).float()
+    expected = model.text_encoder.image_keys_values(tokens)[1].key  # by float32 weights
+    assert torch.equal(reduced.keys_values[1].key, expected)
 
 
 # ---- building
@@ -699,12 +677,3 @@ def test_autocast_leaves_the_amc_terms_in_float32(tiny_config: TinyConfig, monke
         assert losses[name].item() == pytest.approx(exact[name].item(), abs=0.1)
     assert all(loss.isfinite() for loss in losses.values())
     assert all(gradient.isfinite().all() for gradient in gradients(model, total(model, losses)).values())
-
-
-def test_inputs_of_all_blocks_at_once(model: ALBEF) -> None:
-    encoder = model.visual_encoder
-    *inputs, last = encoder.block_inputs(images(2))
-    assert len(inputs) == len(encoder.blocks) == 2
-    for block, tokens in enumerate(inputs):
-        assert torch.equal(tokens, encoder.tokens_before(images(2), block))
-    assert torch.equal(last, model.encode_image(images(2)))

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from config import GroundingConfig, load_bert_config
@@ -29,7 +30,6 @@ from models.checkpoint import (
     save_checkpoint,
 )
 from models.pretrain import PretrainModel
-from models.vit import VisionTransformer
 from models.xbert import TextEncoder
 
 TinyConfig = Callable[..., Any]
@@ -468,8 +468,22 @@ def test_loading_does_not_change_the_state_it_is_given(training: PretrainModel, 
 # ---- starting the image encoder
 
 
-def image_encoder(image_res: int = 8) -> VisionTransformer:
-    return VisionTransformer(image_res, patch_size=4, width=8, depth=2, heads=2, mlp_ratio=4)
+def image_encoder(image_res: int = 8, **options: Any) -> VisionTransformer:
+    return VisionTransformer(image_res, 4, embed_dim=8, depth=2, num_heads=2, num_classes=0, global_pool="", **options)
+
+
+@pytest.mark.parametrize(("options", "prefix"), [({"reg_tokens": 4}, 5), ({"no_embed_class": True}, 0)])
+def test_positions_of_prefix_tokens_are_not_resized(tmp_path: Path, options: dict[str, Any], prefix: int) -> None:
+    state = state_of(image_encoder(16, **options))
+    torch.save(state, tmp_path / "vit.pth")
+    encoder = image_encoder(8, **options)
+    report = init_image_encoder(encoder, tmp_path / "vit.pth")
+    before, after = state["pos_embed"], encoder.pos_embed.detach()
+    assert report.resized == [f"pos_embed, {prefix + 16} to {prefix + 4} tokens"]
+    assert torch.equal(after[:, :prefix], before[:, :prefix])
+    patches = before[:, prefix:].mT.unflatten(2, (4, 4))
+    expected = F.interpolate(patches, size=(2, 2), mode="bicubic", align_corners=False)
+    torch.testing.assert_close(after[:, prefix:], expected.flatten(2).mT)
 
 
 def test_image_encoder_starts_from_a_classifier(tmp_path: Path) -> None:

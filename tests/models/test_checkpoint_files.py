@@ -4,6 +4,7 @@ import copy
 import gzip
 import hashlib
 import itertools
+import math
 import os
 import re
 import resource
@@ -29,8 +30,8 @@ from models.albef import ALBEF, build_albef
 from models.checkpoint import (
     CheckpointError,
     check_resumable,
+    diverged,
     export_student,
-    first_not_finite,
     init_image_encoder,
     init_text_encoder,
     load_weights,
@@ -503,14 +504,18 @@ def test_what_cannot_be_resumed(key: str, value: Any) -> None:
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_the_first_parameter_that_is_not_finite(evaluation: ALBEF, value: float) -> None:
-    assert first_not_finite(evaluation) is None
     state = state_of(evaluation)
-    assert first_not_finite(state) is None
+    assert diverged(state) is diverged(state, math.inf) is None
     state["itm_head.weight"][0, 1] = value
-    assert first_not_finite(state) == "itm_head.weight"
-    with torch.no_grad():
-        evaluation.visual_encoder.blocks[1].norm1.bias[2] = value
-    assert first_not_finite(evaluation) == "visual_encoder.blocks.1.norm1.bias"
+    assert diverged(state) == diverged(state, math.inf) == "itm_head.weight holds NaN or infinity"
+    state["visual_encoder.blocks.1.norm1.bias"][2] = value
+    assert diverged(state, math.inf) == "visual_encoder.blocks.1.norm1.bias holds NaN or infinity"
+
+
+def test_weights_too_large_to_be_sound(evaluation: ALBEF) -> None:
+    state = state_of(evaluation) | {"temp": torch.tensor([-3e6, 2.0])}
+    assert diverged(state) == "temp reaches from -3e+06 to 2"
+    assert diverged(state, math.inf) is None
 
 
 # ---- what stays mapped
@@ -530,7 +535,7 @@ def test_a_loaded_model_does_not_hold_on_to_its_file(
         ready(model, read_checkpoint(path), path, torch.device("cpu"))  # type: ignore[arg-type]
         assert str(path) not in mapped_files()
     path.write_bytes(b"")  # in place: a mapping would now end the process
-    assert first_not_finite(training) is None
+    assert diverged(training.state_dict(), math.inf) is None
 
 
 def test_results_are_no_mapping(tmp_path: Path) -> None:

@@ -19,11 +19,12 @@ from dataset.refer import load_expressions
 from dataset.scenes import files as scenes_files
 from dataset.transforms import resize_bilinear_image
 from grounding.benchmarks import FLICKR, REFCOCO
-from grounding.ground import encode, ground, ground_all
-from grounding.load import LayerError, config_of, open_model
+from grounding.explain import encode, ground, ground_all
+from grounding.load import config_of, open_model
 from grounding.maps import ScoredBox
 from models.albef import build_albef
 from models.checkpoint import CheckpointError
+from models.interface import LayerError
 from runs import newest_checkpoint
 from tests.small_model import BERT, SIZES
 from utils import UserError

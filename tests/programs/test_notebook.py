@@ -16,7 +16,7 @@ from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
 from dataset.photos import read_photo
-from grounding.ground import ground, ground_all
+from grounding.explain import ground, ground_all
 from grounding.load import open_model
 
 ROOT = Path(__file__).parents[2]

@@ -19,10 +19,9 @@ from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.transforms import normalise
 from docs import figures
-from grounding.ground import encode, ground
+from grounding.explain import Explainer, encode, ground
 from grounding.load import open_model
 from grounding.pictures.anatomy import look, parts, terms, training_view
-from grounding.predict import Explainer
 from models import amc
 from models.albef import build_albef
 from tests.small_model import BERT, SIZES
@@ -84,10 +83,11 @@ def drawn(figure: Figure) -> np.ndarray:
 
 def test_the_parts_of_a_map(explainer: Explainer) -> None:
     image = encode(explainer, photo(40, 70))
-    seen, mask = look(explainer, image, PHRASE)
-    made = parts(seen, (3, 3))
-    assert mask.tolist() == [[1] * 5]  # [CLS] and four words
-    a, g = seen.attention[0, :, :, 1:], seen.gradient[0, :, :, 1:]
+    seen = look(explainer, image, PHRASE)
+    made = parts(seen)
+    assert seen.token_mask is not None
+    assert seen.token_mask.tolist() == [[1] * 5]  # [CLS] and four words
+    a, g = seen.attention[0], seen.gradient[0]
     for found, by_hand in zip(made, (a, g, g.clamp(min=0), a * g.clamp(min=0)), strict=True):
         torch.testing.assert_close(found, by_hand.mean(dim=1).mean(dim=0).reshape(3, 3))
     np.testing.assert_allclose(made.product, ground(explainer, image, PHRASE).small, rtol=1e-4)
@@ -117,8 +117,8 @@ def test_a_pair_as_the_loss_sees_it(size: tuple[int, int], explainer: Explainer,
     expected[:12, :12] = 1
     assert torch.equal(view.mask, expected)
     pixels = normalise(cv2.resize(np.asarray(image), (48, 48), interpolation=cv2.INTER_LINEAR))[None]
-    keys_values = explainer.model.text_encoder.image_keys_values(explainer.model.encode_image(pixels))
-    cam, _ = explainer.model.match_gradcam(keys_values, *explainer.tokenizer([PHRASE]), 2)
+    model = explainer.model
+    cam = model.explain(model.encode(pixels), None, explainer.tokenizer([PHRASE]), "itm", 2).maps
     cam = amc.resize(amc.normalise(cam), 24)
     torch.testing.assert_close(view.cam, cam[0])
     found, one = terms(view.cam, view.mask, config.amc), torch.ones(1)
@@ -156,7 +156,7 @@ def test_gradcam_figure(size: tuple[int, int], explainer: Explainer) -> None:
     figure = figures.gradcam_figure(explainer, image, "The small red star!", [(20, 10, 9, 8)])
     pixels = drawn(figure)
     found = ground(explainer, image, PHRASE)
-    made = parts(look(explainer, encode(explainer, image), PHRASE)[0], (3, 3))
+    made = parts(look(explainer, encode(explainer, image), PHRASE))
     titles = texts(figure)
     assert (titles[0], titles[5].splitlines()[1]) == (f'"{PHRASE}"', f"match probability {found.match:.3f}")
     for axes, title, values in zip(figure.axes[1:5], titles[1:5], made, strict=True):

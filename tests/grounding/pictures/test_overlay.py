@@ -12,7 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from grounding.ground import Grounding, WordMap
+from grounding.explain import Grounding, WordMap
 from grounding.maps import ResizedMap, map_boxes, share_of_maximum
 from grounding.pictures.overlay import (
     DPI,

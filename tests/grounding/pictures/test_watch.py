@@ -24,11 +24,10 @@ from dataset.photos import read_photo
 from dataset.reading import DataError
 from dataset.text import load_tokenizer
 from dataset.vg import TrainingEntry, load_entries
-from grounding.ground import ground
+from grounding.explain import Explainer, ground
 from grounding.load import open_model
 from grounding.pictures import tensorboard
 from grounding.pictures.overlay import overlay, save
-from grounding.predict import Explainer
 from models.pretrain import PretrainModel
 from tests.training_runs import (
     REPOSITORY,
@@ -427,7 +426,7 @@ def test_tensorboard_is_optional(place: Path, tmp_path: Path, monkeypatch: pytes
     assert not (tmp_path / "out").exists()
     for name in (
         "grounding.pictures.tensorboard",
-        "grounding.predict",
+        "grounding.explain",
         "matplotlib",
     ):  # without the flag, not even these
         monkeypatch.setitem(sys.modules, name, None)

@@ -18,15 +18,14 @@ from config import PretrainConfig
 from dataset.reading import DataError
 from dataset.scenes import files as scenes_files
 from dataset.transforms import resize_bilinear_image
-from grounding.ground import Answer, PhraseError, ground_all, of_word
-from grounding.load import LayerError, OpenedModel, open_model
-from grounding.predict import Explainer
+from grounding.explain import Answer, Explainer, PhraseError, ground_all, of_word
+from grounding.load import OpenedModel, open_model
 from grounding.web import examples, fragments, session
 from grounding.web.examples import Offer, offered, scene_examples
 from grounding.web.layout import NOTHING, Events
 from grounding.web.session import MOST_PHRASES, Answers, Picture, Recent, Reply, split_phrases
-from models.albef import build_albef
-from models.vit import VisionTransformer
+from models.albef import ALBEF, build_albef
+from models.interface import LayerError
 from tests.small_model import BERT, SIZES
 from utils import UserError
 
@@ -65,7 +64,7 @@ class Counted:
             self.calls["open"] += 1
             return open_model(offer.checkpoint, text_encoder=str(place), device="cpu")
 
-        monkeypatch.setattr(VisionTransformer, "block_inputs", count("encode", VisionTransformer.block_inputs))
+        monkeypatch.setattr(ALBEF, "encode", count("encode", ALBEF.encode))
         monkeypatch.setattr(session, "ask", count("ask", session.ask))
         found = [Offer(name, place / f"{name}.pth") for name in ("one", "two", "broken")]
         self.answers = Answers(found, open_offer, **options)

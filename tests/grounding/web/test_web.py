@@ -27,10 +27,9 @@ from safetensors.torch import load_file, save_file
 import demo
 from dataset.photos import read_photo
 from dataset.scenes import files as scenes_files
-from grounding.ground import Answer, Grounding, ask, encode, of_word, place
+from grounding.explain import Answer, Explainer, Grounding, ask, encode, of_word, place
 from grounding.load import open_model
 from grounding.pictures import overlay
-from grounding.predict import Explainer
 from grounding.web import fragments, layout, request_guard, server
 from grounding.web.examples import BEFORE, SHIPPED, SHIPPED_CONFIG, Example, Offer
 from grounding.web.request_guard import Gate
@@ -798,7 +797,7 @@ def test_without_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def made_up(name: str, words: tuple[str, ...] = ()) -> Reply:
     """A reply to one phrase, whose map has one hot cell, and words of their own."""
-    from grounding.ground import WordMap
+    from grounding.explain import WordMap
 
     small = np.zeros((3, 4), np.float32)
     small[1, 2] = 1

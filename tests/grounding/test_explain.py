@@ -14,9 +14,8 @@ from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.transforms import normalise, resize_bicubic, resize_bilinear_image
 from grounding import maps
-from grounding.ground import PhraseError, encode, ground, ground_all, word_maps
+from grounding.explain import MAX_PAIRS, Explainer, PhraseError, encode, ground, ground_all, word_maps
 from grounding.maps import THRESHOLD, ScoredBox, map_boxes, region_boxes, share_of_maximum
-from grounding.predict import MAX_PAIRS, Explainer
 from models.albef import build_albef
 from models.checkpoint import CheckpointError
 from tests.small_model import BERT, SIZES
@@ -127,19 +126,21 @@ def test_many_phrases_keep_their_order(explainer: Explainer) -> None:
 
 
 def test_an_image_is_encoded_once(explainer: Explainer, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder, runs = explainer.model.visual_encoder, []
-    inputs = encoder.block_inputs
-    monkeypatch.setattr(encoder, "block_inputs", lambda images: runs.append(len(images)) or inputs(images))
-    monkeypatch.setattr(encoder, "forward", lambda images: pytest.fail("encoded again"))
+    runs: list[int] = []
+    block = explainer.model.get_submodule("visual_encoder.blocks.0")
+    monkeypatch.setattr(block, "_forward_hooks", {0: lambda _, inputs, __: runs.append(len(inputs[0]))})
     image = encode(explainer, PHOTO)
+    assert runs == [1]
     for mode, block in (("itm", 1), ("itm", 2), ("itc", 0)):
         ground_all(explainer._replace(mode=mode, block=block), image, PHRASES)
-    assert runs == [1]
+    assert runs == [1, 1]  # mode itc goes on from block 0 itself
 
 
 def test_gradients_do_not_pile_up(explainer: Explainer) -> None:
     image = encode(explainer, PHOTO)
-    assert not any(tensor.requires_grad for tensor in [*image.block_inputs, *image.keys_values[0]])
+    assert not any(
+        tensor.requires_grad for tensor in [*image.encoded.block_inputs.values(), *image.encoded.keys_values[0]]
+    )
     ground(explainer, image, "circle")
     assert all(parameter.grad is None for parameter in explainer.model.parameters())
 

@@ -1,0 +1,123 @@
+"""The one door to a model: what evaluation, `ground()`, demo, page, TensorBoard and figures ask of it.
+
+`models.albef.ALBEF` is behind it; another model is another class with these members, and nothing else changes.
+
+Shapes: N images, B texts, T tokens, H heads, a grid of h x w image patches.
+"""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from dataset.text import Tokens
+from models import amc
+from utils import UserError
+
+# What a map explains, and which layers' attention it is made of. "itm": the match logit; "itc": the similarity.
+MODES = {"itm": "fusion layers", "itc": "image encoder's blocks"}
+
+
+class LayerError(UserError):
+    """A layer that the model cannot explain."""
+
+
+class Explanation(NamedTuple):
+    """Why a model gave B texts their scores: what GradCAM maps are made of. All detached, on the model's device.
+
+    Args:
+        attention: (B, H, T, h * w), probabilities from T queries to the image patches; T is 1 where the query is the
+            image's own CLS token.
+        gradient: (B, H, T, h * w), d(score) / d(attention).
+        token_mask: (B, T), 1 for a token of the text and 0 for padding; None where the queries are no tokens of the
+            text.
+        match: (B,), probability that text and image match; None where that is not what was explained.
+        grid: (h, w).
+    """
+
+    attention: Tensor
+    gradient: Tensor
+    token_mask: Tensor | None
+    match: Tensor | None
+    grid: tuple[int, int]
+
+    @property
+    def maps(self) -> Tensor:
+        """GradCAM maps, float32 (B, h, w), at least 0; the mean over T includes padding."""
+        return amc.gradcam(self.attention, self.gradient, self._mask(), self.grid, prefix_tokens=0)
+
+    @property
+    def token_maps(self) -> Tensor | None:
+        """The map of each token, float32 (B, T, h, w), 0 for padding; None where the queries are no tokens."""
+        if self.token_mask is None:
+            return None
+        return amc.token_gradcam(self.attention, self.gradient, self.token_mask, self.grid, prefix_tokens=0)
+
+    def _mask(self) -> Tensor:
+        return torch.ones_like(self.attention[:, 0, :, 0]) if self.token_mask is None else self.token_mask
+
+
+class ExplainableModel(Protocol):
+    """A model that can say where it looked. The last four members are those of `nn.Module`."""
+
+    @property
+    def image_res(self) -> int:
+        """Height and width of its input images, in pixels."""
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Rows and columns of image patches: the size of a map."""
+
+    @property
+    def max_tokens(self) -> int:
+        """The longest text that it can read, [CLS] included."""
+
+    def layers(self, mode: str) -> range:
+        """The layers whose attention can be explained in a mode of `MODES`."""
+
+    def encode(
+        self, images: Tensor, precision: torch.dtype = torch.float32, only: tuple[str, int] | None = None
+    ) -> Any:
+        """Encode images once, for any number of texts, modes and layers.
+
+        Args:
+            images: (N, 3, image_res, image_res), normalised, on the model's device.
+            precision: of the image encoder; everything after it is computed in float32.
+            only: the one (mode, layer) that will be asked for; what others need is then not computed.
+
+        Returns:
+            the images as the model keeps them: to be given back to `explain` and `match`, not to be looked into.
+        """
+
+    def explain(self, encoded: Any, image_index: Tensor | None, tokens: Tokens, mode: str, layer: int) -> Explanation:
+        """Attention of `layer`, and the gradient of each text's score with respect to it.
+
+        The score is the match logit in mode "itm", the image-text similarity in mode "itc".
+
+        Args:
+            encoded: from `encode`.
+            image_index: (B,), which image each text is about; None: there is one image, and all texts are about it.
+            tokens: B texts, on the model's device.
+
+        Raises:
+            LayerError: `layer` is none of `layers(mode)`.
+        """
+
+    def match(self, encoded: Any, image_index: Tensor | None, tokens: Tokens) -> Tensor:
+        """The probability that each text matches its image, (B,); arguments as in `explain`, mode "itm"."""
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def modules(self) -> Iterator[nn.Module]: ...
+
+    def eval(self) -> Any: ...
+
+
+def check_layer(model: ExplainableModel, mode: str, layer: int) -> None:
+    """Raise `LayerError` unless `layer` is one of `model.layers(mode)`."""
+    known = model.layers(mode)
+    if layer not in known:
+        raise LayerError(f"--block_num {layer}: the {MODES[mode]} are {known.start} to {known[-1]}")
