@@ -147,7 +147,7 @@ def read_phrases(
                     record = {"image_height": of.size[0], "image_width": of.size[1], "split": split.name}
                     boxes_of = of.by_id[phrase_id]
                     expression = Expression(
-                        image, text, count, split.name, boxes_of, record, size=of.size, categories=_types(row)
+                        image, text, count, split.name, boxes_of, record, annotated_size=of.size, categories=_types(row)
                     )
                     count += 1
                 yield Phrase(where, image_id, phrase_id, expression)

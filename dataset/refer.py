@@ -85,11 +85,16 @@ class Entry(NamedTuple):
 
 
 class Item(NamedTuple):
-    """An entry that can be read, where it stands, and its expression: None where its ref cannot be used."""
+    """An entry that can be read, where it stands, and its expression: None where its ref cannot be used.
+
+    `stated_size` is the image's (height, width) by instances.json, if it is there. Only `prepare.py check` uses it:
+    evaluation goes by the image file, as the release does.
+    """
 
     where: str
     entry: Entry
     expression: Expression | None
+    stated_size: tuple[int, int] | None
 
 
 def load_expressions(
@@ -169,12 +174,13 @@ def read_items(file: str, reading: Reading, problems: Problems) -> list[Item]:
         except EntryProblem as problem:
             problems.add(where, problem)
             continue
-        expression = None
+        expression, size = None, None
         try:
-            expression = _expression(entry, reading, reading.refer) if reading.refer else None
+            if reading.refer:
+                expression, size = _expression(entry, reading, reading.refer)
         except EntryProblem as problem:
             problems.add(where, problem)
-        items.append(Item(where, entry, expression))
+        items.append(Item(where, entry, expression, size))
     return items
 
 
@@ -185,7 +191,8 @@ def _entry(row: Any, reading: Reading, file: str, where: str, problems: Problems
     return Entry(name, image, clean_text(text, MAX_WORDS, file, where, problems), ref_id, split)
 
 
-def _expression(entry: Entry, reading: Reading, refer: Refer) -> Expression:
+def _expression(entry: Entry, reading: Reading, refer: Refer) -> tuple[Expression, tuple[int, int] | None]:
+    """An entry's expression, and the stated size of its image."""
     ref = refer.refs.get(entry.ref_id)
     if ref is None:
         raise EntryProblem(
@@ -197,7 +204,7 @@ def _expression(entry: Entry, reading: Reading, refer: Refer) -> Expression:
     if entry.split is not None:
         record["split"] = entry.split
         split = "test" if "test" in entry.split else entry.split
-    return Expression(
+    found = Expression(
         image=entry.image,
         text=entry.text,
         ref_id=entry.ref_id,
@@ -205,9 +212,9 @@ def _expression(entry: Entry, reading: Reading, refer: Refer) -> Expression:
         boxes=reference_box(ref, refer),
         record=record,
         detections=_detections(ref["image_id"], reading) if reading.det_file else None,
-        size=_stated_size(refer.images.get(ref["image_id"], {}), refer),
         categories=_category(ref, refer),
     )
+    return found, _stated_size(refer.images.get(ref["image_id"], {}), refer)
 
 
 def reference_box(ref: dict[str, Any], refer: Refer) -> np.ndarray:
