@@ -91,9 +91,13 @@ def _evaluation(gathered: Gathered, path: str, config: GroundingConfig, bert: Be
     if bert and bert.fusion_layers and config.block_num not in bert.fusion_layers:
         known = f"{bert.fusion_layers[0]} to {bert.fusion_layers[-1]}"
         row.fail(f"block_num is {config.block_num}; the fusion layers are {known}")
-    of_refer = bool(config.test_file or config.refcoco_data or config.det_file)
-    of_flickr = bool(config.image_ids_file or config.phrase_box_file or config.sentences_file)
-    if not (of_refer or of_flickr or config.matching_file):
+    other = config.benchmark not in (None, *NAMES, "flickr")
+    of_refer = not other and bool(config.test_file or config.refcoco_data or config.det_file)
+    of_flickr = not other and bool(config.image_ids_file or config.phrase_box_file or config.sentences_file)
+    if other:
+        with row.attempt():
+            _other(gathered, path, config, row)
+    elif not (of_refer or of_flickr or config.matching_file):
         row.fail(
             "names no data; it needs test_file and refcoco_data, or image_ids_file, phrase_box_file and sentences_file"
         )
@@ -105,6 +109,19 @@ def _evaluation(gathered: Gathered, path: str, config: GroundingConfig, bert: Be
             _flickr(gathered, path, config, row)
     for file in config.matching_file:
         gathered.once(check_files.pairs, file, config.image_root, config=path)
+
+
+def _other(gathered: Gathered, path: str, config: GroundingConfig, row: Row) -> None:
+    """One's own data, and benchmarks that were added to those that ship."""
+    row.checked = f"evaluation config, {config.benchmark}"
+    if config.benchmark != "own":
+        row.notes.append(
+            f"what the benchmark '{config.benchmark}' reads is not checked: it is not one of those known here"
+        )
+        return
+    config.require("test_file")
+    for file in config.test_file:
+        gathered.once(check_files.own_file, file, config.image_root, config=path)
 
 
 def _refer(gathered: Gathered, path: str, config: GroundingConfig, row: Row) -> None:
@@ -145,10 +162,12 @@ def _has_sizes(counts: Counter[str], name: str) -> bool:
 
 
 def is_refclef(path: str, config: GroundingConfig) -> bool:
-    """Whether a config with test_file is of RefCLEF and not of RefCOCO: the evaluation script decides, not a key.
+    """Whether a config with test_file is of RefCLEF and not of RefCOCO: its key `benchmark` tells.
 
-    The names of its test files and its own tell; failing that, RefCLEF is the one that has no detections.
+    Without that key, the names of its test files and its own tell; failing that, RefCLEF is the one without detections.
     """
+    if config.benchmark:
+        return config.benchmark == "refclef"
     names = " ".join(Path(name).name.lower() for name in (*config.test_file, path))
     if "refclef" in names or "refcoco" in names:
         return "refclef" in names

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from dataset import flickr, matching, refer, vg
+from dataset import flickr, matching, own, refer, vg
 from dataset.expressions import EntryProblem, first_of
 from dataset.raw.check_images import Placed
 from dataset.raw.check_report import Report, Row
@@ -154,9 +154,9 @@ def test_file(gathered: Gathered, file: str, of: ReferFiles, config: str) -> Cou
     usable = [(item.where, item.expression) for item in items if item.expression]
     for where, expression in first_of((item[1].ref_id, item) for item in usable).values():
         gathered.placed.append(Placed(row, where, expression.image, _corners(expression.boxes), None, True))
-    for where, expression in first_of((item[1].image, item) for item in usable).values():
-        if expression.size:
-            gathered.stated.append(Stated(row, where, expression.image, expression.size))
+    for item in first_of((item.entry.image, item) for item in items if item.expression).values():
+        if item.stated_size:
+            gathered.stated.append(Stated(row, item.where, item.entry.image, item.stated_size))
     if of.entry_split:
         images = {(str(item.entry.split), item.entry.image) for item in items if item.expression}
         return Counter(split for split, _ in images)
@@ -218,6 +218,23 @@ def note_phrases_without_boxes(row: Row, phrases: list[flickr.Phrase], boxes: di
         if of and phrase.expression is None and phrase.phrase_id not in {*of.boxless, NOT_VISUAL}:
             kind = "the phrase's id has no boxes and is not under 'scene' or 'nobox'; evaluation leaves the phrase out"
             row.warnings.add(phrase.where, EntryProblem(kind, f"phrase_id {phrase.phrase_id}"))
+
+
+# ---- one's own data
+
+
+def own_file(gathered: Gathered, file: str, image_root: str, config: str) -> None:
+    """Read a file of the benchmark `own`."""
+    row = gathered.report.row(file, "expressions", f"test_file of {config}")
+    with row.attempt():
+        found = own.read_expressions(file, image_root, 0, row.errors)
+        row.count = len(found)
+        gathered.name_images(image_root, ((one.image, where) for where, one in found))
+        note_repeated(row, (((one.image, one.text), where) for where, one in found))
+        for where, one in first_of(found).items():
+            gathered.placed.append(Placed(row, where, one.image, _corners(one.boxes), None, True))
+        if not found and not row.errors.kinds:
+            row.fail("holds no entries")
 
 
 # ---- matching
