@@ -23,12 +23,11 @@ import utils
 from config import GroundingConfig, PretrainConfig, load_config
 from dataset.expressions import Expression
 from grounding import maps, metrics
-from grounding.benchmarks import BENCHMARKS, REFCOCO, Benchmark
+from grounding.benchmarks import REFCOCO_PLUS, Benchmark, benchmark_of
 from grounding.pictures.panels import Case, contact_sheet, loss_curves
 from grounding.report.page import Section
-from grounding.report.rows import Source
 from grounding.report.write import section, write_report
-from grounding.results import ResultFolder, percent
+from grounding.results import ResultFolder, Source, percent
 from grounding.web.examples import SCENES, SHIPPED
 from models.checkpoint import export_student
 from runs import STEPS_LOG, read_log
@@ -132,15 +131,16 @@ def report(output: Path, seconds: float) -> None:
     table: Table = {}
     cases: list[Case] = []
     sections: list[Section] = []
-    for benchmark, kind in BENCHMARKS.items():
+    for benchmark in SCRIPTS:
         config = load_config(CONFIGS / f"Grounding_{benchmark}.yaml", GroundingConfig)
+        kind = benchmark_of(config)
         folders = {model: ResultFolder(output / name / benchmark / "result") for model, name in MODELS.items()}
         expressions = kind.load(config)
         for model, row in {**chance(kind, config, expressions), **accuracies(kind, config, folders)}.items():
             table.setdefault(model, {}).update(row)
         sources = [Source(model, folder, "00") for model, folder in folders.items()]
         sections.append(section(kind, expressions, sources, others=len(sources) - 1))
-        if kind is REFCOCO:
+        if kind is REFCOCO_PLUS:
             cases = choose_cases(expressions, list(folders.values()))
     utils.write_text(output / "table.md", markdown(table))
     contact_sheet(cases, list(MODELS), output / "heat_maps.png")
@@ -163,7 +163,6 @@ def chance(benchmark: Benchmark, config: GroundingConfig, expressions: Sequence[
         values: list[float] = []
         for expression in expressions:
             if metric == "point":
-                assert expression.size is not None
                 values.append(float(maps.inside(expression.boxes, *expression.size).mean()))
             else:
                 assert expression.detections is not None

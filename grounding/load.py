@@ -9,7 +9,7 @@ import torch
 import utils
 from config import ConfigError, GroundingConfig, ModelConfig, load_bert_config, load_config, parse_config
 from dataset.text import Tokenizer, load_tokenizer
-from grounding.benchmarks import REFCOCO, Benchmark
+from grounding.benchmarks import REFCOCO_PLUS, Benchmark
 from grounding.predict import Explainer
 from models.albef import ALBEF, build_albef
 from models.checkpoint import LoadReport, load_weights, read_checkpoint
@@ -56,7 +56,7 @@ def open_model(
     text_encoder: str | None = None,
     device: str | None = None,
     overrides: Sequence[str] = (),
-    benchmark: Benchmark = REFCOCO,
+    benchmark: Benchmark = REFCOCO_PLUS,
 ) -> OpenedModel:
     """Open a checkpoint.
 

@@ -15,7 +15,7 @@ from config import GroundingConfig
 from dataset.expressions import Expression
 from dataset.reading import read_image
 from grounding import maps, metrics
-from grounding.benchmarks import REFCOCO
+from grounding.benchmarks import REFCOCO_PLUS
 from grounding.pictures.panels import Case, _steps, blend, contact_sheet, loss_curves, loss_figure, panel
 from grounding.results import ResultFolder
 from utils import UserError
@@ -148,7 +148,7 @@ def test_the_table_is_read_from_the_logs(tmp_path: Path) -> None:
     folder = ResultFolder(tmp_path)
     folder.write_lines("00", [{"val_d": 0.1}, {"val_d": 0.2}, {"matching_val": 0.3, "matching_val_phrase": 0.4}])
     config = GroundingConfig(image_root="", matching_file=["somewhere/matching_val.json"])
-    assert scenes_demo.accuracies(REFCOCO, config, {"AMC": folder}) == {
+    assert scenes_demo.accuracies(REFCOCO_PLUS, config, {"AMC": folder}) == {
         "AMC": {
             "RefCOCO+ box val_d": 0.1,
             "RefCOCO+ point val_d": 0.2,
