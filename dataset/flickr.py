@@ -1,4 +1,4 @@
-"""Flickr30k Entities as info-ground writes it (Plummer et al., ICCV 2015; SPEC section 4): phrases and their boxes.
+"""Flickr30k Entities as info-ground writes it (Plummer et al., ICCV 2015): phrases and their boxes.
 
 Three files a split: image ids, one a line; {image_id: {"boxes": {phrase_id: [[x1, y1, x2, y2], ...]}, "width",
 "height"}}; {image_id: [{"phrases": [{"phrase", "phrase_id", "phrase_type"}]}]}, a list of sentences.

@@ -1,4 +1,4 @@
-"""RefCOCO, RefCOCO+, RefCOCOg and RefCLEF in REFER's format (SPEC sections 3 and 4).
+"""RefCOCO, RefCOCO+, RefCOCOg and RefCLEF in REFER's format.
 
 Yu et al., ECCV 2016; Mao et al., CVPR 2016 (RefCOCOg); Kazemzadeh et al., EMNLP 2014 (RefCLEF).
 
