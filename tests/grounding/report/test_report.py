@@ -433,9 +433,8 @@ def test_results_of_other_expressions_are_refused(expressions: list[Expression],
 
 def test_flickrs_size_is_the_annotated_one(expressions: list[Expression], tmp_path: Path) -> None:
     """Boxes, maps and pictures refer to it, whatever the file's size is."""
-    record = {"image_height": 40, "image_width": 30, "split": "val"}
     box = np.array([[10.0, 10.0, 11.0, 11.0]])
-    item = Expression(expressions[0].image, "cat", 0, "val", box, record, categories=("animals",))
+    item = Expression(expressions[0].image, "cat", 0, "val", box, annotated_size=(40, 30), categories=("animals",))
     out = store(tmp_path / "flickr", [item], {"00": [RIGHT]})
     assert areas([item], np.array([True]))[0] == pytest.approx(100 / 1200)
     html = report_folders(FLICKR, [item], [out]).read_text(encoding="utf-8")
