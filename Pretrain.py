@@ -53,8 +53,6 @@ from training_log import TrainingLog
 if TYPE_CHECKING:
     from grounding.pictures.tensorboard import Board
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 
 class TrainingError(utils.UserError):
     """Training that cannot go on."""
@@ -70,7 +68,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
     parser.add_argument("--seed", default=42, type=integer(0, 2**63 - 1))
-    parser.add_argument("--precision", choices=PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
+    parser.add_argument("--precision", choices=utils.PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
     parser.add_argument("--accum_steps", default=1, type=integer(1), help="batches per optimizer step")
     parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
     parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
@@ -180,7 +178,7 @@ class Run:
         last = micro == self.args.accum_steps - 1
         parallel = self.parallel
         alone = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
-        precision = PRECISIONS[self.args.precision]
+        precision = utils.PRECISIONS[self.args.precision]
         with alone:
             with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
                 losses = parallel(batch, alpha, update_teacher=micro == 0)

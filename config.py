@@ -24,6 +24,7 @@ from pydantic import (
     ValidationInfo,
     field_validator,
     model_serializer,
+    model_validator,
 )
 from pydantic_core import PydanticCustomError
 from ruamel.yaml import YAML
@@ -202,13 +203,16 @@ class PretrainConfig(ModelConfig):
 
 
 class GroundingConfig(ModelConfig):
-    """Grounding_*.yaml. Which of the data keys are needed is the benchmark's business (`require`)."""
+    """Grounding_*.yaml. Each benchmark needs some of the data keys (`require`)."""
 
+    benchmark: str | None = None  # what grounding_eval.py evaluates, by its name in grounding/benchmarks.py
     image_root: PathText
     batch_size: int = Field(8, ge=1)
     test_file: list[PathText] = []
     refcoco_data: PathText | None = None
-    refer_dataset: Literal["refcoco", "refcoco+", "refcocog"] = "refcoco+"  # what grounding_eval_singlegpu.py evaluates
+    # Which of three data sets grounding_eval_singlegpu.py reads. It says the same as `benchmark`; where both are given,
+    # this one counts.
+    refer_dataset: Literal["refcoco", "refcoco+", "refcocog"] = "refcoco+"
     refer_split: Literal["unc", "google", "umd", "berkeley"] = "unc"  # whose split: refs(unc).p, ...; RefCLEF's as well
     det_file: PathText | None = None
     image_ids_file: list[PathText] = []
@@ -221,6 +225,15 @@ class GroundingConfig(ModelConfig):
     on_bbox: bool = False
     distill: bool = True
     warm_up: bool = True
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_refer_dataset(cls, values: Any) -> Any:
+        """Let `benchmark` and `refer_dataset` say the same, where `benchmark` is one of the three."""
+        if isinstance(values, dict) and values.get("benchmark") in ("refcoco", "refcoco+", "refcocog"):
+            dataset = values.get("refer_dataset", values["benchmark"])
+            return {**values, "benchmark": dataset, "refer_dataset": dataset}
+        return values
 
     def require(self, *keys: str) -> None:
         """Raise `ConfigError` naming the first of `keys` that the file left out."""

@@ -26,7 +26,7 @@ from dataset.photos import find_images, read_photo
 from dataset.reading import SKIP, DataError
 from grounding import maps, metrics
 from grounding.benchmarks import BENCHMARKS
-from grounding.evaluate import PRECISIONS
+from grounding.evaluate import EVALUATION_PRECISIONS
 from grounding.explain import Explainer, Grounding, encode, ground_all, notes
 from grounding.load import OpenedModel, open_model
 from grounding.maps import THRESHOLD, check_threshold
@@ -52,12 +52,23 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--checkpoint", help=f"a checkpoint (default: the last one in {DEMO_MODELS}, or else {SHIPPED_AMC})")
     add("--config", help="a Grounding_*.yaml (default: chosen by the sizes that the checkpoint states)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key, for instance image_res")
-    add("--benchmark", choices=BENCHMARKS, default="refcoco", help="whose config, and whose resize to the model's size")
+    add(
+        "--benchmark",
+        choices=BENCHMARKS,
+        type=lambda name: "refcoco+" if name == "refcoco" else name,  # what refcoco has always meant here
+        default="refcoco+",
+        help="benchmark whose config and image resize to use",
+    )
     add("--text_encoder", help="hub name or local folder (default: bert-base-uncased, or the scenes' vocabulary)")
     add("--device", help="cuda or cpu (default: the GPU if there is one)")
     add("--gradcam_mode", choices=("itm", "itc"), default="itm", help="what the map explains")
     add("--block_num", type=int, help="layer to explain (default: the config's, 8)")
-    add("--precision", choices=PRECISIONS, default="fp32", help="of the image encoder; maps are computed in fp32")
+    add(
+        "--precision",
+        choices=EVALUATION_PRECISIONS,
+        default="fp32",
+        help="of the image encoder; maps are computed in fp32",
+    )
     add("--threshold", type=float, default=THRESHOLD, help="of the boxes, a share of the map's maximum")
     add("--skip_broken", action="store_true", help="leave out missing and unreadable images and say so")
     shown = parser.add_argument_group("what is shown and written")
@@ -90,7 +101,7 @@ def main(args: argparse.Namespace) -> None:
     overlay.see_through(args.colormap)  # what is wrong is an error before the model is read, not after
     check_threshold(args.threshold)
     opened = open_as_asked(args, args.checkpoint or demo_model(), args.config)
-    explainer = opened.explainer(args.gradcam_mode, args.block_num, PRECISIONS[args.precision])
+    explainer = opened.explainer(args.gradcam_mode, args.block_num, utils.PRECISIONS[args.precision])
     print(opened.report)
     print(f"config: {opened.origin}; {args.gradcam_mode} at layer {explainer.block}")
     for phrase in phrases:
@@ -130,7 +141,7 @@ def serve_page(args: argparse.Namespace) -> None:
     def open_offer(offer: Offer) -> OpenedModel:
         return open_as_asked(args, offer.checkpoint, offer.config)
 
-    answers = Answers(offers, open_offer, BENCHMARKS[args.benchmark].resize, precision=PRECISIONS[args.precision])
+    answers = Answers(offers, open_offer, BENCHMARKS[args.benchmark].resize, precision=utils.PRECISIONS[args.precision])
     if args.block_num is not None:
         answers.check_layer(args.gradcam_mode, args.block_num)
     hint = "" if asked_for or len(offers) > 1 else ONLY_BEFORE

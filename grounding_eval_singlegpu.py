@@ -3,11 +3,11 @@
     python grounding_eval_singlegpu.py --checkpoint FILE_OR_FOLDER --output_dir OUT
 
 The data that it reads: configs/Grounding_refcoco.yaml (RefCOCO+), Grounding_refcoco_unc.yaml (RefCOCO),
-Grounding_refcocog.yaml (RefCOCOg), or another --config.
+Grounding_refcocog.yaml (RefCOCOg), or another --config. grounding_eval.py evaluates any benchmark.
 """
 
-from grounding.benchmarks import REFCOCO
+from grounding.benchmarks import REFCOCO_PLUS
 from grounding.evaluate import program
 
 if __name__ == "__main__":
-    program(REFCOCO)
+    program(REFCOCO_PLUS)

@@ -26,11 +26,10 @@ import utils
 from config import GroundingConfig, PretrainConfig, load_config
 from dataset.expressions import Expression
 from grounding import maps, metrics
-from grounding.benchmarks import BENCHMARKS, REFCOCO, Benchmark
+from grounding.benchmarks import BENCHMARKS, REFCOCO_PLUS, Benchmark
 from grounding.pictures.panels import Case, contact_sheet, loss_curves
-from grounding.report.rows import Source
 from grounding.report.write import section, write_report
-from grounding.results import ResultFolder, percent
+from grounding.results import ResultFolder, Source, percent
 from grounding.web.examples import SCENES, SHIPPED, SHIPPED_AMC, SHOWN
 from models.checkpoint import export_student
 from runs import STEPS_LOG, read_log
@@ -62,7 +61,7 @@ Table = dict[str, dict[str, float | None]]  # model -> column -> accuracy
 def main(args: argparse.Namespace) -> None:
     started, short = time.monotonic(), not (args.all or args.full)
     output: Path = args.output_dir or Path("output/scenes" + ("_full" if args.full else "_all" if args.all else ""))
-    benchmarks = {name: found for name, found in scenes_benchmarks().items() if found is REFCOCO or not short}
+    benchmarks = {name: found for name, found in scenes_benchmarks().items() if found is REFCOCO_PLUS or not short}
     torch.set_num_threads(1)  # for the report: its maps are small, and a busy machine makes threads wait for each other
     training, overrides = (SHORT_TRAINING, SHORT_EVALUATION) if short else ([], [])
     run_step("first_look", ["demo.py", *LOOK, "--output_dir", str(output / "first_look")], output / "logs")
@@ -155,11 +154,10 @@ def train(output: Path, config: Path, start: list[str], processes: int = 1, opti
 
 def evaluation(checkpoint: Path, benchmark: str, output: Path, overrides: Sequence[str] = ()) -> list[str]:
     """The program that evaluates a checkpoint on one of the scenes' benchmarks, and its options."""
-    own = f"grounding_eval_singlegpu_{benchmark}.py"
     words = ["--config", str(CONFIGS / f"Grounding_{benchmark}.yaml")]
     words += ["--checkpoint", str(checkpoint), "--output_dir", str(output)]
     words += [word for override in overrides for word in ("--set", override)]
-    return [own if Path(own).exists() else "grounding_eval_singlegpu.py", *words, *COMMON]
+    return ["grounding_eval.py", *words, *COMMON]
 
 
 # ---- report
@@ -177,7 +175,7 @@ def report(output: Path, benchmarks: dict[str, Benchmark], overrides: Sequence[s
             table.setdefault(model, {}).update(row)
         sources = [Source(model, folder, "00") for model, folder in folders.items()]
         sections.append(section(benchmark, expressions, sources, others=len(sources) - 1))
-        if benchmark is REFCOCO:
+        if benchmark is REFCOCO_PLUS:
             contact_sheet(choose_cases(expressions, folders), list(MODELS), output / "heat_maps.png")
     header, *lines = table_rows(table)
     marked = [header, ["---", *["---:"] * len(table)], *lines]

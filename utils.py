@@ -24,6 +24,8 @@ from terminal import Escaping, printable
 
 T = TypeVar("T")
 
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their names on command lines
+
 
 class UserError(ValueError):
     """Something the user can put right: a config, a file, an option. Programs print it without a traceback."""

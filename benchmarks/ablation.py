@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import utils
 from benchmarks.machine import describe_machine, markdown_table, parser
 from config import GroundingConfig, load_config
-from grounding.benchmarks import REFCOCO
+from grounding.benchmarks import REFCOCO_PLUS
 from grounding.results import ResultFolder
 from grounding.web.examples import SCENES, SHIPPED
 from scenes_demo import CONFIGS, accuracies, evaluation, run_step, train
@@ -61,7 +61,7 @@ def train_and_evaluate(variant: str, seed: int, folder: Path) -> dict[str, float
     run_step(f"{folder.name}_evaluated", evaluation(checkpoint, "refcoco", folder / "refcoco"), folder.parent / "logs")
     grounding = load_config(CONFIGS / "Grounding_refcoco.yaml", GroundingConfig)
     result = ResultFolder(folder / "refcoco" / "result")
-    return accuracies(REFCOCO, grounding, {variant: result})[variant]
+    return accuracies(REFCOCO_PLUS, grounding, {variant: result})[variant]
 
 
 def results_table(rows: Accuracies) -> str:

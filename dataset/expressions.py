@@ -4,17 +4,17 @@ Boxes are [x, y, w, h] in pixels of the original image everywhere in evaluation,
 width must not be recovered from x + w (it rounds), while Flickr30k's integer corners lose nothing in x2 - x1.
 """
 
+import functools
 import os
 import reprlib
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeGuard, TypeVar
 
 import numpy as np
 
-from dataset.reading import DataError
+from dataset.reading import DataError, image_size
 from dataset.text import clean_caption, has_content
 from utils import log
 
@@ -38,7 +38,7 @@ class Expression:
         boxes: (n, 4) float64 [x, y, w, h], n >= 1; any of them is right.
         record: what a result file holds beside ref_id and pred.
         detections: (k, 4) float64 [x, y, w, h] of a detector in this image; None where the benchmark has none.
-        size: (height, width) that the annotations state for the image, if they do.
+        annotated_size: (height, width) that the boxes refer to, where the annotations decide that (Flickr30k).
         categories: what the annotations say it refers to: REFER's category, Flickr30k's phrase types; may be none.
     """
 
@@ -49,8 +49,22 @@ class Expression:
     boxes: np.ndarray
     record: dict[str, Any] = field(default_factory=dict)
     detections: np.ndarray | None = None
-    size: tuple[int, int] | None = None
+    annotated_size: tuple[int, int] | None = None
     categories: tuple[str, ...] = ()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels that the boxes refer to, and that its map is resized to.
+
+        It is the annotated size, or else the image file's own, read from its header.
+
+        Raises:
+            DataError: the image file is missing or has no readable header.
+        """
+        return self.annotated_size or _file_size(self.image)
+
+
+_file_size = functools.lru_cache(maxsize=1 << 16)(image_size)  # expressions share images, and models share expressions
 
 
 class EntryProblem(Exception):
@@ -96,7 +110,7 @@ class Problems:
         if len(cases.first) < self.shown:
             cases.first.append(where + (f" ({problem.detail})" if problem.detail else ""))
 
-    @cached_property
+    @functools.cached_property
     def warnings(self) -> "Problems":
         return Problems(self.shown)
 

@@ -213,7 +213,7 @@ def read_phrases(
                     record = {"image_height": of.size[0], "image_width": of.size[1], "split": split}
                     boxes_of = of.by_id[phrase_id]
                     expression = Expression(
-                        image, text, count, split, boxes_of, record, size=of.size, categories=_types(row)
+                        image, text, count, split, boxes_of, record, annotated_size=of.size, categories=_types(row)
                     )
                     count += 1
                 phrases.append(FlickrPhrase(where, image_id, phrase_id, expression))

@@ -175,14 +175,15 @@ def read_items(file: str, reading: Reading, problems: Problems) -> list[RefEntry
             text = clean_text(text, MAX_WORDS, file, where, problems)
             items.append(RefEntry(where, name, image, text, ref_id, split))
             if reading.refer:
-                expression = _expression(items[-1], reading, reading.refer)
-                items[-1] = items[-1]._replace(expression=expression, stated_size=expression.size)
+                expression, stated_size = _expression(items[-1], reading, reading.refer)
+                items[-1] = items[-1]._replace(expression=expression, stated_size=stated_size)
         except EntryProblem as problem:
             problems.add(where, problem)
     return items
 
 
-def _expression(entry: RefEntry, reading: Reading, refer: Refer) -> Expression:
+def _expression(entry: RefEntry, reading: Reading, refer: Refer) -> tuple[Expression, tuple[int, int] | None]:
+    """An entry's expression, and the stated size of its image."""
     ref = refer.refs.get(entry.ref_id)
     if ref is None:
         raise EntryProblem(
@@ -194,7 +195,7 @@ def _expression(entry: RefEntry, reading: Reading, refer: Refer) -> Expression:
     if entry.split is not None:
         record["split"] = entry.split
         split = "test" if "test" in entry.split else entry.split
-    return Expression(
+    found = Expression(
         image=entry.image,
         text=entry.text,
         ref_id=entry.ref_id,
@@ -202,9 +203,9 @@ def _expression(entry: RefEntry, reading: Reading, refer: Refer) -> Expression:
         boxes=reference_box(ref, refer),
         record=record,
         detections=None if reading.detections is None else _detections(ref["image_id"], reading.detections, reading),
-        size=_stated_size(refer.images.get(ref["image_id"], {}), refer),
         categories=_category(ref, refer),
     )
+    return found, _stated_size(refer.images.get(ref["image_id"], {}), refer)
 
 
 def reference_box(ref: dict[str, Any], refer: Refer) -> np.ndarray:

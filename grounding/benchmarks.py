@@ -1,13 +1,16 @@
-"""The benchmarks: what each reads, how it resizes an image, which splits and metrics it reports."""
+"""The benchmarks: what each reads, how it resizes an image, which splits and metrics it reports.
 
-from collections.abc import Callable
+A new benchmark is a reader in dataset/, one `Benchmark` in `BENCHMARKS`, and a YAML file that names it by `benchmark:`.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from config import GroundingConfig
-from dataset import flickr, refer
+from config import ConfigError, GroundingConfig
+from dataset import flickr, own, refer
 from dataset.expressions import Expression
 from dataset.transforms import resize_bicubic, resize_bilinear_image
 
@@ -16,11 +19,13 @@ class Benchmark(NamedTuple):
     """One benchmark.
 
     Args:
+        name: as messages and reports say it.
         config: the config file that is used unless another is named.
         load: (config, skip_missing=False) -> its expressions, read and checked, in the order of the result file.
         resize: (image, side) -> uint8 (side, side, 3).
-        splits: split -> the name it is reported under.
-        metrics: "box" and "point", in the order of the log lines.
+        splits: split -> the name it is reported under; empty: what the config or the data say (`with_splits`).
+        metrics: names in grounding/metrics.py, in the order of the log lines; the last one decides which checkpoint is
+            best.
     """
 
     name: str
@@ -31,7 +36,7 @@ class Benchmark(NamedTuple):
     metrics: tuple[str, ...]
 
 
-def _load_refcoco(config: GroundingConfig, skip_missing: bool = False) -> list[Expression]:
+def _load_refer(config: GroundingConfig, skip_missing: bool = False) -> list[Expression]:
     config.require("test_file", "refcoco_data", "det_file")
     return refer.load_expressions(
         test_file=config.test_file,
@@ -68,12 +73,17 @@ def _load_flickr(config: GroundingConfig, skip_missing: bool = False) -> list[Ex
     )
 
 
-REFCOCO = Benchmark(
+def _load_own(config: GroundingConfig, skip_missing: bool = False) -> list[Expression]:
+    config.require("test_file")
+    return own.load_expressions(test_file=config.test_file, image_root=config.image_root, skip_missing=skip_missing)
+
+
+REFCOCO_PLUS = Benchmark(
     "RefCOCO+",
     "./configs/Grounding_refcoco.yaml",
-    _load_refcoco,
+    _load_refer,
     resize_bicubic,
-    {"val": "val_d", "testA": "testA_d", "testB": "testB_d"},
+    {"val": "val_d", "testA": "testA_d", "testB": "testB_d"},  # the release's names
     ("box", "point"),
 )
 REFCLEF = Benchmark(
@@ -92,18 +102,46 @@ FLICKR = Benchmark(
     {"val": "val_d", "test": "test"},
     ("point",),
 )
-BENCHMARKS = {"refcoco": REFCOCO, "refclef": REFCLEF, "flickr": FLICKR}  # by their names on command lines
+OWN = Benchmark("Own data", "./configs/Grounding_own.yaml", _load_own, resize_bicubic, {}, ("map_box", "point"))
 
-IN_PLACE_OF_REFCOCO_PLUS = {"refcoco": "RefCOCO", "refcocog": "RefCOCOg"}
+BENCHMARKS = {  # by the config's key `benchmark`
+    "refcoco+": REFCOCO_PLUS,
+    "refcoco": REFCOCO_PLUS._replace(name="RefCOCO", config="./configs/Grounding_refcoco_unc.yaml", splits={}),
+    "refcocog": REFCOCO_PLUS._replace(name="RefCOCOg", config="./configs/Grounding_refcocog.yaml", splits={}),
+    "refclef": REFCLEF,
+    "flickr": FLICKR,
+    "own": OWN,
+}
 
 
-def asked_for(benchmark: Benchmark, config: GroundingConfig) -> Benchmark:
-    """The benchmark that a config asks for: by `refer_dataset`, RefCOCO or RefCOCOg in place of RefCOCO+.
+def benchmark_of(config: GroundingConfig, script: Benchmark | None = None) -> Benchmark:
+    """The benchmark that a config names by its key `benchmark`, or failing that, the one that a script evaluates.
 
-    Their splits are reported by their own names; "val_d" and the like are the release's names for RefCOCO+ alone.
+    Args:
+        script: the benchmark of a script that evaluates nothing else; that of RefCOCO+ also takes RefCOCO and RefCOCOg.
+
+    Raises:
+        ConfigError: no benchmark is named, the name is unknown, or the script evaluates another one.
+        DataError: the data set is not split by `refer_split`.
     """
-    name = IN_PLACE_OF_REFCOCO_PLUS.get(config.refer_dataset)
-    if benchmark is not REFCOCO or name is None:
-        return benchmark
+    names = ", ".join(BENCHMARKS)
+    if config.benchmark is None and script is None:
+        raise ConfigError(f"the config lacks 'benchmark', which says what to evaluate: one of {names}")
+    if config.benchmark is not None and config.benchmark not in BENCHMARKS:
+        raise ConfigError(f"benchmark is {config.benchmark!r}, which is none of {names}")
+    named = BENCHMARKS[config.benchmark] if config.benchmark else None
+    if script and named and script.load is not named.load:
+        raise ConfigError(
+            f"benchmark is {config.benchmark!r}, and this script evaluates {script.name}; run grounding_eval.py"
+        )
+    found = script or named
+    assert found is not None
+    if found.load is not _load_refer or config.refer_dataset == "refcoco+":
+        return found
     held_out = refer.splits_of(config.refer_dataset, config.refer_split)[1:]
-    return benchmark._replace(name=name, splits={split: split for split in held_out})
+    return BENCHMARKS[config.refer_dataset]._replace(splits={split: split for split in held_out})
+
+
+def with_splits(benchmark: Benchmark, expressions: Sequence[Expression]) -> Benchmark:
+    """The benchmark with the splits that it reports: without its own, all those of the data, in order."""
+    return benchmark._replace(splits=benchmark.splits or {one.split: one.split for one in expressions})

@@ -1,4 +1,4 @@
-"""The evaluation program that the three scripts share: checkpoints -> maps -> metrics -> results (SPEC section 3)."""
+"""The evaluation program of all scripts: checkpoints -> maps -> metrics -> results (docs/method.md, Evaluation)."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -17,20 +17,17 @@ from dataset.transforms import resize_bilinear_image
 from dataset.workers import killed_workers_explained
 from grounding import identity, metrics
 from grounding.batches import Ask, ImageData, Pair, answer_pairs, load_images
-from grounding.benchmarks import Benchmark, asked_for
+from grounding.benchmarks import Benchmark, benchmark_of, with_splits
 from grounding.explain import Explainer, Resize
 from grounding.identity import Origin
 from grounding.load import check_config, ready
-from grounding.metrics import score
-from grounding.report.rows import sources_of
-from grounding.report.write import report_folders
-from grounding.results import ResultFolder, Row, percent
+from grounding.results import ResultFolder, Row, percent, sources_of
 from models.albef import build_albef
 from models.checkpoint import read_checkpoint
 from runs import claim, write_provenance
 from terminal import boolean, integer
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+EVALUATION_PRECISIONS = ("fp32", "bf16")  # of utils.PRECISIONS
 Line = dict[str, float | None]
 T = TypeVar("T")
 
@@ -39,9 +36,15 @@ class EvaluationError(utils.UserError):
     """An evaluation that cannot be done as asked."""
 
 
-def parse_args(benchmark: Benchmark, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=f"Evaluate visual grounding on {benchmark.name}.")
-    parser.add_argument("--config", default=benchmark.config)
+def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    what = benchmark.name if benchmark else "the benchmark that the config names"
+    parser = argparse.ArgumentParser(description=f"Evaluate visual grounding on {what}.")
+    parser.add_argument(
+        "--config",
+        default=benchmark.config if benchmark else None,
+        required=benchmark is None,
+        help="a Grounding_*.yaml: data and sizes of the model",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a folder of them (every *.pth)")
     parser.add_argument("--output_dir", default="output/grounding")
@@ -51,7 +54,10 @@ def parse_args(benchmark: Benchmark, argv: Sequence[str] | None = None) -> argpa
     parser.add_argument("--evaluate", type=boolean, nargs="?", const=True, default=True, help="has no effect")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
     parser.add_argument(
-        "--precision", choices=PRECISIONS, default="fp32", help="of the image encoder; maps are computed in fp32"
+        "--precision",
+        choices=EVALUATION_PRECISIONS,
+        default="fp32",
+        help="of the image encoder; maps are computed in fp32",
     )
     parser.add_argument("--seed", type=integer(0), default=42)
     parser.add_argument("--num_workers", type=integer(0), default=4, help="processes that decode images")
@@ -69,12 +75,12 @@ def parse_args(benchmark: Benchmark, argv: Sequence[str] | None = None) -> argpa
     return parser.parse_args(argv)
 
 
-def program(benchmark: Benchmark) -> None:
-    """What each evaluation script is."""
+def program(benchmark: Benchmark | None = None) -> None:
+    """What each evaluation script is; without a benchmark, the config names it."""
     utils.run(lambda args: evaluate(benchmark, args), parse_args(benchmark))
 
 
-def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
+def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
     """Evaluate every checkpoint that has no complete result yet, then print all of them as a table."""
     utils.seed_everything(args.seed)
     device = utils.choose_device(args.device)
@@ -84,19 +90,22 @@ def evaluate(benchmark: Benchmark, args: argparse.Namespace) -> None:
         evaluate_checkpoints(benchmark, args, device)
 
 
-def evaluate_checkpoints(benchmark: Benchmark, args: argparse.Namespace, device: torch.device) -> None:
-    """`evaluate`, once processes and output folder are ready."""
+def evaluate_checkpoints(benchmark: Benchmark | None, args: argparse.Namespace, device: torch.device) -> None:
+    """The part of `evaluate` that runs with processes and output folder ready."""
     checkpoints = find_checkpoints(args.checkpoint)
     evaluation = Evaluation(benchmark, load_config(args.config, GroundingConfig, args.set), args, device)
     evaluation.begin(checkpoints)
     for epoch, path in checkpoints.items():
         evaluation.run(epoch, path)
-    decisive = (benchmark.metrics[-1], next(iter(evaluation.benchmark.splits.values())))
+    found = evaluation.benchmark
+    decisive = (found.metrics[-1], next(iter(found.splits.values())))
     utils.log(evaluation.results.table(evaluation.line_names, decisive))
     utils.log(f"Results and log.txt are in {evaluation.results.folder}")
     if (args.report or args.compare) and utils.rank() == 0:
+        from grounding.report.write import report_folders  # loads matplotlib
+
         folders = [Path(folder) for folder in (*args.compare, args.output_dir)]
-        path = report_folders(evaluation.benchmark, evaluation.expressions, folders)
+        path = report_folders(found, evaluation.expressions, folders)
         utils.log(f"The report is {path}")
 
 
@@ -143,7 +152,7 @@ def check_readable(texts: Iterable[str], tokenizer: Tokenizer, bert: BertConfig)
 
 
 def on_rank_0(function: Callable[[], T]) -> T:
-    """What a function gives on rank 0, on all ranks; a `UserError` that it raises there is raised on all of them."""
+    """Call a function on rank 0 and return its result on all ranks; a `UserError` is raised on all of them too."""
     found: T | utils.UserError | None = None
     if utils.rank() == 0:
         try:
@@ -157,15 +166,17 @@ def on_rank_0(function: Callable[[], T]) -> T:
 
 
 class Evaluation:
-    """A benchmark's data, read and checked before anything is computed, and the folder its results go to."""
+    """A benchmark's data, read and checked before anything is computed, and its result folder."""
 
     def __init__(
-        self, benchmark: Benchmark, config: GroundingConfig, args: argparse.Namespace, device: torch.device
+        self, benchmark: Benchmark | None, config: GroundingConfig, args: argparse.Namespace, device: torch.device
     ) -> None:
-        benchmark = asked_for(benchmark, config)
-        self.benchmark, self.config, self.args, self.device = benchmark, config, args, device
+        self.config, self.args, self.device = config, args, device
         self.block = config.block_num if args.block_num is None else args.block_num
+        benchmark = benchmark_of(config, benchmark)
         self.expressions = benchmark.load(config, args.skip_broken)
+        metrics.check(benchmark.metrics, self.expressions)
+        self.benchmark = benchmark = with_splits(benchmark, self.expressions)
         self.pairs = {
             Path(file).stem: load_pairs(file, config.image_root, args.skip_broken) for file in config.matching_file
         }
@@ -185,11 +196,10 @@ class Evaluation:
         self.origin: Origin = {}
 
     def begin(self, checkpoints: dict[str, Path]) -> None:
-        """Check what the output folder holds, then leave there what its results are computed from.
+        """Check what the output folder holds, then write there what its results are computed from.
 
         Raises:
-            ResultError: there are results of something else than what is asked for.
-            ReportError: a folder to compare with has no results.
+            ResultError: there are results of something else than what is asked for, or none to compare with.
         """
         self.origin = on_rank_0(lambda: self._begin(checkpoints))
 
@@ -201,6 +211,7 @@ class Evaluation:
             "gradcam_mode": args.gradcam_mode,
             "block_num": self.block,
             "precision": args.precision,
+            "metrics": list(self.benchmark.metrics),
             **identity.of_model(config, self.tokenizer.source),
             **identity.of_data(self.expressions, self.pairs, config.image_root, stored),
         }
@@ -211,6 +222,9 @@ class Evaluation:
             for epoch, path in checkpoints.items()
         }
         results.check_origins(wanted, shared, args.skip_broken)
+        for epoch in results.epochs():
+            if results.origin(epoch).get("metrics", shared["metrics"]) != shared["metrics"]:
+                results.write_lines(epoch, [])  # of other metrics; the maps are those of these as well
         for epoch, origin in wanted.items():
             if origin is None:
                 results.write_lines(epoch, [])  # of a result that was deleted
@@ -225,7 +239,7 @@ class Evaluation:
         return shared
 
     def run(self, epoch: str, path: Path) -> None:
-        """Evaluate one checkpoint, or only what an interrupted run of it lacks. All processes call it together."""
+        """Evaluate one checkpoint, or what an interrupted run left out of it. All processes call it together."""
         stored, complete = None, False
         if utils.rank() == 0:
             stored = self.results.read(epoch, [expression.ref_id for expression in self.expressions])
@@ -253,15 +267,15 @@ class Evaluation:
                 print(f"epoch {epoch} {name}: " + ", ".join(f"{key} {percent(value)}" for key, value in line.items()))
 
     def load(self, path: Path) -> Explainer:
-        """The model of a checkpoint, ready to be asked."""
-        model, precision = build_albef(self.config), PRECISIONS[self.args.precision]
+        """The model of a checkpoint, ready for evaluation."""
+        model, precision = build_albef(self.config), utils.PRECISIONS[self.args.precision]
         utils.log(str(ready(model, read_checkpoint(path), path, self.device)))
         return Explainer(
             model, self.tokenizer, self.device, self.args.gradcam_mode, self.block, precision, name=str(path)
         )
 
     def predict(self, explainer: Explainer) -> tuple[list[Row], list[int]]:
-        """One record an expression, in their order; and the positions of those whose image could not be read."""
+        """The result file's records, one an expression; and the positions of expressions with unreadable images."""
         asked = [(expression.image, expression.text) for expression in self.expressions]
         maps = self.ask(explainer.maps, asked, self.benchmark.resize)
         skipped = [position for position in range(len(asked)) if position not in maps]
@@ -278,12 +292,12 @@ class Evaluation:
         """A log line for each metric of the benchmark: reported split -> accuracy."""
         left_out = set(skipped)
         kept = [expression for position, expression in enumerate(self.expressions) if position not in left_out]
-        scores = score([record["pred"] for record in records], kept, self.benchmark.metrics)
+        scores = metrics.score([record["pred"] for record in records], kept, self.benchmark.metrics)
         splits = [expression.split for expression in kept]
         return [metrics.split_accuracies(column, splits, self.benchmark.splits) for column in scores.T.tolist()]
 
     def matching(self, explainer: Explainer, name: str) -> Line:
-        """A log line: how often the model is right about balanced pairs, over all and by kind of text."""
+        """A log line: the accuracy of matching on balanced pairs, over all and by kind of text."""
         pairs = self.pairs[name]
         found = self.ask(
             explainer.match_probabilities, [(pair.image, pair.text) for pair in pairs], resize_bilinear_image
@@ -298,7 +312,7 @@ class Evaluation:
         return line
 
     def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> dict[int, Tensor]:
-        """A method of `Explainer` for (image, text) pairs, of all processes: the answers by the pairs' positions."""
+        """Call a method of `Explainer` for (image, text) pairs in all processes; answers by the pairs' positions."""
         images = list(dict.fromkeys(image for image, _ in pairs))
         data = ImageData(images, resize, self.config.image_res, self.args.skip_broken)
         batches = load_images(data, self.config.batch_size, self.args.num_workers)

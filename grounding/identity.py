@@ -1,4 +1,4 @@
-"""What a result was computed from, by content: two results are of the same when all of these parts are equal.
+"""What a result was computed from, by content: two results have the same origin when all these parts are equal.
 
 An origin is a flat record of named parts, which lies beside a result as JSON. A part is a value of the config or of the
 command line, or the hash of what was read. Where a file lies, and which config file named it, makes no difference.
@@ -25,13 +25,14 @@ from grounding.load import SHAPE_KEYS
 Origin = dict[str, Any]
 
 CHECKPOINT = "checkpoint content"
-# Parts that are told and not compared: where the checkpoint lay, what spares hashing again, which PyTorch it was.
-TOLD = ("checkpoint", "checkpoint state", "image states", "torch")
+# Parts that are recorded and not compared: where the checkpoint lay, file states that spare hashing again, PyTorch's
+# version, and the metrics (the maps do not depend on them).
+TOLD = ("checkpoint", "checkpoint state", "image states", "torch", "metrics")
 NOT_OF_EVALUATION = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}  # keys of bert_config
 
 
 def of_model(config: GroundingConfig, vocabulary: str) -> Origin:
-    """The parts that say which function a checkpoint's weights are; `vocabulary` is the tokenizer's file."""
+    """The parts of the model besides its weights: sizes, BERT config, vocabulary (the tokenizer's file), PyTorch."""
     bert = load_bert_config(config.bert_config).model_dump(exclude=NOT_OF_EVALUATION)
     sizes = config.model_dump()
     return {
@@ -48,11 +49,11 @@ def of_data(
     image_root: str,
     stored: Iterable[Origin],
 ) -> Origin:
-    """The parts of what is asked and of what is true.
+    """The parts of the data: expressions, boxes, splits, detections, matching pairs, images.
 
     Args:
         pairs: of matching, by the name of their file.
-        stored: origins of earlier results; while no image file has changed since, their hash of the images is taken.
+        stored: origins of earlier results; while no image file has changed since, their hash of the images is reused.
     """
     images = {item.image for item in expressions} | {pair.image for of in pairs.values() for pair in of}
     names = {image: _below(image, image_root) for image in images}
@@ -64,7 +65,7 @@ def of_data(
             digests = pool.map(_content, paths)
             content = _part([(names[path], digest) for path, digest in zip(paths, digests, strict=True)])
     detections = [None if item.detections is None else item.detections.tolist() for item in expressions]
-    sizes = [[item.record.get(key) for key in ("image_height", "image_width")] for item in expressions]
+    sizes = [item.annotated_size or (None, None) for item in expressions]
     return {
         "expressions": _part([(item.ref_id, names[item.image], item.text) for item in expressions]),
         "boxes": _part([(item.boxes.tolist(), size) for item, size in zip(expressions, sizes, strict=True)]),
@@ -105,7 +106,7 @@ def differences(before: Origin, now: Origin) -> list[str]:
 
 
 def told(before: Origin, now: Origin) -> list[str]:
-    """What was otherwise when a result was computed, and decides nothing that we promise."""
+    """What has changed since a result was computed, and does not change it: the checkpoint's place, PyTorch."""
     notes = {"checkpoint": "the checkpoint, of equal content, was", "torch": "PyTorch was"}
     return [f"{words} {before.get(key)}" for key, words in notes.items() if before.get(key) != now[key]]
 
@@ -120,17 +121,17 @@ def _shown(origin: Origin, key: str) -> str:
 
 
 def _part(rows: Sequence[Any]) -> str:
-    """A part of many rows: how many, and a hash of them."""
+    """Many rows as one part: their number and a hash."""
     return f"{len(rows)}, sha256 {hashlib.sha256(json.dumps(rows).encode()).hexdigest()}"
 
 
 def _below(image: Path, root: str) -> str:
-    """An image's name, wherever the folder of images lies."""
+    """An image's path below the folder of images, which may lie anywhere."""
     return str(image.relative_to(root) if image.is_relative_to(root) else image)
 
 
 def _state(path: Path) -> list[int] | None:
-    """What differs after a file was written or replaced; None where it is missing."""
+    """Size, times and inode: what changes when a file is written or replaced; None where it is missing."""
     try:
         found = os.stat(path)
     except OSError:

@@ -17,7 +17,7 @@ from config import (
     parse_config,
 )
 from dataset.text import Tokenizer, load_tokenizer
-from grounding.benchmarks import REFCOCO, Benchmark
+from grounding.benchmarks import REFCOCO_PLUS, Benchmark
 from grounding.explain import Explainer
 from models.albef import ALBEF, build_albef
 from models.checkpoint import LoadReport, load_weights, read_checkpoint
@@ -63,7 +63,7 @@ def open_model(
     text_encoder: str | None = None,
     device: str | None = None,
     overrides: Sequence[str] = (),
-    benchmark: Benchmark = REFCOCO,
+    benchmark: Benchmark = REFCOCO_PLUS,
 ) -> OpenedModel:
     """Open a checkpoint.
 

@@ -1,4 +1,4 @@
-"""One map: its resize to the image, its point, the boxes drawn from it, its share inside a box.
+"""All that is known of one map: its resize to the image, its point, its best box, its energy inside boxes.
 
 Boxes are [x, y, w, h] in pixels of the original image. A map is defined up to a positive factor, which changes none of
 these. `cam` is a map at its image's size, float32 (height, width).
@@ -7,9 +7,9 @@ these. `cam` is a map at its image's size, float32 (height, width).
 import functools
 from typing import NamedTuple
 
+import cv2
 import numpy as np
 import torch
-from skimage.measure import label, regionprops
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -122,13 +122,44 @@ def share_of_maximum(cam: ResizedMap) -> np.ndarray:
 
 
 def map_boxes(cam: ResizedMap, shares: np.ndarray, threshold: float) -> tuple[ScoredBox, ...]:
-    """The boxes of `region_boxes` with the score by which detections are ranked (`box_scores`), the best first."""
-    boxes = region_boxes(shares, threshold)
-    if not len(boxes):
-        return ()
-    scores = box_scores(cam, boxes) / float(cam.pixels.max())
+    """The boxes around a map's regions of at least `threshold`, the best first: see `ranked_boxes`.
+
+    Args:
+        shares: `share_of_maximum(cam)`.
+        threshold: above 0 and at most 1.
+
+    Raises:
+        UserError: the threshold is outside of its range.
+    """
+    check_threshold(threshold)
+    boxes, scores = ranked_boxes(cam, hot(shares, threshold))
+    peak = float(cam.pixels.max())
+    return tuple(
+        ScoredBox(tuple(box), score / peak) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
+    )
+
+
+def map_box(cam: ResizedMap, pixels: np.ndarray) -> Box | None:
+    """The one best box of a map: the first of `ranked_boxes`; None where no pixel is chosen."""
+    boxes, _ = ranked_boxes(cam, pixels)
+    return tuple(boxes[0].tolist()) if len(boxes) else None
+
+
+def ranked_boxes(cam: ResizedMap, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes of `regions`, ranked by the score that ranks detections (`box_scores`): the best first.
+
+    Boxes of equal score keep the order of `regions`.
+
+    Args:
+        pixels: bool (height, width), say `hot(cam.product().numpy(), 0.5)`.
+
+    Returns:
+        int (k, 4) [x, y, w, h], and float64 (k,).
+    """
+    boxes = regions(pixels)
+    scores = box_scores(cam, boxes)
     order = np.argsort(-scores, kind="stable")
-    return tuple(ScoredBox(tuple(boxes[k].tolist()), float(scores[k])) for k in order)
+    return boxes[order], scores[order]
 
 
 def check_threshold(threshold: float) -> None:
@@ -137,73 +168,25 @@ def check_threshold(threshold: float) -> None:
         raise UserError(f"the threshold is a share of the map's maximum, above 0 and at most 1, not {threshold}")
 
 
-def region_boxes(shares: np.ndarray, threshold: float) -> np.ndarray:
-    """The boxes around the connected regions (neighbours by side or corner) of at least `threshold`.
-
-    Args:
-        shares: (height, width) in [0, 1], from `share_of_maximum`.
-        threshold: above 0 and at most 1.
-
-    Returns:
-        int (k, 4) [x, y, w, h], from the top; none for a map that is 0 everywhere.
-
-    Raises:
-        UserError: the threshold is outside of its range.
-    """
-    check_threshold(threshold)
-    boxes = [region.box for region in regions(hot(shares, threshold))]
-    return np.array(boxes, int).reshape(-1, 4)
-
-
-class Region(NamedTuple):
-    """A connected region of a map's hot pixels.
-
-    Args:
-        box: the smallest [x, y, w, h] around its pixels.
-        mask: which pixels of the box are its own, bool (h, w).
-    """
-
-    box: Box
-    mask: np.ndarray
-
-    def energy(self, cam: np.ndarray) -> float:
-        """The sum of a map over it."""
-        x, y, w, h = self.box
-        return float(cam[y : y + h, x : x + w][self.mask].clip(0).sum(dtype=np.float64))
-
-
 def hot(cam: np.ndarray, threshold: float) -> np.ndarray:
     """The pixels of at least `threshold` (in 0..1) times the maximum, bool (height, width); none of a flat 0 map."""
     top = cam.max()
     return (cam >= threshold * top) & (cam > 0)
 
 
-def regions(pixels: np.ndarray) -> list[Region]:
-    """The connected regions of chosen pixels (neighbours by corners included), in order of their first pixel.
+def regions(pixels: np.ndarray) -> np.ndarray:
+    """The smallest boxes around the connected regions of chosen pixels (neighbours by side or corner).
 
     Args:
-        pixels: bool (height, width), say `hot(cam, 0.5)`.
+        pixels: bool (height, width).
+
+    Returns:
+        int (k, 4) [x, y, w, h], by the regions' first pixels in row-major order.
     """
-    if not pixels.any():
-        return []
-    (top, bottom), (left, right) = (_ends(pixels, axis) for axis in (1, 0))
-    found = []
-    for part in regionprops(label(pixels[top:bottom, left:right], connectivity=2)):
-        y1, x1, y2, x2 = part.bbox
-        found.append(Region((left + x1, top + y1, x2 - x1, y2 - y1), part.image))
-    return found
-
-
-def map_box(cam: np.ndarray, pixels: np.ndarray) -> Box | None:
-    """The box of the region with the most energy, the first of equals; None where no pixel is chosen."""
-    best = max(regions(pixels), key=lambda region: region.energy(cam), default=None)
-    return best.box if best else None
-
-
-def _ends(pixels: np.ndarray, axis: int) -> tuple[int, int]:
-    """The first row (axis 1) or column (axis 0) that is not all false, and the one after the last."""
-    used = np.flatnonzero(pixels.any(axis=axis))
-    return int(used[0]), int(used[-1]) + 1
+    count, labels, stats, _ = cv2.connectedComponentsWithStats(pixels.astype(np.uint8), connectivity=8)
+    boxes = stats[1:, :4].astype(int)  # label 0 is all other pixels
+    firsts = [(y, x + int(np.argmax(labels[y, x : x + w] == k))) for k, (x, y, w, _) in enumerate(boxes.tolist(), 1)]
+    return boxes[sorted(range(count - 1), key=firsts.__getitem__)]
 
 
 def inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -1,20 +1,98 @@
-"""Grounding metrics on one map: point, box, IoU, accuracy (SPEC section 3; AMC, arXiv 2206.15462, section 4).
+"""Grounding metrics on one map: point, box, box from the map, IoU, accuracy (AMC, arXiv 2206.15462, section 4).
+
+A new metric is one function here, marked `@metric()`, and its name in a benchmark (grounding/benchmarks.py). It is then
+logged, in the table of checkpoints and in the report.
 
 Boxes are [x, y, w, h] in pixels of the original image. A map is defined up to a positive factor,
 which changes no metric. `cam` is a map resized to its image, float32 (height, width).
 """
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from dataset.expressions import Expression
-from dataset.reading import image_size
-from grounding.maps import AREA_EXPONENT, ROUNDING, ResizedMap, box_scores
+from grounding import maps
+from grounding.maps import AREA_EXPONENT, ROUNDING, THRESHOLD, ResizedMap, box_scores, hot
+from utils import UserError
 
 IOU_THRESHOLD = 0.5
+
+Metric = Callable[[ResizedMap, Expression], float]  # how right the map is, 0 to 1; most are True or False
+METRICS: dict[str, Metric] = {}
+NEEDS: dict[str, tuple[str, ...]] = {}  # metric -> attributes of `Expression` that it reads and that may be None
+
+
+class MetricError(UserError):
+    """A metric that does not exist, or that the benchmark's data cannot be measured by."""
+
+
+def metric(*needs: str) -> Callable[[Metric], Metric]:
+    """Add a function to `METRICS` under its own name; `needs` is what `NEEDS` holds of it."""
+
+    def add(function: Metric) -> Metric:
+        name = function.__name__
+        METRICS[name], NEEDS[name] = function, needs
+        return function
+
+    return add
+
+
+def check(names: Sequence[str], expressions: Sequence[Expression]) -> None:
+    """Raise `MetricError` for a metric that is unknown, or that needs what some of the expressions lack."""
+    for name in names:
+        if name not in METRICS:
+            raise MetricError(f"there is no metric {name!r} in grounding/metrics.py; there are {', '.join(METRICS)}")
+        for key in NEEDS[name]:
+            lacking = [expression for expression in expressions if getattr(expression, key) is None]
+            if lacking:
+                raise MetricError(
+                    f"metric {name!r} needs {key}, which {len(lacking)} of {len(expressions)} expressions do not have "
+                    f"(the first: {lacking[0].text!r:.60}); leave the metric out of the benchmark"
+                )
+
+
+def score(found: Sequence[Tensor | None], expressions: Sequence[Expression], names: Sequence[str]) -> np.ndarray:
+    """How right each map is by each metric: float64 (n, metrics) in 0..1, NaN without a map.
+
+    Args:
+        found: a map (h, w) an expression, or None.
+        names: of `METRICS`.
+
+    Raises:
+        MetricError: as `check`.
+    """
+    check(names, expressions)
+    scores = np.full((len(expressions), len(names)), np.nan)
+    for row, pred, expression in zip(scores, found, expressions, strict=True):
+        if pred is not None:
+            cam = ResizedMap(pred, *expression.size)
+            row[:] = [METRICS[name](cam, expression) for name in names]
+    return scores
+
+
+# ---- the metrics
+
+
+@metric("detections")
+def box(cam: ResizedMap, expression: Expression) -> bool:
+    """The detection that the map scores best overlaps the true box."""
+    assert expression.detections is not None  # `check`
+    return box_correct(cam, expression.detections, expression.boxes[0])
+
+
+@metric()
+def point(cam: ResizedMap, expression: Expression) -> bool:
+    """The pointing game: the map's maximum lies inside a true box."""
+    return point_correct(cam, expression.boxes)
+
+
+@metric()
+def map_box(cam: ResizedMap, expression: Expression) -> bool:
+    """The best box of the map alone, around the pixels of at least half its maximum, overlaps a true box."""
+    found = maps.map_box(cam, hot(cam.product().numpy(), THRESHOLD))
+    return found is not None and overlaps(found, expression.boxes)
 
 
 def point_correct(cam: ResizedMap, boxes: np.ndarray) -> bool:
@@ -24,8 +102,10 @@ def point_correct(cam: ResizedMap, boxes: np.ndarray) -> bool:
 
 
 def best_detection(cam: ResizedMap, detections: np.ndarray) -> int | None:
-    """The index of the first best-scored of (k, 4) detections; None when none scores above 0 (the release would reuse
-    the previous expression's box)."""
+    """The index of the first best-scored of (k, 4) detections.
+
+    None when none scores above 0; the release would take the previous expression's box there.
+    """
     scores = box_scores(cam, detections)
     best = scores.max(initial=0.0)
     if best <= 0:
@@ -43,9 +123,14 @@ def _published_score(pixels: Tensor, x: float, y: float, w: float, h: float) -> 
 
 
 def box_correct(cam: ResizedMap, detections: np.ndarray, box: np.ndarray) -> bool:
-    """The best detection for a resized map overlaps the box (4,) with IoU >= 0.5; no prediction is wrong."""
+    """The best of (k, 4) detections overlaps the box (4,); without a best one it is wrong."""
     index = best_detection(cam, detections)
-    return index is not None and iou(detections[index].tolist(), box.tolist()) >= IOU_THRESHOLD
+    return index is not None and overlaps(detections[index].tolist(), box[None])
+
+
+def overlaps(box: Sequence[float], boxes: np.ndarray) -> bool:
+    """Whether a box has IoU >= 0.5 with any of (n, 4)."""
+    return any(iou(box, other) >= IOU_THRESHOLD for other in boxes.tolist())
 
 
 def iou(a: Sequence[float], b: Sequence[float]) -> float:
@@ -61,13 +146,16 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def box_chance(detections: np.ndarray, box: np.ndarray) -> float:
-    """The part of (k, 4) detections that `box_correct` would count as right, in 0..1."""
-    right = [iou(detection, box.tolist()) >= IOU_THRESHOLD for detection in detections.tolist()]
+    """The share of (k, 4) detections that `box_correct` would count as right, in 0..1."""
+    right = [overlaps(detection, box[None]) for detection in detections.tolist()]
     return sum(right) / len(right) if right else 0.0
 
 
+# ---- accuracy
+
+
 def accuracy(correct: Sequence[float]) -> float | None:
-    """The part that is correct, in 0..1; None for a split without expressions."""
+    """The mean of values in 0..1; None for a split without expressions."""
     return sum(correct) / len(correct) if len(correct) else None
 
 
@@ -80,34 +168,3 @@ def split_accuracies(correct: Sequence[float], splits: Sequence[str], names: dic
     """
     pairs = list(zip(correct, splits, strict=True))
     return {name: accuracy([right for right, of in pairs if of == split]) for split, name in names.items()}
-
-
-def score(maps: Sequence[Tensor | None], expressions: Sequence[Expression], names: Sequence[str]) -> np.ndarray:
-    """Which expressions are grounded right by the benchmark's metrics: (n, metrics), 1 or 0, NaN without a map.
-
-    Args:
-        names: "point" and "box", as `Benchmark.metrics`.
-    """
-    found = np.full((len(expressions), len(names)), np.nan)
-    for row, pred, expression in zip(found, maps, expressions, strict=True):
-        if pred is not None:
-            cam = ResizedMap(pred, *size_of(expression))
-            row[:] = [_right(name, cam, expression) for name in names]
-    return found
-
-
-def _right(name: str, cam: ResizedMap, expression: Expression) -> bool:
-    if name == "point":
-        return point_correct(cam, expression.boxes)
-    assert expression.detections is not None
-    return box_correct(cam, expression.detections, expression.boxes[0])
-
-
-def size_of(expression: Expression) -> tuple[int, int]:
-    """(height, width) in pixels that its boxes refer to: as annotated in Flickr30k, else the image's own."""
-    if "image_height" in expression.record:
-        return expression.record["image_height"], expression.record["image_width"]
-    return _file_size(expression.image)
-
-
-_file_size = functools.lru_cache(maxsize=1 << 16)(image_size)  # expressions share images, and models share expressions

@@ -1,15 +1,15 @@
-"""The result folder of an evaluation (SPEC section 3): one result file a checkpoint, and a log of accuracies.
+"""The result folder of an evaluation: one result file a checkpoint, and a log of accuracies.
 
 result/epoch<NN>.pth is a list with one record an expression, in input order; result/log.txt has one JSON line per
-metric of a checkpoint. Beside them, result/epoch<NN>.json says what the result was computed from. Every file is
-written under a temporary name and renamed, so that none is ever half there.
+metric of a checkpoint (docs/method.md, Data formats). Beside them, result/epoch<NN>.json says what the result was
+computed from. Every file is written under a temporary name and renamed, so that none is ever half there.
 """
 
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ Row = dict[str, Any]
 
 
 class ResultError(utils.UserError):
-    """Results in the way of those that were asked for."""
+    """Results that are missing, or that conflict with this run."""
 
 
 class ResultFolder:
@@ -72,7 +72,7 @@ class ResultFolder:
             raise ResultError(f"{self.path(epoch)} is {problem}{more}; choose another --output_dir, or delete {which}")
 
     def renew_origin(self, epoch: str, now: Origin) -> None:
-        """Note where a result's checkpoint and images lie now, and say what was otherwise when it was computed."""
+        """Update where a result's checkpoint and images lie, and print what has changed since it was computed."""
         before = self.origin(epoch)
         renewed = {**before, **now, "torch": before.get("torch")}
         if told := identity.told(before, now):
@@ -81,7 +81,7 @@ class ResultFolder:
             self._write_origin(epoch, renewed)
 
     def check_data(self, epoch: str, now: Origin) -> None:
-        """Raise `ResultError` when a result is known to be of other expressions or images than those asked for now."""
+        """Raise `ResultError` when a result is of other expressions or images than those of this run."""
         before = self.origin(epoch)
         data: Origin = {key: now[key] for key in ("benchmark", "expressions", "images") if key in before}
         if changed := identity.differences(before, data):
@@ -93,7 +93,7 @@ class ResultFolder:
     def read(self, epoch: str, ref_ids: Sequence[int]) -> tuple[list[Row], list[int]] | None:
         """The complete records of an epoch, and the positions of expressions that were left out of them.
 
-        Returns None, with a word on why, when there are none that can be used.
+        Returns None, and prints why, when there are none that can be used.
 
         Raises:
             ResultError: they are of other expressions than those of `ref_ids`.
@@ -143,7 +143,7 @@ class ResultFolder:
         return [row for row in read_log(self.log) if row.get("epoch") == epoch]
 
     def write_lines(self, epoch: str, lines: Sequence[Row]) -> None:
-        """Put an epoch's lines in place of those that are there, all at once; without `lines`, take those out."""
+        """Replace an epoch's lines in one step; an empty `lines` removes them."""
         before = read_log(self.log)
         rows = [row for row in before if row.get("epoch") != epoch]
         if len(rows) == len(before) and not lines:
@@ -152,7 +152,7 @@ class ResultFolder:
         utils.write_text(self.log, "".join(json.dumps(row) + "\n" for row in rows))
 
     def accuracies(self, epoch: str, metrics: Sequence[str]) -> dict[tuple[str, str], float | None]:
-        """An epoch's log by metric and key; empty where it has not one line for each of the metrics."""
+        """An epoch's log by metric and key; empty unless it has exactly one line for each of the metrics."""
         rows = self.lines(epoch)
         lines = zip(metrics, rows, strict=True) if len(rows) == len(metrics) else ()
         return {(metric, key): value for metric, row in lines for key, value in row.items() if key != "epoch"}
@@ -177,8 +177,35 @@ class ResultFolder:
         return f"{aligned(cells, left=0)}\nin %; * best by {' '.join(decisive)}"
 
 
+class Source(NamedTuple):
+    """The results of one checkpoint, and the name that a report gives it."""
+
+    name: str
+    folder: ResultFolder
+    epoch: str
+
+
+def sources_of(folders: Sequence[Path], metrics_count: int) -> list[Source]:
+    """Every complete checkpoint in --output_dir folders, in their order, by the checkpoint's own name.
+
+    Raises:
+        ResultError: a folder has no complete results.
+    """
+    found = []
+    for folder in folders:
+        results = ResultFolder(folder / "result")
+        epochs = list(dict.fromkeys(row.get("epoch") for row in read_log(results.log)))
+        complete = [epoch for epoch in epochs if epoch and len(results.lines(epoch)) >= metrics_count]
+        if not complete:
+            raise ResultError(f"{folder}: no complete results in {results.log}; is it an --output_dir of this script?")
+        for epoch in complete:
+            checkpoint = results.origin(epoch).get("checkpoint", f"epoch {epoch}")
+            found.append(Source(Path(checkpoint).stem, results, epoch))
+    return found
+
+
 def _is_record(row: Any) -> bool:
-    """Whether a row of a result file is one: an expression's ref_id with its map, of finite numbers."""
+    """Whether a row of a result file is a record: a ref_id and a map of finite numbers."""
     pred = row.get("pred") if isinstance(row, dict) and "ref_id" in row else None
     return isinstance(pred, Tensor) and pred.ndim == 2 and pred.numel() > 0 and bool(pred.isfinite().all())
 

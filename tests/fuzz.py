@@ -51,7 +51,7 @@ from dataset.reading import read_image
 from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.vg import Collate, TrainingData
-from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO
+from grounding.benchmarks import FLICKR, OWN, REFCLEF, REFCOCO_PLUS
 from grounding.load import config_of
 from grounding.results import ResultFolder
 from models.albef import build_albef
@@ -131,6 +131,15 @@ def make_world(folder: Path) -> World:
     }
     split = {key: [str(folder / "s/flickr" / name.format("val"))] for key, name in keys.items()}
     configs["flickr"] = {**sizes, **split, "block_num": 1}
+    rows = [{"image": "000000.jpg", "phrase": "a star", "box": [1, 2, 3, 4], "category": "star"}]
+    rows.append({"image": "000001.jpg", "phrases": ["it", "that"], "boxes": [[9, 9, 9, 9.5]], "split": "val"})
+    (folder / "s/own.json").write_text(json.dumps(rows))
+    (folder / "s/own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    configs["own"] = {
+        **sizes,
+        "benchmark": "own",
+        "test_file": [str(folder / f"s/own.{end}") for end in ("json", "jsonl")],
+    }
     for name, values in configs.items():
         with (folder / f"{name}.yaml").open("w") as file:
             YAML(typ="safe", pure=True).dump(values, file)
@@ -212,13 +221,13 @@ def check_expressions(found: list[Expression]) -> None:
         assert len(one.boxes), one
         assert np.isfinite(one.boxes).all(), one
         assert one.text.encode() is not None, one
-        assert one.size is None or min(one.size) > 0, one
+        assert one.annotated_size is None or min(one.annotated_size) > 0, one
     assert found
 
 
 def read_refcoco(world: World, path: Path) -> None:
     check_config(world, "refcoco")
-    check_expressions(REFCOCO.load(world.refcoco))
+    check_expressions(REFCOCO_PLUS.load(world.refcoco))
 
 
 def read_refclef(world: World, path: Path) -> None:
@@ -228,7 +237,7 @@ def read_refclef(world: World, path: Path) -> None:
 
 def read_refs(world: World, path: Path) -> None:
     check_config(world, "refcoco")
-    check_expressions(REFCOCO.load(world.refcoco))
+    check_expressions(REFCOCO_PLUS.load(world.refcoco))
     raw_refer.make_lists(world.folder / "s/refer", "refcoco+", "unc")
     read_evaluation_images(world.folder / "s/refer/refcoco+/refs(unc).p")
 
@@ -236,6 +245,11 @@ def read_refs(world: World, path: Path) -> None:
 def read_flickr(world: World, path: Path) -> None:
     check_config(world, "flickr")
     check_expressions(FLICKR.load(world.flickr))
+
+
+def read_own(world: World, path: Path) -> None:
+    check_config(world, "own")
+    check_expressions(OWN.load(load_config(world.folder / "own.yaml", GroundingConfig)))
 
 
 def read_entities(world: World, path: Path) -> None:
@@ -257,7 +271,7 @@ def read_picture(world: World, path: Path) -> None:
 def read_weights(world: World, path: Path) -> None:
     """Evaluation's model and the trainer; weights of a file with checksums are right or refused."""
     content = read_checkpoint(path)
-    for use in (lambda: check_resumable(content, path), lambda: config_of(content, path, REFCOCO, [])):
+    for use in (lambda: check_resumable(content, path), lambda: config_of(content, path, REFCOCO_PLUS, [])):
         with contextlib.suppress(UserError):
             use()
     torch.manual_seed(0)
@@ -408,6 +422,8 @@ KINDS = {
     "refs": Kind(["s/refer/refcoco+/refs(unc).p"], read_refs, *PICKLE),
     "flickr": Kind(FLICKR_FILES, read_flickr, *JSON),
     "ids": Kind(["s/flickr/val.txt"], read_flickr),
+    "own": Kind(["s/own.json"], read_own, *JSON),
+    "own lines": Kind(["s/own.jsonl"], read_own),
     "matching": Kind(["s/matching_val.json"], lambda world, path: load_pairs(str(path), world.train.image_root), *JSON),
     "entities": Kind(
         ["entities/Annotations/100000.xml", "entities/Sentences/100001.txt", "entities/val.txt"], read_entities

@@ -14,7 +14,7 @@ from typing import Any, TypeAlias, TypeVar
 import numpy as np
 
 from config import BertConfig, GroundingConfig, PretrainConfig, load_any_config, load_bert_config, size_problems
-from dataset import flickr, matching, refer, vg
+from dataset import flickr, matching, own, refer, vg
 from dataset.expressions import EntryProblem, Expression, Problems, first_of
 from dataset.raw.check_images import Claim, evenly, inspect_images, note_claims, note_images
 from dataset.raw.check_report import CheckedFile, CheckReport
@@ -26,7 +26,9 @@ Found = TypeVar("Found")
 ReadEntries: TypeAlias = Callable[[str, str, Problems], list[tuple[str, Any]]]
 # Benchmarks whose test_file needs no other file, and their readers: (file, image_root, problems) -> [(where it stands,
 # Expression)]. A new reader is one line here.
-TEST_FILE_READERS: dict[str, ReadEntries] = {}
+TEST_FILE_READERS: dict[str, ReadEntries] = {
+    "own": lambda file, root, noted: own.read_expressions(file, root, 0, noted)
+}
 NOT_VISUAL = "0"  # the phrase id that Flickr30k Entities gives to all phrases that nothing in the image stands for
 UNKNOWN_PHRASE = "the phrase's id has no boxes and is not under 'scene' or 'nobox'; evaluation leaves the phrase out"
 DATASET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "refclef": "RefCLEF"}
@@ -133,7 +135,7 @@ class Checker:
             self.check_refer: (config.test_file, config.refcoco_data, config.det_file),
             self.check_flickr: (config.image_ids_file, config.phrase_box_file, config.sentences_file),
         }
-        if getattr(config, "benchmark", None) not in (None, *DATASET_NAMES, "flickr"):
+        if config.benchmark not in (None, *DATASET_NAMES, "flickr"):
             named = {self.check_other: (True,)}
         checks = [check_files for check_files, files in named.items() if any(files)]
         if not checks and not config.matching_file:
@@ -179,7 +181,7 @@ class Checker:
 
     def check_other(self, config: GroundingConfig, row: CheckedFile) -> None:
         """The user's own data, and benchmarks that were added to those that ship."""
-        benchmark = getattr(config, "benchmark", "")
+        benchmark = str(config.benchmark)
         row.checked = f"evaluation config, {benchmark}"
         if benchmark not in TEST_FILE_READERS:
             row.notes.append(
@@ -268,8 +270,8 @@ class Checker:
         for image_id, of in boxes.items():
             where, image = f"{box_file}: image {image_id}", flickr.image_path(root, image_id)
             self.claims.append(Claim(row, where, image, size=of.size))
-            for phrase_id, own in of.by_id.items():
-                self.claims.append(Claim(row, f"{where}, phrase id {phrase_id}", image, _corners(own), of.size))
+            for phrase_id, corners in of.by_id.items():
+                self.claims.append(Claim(row, f"{where}, phrase id {phrase_id}", image, _corners(corners), of.size))
         read_phrases = partial(flickr.read_phrases, sentences_file, known, boxes, name, root)
         row, phrases = self.read(sentences_file, "phrases with boxes", "sentences_file", read_phrases)
         if phrases is not None:
@@ -321,8 +323,8 @@ def is_refclef(path: str, config: GroundingConfig) -> bool:
 
     Without that key, the names of its test files and its own tell; failing that, RefCLEF is the one without detections.
     """
-    if benchmark := getattr(config, "benchmark", None):
-        return benchmark == "refclef"
+    if config.benchmark:
+        return config.benchmark == "refclef"
     names = " ".join(Path(name).name.lower() for name in (*config.test_file, path))
     if "refclef" in names or "refcoco" in names:
         return "refclef" in names

@@ -1,7 +1,6 @@
 """Result files read back: whether and how well each stored map grounds its expression, as a report's arrays."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,12 +8,12 @@ from torch import Tensor
 
 import utils
 from dataset.expressions import Expression
-from grounding import maps, metrics
+from grounding import maps
 from grounding.benchmarks import Benchmark
 from grounding.maps import ResizedMap
-from grounding.metrics import score, size_of
-from grounding.results import ResultFolder
-from runs import read_log, shortest_ends
+from grounding.metrics import overlaps, score
+from grounding.results import Source
+from runs import shortest_ends
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9)  # of a map's maximum
 MOST_SHOWN = 4  # checkpoints that a report shows in detail
@@ -28,14 +27,6 @@ MEASURES = {  # what `measure` gives -> how the report calls it
 
 class ReportError(utils.UserError):
     """Results that a report cannot be made of."""
-
-
-class Source(NamedTuple):
-    """The results of one checkpoint, under the name that it has in the report."""
-
-    name: str
-    folder: ResultFolder
-    epoch: str
 
 
 def read_maps(source: Source, expressions: Sequence[Expression]) -> list[Tensor | None]:
@@ -61,7 +52,7 @@ def areas(expressions: Sequence[Expression], known: np.ndarray) -> np.ndarray:
         known: (n,) whether the image could be read; NaN where not.
     """
     found = [
-        maps.inside(item.boxes, *size_of(item)).mean() if readable else np.nan
+        maps.inside(item.boxes, *item.size).mean() if readable else np.nan
         for item, readable in zip(expressions, known.tolist(), strict=True)
     ]
     return np.array(found)
@@ -72,17 +63,16 @@ def measure(maps: Sequence[Tensor | None], expressions: Sequence[Expression]) ->
     found = np.full((len(expressions), len(MEASURES)), np.nan)
     for row, pred, expression in zip(found, maps, expressions, strict=True):
         if pred is not None:
-            height, width = size_of(expression)
-            cam = ResizedMap(pred, height, width).product().numpy()
-            row[:] = _measure(cam, expression.boxes)
+            row[:] = _measure(ResizedMap(pred, *expression.size), expression.boxes)
     return found
 
 
-def _measure(cam: np.ndarray, boxes: np.ndarray) -> list[float]:
+def _measure(resized: ResizedMap, boxes: np.ndarray) -> list[float]:
+    cam = resized.product().numpy()
     mask = maps.inside(boxes, *cam.shape)
     energy = maps.energy_inside(cam, mask)
     regions = [maps.hot(cam, threshold) for threshold in THRESHOLDS]
-    drawn = [maps.map_box(cam, region) for region in regions]
+    drawn = [maps.map_box(resized, region) for region in regions]
     return [
         energy,
         maps.above_chance(energy, float(mask.mean())),
@@ -91,31 +81,7 @@ def _measure(cam: np.ndarray, boxes: np.ndarray) -> list[float]:
     ]
 
 
-def overlaps(box: Sequence[float], boxes: np.ndarray) -> bool:
-    """Whether a box has IoU >= 0.5 with any of (n, 4)."""
-    return any(metrics.iou(box, other) >= metrics.IOU_THRESHOLD for other in boxes.tolist())
-
-
 # ---- which results a report is about
-
-
-def sources_of(folders: Sequence[Path], metrics_count: int) -> list[Source]:
-    """Every complete checkpoint in --output_dir folders, in their order, by the checkpoint's own name.
-
-    Raises:
-        ReportError: a folder has no complete results.
-    """
-    found = []
-    for folder in folders:
-        results = ResultFolder(folder / "result")
-        epochs = list(dict.fromkeys(row.get("epoch") for row in read_log(results.log)))
-        complete = [epoch for epoch in epochs if epoch and len(results.lines(epoch)) >= metrics_count]
-        if not complete:
-            raise ReportError(f"{folder}: no complete results in {results.log}; is it an --output_dir of this script?")
-        for epoch in complete:
-            checkpoint = results.origin(epoch).get("checkpoint", f"epoch {epoch}")
-            found.append(Source(Path(checkpoint).stem, results, epoch))
-    return found
 
 
 def named_apart(sources: Sequence[Source]) -> list[Source]:

@@ -9,7 +9,6 @@ import numpy as np
 from PIL import Image
 
 from dataset.reading import read_image
-from grounding.metrics import size_of
 from grounding.pictures.overlay import data_uri
 from grounding.pictures.panels import panel
 from grounding.report.charts import Panel, chart
@@ -84,8 +83,9 @@ def _logged(found: Results) -> list[Block]:
 MEASURES_NOTE = (
     "Pixels are inside that the pointing game counts as right. The energy is the sum of the map; above chance, 0 is "
     "what a flat map would have and 100 all of it inside. Pointing at t: the share of the pixels with at least t of "
-    "the maximum that are inside; at 1 it is the pointing game. Box from the map at t: the bounding box of the "
-    "connected region of these pixels with the most energy, right at IoU 0.5 or more."
+    "the maximum that are inside; at 1 it is the pointing game. Box from the map at t: of the boxes around the "
+    "connected regions of these pixels, the one that scores best as a detection would (the map's sum in it over the "
+    "square root of its area); right at IoU 0.5 or more."
 )
 
 
@@ -219,7 +219,7 @@ def pick(order: Iterable[int], images: Sequence[Path], count: int, used: set[Pat
 def _picture(found: Results, position: int, note: str) -> Case:
     """An expression: the image with its true boxes, then each shown checkpoint's map and point."""
     expression = found.expressions[position]
-    image, size, boxes = read_image(expression.image, expression.text), size_of(expression), expression.boxes
+    image, size, boxes = read_image(expression.image, expression.text), expression.size, expression.boxes
     shots = [Shot("image", _uri(panel(image, size, boxes, None)), None)]
     for index in found.shown:
         pred = found.maps[index][position]

@@ -10,7 +10,8 @@ from grounding.pictures.panels import loss_figure
 from grounding.report import sections as parts
 from grounding.report.charts import svg_uri
 from grounding.report.page import Chart, Part, Section, render
-from grounding.report.rows import Results, Source, collect, named_apart, sources_of
+from grounding.report.rows import Results, collect, named_apart
+from grounding.results import Source, sources_of
 from runs import EPOCHS_LOG, STEPS_LOG, RunError, read_runs
 
 
@@ -18,7 +19,7 @@ def report_folders(benchmark: Benchmark, expressions: Sequence[Expression], fold
     """Write report.html into the last of some --output_dir folders; the ones before are what it is compared with.
 
     Raises:
-        ReportError: a folder has no complete results. Of another benchmark: `ResultError`.
+        ResultError: a folder has no complete results, or those of another benchmark.
     """
     *before, output = folders
     others = sources_of(before, len(benchmark.metrics))

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dataset.expressions import Expression
+from dataset.expressions import Expression, Problems
 from dataset.reading import DataError
-from dataset.refer import load_expressions, load_refer, load_refs
+from dataset.refer import Reading, load_expressions, load_refer, load_refs, read_items
 from dataset.text import has_content
 
 REF = {"ref_id": 7, "ann_id": 70, "image_id": 700, "split": "testA", "file_name": "unreliable_7.jpg", "sentences": []}
@@ -62,7 +62,14 @@ def test_an_expression_of_refcoco(root: Path) -> None:
     assert expression.detections is not None
     assert expression.detections.tolist() == [[1, 2, 3, 4], [5.5, 6, 7, 8]]
     assert expression.record == {"image_path": "folder/7.png"}  # the entry's own, wherever the images are
-    assert expression.size == (48, 64)
+    assert expression.annotated_size is None  # evaluation goes by the image file
+    assert stated_size(root) == (48, 64)
+
+
+def stated_size(root: Path) -> tuple[int, int] | None:
+    reading = Reading(str(root / "images"), load_refer(root / "refer" / "refclef", "unc"), None, {})
+    (item,) = read_items(str(root / "test.json"), reading, Problems())
+    return item.stated_size
 
 
 def test_an_expression_of_refclef_takes_its_own_split(root: Path) -> None:
@@ -241,7 +248,8 @@ def test_broken_instances(root: Path, instances: Any, message: str) -> None:
 def test_instances_without_image_sizes(root: Path) -> None:
     path = root / "refer" / "refclef" / "instances.json"
     path.write_text(json.dumps({"images": [], "annotations": [ANNOTATION]}))
-    assert load(root)[0].size is None
+    assert load(root)
+    assert stated_size(root) is None
 
 
 @pytest.mark.parametrize(

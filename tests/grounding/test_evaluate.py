@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from config import GroundingConfig, load_config
+from config import ConfigError, GroundingConfig, load_config
 from dataset.expressions import Expression
 from dataset.matching import load_pairs
 from dataset.reading import DataError, read_image
@@ -21,10 +21,8 @@ from dataset.scenes import files as scenes_files
 from dataset.transforms import normalise, resize_bilinear_image
 from grounding import evaluate as program
 from grounding.batches import Loaded, answer_pairs
-from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark, asked_for
+from grounding.benchmarks import BENCHMARKS, FLICKR, REFCLEF, REFCOCO_PLUS, Benchmark, benchmark_of
 from grounding.evaluate import EvaluationError, find_checkpoints
-from grounding.metrics import size_of
-from grounding.report.rows import ReportError
 from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef
 from models.checkpoint import CheckpointError
@@ -89,7 +87,7 @@ def log(output: Path) -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("benchmark", "keys", "lines"),
     [
-        (REFCOCO, {"ref_id", "pred", "image_path"}, [{"val_d", "testA_d", "testB_d", "epoch"}] * 2),
+        (REFCOCO_PLUS, {"ref_id", "pred", "image_path"}, [{"val_d", "testA_d", "testB_d", "epoch"}] * 2),
         (REFCLEF, {"ref_id", "pred", "image_path", "split"}, [{"val_d", "test", "epoch"}]),
         (FLICKR, {"ref_id", "pred", "image_height", "image_width", "split"}, [{"val_d", "test", "epoch"}]),
     ],
@@ -119,15 +117,15 @@ def test_result_files(benchmark: Benchmark, keys: set[str], lines: list[set[str]
 def test_maps_are_those_of_each_pair_alone(mode: str, place: Path, tmp_path: Path) -> None:
     """Grouped by image, padded and shared, an expression has the map that it has alone, up to a factor."""
     block = 2 if mode == "itm" else 1
-    evaluate(REFCOCO, place, tmp_path, "--gradcam_mode", mode, "--block_num", str(block), checkpoint=ONE)
+    evaluate(REFCOCO_PLUS, place, tmp_path, "--gradcam_mode", mode, "--block_num", str(block), checkpoint=ONE)
     config = load_config(place / "refcoco.yaml", GroundingConfig)
     model = build_albef(config)
     model.load_state_dict(torch.load(place / ONE, weights_only=True)["model"])
     model.requires_grad_(False).eval()
     tokenizer = program.load_tokenizer(str(place / "data" / "text_encoder"))
     compared = 0
-    for expression, record in list(zip(REFCOCO.load(config), results(tmp_path), strict=True))[::5]:
-        image = normalise(REFCOCO.resize(read_image(expression.image, ""), config.image_res))[None]
+    for expression, record in list(zip(REFCOCO_PLUS.load(config), results(tmp_path), strict=True))[::5]:
+        image = normalise(REFCOCO_PLUS.resize(read_image(expression.image, ""), config.image_res))[None]
         cam = model.explain(model.encode(image), None, tokenizer([expression.text]), mode, block).maps
         assert (record["pred"].max() > 0) == (cam.max() > 0)
         compared += int(cam.max() > 0)  # the tiny random model gives some maps that are 0 everywhere
@@ -162,46 +160,74 @@ def test_a_folder_of_checkpoints(place: Path, tmp_path: Path, capsys: pytest.Cap
 
 def test_the_scripts_name_their_benchmarks(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr("grounding.evaluate.program", called.append)
-    for suffix in ("", "_refclef", "_flickr"):
-        runpy.run_path(f"grounding_eval_singlegpu{suffix}.py", run_name="__main__")
-    assert called == [REFCOCO, REFCLEF, FLICKR]
+    monkeypatch.setattr("grounding.evaluate.program", lambda *words: called.append(words))
+    for name in ("_singlegpu", "_singlegpu_refclef", "_singlegpu_flickr", ""):
+        runpy.run_path(f"grounding_eval{name}.py", run_name="__main__")
+    assert called == [(REFCOCO_PLUS,), (REFCLEF,), (FLICKR,), ()]
 
 
 VALUES = {"image_root": "", "test_file": ["x.json"], "refcoco_data": "refer", "det_file": "dets.json"}
 
 
 def test_the_benchmark_that_a_config_asks_for() -> None:
-    def asked(benchmark: Benchmark, **keys: str) -> Benchmark:
-        return asked_for(benchmark, GroundingConfig.model_validate({**VALUES, **keys}))
+    def asked(script: Benchmark | None, **keys: str) -> Benchmark:
+        return benchmark_of(GroundingConfig.model_validate({**VALUES, **keys}), script)
 
-    for benchmark in (REFCOCO, REFCLEF, FLICKR):
+    for benchmark in (REFCOCO_PLUS, REFCLEF, FLICKR):
         assert asked(benchmark) is benchmark
     for benchmark in (REFCLEF, FLICKR):  # `refer_dataset` is RefCOCO+'s script's alone
         assert asked(benchmark, refer_dataset="refcoco") is benchmark
-    assert REFCOCO.splits == {"val": "val_d", "testA": "testA_d", "testB": "testB_d"}
-    found = asked(REFCOCO, refer_dataset="refcoco")
-    assert found == REFCOCO._replace(name="RefCOCO", splits={"val": "val", "testA": "testA", "testB": "testB"})
-    found = asked(REFCOCO, refer_dataset="refcocog", refer_split="umd")
-    assert found == REFCOCO._replace(name="RefCOCOg", splits={"val": "val", "test": "test"})
-    assert asked(REFCOCO, refer_dataset="refcocog", refer_split="google").splits == {"val": "val"}
+    assert REFCOCO_PLUS.splits == {"val": "val_d", "testA": "testA_d", "testB": "testB_d"}
+    found = asked(REFCOCO_PLUS, refer_dataset="refcoco")
+    assert found == BENCHMARKS["refcoco"]._replace(splits={"val": "val", "testA": "testA", "testB": "testB"})
+    found = asked(REFCOCO_PLUS, refer_dataset="refcocog", refer_split="umd")
+    assert found == BENCHMARKS["refcocog"]._replace(splits={"val": "val", "test": "test"})
+    assert asked(REFCOCO_PLUS, refer_dataset="refcocog", refer_split="google").splits == {"val": "val"}
+    for name, title in (("refcoco", "RefCOCO"), ("refcocog", "RefCOCOg")):
+        assert (BENCHMARKS[name].name, BENCHMARKS[name][2:4], BENCHMARKS[name].metrics) == (
+            *(title, REFCOCO_PLUS[2:4], REFCOCO_PLUS.metrics),
+        )
+
+    for name in ("refcoco+", "refclef", "flickr", "own"):
+        assert asked(None, benchmark=name) is BENCHMARKS[name]
+    for script in (None, REFCOCO_PLUS):
+        assert asked(script, benchmark="refcoco") == asked(REFCOCO_PLUS, refer_dataset="refcoco")
+        assert asked(script, benchmark="refcocog", refer_split="umd").splits == {"val": "val", "test": "test"}
+        # the published key counts, so that --set refer_dataset=... works with every shipped file
+        assert asked(script, benchmark="refcoco+", refer_dataset="refcoco").name == "RefCOCO"
+    names = "one of refcoco\\+, refcoco, refcocog, refclef, flickr, own"
+    with pytest.raises(ConfigError, match=f"lacks 'benchmark', which says what to evaluate: {names}"):
+        asked(None)
+    with pytest.raises(ConfigError, match=r"benchmark is 'RefCOCO', which is none of refcoco\+, refcoco, "):
+        asked(None, benchmark="RefCOCO")
+    for script, name in ((REFCLEF, "flickr"), (REFCOCO_PLUS, "refclef"), (FLICKR, "own")):
+        with pytest.raises(ConfigError, match=f"benchmark is '{name}', and this script evaluates {script.name[:4]}"):
+            asked(script, benchmark=name)
+
+
+@pytest.mark.parametrize("path", sorted(Path("configs").rglob("Grounding_*.yaml")), ids=str)
+def test_the_shipped_configs_name_their_benchmarks(path: Path) -> None:
+    config = load_config(path, GroundingConfig)
+    found = benchmark_of(config)
+    assert Path(found.config).name == path.name
+    assert benchmark_of(GroundingConfig.model_validate(config.model_dump())) == found  # as saved beside the results
 
 
 def test_a_split_that_a_data_set_does_not_have() -> None:
     for benchmark, keys, message in (
         (
-            REFCOCO,
+            REFCOCO_PLUS,
             {"refer_dataset": "refcocog"},
             "refcocog is split by umd and by google, not by unc; correct refer_split",
         ),
-        (REFCOCO, {"refer_split": "google"}, r"refcoco\+ is split by unc, not by google"),
+        (REFCOCO_PLUS, {"refer_split": "google"}, r"refcoco\+ is split by unc, not by google"),
         (REFCLEF, {"refer_split": "umd"}, "refclef is split by unc and by berkeley, not by umd"),
     ):
         config = GroundingConfig.model_validate({**VALUES, **keys})
         with pytest.raises(DataError, match=message):
             benchmark.load(config)
     with pytest.raises(DataError, match="refcocog is split by"):
-        asked_for(REFCOCO, GroundingConfig.model_validate({**VALUES, "refer_dataset": "refcocog"}))
+        benchmark_of(GroundingConfig.model_validate({**VALUES, "refer_dataset": "refcocog"}), REFCOCO_PLUS)
 
 
 def test_the_split_of_refclef(tmp_path: Path) -> None:
@@ -223,7 +249,7 @@ def test_the_split_of_refclef(tmp_path: Path) -> None:
 def test_the_published_command_line_is_accepted() -> None:
     words = "--checkpoint x --gradcam_mode itm --block_num 8 --text_encoder bert-base-uncased --evaluate --device cuda"
     words += " --seed 42 --world_size 1 --dist_url env:// --distributed True"
-    args = program.parse_args(REFCOCO, words.split())
+    args = program.parse_args(REFCOCO_PLUS, words.split())
     assert (args.config, args.block_num, args.distributed) == ("./configs/Grounding_refcoco.yaml", 8, True)
 
 
@@ -233,10 +259,10 @@ def test_the_published_command_line_is_accepted() -> None:
 def test_complete_checkpoints_are_skipped(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate(REFCOCO, place, tmp_path)
+    evaluate(REFCOCO_PLUS, place, tmp_path)
     before = (tmp_path / "result" / "log.txt").read_text()
     monkeypatch.setattr(program, "build_albef", None)  # would be called to evaluate anything
-    evaluate(REFCOCO, place, tmp_path)
+    evaluate(REFCOCO_PLUS, place, tmp_path)
     assert (tmp_path / "result" / "log.txt").read_text() == before
     assert capsys.readouterr().out.count("already evaluated") == 3
 
@@ -245,12 +271,12 @@ def test_a_result_without_its_metrics_is_not_skipped(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The release skips a checkpoint whose result exists, though an interruption kept its metrics from the log."""
-    evaluate(REFCOCO, place, tmp_path)
+    evaluate(REFCOCO_PLUS, place, tmp_path)
     path = tmp_path / "result" / "log.txt"
     complete = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*complete[:3], complete[4][:20]]))  # "01" lacks a line, "02" is cut off
     monkeypatch.setattr(program, "build_albef", None)  # the maps are there already
-    evaluate(REFCOCO, place, tmp_path)
+    evaluate(REFCOCO_PLUS, place, tmp_path)
     assert sorted(path.read_text().splitlines()) == sorted(line.strip() for line in complete)
 
 
@@ -291,7 +317,7 @@ def test_results_of_something_else_are_not_taken_for_these(place: Path, tmp_path
 
 def test_an_absent_split_is_null(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     val = str(place / "data" / "refer" / "refcoco+" / "refcoco+_val.json")
-    evaluate(REFCOCO, place, tmp_path, "--set", f"test_file=[{val}]", checkpoint=ONE)
+    evaluate(REFCOCO_PLUS, place, tmp_path, "--set", f"test_file=[{val}]", checkpoint=ONE)
     assert [line["testB_d"] for line in log(tmp_path)] == [None, None]
     assert [line["val_d"] is None for line in log(tmp_path)] == [False, False]
     assert "testB_d -" in capsys.readouterr().out
@@ -334,7 +360,7 @@ def test_broken_images_are_skipped_on_request(
     assert "already evaluated" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("benchmark", [REFCOCO, REFCLEF, FLICKR], ids=lambda benchmark: benchmark.name)
+@pytest.mark.parametrize("benchmark", [REFCOCO_PLUS, REFCLEF, FLICKR], ids=lambda benchmark: benchmark.name)
 def test_missing_images_are_skipped_as_broken_ones(
     benchmark: Benchmark, place: Path, broken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -370,7 +396,7 @@ def test_nothing_but_missing_images(place: Path, tmp_path: Path) -> None:
 def test_two_processes_write_the_files_of_one(place: Path, tmp_path: Path, one_thread: None) -> None:
     """Five images a split in batches of two: the processes have unequally many, and the last batch is short."""
     options = ["--set", f"matching_file=[{place / 'data' / 'matching_val.json'}]", "--set", "batch_size=2"]
-    evaluate(REFCOCO, place, tmp_path / "one", *options)
+    evaluate(REFCOCO_PLUS, place, tmp_path / "one", *options)
     words = ["--config", str(place / "refcoco.yaml"), "--checkpoint", str(place / "ckpt"), "--device", "cpu"]
     words += ["--output_dir", str(tmp_path / "two"), "--text_encoder", str(place / "data" / "text_encoder")]
     repository = Path(program.__file__).parents[1]
@@ -393,10 +419,10 @@ def test_two_processes_write_the_files_of_one(place: Path, tmp_path: Path, one_t
 @pytest.mark.parametrize("mode", ["itm", "itc"])
 def test_image_encoder_in_bfloat16(mode: str, place: Path, tmp_path: Path) -> None:
     block = ("--gradcam_mode", mode, "--block_num", "2" if mode == "itm" else "1")
-    evaluate(REFCOCO, place, tmp_path / "fp32", *block, checkpoint=ONE)
-    evaluate(REFCOCO, place, tmp_path / "bf16", *block, "--precision", "bf16", checkpoint=ONE)
+    evaluate(REFCOCO_PLUS, place, tmp_path / "fp32", *block, checkpoint=ONE)
+    evaluate(REFCOCO_PLUS, place, tmp_path / "bf16", *block, "--precision", "bf16", checkpoint=ONE)
     with pytest.raises(ResultError, match=r"precision bf16 \(asked for now: fp32\)"):
-        evaluate(REFCOCO, place, tmp_path / "bf16", *block, checkpoint=ONE)
+        evaluate(REFCOCO_PLUS, place, tmp_path / "bf16", *block, checkpoint=ONE)
     exact, rounded = (torch.stack([row["pred"] for row in results(tmp_path / name)]) for name in ("fp32", "bf16"))
     assert not torch.equal(exact, rounded)
     assert rounded.dtype == torch.float32
@@ -434,7 +460,7 @@ def test_vocabulary_larger_than_the_models(place: Path, tmp_path: Path, bert_voc
 
 def test_clear_messages_before_anything_is_computed(place: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="no such file or folder"):
-        evaluate(REFCOCO, place, tmp_path, checkpoint="nowhere.pth")
+        evaluate(REFCOCO_PLUS, place, tmp_path, checkpoint="nowhere.pth")
     (tmp_path / "empty").mkdir()
     with pytest.raises(EvaluationError, match=r"holds no \*\.pth"):
         find_checkpoints(str(tmp_path / "empty"))
@@ -443,19 +469,19 @@ def test_clear_messages_before_anything_is_computed(place: Path, tmp_path: Path)
     with pytest.raises(EvaluationError, match=r"a_00\.pth and b_00\.pth end alike"):
         find_checkpoints(str(tmp_path / "empty"))
     with pytest.raises(LayerError, match="the fusion layers are 1 to 2"):
-        evaluate(REFCOCO, place, tmp_path, "--block_num", "8", checkpoint=ONE)
+        evaluate(REFCOCO_PLUS, place, tmp_path, "--block_num", "8", checkpoint=ONE)
     with pytest.raises(LayerError, match="image encoder's blocks are 0 to 1"):
-        evaluate(REFCOCO, place, tmp_path, "--block_num", "2", "--gradcam_mode", "itc", checkpoint=ONE)
+        evaluate(REFCOCO_PLUS, place, tmp_path, "--block_num", "2", "--gradcam_mode", "itc", checkpoint=ONE)
     with pytest.raises(CheckpointError, match=r"does not fit.*\n.*vision_proj\.weight is \[8, 16\]"):
-        evaluate(REFCOCO, place, tmp_path, "--set", "embed_dim=4", checkpoint=ONE)
+        evaluate(REFCOCO_PLUS, place, tmp_path, "--set", "embed_dim=4", checkpoint=ONE)
     with pytest.raises(Exception, match="lacks 'det_file'"):
-        evaluate(REFCOCO, place, tmp_path, "--set", "det_file=", checkpoint=ONE)
+        evaluate(REFCOCO_PLUS, place, tmp_path, "--set", "det_file=", checkpoint=ONE)
 
 
 def test_the_program_prints_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["script", "--checkpoint", "nowhere.pth"])
     with pytest.raises(SystemExit, match=r"^error: --checkpoint nowhere\.pth: no such file or folder"):
-        program.program(REFCOCO)
+        program.program(REFCOCO_PLUS)
 
 
 # ---- matching
@@ -585,15 +611,14 @@ def test_an_expression_without_annotated_size_uses_the_file(place: Path, tmp_pat
     image = place / "data" / "images" / "100000.jpg"
     size = read_image(image, "").size[::-1]
     box = np.array([[0.0, 0.0, 1.0, 1.0]])
-    assert size_of(Expression(image, "x", 0, "val", box, size=(1, 1))) == size
-    flickr = Expression(image, "x", 0, "val", box, {"image_height": 7, "image_width": 9, "split": "val"})
-    assert size_of(flickr) == (7, 9)
+    assert Expression(image, "x", 0, "val", box).size == size
+    assert Expression(image, "x", 0, "val", box, annotated_size=(7, 9)).size == (7, 9)
 
 
 # ---- the report
 
 
-@pytest.mark.parametrize("benchmark", [REFCOCO, REFCLEF, FLICKR], ids=["refcoco", "refclef", "flickr"])
+@pytest.mark.parametrize("benchmark", [REFCOCO_PLUS, REFCLEF, FLICKR], ids=["refcoco", "refclef", "flickr"])
 def test_the_reports_numbers_are_the_logs(benchmark: Benchmark, place: Path, tmp_path: Path) -> None:
     evaluate(benchmark, place, tmp_path, "--report")
     rows = re.findall(r"<tr>(.*?)</tr>", (tmp_path / "report.html").read_text(encoding="utf-8"))
@@ -617,7 +642,7 @@ def test_compare_puts_another_folders_results_into_the_report(
     html = (other / "report.html").read_text(encoding="utf-8")
     assert "<h3>checkpoint_01 and checkpoint_02</h3>" in html
     assert not (one / "report.html").exists()
-    with pytest.raises(ReportError, match="nowhere: no complete results"):
+    with pytest.raises(ResultError, match="nowhere: no complete results"):
         evaluate(REFCLEF, place, other, "--compare", "nowhere", checkpoint="ckpt/checkpoint_02.pth")
 
 

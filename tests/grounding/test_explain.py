@@ -15,11 +15,10 @@ from dataset.text import load_tokenizer
 from dataset.transforms import normalise, resize_bicubic, resize_bilinear_image
 from grounding import maps
 from grounding.explain import MAX_PAIRS, Explainer, PhraseError, encode, ground, ground_all, word_maps
-from grounding.maps import THRESHOLD, ScoredBox, map_boxes, region_boxes, share_of_maximum
+from grounding.maps import THRESHOLD, map_boxes
 from models.albef import build_albef
 from models.checkpoint import CheckpointError
 from tests.small_model import BERT, SIZES
-from utils import UserError
 
 SHORT_BERT = {**BERT, "max_position_embeddings": 20}
 PHRASES = ["the red dog", "circle", "a small star above the big blue square", "circle"]
@@ -187,63 +186,3 @@ def test_word_pieces_are_merged_by_their_mean(explainer: Explainer) -> None:
     assert [word.small.tolist() for word in merged] == [[[2, 0]], [[2, 2]], [[0, 6]]]
     assert [word.share for word in merged] == [2 / 16, 8 / 16, 6 / 16]
     assert [word.share for word in word_maps(words, maps * 0)] == [0, 0, 0]
-
-
-# ---- boxes
-
-
-def unresized(values: list[list[float]]) -> maps.ResizedMap:
-    """A map of its image's own size, whose pixels are its values."""
-    return maps.ResizedMap(torch.tensor(values), len(values), len(values[0]))
-
-
-BLOBS = [
-    [0.0, 0.0, 0.0, 0.0, 0.0, 4.0],
-    [2.0, 2.0, 2.0, 0.0, 0.0, 0.0],
-    [2.0, 2.0, 1.9, 0.0, 0.0, 0.0],
-    [0.0, 0.0, 0.0, 2.0, 0.0, 0.0],
-    [0.0, 0.0, 0.0, 0.0, 0.0, 2.0],
-]
-
-
-def test_boxes_are_the_regions_around_the_threshold_by_score() -> None:
-    cam = unresized(BLOBS)
-    shares = share_of_maximum(cam)
-    assert region_boxes(shares, 0.5).tolist() == [
-        [5, 0, 1, 1],
-        [0, 1, 3, 2],
-        [3, 3, 1, 1],
-        [5, 4, 1, 1],
-    ]  # 1.9: below
-    found = map_boxes(cam, shares, 0.5)
-    assert [list(box.box) for box in found] == [[0, 1, 3, 2], [5, 0, 1, 1], [3, 3, 1, 1], [5, 4, 1, 1]]
-    # the sum of the map in the box, the maximum being 1, over the root of the box's area
-    assert [box.score for box in found] == pytest.approx([11.9 / 4 / 6**0.5, 1.0, 0.5, 0.5])
-    found = map_boxes(cam, shares, 0.475)  # the pixel of 1.9 is in, and that of 2.0 touches it by a corner
-    assert [list(box.box) for box in found] == [[0, 1, 4, 3], [5, 0, 1, 1], [5, 4, 1, 1]]
-    assert found[0].score == pytest.approx(13.9 / 4 / 12**0.5)
-    assert map_boxes(cam, shares, 1.0) == (ScoredBox((5, 0, 1, 1), 1.0),)
-
-
-def test_a_factor_changes_nothing() -> None:
-    boxes = [
-        map_boxes(cam, share_of_maximum(cam), 0.5)
-        for cam in (unresized(BLOBS), maps.ResizedMap(8 * torch.tensor(BLOBS), 5, 6))
-    ]
-    assert boxes[0] == boxes[1]
-
-
-def test_shares_are_of_the_maximum() -> None:
-    assert share_of_maximum(unresized([[4.0, 1.0], [-1.0, 2.0]])).tolist() == [[1, 0.25], [0, 0.5]]
-    assert share_of_maximum(unresized([[3.0, 3.0]])).tolist() == [[1, 1]]  # flat, not stretched
-    empty = unresized([[0.0, 0.0], [0.0, 0.0]])
-    assert share_of_maximum(empty).tolist() == [[0, 0], [0, 0]]
-    assert map_boxes(empty, share_of_maximum(empty), THRESHOLD) == ()
-    with pytest.raises(UserError, match="not numbers"):
-        share_of_maximum(unresized([[float("nan"), 1.0]]))
-
-
-@pytest.mark.parametrize("threshold", [0.0, -0.5, 1.01, float("nan")])
-def test_thresholds_out_of_range(threshold: float) -> None:
-    with pytest.raises(UserError, match="above 0 and at most 1"):
-        region_boxes(np.ones((2, 2), np.float32), threshold)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from config import GroundingConfig, load_config
-from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark
+from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS, Benchmark
 from grounding.evaluate import evaluate, parse_args
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -45,8 +45,8 @@ def data_keys(name: str, data: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("benchmark", "name", "mode"),
     [
-        (REFCOCO, "refcoco", "itm"),
-        (REFCOCO, "refcoco", "itc"),
+        (REFCOCO_PLUS, "refcoco", "itm"),
+        (REFCOCO_PLUS, "refcoco", "itc"),
         (REFCLEF, "refclef", "itm"),
         (FLICKR, "flickr", "itm"),
     ],

@@ -17,7 +17,7 @@ import files
 import utils
 from config import GroundingConfig, load_config
 from grounding import evaluate as program
-from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark
+from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS, Benchmark
 from grounding.evaluate import find_checkpoints, on_rank_0
 from grounding.report.rows import ReportError, Source, read_maps
 from grounding.results import ResultError, ResultFolder
@@ -161,19 +161,19 @@ def test_a_result_of_something_else_is_refused(
 ) -> None:
     """Before anything is computed, and before the folder's files are overwritten."""
     out = tmp_path / "out"
-    evaluate(REFCOCO, own, out, *matching(own), checkpoint=ONE)
+    evaluate(REFCOCO_PLUS, own, out, *matching(own), checkpoint=ONE)
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     change, message = CHANGES[kind]
     words = change(own)
     nothing_computed()
     with pytest.raises(ResultError, match=r"epoch00\.pth is the result of .*" + message):
-        evaluate(REFCOCO, own, out, *matching(own), *words, checkpoint=ONE)
+        evaluate(REFCOCO_PLUS, own, out, *matching(own), *words, checkpoint=ONE)
     assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
 
 
 def test_of_another_benchmark(place: Path, tmp_path: Path) -> None:
     evaluate(REFCLEF, place, tmp_path, checkpoint=ONE)
-    for other in (REFCOCO, FLICKR):
+    for other in (REFCOCO_PLUS, FLICKR):
         with pytest.raises(ResultError, match=rf"benchmark RefCLEF \(asked for now: {re.escape(other.name)}\)"):
             evaluate(other, place, tmp_path, checkpoint=ONE)
 
@@ -222,12 +222,12 @@ SAME: dict[str, Change] = {
 def test_what_decides_nothing_is_no_change(
     kind: str, own: Path, tmp_path: Path, nothing_computed: Callable[[], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    evaluate(REFCOCO, own, tmp_path / "out", *matching(own), checkpoint=ONE)
+    evaluate(REFCOCO_PLUS, own, tmp_path / "out", *matching(own), checkpoint=ONE)
     lines = log(tmp_path / "out")
     words = SAME[kind](own)
     nothing_computed()
     for _ in range(2):
-        evaluate(REFCOCO, own, tmp_path / "out", *matching(own), *words, checkpoint=ONE)
+        evaluate(REFCOCO_PLUS, own, tmp_path / "out", *matching(own), *words, checkpoint=ONE)
         assert "epoch 00: already evaluated, skipped" in capsys.readouterr().out
     assert log(tmp_path / "out") == lines
 
@@ -368,11 +368,13 @@ def test_a_checkpoint_replaced_meanwhile(own: Path, tmp_path: Path, monkeypatch:
 
 
 def test_comparing_results_of_other_data(own: Path, tmp_path: Path) -> None:
-    evaluate(REFCOCO, own, tmp_path / "one", checkpoint=ONE)
-    evaluate(REFCOCO, own, tmp_path / "two", "--block_num", "1", "--compare", str(tmp_path / "one"), checkpoint=ONE)
+    evaluate(REFCOCO_PLUS, own, tmp_path / "one", checkpoint=ONE)
+    evaluate(
+        REFCOCO_PLUS, own, tmp_path / "two", "--block_num", "1", "--compare", str(tmp_path / "one"), checkpoint=ONE
+    )
     first_word(own)
     with pytest.raises(ResultError, match=r"one/result/epoch00\.pth cannot be compared: .*expressions"):
-        evaluate(REFCOCO, own, tmp_path / "three", "--compare", str(tmp_path / "one"), checkpoint=ONE)
+        evaluate(REFCOCO_PLUS, own, tmp_path / "three", "--compare", str(tmp_path / "one"), checkpoint=ONE)
     assert not (tmp_path / "three").exists()
 
 
@@ -403,7 +405,7 @@ def spoiled(place: Path, key: str, value: float) -> str:
 VISION, TEXT = "visual_encoder.blocks.0.attn.qkv.weight", "text_encoder.bert.encoder.layer.2.output.dense.weight"
 
 
-@pytest.mark.parametrize("benchmark", [REFCOCO, REFCLEF, FLICKR], ids=["refcoco", "refclef", "flickr"])
+@pytest.mark.parametrize("benchmark", [REFCOCO_PLUS, REFCLEF, FLICKR], ids=["refcoco", "refclef", "flickr"])
 @pytest.mark.parametrize(
     ("key", "value", "words", "why"),
     [
@@ -472,7 +474,7 @@ def test_hidden_files_are_no_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("words", [["--num_workers", "-1"], ["--seed", "-1"], ["--seed", "x"], ["--block_num", "x"]])
 def test_values_that_options_cannot_have(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as left:
-        program.parse_args(REFCOCO, ["--checkpoint", "x", *words])
+        program.parse_args(REFCOCO_PLUS, ["--checkpoint", "x", *words])
     assert left.value.code == 2
     assert f"error: argument {words[0]}:" in capsys.readouterr().err
 
@@ -489,7 +491,7 @@ def test_values_that_options_cannot_have(words: list[str], capsys: pytest.Captur
 )
 def test_what_can_be_known_is_said_first(words: list[str], message: str, place: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
-        evaluate(REFCOCO, place, tmp_path / "out", *words, checkpoint=ONE)
+        evaluate(REFCOCO_PLUS, place, tmp_path / "out", *words, checkpoint=ONE)
     assert not (tmp_path / "out").exists()
 
 

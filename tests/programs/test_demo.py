@@ -18,7 +18,7 @@ from dataset.reading import DataError
 from dataset.refer import load_expressions
 from dataset.scenes import files as scenes_files
 from dataset.transforms import resize_bilinear_image
-from grounding.benchmarks import FLICKR, REFCOCO
+from grounding.benchmarks import FLICKR, REFCOCO_PLUS
 from grounding.explain import encode, ground, ground_all
 from grounding.load import config_of, open_model
 from grounding.maps import ScoredBox
@@ -312,7 +312,7 @@ def test_a_checkpoint_of_nan(mode: str, place: Path, tmp_path: Path) -> None:
 
 def test_the_config_by_the_checkpoints_sizes(place: Path) -> None:
     scenes = load_config("configs/scenes/Pretrain.yaml", PretrainConfig).model_dump()
-    config, origin = config_of({"config": scenes}, "x.pth", REFCOCO, [])
+    config, origin = config_of({"config": scenes}, "x.pth", REFCOCO_PLUS, [])
     assert config == load_config("configs/scenes/Grounding_refcoco.yaml", GroundingConfig)
     assert origin == "configs/scenes/Grounding_refcoco.yaml, by the checkpoint's sizes"
     assert config_of({"config": scenes}, "x.pth", FLICKR, ["block_num=4"])[0] == load_config(
@@ -320,10 +320,10 @@ def test_the_config_by_the_checkpoints_sizes(place: Path) -> None:
     )
     # the release's own dict: image_res 256, no sizes beside those that it names
     released = {"bert_config": "configs/config_bert.json", "image_res": 256, "vision_width": 768, "embed_dim": 256}
-    assert config_of({"config": released}, "x.pth", REFCOCO, [])[0].image_res == 384
+    assert config_of({"config": released}, "x.pth", REFCOCO_PLUS, [])[0].image_res == 384
     assert config_of({"config": released}, "x.pth", FLICKR, [])[0].image_res == 256
     own = {**released, "vision_depth": 24, "image_res": 128, "amc": {"layer": 7}, "train_file": ["x"]}
-    config, origin = config_of({"config": own}, "x.pth", REFCOCO, ["embed_dim=64"])
+    config, origin = config_of({"config": own}, "x.pth", REFCOCO_PLUS, ["embed_dim=64"])
     assert (config.vision_depth, config.image_res, config.block_num, config.embed_dim) == (24, 128, 7, 64)
     assert origin == "the sizes in x.pth"
 

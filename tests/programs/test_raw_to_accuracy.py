@@ -21,7 +21,7 @@ from dataset.raw.visual_genome import OUTPUTS
 from dataset.scenes import files as scenes_files
 from dataset.scenes.world import draw_scene
 from grounding import evaluate as program
-from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO, Benchmark
+from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS, Benchmark
 from tests.dataset.raw.raw_layouts import mattnet_detections, write_entities, write_refer
 
 CONFIGS = Path("configs/scenes")
@@ -150,7 +150,7 @@ def refcoco_plus(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the tests, whose maps must equal these
     try:
-        return evaluated(REFCOCO, "refcoco", scenes, tmp_path_factory.mktemp("direct"), **keys)
+        return evaluated(REFCOCO_PLUS, "refcoco", scenes, tmp_path_factory.mktemp("direct"), **keys)
     finally:
         torch.set_num_threads(threads)
 
@@ -187,7 +187,7 @@ def test_refcoco_and_its_like(
     keys = {**refer_keys(tmp_path, dataset, tmp_path / "lists", tmp_path), "det_file": tmp_path / "dets.json"}
     if dataset != "refcoco+":
         keys |= {"refer_dataset": dataset, "refer_split": split_by}
-    result = evaluated(REFCOCO, "refcoco", scenes, tmp_path / "out", **keys)
+    result = evaluated(REFCOCO_PLUS, "refcoco", scenes, tmp_path / "out", **keys)
 
     expected = [{new: row[old] for old, new in names.items()} | {"epoch": "00"} for row in lines(refcoco_plus)]
     assert lines(result) == expected
@@ -255,7 +255,7 @@ def test_visual_genome(tmp_path: Path, one_thread: None) -> None:
     folder = data / "refer" / "refcoco+"
     keys = {**refer_keys(data, "refcoco+", folder, data / "images"), "det_file": folder / "dets.json"}
     checkpoint = tmp_path / "run" / "checkpoint_00.pth"
-    accuracy = lines(evaluated(REFCOCO, "refcoco", data, tmp_path / "eval", checkpoint, **keys))[1]["val_d"]
+    accuracy = lines(evaluated(REFCOCO_PLUS, "refcoco", data, tmp_path / "eval", checkpoint, **keys))[1]["val_d"]
     assert 0 < accuracy <= 1
 
 

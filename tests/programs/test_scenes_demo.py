@@ -14,7 +14,7 @@ import scenes_demo
 from config import GroundingConfig, PretrainConfig, load_config
 from dataset.expressions import Expression
 from grounding import evaluate
-from grounding.benchmarks import BENCHMARKS, FLICKR, REFCOCO
+from grounding.benchmarks import BENCHMARKS, FLICKR, REFCOCO_PLUS
 from grounding.results import ResultFolder
 from utils import UserError
 
@@ -56,7 +56,7 @@ def test_the_short_demo(commands: Commands, tmp_path: Path, capsys: pytest.Captu
         assert (args.max_steps, args.checkpoint) == (150, "checkpoints/scenes_stage1.safetensors")
         assert (config.schedular.epochs, config.add_gcam) == (1, amc)
     for name, checkpoint in zip(MODELS, (scenes_demo.SHIPPED, "control", "amc"), strict=True):
-        args = evaluate.parse_args(REFCOCO, commands[f"{name}_refcoco"][1:])
+        args = evaluate.parse_args(None, commands[f"{name}_refcoco"][1:])
         own = tmp_path / checkpoint / "checkpoint_00.pth" if isinstance(checkpoint, str) else checkpoint
         assert (args.checkpoint, args.output_dir) == (str(own), str(tmp_path / name / "refcoco"))
         assert load_config(args.config, GroundingConfig, args.set).matching_file == []
@@ -123,7 +123,7 @@ def test_another_benchmark_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None
     assert list(scenes_demo.scenes_benchmarks()) == ["refcoco", "refclef", "flickr"]
     boxes, detections = np.array([[2.0, 1.0, 4.0, 3.0]]), np.array([[2.0, 1.0, 4.0, 3.0], [50.0, 50.0, 9.0, 9.0]])
     one = Expression(Path("a.png"), "a", 0, "val", boxes, detections=detections, size=(10, 10))
-    other = REFCOCO._replace(metrics=("box", "new", "point"))
+    other = REFCOCO_PLUS._replace(metrics=("box", "new", "point"))
     row = scenes_demo.chance(other, GroundingConfig(image_root=""), [one])["chance"]
     assert {key: value for key, value in row.items() if value is not None} == {
         "RefCOCO+ box val_d": 0.5,
@@ -141,7 +141,7 @@ def test_the_table_is_read_from_the_logs(tmp_path: Path) -> None:
     folder = ResultFolder(tmp_path)
     folder.write_lines("00", [{"val_d": 0.1}, {"val_d": 0.2}, {"matching_val": 0.3, "matching_val_phrase": 0.4}])
     config = GroundingConfig(image_root="", matching_file=["somewhere/matching_val.json"])
-    assert scenes_demo.accuracies(REFCOCO, config, {"AMC": folder}) == {
+    assert scenes_demo.accuracies(REFCOCO_PLUS, config, {"AMC": folder}) == {
         "AMC": {
             "RefCOCO+ box val_d": 0.1,
             "RefCOCO+ point val_d": 0.2,

@@ -14,12 +14,13 @@ from PIL import Image
 import demo
 import prepare
 import Pretrain
-from config import GroundingConfig, PretrainConfig, load_config
-from dataset import flickr, vg
+from config import GroundingConfig, PretrainConfig, load_any_config, load_config
+from dataset import vg
+from dataset.own import load_expressions
 from dataset.scenes.world import Scene, draw_scene
 from docs import figures
 from grounding import evaluate
-from grounding.benchmarks import FLICKR, REFCOCO
+from grounding.benchmarks import REFCOCO_PLUS, benchmark_of
 from models import amc
 from models.xbert import TextEncoder
 
@@ -38,7 +39,7 @@ def own(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that the tutorial has its reader write, and white images of the scenes' sizes."""
     folder = tmp_path_factory.mktemp("own")
     found = re.findall(r"`data/own/([\w.]+)`:\n\n```\w*\n(.*?)```", page("tutorial.md"), flags=re.DOTALL)
-    assert [name for name, _ in found] == ["phrases.json", "val.txt", "boxes.json", "sentences.json"]
+    assert [name for name, _ in found] == ["phrases.json", "expressions.json"]
     for name, text in found:
         (folder / name).write_text(text)
     (folder / "images").mkdir()
@@ -75,14 +76,9 @@ def test_the_training_file(own: Path) -> None:
     assert all(data[index].has_box for index in range(len(data)))
 
 
-def test_the_files_of_evaluation(own: Path) -> None:
-    expressions = flickr.load_expressions(
-        image_ids_file=[str(own / "val.txt")],
-        phrase_box_file=[str(own / "boxes.json")],
-        sentences_file=[str(own / "sentences.json")],
-        image_root=str(own / "images"),
-    )
-    assert [one.split for one in expressions] == ["val"] * 4
+def test_the_file_of_evaluation(own: Path) -> None:
+    expressions = load_expressions(test_file=[str(own / "expressions.json")], image_root=str(own / "images"))
+    assert [one.split for one in expressions] == ["test"] * 4
     for one in expressions:
         scene = scene_of(one.image.name)
         assert one.size == (scene.height, scene.width)
@@ -111,12 +107,13 @@ def read_by_its_program(words: list[str]) -> str:
         args: Any = Pretrain.parse_args(options)
         load_config(args.config, PretrainConfig, args.set)
     elif program.startswith("grounding_eval"):
-        args = evaluate.parse_args(FLICKR if "flickr" in program else REFCOCO, options)
-        load_config(args.config, GroundingConfig, args.set)
+        script = REFCOCO_PLUS if program == "grounding_eval_singlegpu.py" else None
+        args = evaluate.parse_args(script, options)
+        benchmark_of(load_config(args.config, GroundingConfig, args.set), script)
     elif program == "prepare.py":
         args = prepare.parse_args(options)
         for config in args.configs:
-            load_config(config, PretrainConfig, args.set)
+            load_any_config(config, args.set)
     elif program == "demo.py":
         args = demo.parse_args(options)
         assert args.words
@@ -133,7 +130,7 @@ def test_the_tutorials_commands() -> None:
     found = [read_by_its_program(words) for words in commands("tutorial.md")]
     assert found == [
         *("demo.py", "prepare.py", "Pretrain.py", "Pretrain.py", "plot_log.py"),
-        *("grounding_eval_singlegpu_flickr.py",) * 2,
+        *("prepare.py", "grounding_eval.py", "grounding_eval.py"),
         *("grounding_eval_singlegpu.py", "demo.py"),
     ]
 

@@ -751,10 +751,6 @@ def test_a_released_refclef_config_names_detections_that_are_not_read(
     assert check("configs/scenes/Grounding_refclef.yaml", "--set", "det_file=nowhere.json").status == 0
 
 
-class NamingConfig(GroundingConfig):
-    benchmark: str | None = None
-
-
 @pytest.mark.parametrize(("benchmark", "checked"), [("mine", True), ("another", False)])
 def test_a_benchmark_s_reader_is_one_line(
     benchmark: str, checked: bool, small: Path, check: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
@@ -767,7 +763,7 @@ def test_a_benchmark_s_reader_is_one_line(
 
     keys = {"image_res": 8, "patch_size": 4, "vision_width": 8, "vision_heads": 2, "block_num": 1}
     keys |= {"bert_config": "bert.json", "image_root": "images", "test_file": ["mine.json"], "benchmark": benchmark}
-    monkeypatch.setattr("dataset.raw.check.load_any_config", lambda *_: NamingConfig.model_validate(keys))
+    monkeypatch.setattr("dataset.raw.check.load_any_config", lambda *_: GroundingConfig.model_validate(keys))
     monkeypatch.setitem(TEST_FILE_READERS, "mine", read)
     content = json.loads(check("some.yaml", "--json").out)
     assert content["files"][0]["checked"] == f"evaluation config, {benchmark}"

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.expressions import Expression
-from grounding.benchmarks import FLICKR, REFCOCO, Benchmark
+from grounding.benchmarks import FLICKR, REFCOCO_PLUS, Benchmark
 from grounding.report import charts, rows, sections
 from grounding.report.charts import Panel, chart
 from grounding.report.page import Cell, Table
@@ -31,12 +31,11 @@ from grounding.report.rows import (
     read_maps,
     score,
     shown,
-    sources_of,
 )
 from grounding.report.sections import cell, extremes, pick
 from grounding.report.statistics import Interval
 from grounding.report.write import report_folders
-from grounding.results import ResultError, ResultFolder, percent
+from grounding.results import ResultError, ResultFolder, percent, sources_of
 
 EVIL = '<script>alert("x")</script> & "two"'
 HEIGHT, WIDTH = 4, 6
@@ -97,7 +96,7 @@ def two(expressions: list[Expression], tmp_path: Path) -> tuple[Path, Path]:
     return first, second
 
 
-def collected(expressions: list[Expression], folders: tuple[Path, ...], benchmark: Benchmark = REFCOCO) -> Results:
+def collected(expressions: list[Expression], folders: tuple[Path, ...], benchmark: Benchmark = REFCOCO_PLUS) -> Results:
     return collect(benchmark, expressions, sources_of(folders, 2), others=len(folders) - 1)
 
 
@@ -167,7 +166,7 @@ def test_sources_are_the_complete_checkpoints_of_the_folders(expressions: list[E
     assert [source.name for source in named_apart(found)] == ["other/epoch 01", "ck_00", "one/epoch 01"]
     again = sources_of([one, one], 2)  # alike in all: the whole path, at least
     assert {source.name for source in named_apart(again)} == {f"{one}/epoch 00", f"{one}/epoch 01"}
-    with pytest.raises(ReportError, match="nowhere: no complete results"):
+    with pytest.raises(ResultError, match="nowhere: no complete results"):
         sources_of([tmp_path / "nowhere"], 2)
 
 
@@ -189,7 +188,7 @@ def test_what_is_compared(expressions: list[Expression], tmp_path: Path) -> None
     b = store(tmp_path / "b", expressions, {"00": good, "01": bad})
 
     def chosen(folders: list[Path], others: int) -> tuple[int, int | None, int]:
-        found = collect(REFCOCO, expressions, sources_of(folders, 2), others)
+        found = collect(REFCOCO_PLUS, expressions, sources_of(folders, 2), others)
         return found.best, found.baseline, found.subject
 
     assert chosen([a], 0) == (1, 0, 1)  # the first checkpoint with the best
@@ -352,7 +351,7 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def html(expressions: list[Expression], two: tuple[Path, Path]) -> str:
-    path = report_folders(REFCOCO, expressions, two)
+    path = report_folders(REFCOCO_PLUS, expressions, two)
     assert path == two[1] / "report.html"
     return path.read_text(encoding="utf-8")
 
@@ -405,11 +404,11 @@ def test_the_pages_pictures(html: str) -> None:
 
 
 def test_the_page_is_the_same_every_time(html: str, expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    assert report_folders(REFCOCO, expressions, two).read_text(encoding="utf-8") == html
+    assert report_folders(REFCOCO_PLUS, expressions, two).read_text(encoding="utf-8") == html
 
 
 def test_a_page_of_one_checkpoint_compares_nothing(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    page = Page(report_folders(REFCOCO, expressions, two[:1]).read_text(encoding="utf-8"))
+    page = Page(report_folders(REFCOCO_PLUS, expressions, two[:1]).read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.tags].count("h3") == 5
     assert ["old", "66.67", "0.00", "-", "66.67", "0.00", "-"] in page.rows
 
@@ -419,24 +418,23 @@ def test_training_curves_of_the_checkpoints_folder(expressions: list[Expression]
     run.mkdir()
     (run / "log.txt").write_text('{"train_loss_itm": 0.5, "steps": 3, "epoch": 0}\n')
     out = store(tmp_path / "out", expressions, {"00": [RIGHT] * 5}, checkpoint=str(run / "checkpoint_00.pth"))
-    page = Page(report_folders(REFCOCO, expressions, [out]).read_text(encoding="utf-8"))
+    page = Page(report_folders(REFCOCO_PLUS, expressions, [out]).read_text(encoding="utf-8"))
     assert "Losses of run by steps." in [attributes.get("alt") for _, attributes in page.tags]
     (run / "log.txt").write_text("{}\n")  # a log without losses is no reason to fail
-    page = Page(report_folders(REFCOCO, expressions, [out]).read_text(encoding="utf-8"))
+    page = Page(report_folders(REFCOCO_PLUS, expressions, [out]).read_text(encoding="utf-8"))
     assert not any(text.strip() == "Training" for text in page.text)
 
 
 def test_results_of_other_expressions_are_refused(expressions: list[Expression], two: tuple[Path, Path]) -> None:
     other = store(two[0].parent / "other", expressions[:2], {"00": [RIGHT] * 2})
     with pytest.raises(ResultError, match="holds 2 records"):
-        report_folders(REFCOCO, expressions, [other, two[1]])
+        report_folders(REFCOCO_PLUS, expressions, [other, two[1]])
 
 
 def test_flickrs_size_is_the_annotated_one(expressions: list[Expression], tmp_path: Path) -> None:
     """Boxes, maps and pictures refer to it, whatever the file's size is."""
-    record = {"image_height": 40, "image_width": 30, "split": "val"}
     box = np.array([[10.0, 10.0, 11.0, 11.0]])
-    item = Expression(expressions[0].image, "cat", 0, "val", box, record, categories=("animals",))
+    item = Expression(expressions[0].image, "cat", 0, "val", box, annotated_size=(40, 30), categories=("animals",))
     out = store(tmp_path / "flickr", [item], {"00": [RIGHT]})
     assert areas([item], np.array([True]))[0] == pytest.approx(100 / 1200)
     html = report_folders(FLICKR, [item], [out]).read_text(encoding="utf-8")

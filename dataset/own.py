@@ -1,0 +1,133 @@
+"""Your own phrases and boxes, for evaluation: the benchmark `own`.
+
+A file is a JSON list of entries, or JSON lines with one entry a line. An entry is an object with these keys:
+
+    image            path of the image, below the config's image_root
+    phrase, phrases  a text, or a list of texts; each is one expression
+    box, boxes       [x, y, w, h] in pixels of the image, x and y of the upper left corner; or a list of such boxes, any
+                     of which is right for each of the phrases
+    split            optional: the split that the entry counts for; by default "test"
+    category         optional: a word by which the report groups expressions
+
+Other keys are ignored.
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from dataset.expressions import (
+    EntryProblem,
+    Expression,
+    Problems,
+    check_images,
+    clean_text,
+    is_box,
+    locate,
+    require,
+    shown,
+)
+from dataset.reading import DataError, load_json, read_text
+from files import parse_json
+
+MAX_WORDS = 50  # of a phrase, as for Flickr30k
+SPLIT = "test"  # of an entry that names none
+
+
+def load_expressions(*, test_file: list[str], image_root: str, skip_missing: bool = False) -> list[Expression]:
+    """Read and check the expressions of the files, phrase by phrase; a ref_id is the index in this order.
+
+    With skip_missing, nobody looks whether the images are there.
+
+    Raises:
+        DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
+    """
+    problems = Problems()
+    found: list[tuple[str, Expression]] = []
+    for file in test_file:
+        found += read_expressions(file, image_root, len(found), problems)
+    if not skip_missing:
+        check_images(((one.image, where) for where, one in found), problems)
+    problems.check()
+    if not found:
+        raise DataError(f"{', '.join(test_file) or 'test_file'}: holds no entries")
+    return [one for _, one in found]
+
+
+def read_expressions(file: str, image_root: str, first: int, problems: Problems) -> list[tuple[str, Expression]]:
+    """The expressions of a file that can be used, each with where it stands; notes the others.
+
+    Args:
+        first: ref_id of the first expression.
+
+    Raises:
+        DataError: the file cannot be read, or is neither a JSON list nor JSON lines.
+    """
+    found: list[tuple[str, Expression]] = []
+    for where, row in _rows(file, problems):
+        try:
+            image = locate(image_root, require(row, "image", str))
+            key, phrases = _one_or_more(row, "phrase", "phrases")
+            texts = [
+                clean_text(require({key: phrase}, key, str), MAX_WORDS, file, where, problems) for phrase in phrases
+            ]
+            boxes = _boxes(row)
+            split = _split(row)
+            categories = (require(row, "category", str),) if "category" in row else ()
+        except EntryProblem as problem:
+            problems.add(where, problem)
+            continue
+        record = {"image_path": row["image"], "split": split}
+        for text in texts:
+            one = Expression(image, text, first + len(found), split, boxes, record, categories=categories)
+            found.append((where, one))
+    return found
+
+
+def _rows(file: str, problems: Problems) -> Iterator[tuple[str, Any]]:
+    """The entries of a file, each with where it stands; notes lines that are no JSON."""
+    text = read_text(file, "test_file")
+    if not text.lstrip().startswith("{"):
+        yield from ((f"{file}: entry {index}", row) for index, row in enumerate(load_json(file, list)))
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            where = f"{file}: line {number}"
+            try:
+                yield where, parse_json(line)
+            except json.JSONDecodeError as error:
+                kind = "the line is not valid JSON; write one entry {...} a line, or a JSON list of entries"
+                problems.add(where, EntryProblem(kind, str(error)))
+            except ValueError as error:
+                problems.add(where, EntryProblem(str(error)))
+
+
+def _one_or_more(row: dict[str, Any], one: str, many: str) -> tuple[str, list[Any]]:
+    """Which of two keys an entry has, and its values: `one` has a single value, `many` has a list."""
+    if (one in row) == (many in row):
+        kind = f"an entry needs one of the keys '{one}' and '{many}'"
+        raise EntryProblem(kind, "it has both" if one in row else f"its keys are {shown(list(row))}")
+    values = require(row, many, list) if many in row else [row[one]]
+    if not values:
+        raise EntryProblem(f"key '{many}' is an empty list; leave the entry out, or complete it")
+    return many if many in row else one, values
+
+
+def _boxes(row: dict[str, Any]) -> np.ndarray:
+    """The boxes of an entry, float64 (n, 4) [x, y, w, h], n >= 1."""
+    key, boxes = _one_or_more(row, "box", "boxes")
+    for box in boxes:
+        if not is_box(box) or min(box[2:]) <= 0:
+            what = "a list of boxes, each" if key == "boxes" else "a box of"
+            kind = f"key '{key}' must be {what} four numbers [x, y, width, height] in pixels, width and height above 0"
+            raise EntryProblem(kind, f"found {shown(box)}")
+    return np.array(boxes, np.float64)
+
+
+def _split(row: dict[str, Any]) -> str:
+    split = require(row, "split", str) if "split" in row else SPLIT
+    if split in ("", "epoch"):
+        raise EntryProblem("key 'split' must not be empty, nor 'epoch', which log.txt has for itself", shown(split))
+    return split
