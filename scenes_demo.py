@@ -25,7 +25,7 @@ from dataset.expressions import Expression
 from grounding import maps, metrics
 from grounding.benchmarks import BENCHMARKS, REFCOCO, Benchmark
 from grounding.pictures.panels import Case, contact_sheet, loss_curves
-from grounding.report.page import Section
+from grounding.report.page import ReportSection
 from grounding.report.rows import Source
 from grounding.report.write import section, write_report
 from grounding.results import ResultFolder, percent
@@ -131,7 +131,7 @@ def report(output: Path, seconds: float) -> None:
     """Print the table of all models, and leave it with the pictures in the output folder."""
     table: Table = {}
     cases: list[Case] = []
-    sections: list[Section] = []
+    sections: list[ReportSection] = []
     for benchmark, kind in BENCHMARKS.items():
         config = load_config(CONFIGS / f"Grounding_{benchmark}.yaml", GroundingConfig)
         folders = {model: ResultFolder(output / name / benchmark / "result") for model, name in MODELS.items()}
