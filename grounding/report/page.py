@@ -74,12 +74,6 @@ class ReportSection(NamedTuple):
 def render_page(title: str, sections: Sequence[ReportSection]) -> str:
     """The page as HTML."""
     loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(
-        loader=loader,
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = environment.keep_trailing_newline = True
     return environment.get_template("report.html").render(title=title, sections=sections)

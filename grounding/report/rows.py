@@ -147,7 +147,9 @@ def collect(
     Raises:
         ReportError, ResultError: as `read_maps`.
     """
-    maps_of, scores, by_name = {}, [], {source.name: source for source in sources}
+    maps_of: dict[str, list[Tensor | None]] = {}
+    scores = []
+    by_name = {source.name: source for source in sources}
     for name, source in by_name.items():
         found = read_maps(source, expressions)
         scores.append(_columns(score(found, expressions, benchmark.metrics), benchmark.metrics, name))
@@ -157,17 +159,15 @@ def collect(
     facts = describe(expressions, readable=table.notna().any(axis=1))
     decisive = table.loc[facts["split"] == next(iter(benchmark.splits)), benchmark.metrics[-1]].mean().fillna(0)
     best = decisive.idxmax()
-    subject = decisive[others:].idxmax()
-    baseline = decisive[:others].idxmax() if others else decisive.index[-1 if subject == sources[0].name else 0]
+    subject = decisive.iloc[others:].idxmax()
+    baseline = decisive.iloc[:others].idxmax() if others else decisive.index[-1 if subject == sources[0].name else 0]
     if len(sources) > MOST_SHOWN:
         shown = {baseline, subject, sources[-1].name}
         maps_of = {name: read_maps(source, expressions) for name, source in by_name.items() if name in shown}
-    sizes = facts[["image height", "image width"]].to_numpy()
+    lacking = [np.nan] * len(MEASURES)
     for name, found in maps_of.items():
-        rows = [
-            [np.nan] * len(MEASURES) if pred is None else measure_map(pred, expression.boxes, int(height), int(width))
-            for pred, expression, (height, width) in zip(found, expressions, sizes, strict=True)
-        ]
+        pairs = zip(found, expressions, strict=True)
+        rows = [lacking if pred is None else measure_map(pred, expression) for pred, expression in pairs]
         scores.append(_columns(rows, MEASURES, name))
     facts.columns = pd.MultiIndex.from_product([facts.columns, [""]])
     table = pd.concat([facts, *scores], axis=1)
@@ -188,25 +188,22 @@ def describe(expressions: Sequence[Expression], readable: Iterable[bool]) -> pd.
     """
     rows: list[tuple[Hashable, ...]] = []
     for item, known in zip(expressions, readable, strict=True):
-        height, width = size_of(item) if known else (np.nan, np.nan)
-        area = maps.inside(item.boxes, int(height), int(width)).mean() if known else np.nan
         image = str(item.image).encode(errors="backslashreplace").decode()  # a name may be no UTF-8
-        length = len(item.text.split())
-        rows.append((image, item.text, item.ref_id, item.split, item.categories, length, height, width, area))
+        sizes: tuple[float, ...] = (np.nan, np.nan, np.nan)
+        if known:
+            height, width = size_of(item)
+            sizes = height, width, maps.inside(item.boxes, height, width).mean()
+        rows.append((image, item.text, item.ref_id, item.split, item.categories, len(item.text.split()), *sizes))
     names = ["image", "phrase", "ref_id", "split", "category", "words"]
     sizes = ["image height", "image width", "area of boxes"]
     return pd.DataFrame(rows, columns=names + sizes).astype({"image": "category"})
 
 
-def measure_map(pred: Tensor, boxes: np.ndarray, height: int, width: int) -> list[float]:
-    """`MEASURES` of one map, in their order.
-
-    Args:
-        pred: (h, w), resized to (height, width) pixels.
-        boxes: (n, 4) [x, y, w, h].
-    """
-    cam = ResizedMap(pred, height, width).product().numpy()
-    mask = maps.inside(boxes, height, width)
+def measure_map(pred: Tensor, expression: Expression) -> list[float]:
+    """`MEASURES` of an expression's map (h, w), in their order."""
+    boxes = expression.boxes
+    cam = ResizedMap(pred, *size_of(expression)).product().numpy()
+    mask = maps.inside(boxes, *cam.shape)
     energy = maps.energy_inside(cam, mask)
     regions = [maps.hot(cam, threshold) for threshold in THRESHOLDS]
     map_boxes = [maps.map_box(cam, region) for region in regions]

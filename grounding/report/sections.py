@@ -8,7 +8,7 @@ import pandas as pd
 
 from dataset.reading import read_image
 from grounding.maps import ResizedMap
-from grounding.metrics import point_correct
+from grounding.metrics import point_correct, size_of
 from grounding.pictures.panels import panel
 from grounding.report.charts import Panel, chart
 from grounding.report.page import Block, Chart, Part, Shot, ShownCase
@@ -35,17 +35,18 @@ def accuracy(found: Results) -> Part:
     splits = found.table["split"].map(names).astype(pd.CategoricalDtype(list(names.values())))
     grids = {metric: found.grid(found.table[metric], splits) for metric in found.benchmark.metrics}
     one_run = len({source.folder.folder for source in found.sources}) == 1
-    note, bold, charts = INTERVAL_NOTE, None, []
-    if len(found.sources) > 1:
+    note, charts = INTERVAL_NOTE, []
+    if several := len(found.sources) > 1:
         note += f" In bold the best by {found.benchmark.metrics[-1]} {splits.cat.categories[0]}."
-        bold = found.best
         for metric, grid in grids.items():
             title = f"{metric.capitalize()} accuracy"
             drawn = chart([Panel(title, grid)], joined=one_run)
             charts.append(Chart(f"{title} of the checkpoints, with 95% intervals.", drawn))
     table = pd.concat([grid.add_prefix(f"{metric} ") for metric, grid in grids.items()], axis=1)
     title = " and ".join(grids).capitalize()
-    return Part("Accuracy", note, [Block(title, "", table, charts, bold=bold), *_logged(found)])
+    return Part(
+        "Accuracy", note, [Block(title, "", table, charts, bold=found.best if several else None), *_logged(found)]
+    )
 
 
 def _logged(found: Results) -> list[Block]:
@@ -144,14 +145,13 @@ def one_an_image(values: pd.Series, images: pd.Series, count: int, taken: Collec
 def _case(found: Results, row: int, note: str) -> ShownCase:
     """An expression: the image with its true boxes, then the map and the point of each shown checkpoint."""
     expression = found.expressions[row]
-    height, width = (int(found.table[side][row]) for side in ("image height", "image width"))
-    image, boxes = read_image(expression.image, expression.text), expression.boxes
+    image, size, boxes = read_image(expression.image, expression.text), size_of(expression), expression.boxes
     maps = {name: of[row] for name, of in found.maps.items() if of[row] is not None}
     shots = []
     for name, pred in [("image", None), *maps.items()]:
-        right = None if pred is None else point_correct(ResizedMap(pred, height, width), boxes)
+        right = None if pred is None else point_correct(ResizedMap(pred, *size), boxes)
         content = io.BytesIO()
-        panel(image, (height, width), boxes, pred, bool(right)).save(content, "JPEG", quality=JPEG_QUALITY)
+        panel(image, size, boxes, pred, bool(right)).save(content, "JPEG", quality=JPEG_QUALITY)
         shots.append(Shot(name, data_uri("image/jpeg", content.getvalue()), right))
     return ShownCase(expression.text, note, shots)
 

@@ -19,13 +19,14 @@ from runs import EPOCHS_LOG, STEPS_LOG, RunError, read_runs
 
 
 def report_folders(benchmark: Benchmark, expressions: Sequence[Expression], folders: Sequence[Path]) -> Path:
-    """Write report.html into the last of some --output_dir folders; it is compared with the folders before it.
+    """Write report.html into the last of some --output_dir folders; it is compared with the others.
 
     Raises:
         ReportError: a folder has no complete results. Of another benchmark: `ResultError`.
     """
-    *before, output = folders
-    others = sources_of(before, len(benchmark.metrics))
+    output = folders[-1]
+    before = {folder.resolve(): folder for folder in folders if folder.resolve() != output.resolve()}
+    others = sources_of(list(before.values()), len(benchmark.metrics))
     sources = named_apart([*others, *sources_of([output], len(benchmark.metrics))])
     origins = [source.folder.origin(source.epoch) for source in sources]
     training = [Path(origin["checkpoint"]).parent for origin in origins if "checkpoint" in origin]

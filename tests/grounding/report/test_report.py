@@ -133,9 +133,9 @@ def test_scores_are_the_benchmarks(expressions: list[Expression]) -> None:
     assert np.isnan(found[2]).all()
 
 
-def test_measures_of_a_map() -> None:
+def test_measures_of_a_map(expressions: list[Expression]) -> None:
     def measures(cam: Tensor) -> dict[str, float]:
-        return dict(zip(MEASURES, measure_map(cam, np.array([BOX]), HEIGHT, WIDTH), strict=True))
+        return dict(zip(MEASURES, measure_map(cam, expressions[0]), strict=True))
 
     cam = peak(2, 1, 10.0)
     cam[0, 5] = 6.0  # outside; hot at 0.3 and 0.5
@@ -410,6 +410,32 @@ def test_a_page_of_one_checkpoint_compares_nothing(expressions: list[Expression]
     page = Page(report_folders(REFCOCO, expressions, two[:1]).read_text(encoding="utf-8"))
     assert [tag for tag, _ in page.tags].count("h3") == 5
     assert ["old", "66.67", "0.00", "-", "66.67", "0.00", "-"] in page.rows
+
+
+def test_a_folder_is_not_compared_with_itself(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    alone = report_folders(REFCOCO, expressions, two[:1]).read_text(encoding="utf-8")
+    again = report_folders(REFCOCO, expressions, [two[0], two[0] / ".." / "first", two[0]])
+    assert again.read_text(encoding="utf-8") == alone
+
+
+def test_any_metric_is_reported(
+    expressions: list[Expression], two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the report has never heard of, with values between 0 and 1, as the benchmark's only metric."""
+
+    def overlap(maps: list[Tensor], expressions: list[Expression], names: tuple[str, ...]) -> np.ndarray:
+        assert names == ("overlap",)
+        return np.array([[0.75 if cam.equal(RIGHT) else 0.25] for cam in maps])
+
+    monkeypatch.setattr(rows, "score", overlap)
+    benchmark = REFCOCO._replace(metrics=("overlap",))
+    path = report_folders(benchmark, expressions, two)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert ["old", "58.33", "25.00", "-"] in page.rows
+    assert ["overlap val_d", "1", "1", "1", "0", "0.00"] in page.rows
+    assert "Right by overlap only with new: 2 of 2" in page.text
+    assert "Overlap accuracy by category" in page.text
+    assert pd.read_csv(path.with_name("expressions.csv"))["overlap: new"].tolist() == [0.75, 0.75, 0.25, 0.75, 0.25]
 
 
 def test_training_curves_of_the_checkpoints_folder(expressions: list[Expression], tmp_path: Path) -> None:
