@@ -195,8 +195,8 @@ def describe(expressions: Sequence[Expression], readable: Iterable[bool]) -> pd.
             sizes = height, width, maps.inside(item.boxes, height, width).mean()
         rows.append((image, item.text, item.ref_id, item.split, item.categories, len(item.text.split()), *sizes))
     names = ["image", "phrase", "ref_id", "split", "category", "words"]
-    sizes = ["image height", "image width", "area of boxes"]
-    return pd.DataFrame(rows, columns=names + sizes).astype({"image": "category"})
+    names += ["image height", "image width", "area of boxes"]
+    return pd.DataFrame(rows, columns=names).astype({"image": "category"})
 
 
 def measure_map(pred: Tensor, expression: Expression) -> list[float]:
