@@ -1,57 +1,32 @@
-"""What a report's page is made of, and its HTML (grounding/report/report.html): one file, without scripts or network.
+"""What the report's page shows, and its HTML (report.html): one file without scripts or network.
 
-Every text is escaped by the template engine: phrases, names and paths may hold anything.
+The template engine escapes every text: phrases, names and paths may hold anything.
 """
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 
-class Cell(NamedTuple):
-    """A table's cell: a value, smaller words under it, whether it stands out."""
-
-    text: str
-    detail: str = ""
-    strong: bool = False
-
-
 class Chart(NamedTuple):
-    """A picture as a data URI; `title` says what it shows to those who do not see it."""
+    """A chart as a data URI; `title` describes it to those who cannot see it."""
 
     title: str
     uri: str
-    kind: Literal["chart"] = "chart"
-
-
-class Table(NamedTuple):
-    """Rows of cells, the first of each row its name.
-
-    Args:
-        charts: what stands beside it.
-        folded: whether it is hidden until it is asked for.
-    """
-
-    title: str
-    note: str
-    head: Sequence[str]
-    rows: Sequence[Sequence[Cell]]
-    charts: Sequence[Chart] = ()
-    folded: bool = False
-    kind: Literal["table"] = "table"
 
 
 class Shot(NamedTuple):
-    """One picture of a case, and whether that model is right: True, False, or None for the image alone."""
+    """One picture of a case, and whether the model's point is right; None for the image alone."""
 
     name: str
     uri: str
     right: bool | None
 
 
-class Case(NamedTuple):
+class ShownCase(NamedTuple):
     """An expression with its pictures."""
 
     text: str
@@ -59,42 +34,46 @@ class Case(NamedTuple):
     shots: Sequence[Shot]
 
 
-class Sheet(NamedTuple):
-    """Cases that have something in common."""
+class Block(NamedTuple):
+    """A table with charts beside it, or a chart, or cases.
 
-    title: str
-    note: str
-    cases: Sequence[Case]
-    kind: Literal["sheet"] = "sheet"
+    Args:
+        table: of texts, counts and `Interval`s; its index holds the names of the rows.
+        bold: the row whose intervals are bold.
+        signed: whether intervals above 0 have a "+".
+        folded: whether the table is hidden until the reader opens it.
+    """
 
-
-Block = Table | Chart | Sheet
+    title: str = ""
+    note: str = ""
+    table: pd.DataFrame | None = None
+    charts: Sequence[Chart] = ()
+    cases: Sequence[ShownCase] = ()
+    bold: str | None = None
+    signed: bool = False
+    folded: bool = False
 
 
 class Part(NamedTuple):
-    """A headed part of a section, with a note on all of it."""
+    """A part of a section, under a heading with a note."""
 
     title: str
     note: str
     blocks: Sequence[Block]
 
 
-class Section(NamedTuple):
-    """A benchmark's part of the page."""
+class ReportSection(NamedTuple):
+    """A section of the page, and the table that it was made from (one row an expression), if there is one."""
 
     title: str
     intro: str
     parts: Sequence[Part]
+    table: pd.DataFrame | None = None
 
 
-def render(title: str, sections: Sequence[Section]) -> str:
+def render_page(title: str, sections: Sequence[ReportSection]) -> str:
     """The page as HTML."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = environment.keep_trailing_newline = True
     return environment.get_template("report.html").render(title=title, sections=sections)

@@ -1,9 +1,10 @@
-"""Result files read back: whether and how well each stored map grounds its expression, as a report's arrays."""
+"""The report's table, from result files: one row an expression, one column a checkpoint and metric."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 from torch import Tensor
 
 import utils
@@ -12,21 +13,34 @@ from grounding import maps
 from grounding.benchmarks import Benchmark
 from grounding.maps import ResizedMap
 from grounding.metrics import overlaps, score
+from grounding.report.statistics import Interval, intervals
 from grounding.results import Source
 from runs import shortest_ends
 
-THRESHOLDS = (0.3, 0.5, 0.7, 0.9)  # of a map's maximum
 MOST_SHOWN = 4  # checkpoints that a report shows in detail
-MEASURES = {  # what `measure` gives -> how the report calls it
-    "energy": "share of the map's energy inside",
-    "lift": "the same, above chance",
-    **{f"hot {threshold}": f"pointing at {threshold:g} of the maximum" for threshold in THRESHOLDS},
-    **{f"map box {threshold}": f"box from the map at {threshold:g}, IoU 0.5" for threshold in THRESHOLDS},
+THRESHOLDS = (0.3, 0.5, 0.7, 0.9)  # of a map's maximum
+# The measures of `measure_map`: name in the table -> title on the page. Names have a space, which no metric's name has.
+POINTING = {f"pointing at {threshold:g}": f"pointing at {threshold:g} of the maximum" for threshold in THRESHOLDS}
+MAP_BOX = {f"map box at {threshold:g}": f"box from the map at {threshold:g}, IoU 0.5" for threshold in THRESHOLDS}
+MEASURES = {
+    "energy inside": "share of the map's energy inside",
+    "energy above chance": "the same, above chance",
+    **POINTING,
+    **MAP_BOX,
 }
 
 
 class ReportError(utils.UserError):
     """Results that a report cannot be made of."""
+
+
+def named_apart(sources: Sequence[Source]) -> list[Source]:
+    """The sources; equal names are replaced by as much of folder and epoch as tells them apart."""
+    names = [source.name for source in sources]
+    alike = [source for source in sources if names.count(source.name) > 1]
+    paths = [source.folder.folder.parent / f"epoch {source.epoch}" for source in alike]
+    ends = iter(shortest_ends(paths))
+    return [source._replace(name=next(ends)) if source in alike else source for source in sources]
 
 
 def read_maps(source: Source, expressions: Sequence[Expression]) -> list[Tensor | None]:
@@ -45,165 +59,130 @@ def read_maps(source: Source, expressions: Sequence[Expression]) -> list[Tensor 
     return [None if position in left_out else next(records)["pred"] for position in range(len(expressions))]
 
 
-def areas(expressions: Sequence[Expression], known: np.ndarray) -> np.ndarray:
-    """The part of its image that each expression's boxes cover, (n,) in 0..1: the accuracy of a random point.
-
-    Args:
-        known: (n,) whether the image could be read; NaN where not.
-    """
-    found = [
-        maps.inside(item.boxes, *item.size).mean() if readable else np.nan
-        for item, readable in zip(expressions, known.tolist(), strict=True)
-    ]
-    return np.array(found)
-
-
-def measure(maps: Sequence[Tensor | None], expressions: Sequence[Expression]) -> np.ndarray:
-    """The further measures: (n, len(MEASURES)) in the order of `MEASURES`, NaN without a map. One map at a time."""
-    found = np.full((len(expressions), len(MEASURES)), np.nan)
-    for row, pred, expression in zip(found, maps, expressions, strict=True):
-        if pred is not None:
-            row[:] = _measure(ResizedMap(pred, *expression.size), expression.boxes)
-    return found
-
-
-def _measure(resized: ResizedMap, boxes: np.ndarray) -> list[float]:
-    cam = resized.product().numpy()
-    mask = maps.inside(boxes, *cam.shape)
-    energy = maps.energy_inside(cam, mask)
-    regions = [maps.hot(cam, threshold) for threshold in THRESHOLDS]
-    drawn = [maps.map_box(resized, region) for region in regions]
-    return [
-        energy,
-        maps.above_chance(energy, float(mask.mean())),
-        *(maps.hot_inside(region, mask) for region in regions),
-        *(float(box is not None and overlaps(box, boxes)) for box in drawn),
-    ]
-
-
-# ---- which results a report is about
-
-
-def named_apart(sources: Sequence[Source]) -> list[Source]:
-    """The sources, those that are called alike by as much of folder and epoch as tells them apart instead."""
-    names = [source.name for source in sources]
-    alike = [source for source in sources if names.count(source.name) > 1]
-    paths = [source.folder.folder.parent / f"epoch {source.epoch}" for source in alike]
-    ends = iter(shortest_ends(paths))
-    return [source._replace(name=next(ends)) if source in alike else source for source in sources]
-
-
-def shown(count: int, compared: Sequence[int]) -> list[int]:
-    """The results that are shown in detail: all if few, else the two that are compared and the last."""
-    return list(range(count)) if count <= MOST_SHOWN else sorted({*compared, count - 1})
-
-
-# ---- all that a report says of a benchmark
-
-
 class Results(NamedTuple):
-    """A benchmark's n expressions, and what each checkpoint (source) makes of them. NaN where a map is lacking.
+    """What the report of a benchmark is made of; checkpoints go by the names of their sources.
 
     Args:
-        images: (n,) a number for each expression's image.
-        splits: (n,) in the reader's terms.
-        areas: (n,) the part of the image in its boxes, in 0..1.
-        scores: by source (n, metrics of the benchmark), 1 or 0.
-        best: the source that is best by the decisive metric.
-        subject: the best one of the run that the report is about, whose cases are shown.
-        baseline: the source that the subject is compared with, if there are several.
-        shown: the sources that are shown in detail.
-        measured, maps: of each shown source (n, `MEASURES`), and its maps (h, w).
+        table: one row an expression, in the order of the result files. Columns of `describe`; and for each metric a
+            column a checkpoint, for each of `MEASURES` a column a shown checkpoint: `table["point"]` has a column a
+            checkpoint, `table["point", "AMC"]` is one of them. NaN where there is no map.
+        maps: shown checkpoint -> the map (h, w) of each expression.
+        best: the checkpoint with the highest accuracy by the last metric on the first split, as everywhere here.
+        subject: the best of the run that the report is about; its cases are shown.
+        baseline: what the subject is compared with, if there are several checkpoints.
     """
 
     benchmark: Benchmark
     expressions: Sequence[Expression]
     sources: Sequence[Source]
-    images: np.ndarray
-    splits: np.ndarray
-    areas: np.ndarray
-    scores: list[np.ndarray]
-    best: int
-    subject: int
-    baseline: int | None
-    shown: list[int]
-    measured: dict[int, np.ndarray]
-    maps: dict[int, list[Tensor | None]]
+    table: pd.DataFrame
+    maps: dict[str, list[Tensor | None]]
+    best: str
+    subject: str
+    baseline: str | None
 
     @property
-    def reported(self) -> np.ndarray:
-        """(n,) whether an expression has a map, and a split that is reported."""
-        return np.isin(self.splits, list(self.benchmark.splits)) & ~np.isnan(self.areas)
+    def shown(self) -> list[str]:
+        """The checkpoints that are shown in detail."""
+        return list(self.maps)
 
-    def names(self, which: Sequence[int] | None = None) -> list[str]:
-        """The names of the shown sources, or of others."""
-        return [self.sources[index].name for index in (self.shown if which is None else which)]
+    @property
+    def reported(self) -> pd.Series:
+        """(n,) bool: the expression has a map, and its split is reported."""
+        return self.table["split"].isin(self.benchmark.splits) & self.table["area of boxes"].notna()
 
-    def metric(self, name: str, source: int) -> np.ndarray:
-        """(n,) which expressions a source grounds right by one metric."""
-        return self.scores[source][:, self.benchmark.metrics.index(name)]
+    def intervals(self, columns: pd.DataFrame, rows: pd.Series | pd.Index) -> list[Interval]:
+        """The mean of each column over some rows, with its interval."""
+        return intervals(columns.loc[rows].to_numpy(), self.table["image"].cat.codes[rows].to_numpy())
 
-    def measure(self, name: str, source: int) -> np.ndarray:
-        """(n,) one of `MEASURES` of a shown source."""
-        return self.measured[source][:, list(MEASURES).index(name)]
+    def grid(self, columns: pd.DataFrame, labels: pd.Series) -> pd.DataFrame:
+        """The `Interval` of each column (a row) and group of expressions (a column).
+
+        Args:
+            labels: the group of each row of the table, categorical; a row of several groups has several labels.
+        """
+        by_group = labels.groupby(labels, observed=False)
+        return pd.DataFrame({name: self.intervals(columns, of.index) for name, of in by_group}, columns.columns)
 
 
 def collect(
     benchmark: Benchmark, expressions: Sequence[Expression], sources: Sequence[Source], others: int = 0
 ) -> Results:
-    """Read the result files one after the other; keeps the small maps of the sources that are shown.
+    """Read the result files one after the other; keeps the small maps of the checkpoints that are shown.
 
     Args:
         expressions: all of the benchmark's, in the order of the result files.
-        others: how many of the sources, the first ones, are of other runs than the one that the report is about. The
-            best of them is the baseline; without any it is the first source, or the last where the first is the best.
+        sources: by different names.
+        others: how many of the sources, the first ones, belong to other runs than the one that the report is about.
+            The best of them is the baseline. Without any, it is the first source, or the last if the first is the best.
 
     Raises:
         ReportError, ResultError: as `read_maps`.
     """
-    scores: list[np.ndarray] = []
-    maps: dict[int, list[Tensor | None]] = {}
-    for index, source in enumerate(sources):
+    maps_of: dict[str, list[Tensor | None]] = {}
+    scores = []
+    by_name = {source.name: source for source in sources}
+    for name, source in by_name.items():
         found = read_maps(source, expressions)
-        scores.append(score(found, expressions, benchmark.metrics))
+        scores.append(_columns(score(found, expressions, benchmark.metrics), benchmark.metrics, name))
         if len(sources) <= MOST_SHOWN:
-            maps[index] = found
-    splits = np.array([expression.split for expression in expressions])
-    decisive = splits == next(iter(benchmark.splits))
-    best = best_of(scores, decisive)
-    subject = others + best_of(scores[others:], decisive)
-    baseline = best_of(scores[:others], decisive) if others else (0 if subject else len(sources) - 1)
-    in_detail = shown(len(sources), [baseline, subject])
-    has_map = np.any([~np.isnan(values).any(axis=1) for values in scores], axis=0)
-    for index in in_detail:
-        maps[index] = maps.get(index) or read_maps(sources[index], expressions)
-    return Results(
-        benchmark=benchmark,
-        expressions=expressions,
-        sources=sources,
-        images=np.unique([str(expression.image) for expression in expressions], return_inverse=True)[1],
-        splits=splits,
-        areas=areas(expressions, has_map),
-        scores=scores,
-        best=best,
-        subject=subject,
-        baseline=baseline if baseline != subject else None,
-        shown=in_detail,
-        measured={index: measure(maps[index], expressions) for index in in_detail},
-        maps=maps,
-    )
+            maps_of[name] = found
+    table = pd.concat(scores, axis=1)
+    facts = describe(expressions, readable=table.notna().any(axis=1))
+    decisive = table.loc[facts["split"] == next(iter(benchmark.splits)), benchmark.metrics[-1]].mean().fillna(0)
+    best = decisive.idxmax()
+    subject = decisive.iloc[others:].idxmax()
+    baseline = decisive.iloc[:others].idxmax() if others else decisive.index[-1 if subject == sources[0].name else 0]
+    if len(sources) > MOST_SHOWN:
+        shown = {baseline, subject, sources[-1].name}
+        maps_of = {name: read_maps(source, expressions) for name, source in by_name.items() if name in shown}
+    lacking = [np.nan] * len(MEASURES)
+    for name, found in maps_of.items():
+        pairs = zip(found, expressions, strict=True)
+        rows = [lacking if pred is None else measure_map(pred, expression) for pred, expression in pairs]
+        scores.append(_columns(rows, MEASURES, name))
+    facts.columns = pd.MultiIndex.from_product([facts.columns, [""]])
+    table = pd.concat([facts, *scores], axis=1)
+    baseline = None if baseline == subject else baseline
+    return Results(benchmark, expressions, sources, table, maps_of, best, subject, baseline)
 
 
-def best_of(scores: Sequence[np.ndarray], decisive: np.ndarray) -> int:
-    """The first source with the highest accuracy by the last metric.
+def _columns(values: Sequence[Sequence[float]] | np.ndarray, measures: Iterable[str], name: str) -> pd.DataFrame:
+    """Values (n, measures) of one checkpoint as columns of the table."""
+    return pd.DataFrame(values, columns=pd.MultiIndex.from_product([list(measures), [name]]))
 
-    Args:
-        scores: by source (n, metrics).
-        decisive: (n,) the expressions that decide.
+
+def describe(expressions: Sequence[Expression], readable: Iterable[bool]) -> pd.DataFrame:
+    """The columns that no model changes: what is asked, and sizes.
+
+    The area of the boxes is the part of the image inside them, in 0..1: the accuracy of a random point. Sizes of an
+    image that is not `readable` are NaN. Names of sizes have a space, as those of `MEASURES`.
     """
-    accuracies = []
-    for columns in scores:
-        values = columns[decisive, -1]
-        known = values[~np.isnan(values)]
-        accuracies.append(float(known.mean()) if len(known) else 0.0)
-    return int(np.argmax(accuracies))
+    rows: list[tuple[Hashable, ...]] = []
+    for item, known in zip(expressions, readable, strict=True):
+        image = str(item.image).encode(errors="backslashreplace").decode()  # a name may be no UTF-8
+        sizes: tuple[float, ...] = (np.nan, np.nan, np.nan)
+        if known:
+            height, width = item.size
+            sizes = height, width, maps.inside(item.boxes, height, width).mean()
+        rows.append((image, item.text, item.ref_id, item.split, item.categories, len(item.text.split()), *sizes))
+    names = ["image", "phrase", "ref_id", "split", "category", "words"]
+    names += ["image height", "image width", "area of boxes"]
+    return pd.DataFrame(rows, columns=names).astype({"image": "category"})
+
+
+def measure_map(pred: Tensor, expression: Expression) -> list[float]:
+    """`MEASURES` of an expression's map (h, w), in their order."""
+    boxes = expression.boxes
+    resized = ResizedMap(pred, *expression.size)
+    cam = resized.product().numpy()
+    mask = maps.inside(boxes, *cam.shape)
+    energy = maps.energy_inside(cam, mask)
+    regions = [maps.hot(cam, threshold) for threshold in THRESHOLDS]
+    map_boxes = [maps.map_box(resized, region) for region in regions]
+    return [
+        energy,
+        maps.above_chance(energy, float(mask.mean())),
+        *(maps.hot_inside(region, mask) for region in regions),
+        *(float(box is not None and overlaps(box, boxes)) for box in map_boxes),
+    ]

@@ -1,85 +1,26 @@
-"""The parts of a benchmark's report: from the arrays of `Results` to tables, charts and pictures."""
+"""The parts of a benchmark's report: from the table of `Results` to tables, charts and pictures."""
 
 import io
 import math
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Collection, Sequence
 
-import numpy as np
-from PIL import Image
+import pandas as pd
 
 from dataset.reading import read_image
+from grounding.maps import ResizedMap
+from grounding.metrics import point_correct
 from grounding.pictures.overlay import data_uri
 from grounding.pictures.panels import panel
 from grounding.report.charts import Panel, chart
-from grounding.report.page import Block, Case, Cell, Chart, Part, Sheet, Shot, Table
-from grounding.report.rows import MEASURES, THRESHOLDS, Results
-from grounding.report.statistics import Group, Interval, by_category, by_length, by_size, intervals
+from grounding.report.page import Block, Chart, Part, Shot, ShownCase
+from grounding.report.rows import MAP_BOX, MEASURES, POINTING, THRESHOLDS, Results
+from grounding.report.statistics import by_category, by_length, by_size
 from grounding.results import percent
 
 CASES, CHANGED_CASES = 6, 4  # pictures of each kind
+RIGHT = 0.5  # a metric of this value or more counts as right where two checkpoints are compared
 JPEG_QUALITY = 82
 INTERVAL_NOTE = "In %, under each its 95% interval (bootstrap over images)."
-
-
-def cell(interval: Interval, strong: bool = False, signed: bool = False) -> Cell:
-    """An accuracy in % with its interval, "-" where there is none."""
-    if np.isnan(interval.mean):
-        return Cell("-")
-    sign = "+" if signed and interval.mean > 0 else ""
-    detail = "" if np.isnan(interval.low) else f"{100 * interval.low:.1f} to {100 * interval.high:.1f}"
-    return Cell(sign + percent(interval.mean), detail, strong)
-
-
-# ---- accuracy
-
-
-def accuracy(found: Results) -> Part:
-    """All checkpoints by metric and split, and what else their log lines tell."""
-    columns = [
-        (metric, split, name) for metric in found.benchmark.metrics for split, name in found.benchmark.splits.items()
-    ]
-    heads = [f"{metric} {name}" for metric, _, name in columns]
-    by_column: list[list[Interval]] = []
-    for metric, split, _ in columns:
-        chosen = found.splits == split
-        values = np.stack([found.metric(metric, source)[chosen] for source in range(len(found.sources))], axis=1)
-        by_column.append(intervals(values, found.images[chosen]))
-    rows = [
-        [
-            Cell(source.name),
-            *(cell(column[index], strong=index == found.best and len(found.sources) > 1) for column in by_column),
-        ]
-        for index, source in enumerate(found.sources)
-    ]
-    best = f" In bold the best by {found.benchmark.metrics[-1]} {columns[0][2]}." if len(rows) > 1 else ""
-    charts = []
-    if len(rows) > 1:
-        names = found.names(range(len(rows)))
-        one_run = len({source.folder.folder for source in found.sources}) == 1
-        for metric in found.benchmark.metrics:
-            of = [(name, row) for (one, _, name), row in zip(columns, by_column, strict=True) if one == metric]
-            uri = chart([Panel(f"{metric.capitalize()} accuracy", names, dict(of))], joined=one_run)
-            charts.append(Chart(f"{metric.capitalize()} accuracy of the checkpoints, with 95% intervals.", uri))
-    title = " and ".join(found.benchmark.metrics).capitalize()
-    return Part("Accuracy", INTERVAL_NOTE + best, [Table(title, "", ["", *heads], rows, charts), *_logged(found)])
-
-
-def _logged(found: Results) -> list[Block]:
-    """A table of the log lines beyond the metrics' (matching), where there are any."""
-    more = [source.folder.lines(source.epoch)[len(found.benchmark.metrics) :] for source in found.sources]
-    values = [{key: value for line in lines for key, value in line.items() if key != "epoch"} for lines in more]
-    heads = list(dict.fromkeys(key for row in values for key in row))
-    titles = [head.replace("_", " ") for head in heads]
-    rows = [
-        [Cell(source.name), *(Cell(percent(row.get(key))) for key in heads)]
-        for source, row in zip(found.sources, values, strict=True)
-    ]
-    return [Table("Image-text matching, from log.txt", "", ["", *titles], rows)] if heads else []
-
-
-# ---- further measures
-
 MEASURES_NOTE = (
     "Pixels are inside that the pointing game counts as right. The energy is the sum of the map; above chance, 0 is "
     "what a flat map would have and 100 all of it inside. Pointing at t: the share of the pixels with at least t of "
@@ -89,77 +30,76 @@ MEASURES_NOTE = (
 )
 
 
+def accuracy(found: Results) -> Part:
+    """All checkpoints by metric and split, and what else their log lines hold."""
+    names = found.benchmark.splits
+    splits = found.table["split"].map(names).astype(pd.CategoricalDtype(list(names.values())))
+    grids = {metric: found.grid(found.table[metric], splits) for metric in found.benchmark.metrics}
+    one_run = len({source.folder.folder for source in found.sources}) == 1
+    note, charts = INTERVAL_NOTE, []
+    if several := len(found.sources) > 1:
+        note += f" In bold the best by {found.benchmark.metrics[-1]} {splits.cat.categories[0]}."
+        for metric, grid in grids.items():
+            title = f"{metric.capitalize()} accuracy"
+            drawn = chart([Panel(title, grid)], joined=one_run)
+            charts.append(Chart(f"{title} of the checkpoints, with 95% intervals.", drawn))
+    table = pd.concat([grid.add_prefix(f"{metric} ") for metric, grid in grids.items()], axis=1)
+    title = " and ".join(grids).capitalize()
+    return Part(
+        "Accuracy", note, [Block(title, "", table, charts, bold=found.best if several else None), *_logged(found)]
+    )
+
+
+def _logged(found: Results) -> list[Block]:
+    """A table of the log lines beyond the metrics' (matching), where there are any."""
+    more = [source.folder.lines(source.epoch)[len(found.benchmark.metrics) :] for source in found.sources]
+    values = [{key: value for line in lines for key, value in line.items() if key != "epoch"} for lines in more]
+    table = pd.DataFrame(values, [source.name for source in found.sources], dtype=float)
+    table = table.map(lambda value: percent(None if math.isnan(value) else value))
+    table = table.rename(columns=lambda key: key.replace("_", " "))
+    return [] if table.empty else [Block("Image-text matching, from log.txt", "", table)]
+
+
 def further_measures(found: Results) -> Part:
-    """What the maps of the shown checkpoints are worth by other measures, over all reported splits."""
-    by_source = {
-        name: intervals(found.measured[index][found.reported], found.images[found.reported])
-        for name, index in zip(found.names(), found.shown, strict=True)
-    }
-    rows = [
-        [Cell(title), *(cell(row[place]) for row in by_source.values())]
-        for place, title in enumerate(MEASURES.values())
-    ]
-    area = percent(float(found.areas[found.reported].mean()) if found.reported.any() else None)
-    note = f"{INTERVAL_NOTE} All reported splits together. {MEASURES_NOTE} The boxes cover {area}% of the images."
-    places = [f"{threshold:g}" for threshold in THRESHOLDS]
+    """How good the maps of the shown checkpoints are by other measures, over all reported splits."""
+    measured = found.table[list(MEASURES)]
+    columns = {name: found.intervals(measured.xs(name, axis=1, level=1), found.reported) for name in found.shown}
+    grid = pd.DataFrame(columns, list(MEASURES))
     panels = [
-        Panel(title, places, {name: [row[index] for index in _places(kind)] for name, row in by_source.items()})
-        for title, kind in (("Pointing at a part of the maximum", "hot"), ("Box from the map, IoU 0.5", "map box"))
+        Panel(title, grid.loc[list(kind)].set_axis([f"{threshold:g}" for threshold in THRESHOLDS]))
+        for title, kind in (("Pointing at a part of the maximum", POINTING), ("Box from the map, IoU 0.5", MAP_BOX))
     ]
-    title = "Pointing, and boxes from the map, at several thresholds; with 95% intervals."
-    table = Table("Maps and boxes", "", ["", *by_source], rows, [Chart(title, chart(panels))])
-    return Part("Further measures", note, [table])
-
-
-def _places(kind: str) -> list[int]:
-    return [list(MEASURES).index(f"{kind} {threshold}") for threshold in THRESHOLDS]
-
-
-# ---- groups
+    drawn = Chart("Pointing, and boxes from the map, at several thresholds; with 95% intervals.", chart(panels))
+    area = percent(found.table.loc[found.reported, "area of boxes"].mean() if found.reported.any() else None)
+    note = f"{INTERVAL_NOTE} All reported splits together. {MEASURES_NOTE} The boxes cover {area}% of the images."
+    return Part("Further measures", note, [Block("Maps and boxes", "", grid.rename(MEASURES), [drawn])])
 
 
 def groups(found: Results) -> Part:
-    """The shown checkpoints by box size, phrase length and category, a table a metric."""
-    texts = [expression.text for expression in found.expressions]
+    """The shown checkpoints by box size, phrase length and category: a table a metric."""
+    table = found.table
     kinds = {
-        "by box size": (by_size(found.areas), "The boxes' part of the image, in fixed bins."),
-        "by phrase length": (by_length(texts), "Words of the cleaned phrase, in fixed bins."),
+        "by box size": (by_size(table["area of boxes"]), "The boxes' part of the image, in fixed bins."),
+        "by phrase length": (by_length(table["words"]), "Words of the cleaned phrase, in fixed bins."),
         "by category": (
-            by_category([expression.categories for expression in found.expressions]),
+            by_category(table["category"]),
             "As the annotations name it; a phrase of several counts in each.",
         ),
     }
-    blocks: list[Block] = []
+    blocks = []
     for metric in found.benchmark.metrics:
-        for title, (every, note) in kinds.items():
-            kept = [Group(name, chosen[found.reported[chosen]]) for name, chosen in every]
-            kept = [group for group in kept if len(group.chosen)]
-            if len(kept) > 1:
-                by_group = [_group_intervals(found, metric, group) for group in kept]
-                full = f"{metric.capitalize()} accuracy {title}"
-                lines = dict(zip(found.names(), zip(*by_group, strict=True), strict=True))
-                panel = Panel(full, [group.name for group in kept], lines)
-                ordered = title != "by category"
-                drawn = Chart(f"{full}, with 95% intervals.", chart([panel], joined=ordered))
-                blocks.append(_group_table(found, full, note, kept, by_group)._replace(charts=[drawn]))
+        for kind, (labels, note) in kinds.items():
+            labels = labels[found.reported[labels.index]].cat.remove_unused_categories()
+            if labels.nunique() > 1:
+                grid = found.grid(table[metric][found.shown], labels).T
+                title = f"{metric.capitalize()} accuracy {kind}"
+                drawn = chart([Panel(title, grid)], joined=kind != "by category")
+                areas = table.loc[labels.index, "area of boxes"].groupby(labels.array, observed=True)
+                grid.insert(0, "phrases", areas.size())
+                grid.insert(1, "area of boxes", areas.mean().map(percent))
+                blocks.append(Block(title, note, grid, [Chart(f"{title}, with 95% intervals.", drawn)]))
     note = f"{INTERVAL_NOTE} All reported splits together. The area of the boxes is what a random point would get."
     return Part("By size, length and category", note, blocks)
-
-
-def _group_intervals(found: Results, metric: str, group: Group) -> list[Interval]:
-    """An interval a shown source."""
-    values = np.stack([found.metric(metric, index)[group.chosen] for index in found.shown], axis=1)
-    return intervals(values, found.images[group.chosen])
-
-
-def _group_table(
-    found: Results, title: str, note: str, kept: Sequence[Group], by_group: Sequence[Sequence[Interval]]
-) -> Table:
-    rows = []
-    for group, row in zip(kept, by_group, strict=True):
-        chance = percent(float(found.areas[group.chosen].mean()))
-        rows.append([Cell(group.name), Cell(str(len(group.chosen))), Cell(chance), *(cell(value) for value in row)])
-    return Table(title, note, ["", "phrases", "area of boxes", *found.names()], rows)
 
 
 # ---- pictures
@@ -167,117 +107,98 @@ def _group_table(
 
 def cases(found: Results) -> Part:
     """The best, the most typical and the worst maps of the subject."""
-    name = found.sources[found.subject].name
-    values = np.where(found.reported, found.measure("lift", found.subject), np.nan)
-    energy = found.measure("energy", found.subject)
+    name = found.subject
+    values = found.table["energy above chance", name][found.reported]
+    energy = found.table["energy inside", name].map(percent)
     note = (
         f"By the share of energy inside the boxes, above chance, of {name}; one expression an image. White: the true "
         "boxes. Dot: the map's maximum, green where the pointing game counts it as right, else red."
     )
-    blocks: list[Block] = []
-    for kind, chosen in zip(("Best", "Typical", "Worst"), extremes(values, _images(found), CASES), strict=True):
-        shown = [_picture(found, position, f"energy inside {percent(energy[position])}%") for position in chosen]
-        if shown:
-            blocks.append(Sheet(f"{kind} cases", "", shown))
+    chosen = zip(("Best", "Typical", "Worst"), extremes(values, found.table["image"], CASES), strict=True)
+    blocks = [
+        Block(f"{kind} cases", cases=[_case(found, row, f"energy inside {energy[row]}%") for row in rows])
+        for kind, rows in chosen
+        if rows
+    ]
     return Part(f"Cases of {name}", note, blocks)
 
 
-def extremes(values: np.ndarray, images: Sequence[Path], count: int) -> tuple[list[int], list[int], list[int]]:
-    """Positions of the highest, the most median and the lowest values, each up to `count`, at most one of an image.
+def extremes(values: pd.Series, images: pd.Series, count: int) -> tuple[list[int], list[int], list[int]]:
+    """Rows of the highest, the most median and the lowest values, each up to `count`, at most one an image.
 
-    Of few images, each gets a third, so that the best and the worst do not meet. Equal values are taken in their order;
-    NaN never; none twice.
-
-    Args:
-        values, images: one an expression.
+    Of few images, each gets a third, so that the best and the worst do not meet. Of equal values, the first is taken;
+    no row is taken twice, and none with NaN.
     """
-    known = np.flatnonzero(~np.isnan(values))
-    if not len(known):
-        return [], [], []
-    count = min(count, math.ceil(len({images[i] for i in known.tolist()}) / 3))
-    used: set[Path] = set()
-    orders = (-values, values, np.abs(values - np.median(values[known])))
-    best, worst, typical = (
-        pick((known[i] for i in np.argsort(order[known], kind="stable")), images, count, used) for order in orders
-    )
+    values = values.dropna()
+    count = min(count, math.ceil(images[values.index].nunique() / 3))
+    best = one_an_image(-values, images, count)
+    worst = one_an_image(values, images, count, best)
+    typical = one_an_image((values - values.median()).abs(), images, count, best + worst)
     return best, typical, worst
 
 
-def pick(order: Iterable[int], images: Sequence[Path], count: int, used: set[Path] | None = None) -> list[int]:
-    """The first `count` positions of an order whose images are not in `used`, which takes them in."""
-    used = set() if used is None else used
-    chosen: list[int] = []
-    for position in map(int, order):
-        if len(chosen) == count:
-            break
-        if images[position] not in used:
-            used.add(images[position])
-            chosen.append(position)
-    return chosen
+def one_an_image(values: pd.Series, images: pd.Series, count: int, taken: Collection[int] = ()) -> list[int]:
+    """The rows of the `count` lowest values, of different images, none of which is an image of the rows `taken`."""
+    ordered = images[values.sort_values(kind="stable").index]
+    return ordered[~ordered.isin(images[list(taken)])].drop_duplicates().index[:count].tolist()
 
 
-def _picture(found: Results, position: int, note: str) -> Case:
-    """An expression: the image with its true boxes, then each shown checkpoint's map and point."""
-    expression = found.expressions[position]
+def _case(found: Results, row: int, note: str) -> ShownCase:
+    """An expression: the image with its true boxes, then the map and the point of each shown checkpoint."""
+    expression = found.expressions[row]
     image, size, boxes = read_image(expression.image, expression.text), expression.size, expression.boxes
-    shots = [Shot("image", _uri(panel(image, size, boxes, None)), None)]
-    for index in found.shown:
-        pred = found.maps[index][position]
-        if pred is not None:
-            right = bool(found.metric("point", index)[position])
-            shots.append(Shot(found.sources[index].name, _uri(panel(image, size, boxes, pred, right)), right))
-    return Case(expression.text, note, shots)
-
-
-def _uri(image: Image.Image) -> str:
-    content = io.BytesIO()
-    image.save(content, "JPEG", quality=JPEG_QUALITY)
-    return data_uri("image/jpeg", content.getvalue())
-
-
-def _images(found: Results) -> list[Path]:
-    return [expression.image for expression in found.expressions]
+    maps = {name: of[row] for name, of in found.maps.items() if of[row] is not None}
+    shots = []
+    for name, pred in [("image", None), *maps.items()]:
+        right = None if pred is None else point_correct(ResizedMap(pred, *size), boxes)
+        content = io.BytesIO()
+        panel(image, size, boxes, pred, bool(right)).save(content, "JPEG", quality=JPEG_QUALITY)
+        shots.append(Shot(name, data_uri("image/jpeg", content.getvalue()), right))
+    return ShownCase(expression.text, note, shots)
 
 
 # ---- comparison
 
 
-def comparison(found: Results, first: int, second: int) -> Part:
+def comparison(found: Results, a: str, b: str) -> Part:
     """Two checkpoints against each other: which expressions only one of them grounds right."""
-    a, b = found.names([first, second])
-    rows = []
+    rows = {}
     for metric in found.benchmark.metrics:
         for split, name in found.benchmark.splits.items():
-            chosen = found.splits == split
-            one, other = (found.metric(metric, source)[chosen] for source in (first, second))
-            counts = [int(((one == left) & (other == right)).sum()) for left, right in ((1, 1), (1, 0), (0, 1), (0, 0))]
-            (difference,) = intervals((other - one)[:, None], found.images[chosen])
-            rows.append([Cell(f"{metric} {name}"), *map(Cell, map(str, counts)), cell(difference, signed=True)])
-    head = ["", "both right", f"only {a}", f"only {b}", "neither", "difference"]
+            one, other = (found.table[metric, which][found.table["split"] == split] for which in (a, b))
+            only_one, only_other = _only(one, other)
+            both, neither = (one >= RIGHT) & (other >= RIGHT), (one < RIGHT) & (other < RIGHT)
+            counts = [int(chosen.sum()) for chosen in (both, only_one, only_other, neither)]
+            rows[f"{metric} {name}"] = [*counts, *found.intervals((other - one).to_frame(), one.index)]
+    head = ["both right", f"only {a}", f"only {b}", "neither", "difference"]
+    blocks = [Block("Outcomes", "", pd.DataFrame.from_dict(rows, "index", columns=head), signed=True)]
     note = f"Expressions; the difference is {b} less {a}, in points, with its 95% interval (paired, over images)."
-    blocks: list[Block] = [Table("Outcomes", "", head, rows)]
-    one, other = (found.metric("point", source) for source in (first, second))
-    for name, only in ((b, (one == 0) & (other == 1)), (a, (one == 1) & (other == 0))):
-        blocks += _changed(found, name, np.flatnonzero(only & found.reported), first, second)
+    decisive = found.benchmark.metrics[-1]
+    only_a, only_b = _only(*(found.table[decisive, which][found.reported] for which in (a, b)))
+    change = (found.table["energy above chance", b] - found.table["energy above chance", a]).abs()
+    for name, only in ((b, only_b), (a, only_a)):
+        blocks += _changed(found, f"Right by {decisive} only with {name}", change[only.index[only]])
     return Part(f"{a} and {b}", note, blocks)
 
 
-def _changed(found: Results, name: str, changed: np.ndarray, first: int, second: int) -> list[Block]:
-    """Pictures of a few expressions that only one model's point grounds right, and the list of all."""
-    if not len(changed):
+def _only(one: pd.Series, other: pd.Series) -> tuple[pd.Series, pd.Series]:
+    """Which expressions only the one, and only the other checkpoint grounds right; false without a map of either."""
+    return (one >= RIGHT) & (other < RIGHT), (one < RIGHT) & (other >= RIGHT)
+
+
+def _changed(found: Results, title: str, change: pd.Series) -> Sequence[Block]:
+    """Pictures of the expressions with the largest change, and the list of all."""
+    if change.empty:
         return []
-    change = np.abs(found.measure("lift", second) - found.measure("lift", first))
-    chosen = pick(changed[np.argsort(-change[changed], kind="stable")], _images(found), CHANGED_CASES)
-    shown = [_picture(found, position, "") for position in chosen]
-    rows = []
-    for position in changed.tolist():
-        expression = found.expressions[position]
-        split = found.benchmark.splits[expression.split]
-        rows.append([Cell(expression.text), Cell(expression.image.name), Cell(str(expression.ref_id)), Cell(split)])
-    title = f"Right by point only with {name}"
+    shown = [_case(found, row, "") for row in one_an_image(-change, found.table["image"], CHANGED_CASES)]
+    every = [found.expressions[row] for row in change.index]
+    rows = [(item.text, item.image.name, item.ref_id, found.benchmark.splits[item.split]) for item in every]
+    table = pd.DataFrame(rows, columns=["phrase", "image", "ref_id", "split"]).set_index("phrase")
     return [
-        Sheet(f"{title}: {len(shown)} of {len(rows)}", "Those whose share of energy inside changed most.", shown),
-        Table(f"{title}: all {len(rows)}", "", ["phrase", "image", "ref_id", "split"], rows, folded=True),
+        Block(
+            f"{title}: {len(shown)} of {len(table)}", "Those whose share of energy inside changed most.", cases=shown
+        ),
+        Block(f"{title}: all {len(table)}", table=table, folded=True),
     ]
 
 
@@ -287,9 +208,7 @@ def _changed(found: Results, name: str, changed: np.ndarray, first: int, second:
 def origins(found: Results) -> Part:
     """What each result was computed from."""
     keys = {"checkpoint": "checkpoint", "gradcam_mode": "mode", "block_num": "layer", "precision": "precision"}
-    rows = []
-    for source in found.sources:
-        origin = source.folder.origin(source.epoch)
-        left_out = Cell(str(len(origin.get("skipped", []))))
-        rows.append([Cell(source.name), *(Cell(str(origin.get(key, "-"))) for key in keys), left_out])
-    return Part("What was evaluated", "", [Table("Results", "", ["", *keys.values(), "left out"], rows)])
+    records = [source.folder.origin(source.epoch) for source in found.sources]
+    rows = [[*(str(record.get(key, "-")) for key in keys), len(record.get("skipped", []))] for record in records]
+    table = pd.DataFrame(rows, [source.name for source in found.sources], [*keys.values(), "left out"])
+    return Part("What was evaluated", "", [Block("Results", "", table)])

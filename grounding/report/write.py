@@ -1,7 +1,11 @@
-"""The report of an evaluation: result files -> parts -> one HTML page (grounding/report/page.py)."""
+"""The report of an evaluation: result files -> report.html and expressions.csv."""
 
+import csv
+import re
 from collections.abc import Sequence
 from pathlib import Path
+
+import pandas as pd
 
 import utils
 from dataset.expressions import Expression
@@ -9,68 +13,58 @@ from grounding.benchmarks import Benchmark
 from grounding.pictures.panels import loss_figure
 from grounding.report import sections as parts
 from grounding.report.charts import svg_uri
-from grounding.report.page import Chart, Part, Section, render
-from grounding.report.rows import Results, collect, named_apart
+from grounding.report.page import Block, Chart, Part, ReportSection, render_page
+from grounding.report.rows import collect, named_apart
 from grounding.results import Source, sources_of
 from runs import EPOCHS_LOG, STEPS_LOG, RunError, read_runs
 
 
 def report_folders(benchmark: Benchmark, expressions: Sequence[Expression], folders: Sequence[Path]) -> Path:
-    """Write report.html into the last of some --output_dir folders; the ones before are what it is compared with.
+    """Write report.html into the last of some --output_dir folders; it is compared with the others.
 
     Raises:
         ResultError: a folder has no complete results, or those of another benchmark.
     """
-    *before, output = folders
-    others = sources_of(before, len(benchmark.metrics))
+    output = folders[-1]
+    before = {folder.resolve(): folder for folder in folders if folder.resolve() != output.resolve()}
+    others = sources_of(list(before.values()), len(benchmark.metrics))
     sources = named_apart([*others, *sources_of([output], len(benchmark.metrics))])
+    origins = [source.folder.origin(source.epoch) for source in sources]
+    training = [Path(origin["checkpoint"]).parent for origin in origins if "checkpoint" in origin]
     path = output / "report.html"
     title = f"{benchmark.name}: {output.resolve().name}"
-    write_report(path, title, [section(benchmark, expressions, sources, len(others))], checkpoint_folders(sources))
+    write_report(path, title, [section(benchmark, expressions, sources, len(others))], training)
     return path
 
 
-def checkpoint_folders(sources: Sequence[Source]) -> list[Path]:
-    """Where the checkpoints lie, as far as that is known."""
-    origins = [source.folder.origin(source.epoch) for source in sources]
-    return [Path(origin["checkpoint"]).parent for origin in origins if "checkpoint" in origin]
-
-
-def write_report(path: Path, title: str, sections: Sequence[Section], training: Sequence[Path]) -> None:
-    """Write the page.
+def write_report(path: Path, title: str, sections: Sequence[ReportSection], training: Sequence[Path]) -> None:
+    """Write the page, and beside it expressions.csv.
 
     Args:
         sections: of `section`.
-        training: the folders of the checkpoints; the losses of those that are of training runs are drawn.
+        training: folders of checkpoints; the losses of those that are training runs are drawn.
     """
     curves = training_section(training)
-    utils.write_text(path, render(title, [*sections, *([curves] if curves else [])]))
+    utils.write_text(path.with_name("expressions.csv"), expressions_csv(sections))
+    utils.write_text(path, render_page(title, [*sections, *([curves] if curves else [])]))
 
 
 def section(
-    benchmark: Benchmark,
-    expressions: Sequence[Expression],
-    sources: Sequence[Source],
-    others: int = 0,
-) -> Section:
+    benchmark: Benchmark, expressions: Sequence[Expression], sources: Sequence[Source], others: int = 0
+) -> ReportSection:
     """A benchmark's part of the page; arguments and errors are those of `collect`."""
     found = collect(benchmark, expressions, sources, others)
     made = [parts.accuracy(found), parts.further_measures(found), parts.groups(found), parts.cases(found)]
     if found.baseline is not None:
         made.append(parts.comparison(found, found.baseline, found.subject))
     made.append(parts.origins(found))
-    return Section(benchmark.name, introduction(found), made)
+    counts = ", ".join(f"{name} {(found.table['split'] == split).sum()}" for split, name in benchmark.splits.items())
+    images = found.table["image"].nunique()
+    intro = f"{len(expressions)} expressions of {images} images: {counts}."
+    return ReportSection(benchmark.name, intro, made, found.table)
 
 
-def introduction(found: Results) -> str:
-    """How much was evaluated, by split."""
-    names = found.benchmark.splits
-    counts = ", ".join(f"{name} {int((found.splits == split).sum())}" for split, name in names.items())
-    images = int(found.images.max()) + 1
-    return f"{len(found.expressions)} expressions of {images} images: {counts}."
-
-
-def training_section(folders: Sequence[Path]) -> Section | None:
+def training_section(folders: Sequence[Path]) -> ReportSection | None:
     """The losses of the training runs among the folders, each once; None where none is one."""
     runs = [path for path in dict.fromkeys(folders) if any((path / name).is_file() for name in (STEPS_LOG, EPOCHS_LOG))]
     try:
@@ -81,4 +75,29 @@ def training_section(folders: Sequence[Path]) -> Section | None:
     if not rows:
         return None
     figure = Chart(f"Losses of {', '.join(rows)} by {unit}.", svg_uri(loss_figure(rows, unit, columns=3)))
-    return Section("Training", "From the logs beside the checkpoints.", [Part("Losses", "", [figure])])
+    part = Part("Losses", "", [Block(charts=[figure])])
+    return ReportSection("Training", "From the logs beside the checkpoints.", [part])
+
+
+# ---- expressions.csv
+
+
+def expressions_csv(sections: Sequence[ReportSection]) -> str:
+    """The tables of the sections, one under the other, as CSV: a row an expression, the benchmark's name first."""
+    tables = {section.title: section.table for section in sections if section.table is not None}
+    table = pd.concat(tables, names=["benchmark"])
+    table.columns = [": ".join(filter(None, names)) for names in table.columns]
+    table = table.reset_index("benchmark")
+    table["category"] = table["category"].map("; ".join)
+    texts = table.select_dtypes(exclude="number").columns
+    table[texts] = table[texts].astype(object).map(no_formula)
+    table = table.rename(columns=no_formula).round(6).convert_dtypes()  # whole numbers are written as such
+    return table.to_csv(index=False, lineterminator="\n", quoting=csv.QUOTE_NONNUMERIC)
+
+
+def no_formula(text: str) -> str:
+    """A text that no spreadsheet takes for a formula: one that begins like a formula gets an apostrophe before it.
+
+    So does one that begins with an apostrophe: to undo this, remove a leading apostrophe.
+    """
+    return f"'{text}" if re.match("[=+\\-@\t\r\n'＝＋－＠]", text) else text

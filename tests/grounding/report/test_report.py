@@ -4,11 +4,13 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -17,25 +19,24 @@ from torch import Tensor
 
 from dataset.expressions import Expression
 from grounding.benchmarks import FLICKR, REFCOCO_PLUS, Benchmark
+from grounding.metrics import score
 from grounding.report import charts, rows, sections
 from grounding.report.charts import Panel, chart
-from grounding.report.page import Cell, Table
+from grounding.report.page import Block
 from grounding.report.rows import (
+    MEASURES,
     ReportError,
     Results,
-    areas,
-    best_of,
     collect,
-    measure,
+    describe,
+    measure_map,
     named_apart,
     read_maps,
-    score,
-    shown,
 )
-from grounding.report.sections import cell, extremes, pick
+from grounding.report.sections import extremes, one_an_image
 from grounding.report.statistics import Interval
-from grounding.report.write import report_folders
-from grounding.results import ResultError, ResultFolder, percent, sources_of
+from grounding.report.write import no_formula, report_folders
+from grounding.results import ResultError, ResultFolder, sources_of
 
 EVIL = '<script>alert("x")</script> & "two"'
 HEIGHT, WIDTH = 4, 6
@@ -100,8 +101,13 @@ def collected(expressions: list[Expression], folders: tuple[Path, ...], benchmar
     return collect(benchmark, expressions, sources_of(folders, 2), others=len(folders) - 1)
 
 
-def words(table: Table) -> list[list[str]]:
-    return [[value.text for value in row] for row in table.rows]
+def words(block: Block) -> list[list[str]]:
+    """The texts of a table, row by row."""
+    assert block.table is not None
+    return [
+        [value.text(block.signed) if isinstance(value, Interval) else str(value) for value in row]
+        for row in block.table.itertuples(name=None)
+    ]
 
 
 # ---- from result files to arrays
@@ -127,19 +133,19 @@ def test_scores_are_the_benchmarks(expressions: list[Expression]) -> None:
 
 
 def test_measures_of_a_map(expressions: list[Expression]) -> None:
+    def measures(cam: Tensor) -> dict[str, float]:
+        return dict(zip(MEASURES, measure_map(cam, expressions[0]), strict=True))
+
     cam = peak(2, 1, 10.0)
     cam[0, 5] = 6.0  # outside; hot at 0.3 and 0.5
-    names = list(rows.MEASURES)
-    (row,) = measure([cam], expressions[:1])
-    found = dict(zip(names, row.tolist(), strict=True))
-    assert found["energy"] == pytest.approx(10 / 16)
-    assert found["lift"] == pytest.approx((10 / 16 - 1 / 6) / (5 / 6))
-    assert [found[f"hot {t}"] for t in rows.THRESHOLDS] == [0.5, 0.5, 1, 1]
-    assert [found[f"map box {t}"] for t in rows.THRESHOLDS] == [0, 0, 0, 0]  # one pixel of nine
+    found = measures(cam)
+    assert found["energy inside"] == pytest.approx(10 / 16)
+    assert found["energy above chance"] == pytest.approx((10 / 16 - 1 / 6) / (5 / 6))
+    assert [found[f"pointing at {t}"] for t in rows.THRESHOLDS] == [0.5, 0.5, 1, 1]
+    assert [found[f"map box at {t}"] for t in rows.THRESHOLDS] == [0, 0, 0, 0]  # one pixel of nine
     full = torch.zeros(HEIGHT, WIDTH)
     full[0:3, 1:4] = 1
-    assert measure([full], expressions[:1])[0, names.index("map box 0.5")] == 1
-    assert np.isnan(measure([None], expressions[:1])).all()
+    assert measures(full)["map box at 0.5"] == 1
 
 
 def test_any_box_is_right(expressions: list[Expression]) -> None:
@@ -149,10 +155,22 @@ def test_any_box_is_right(expressions: list[Expression]) -> None:
     assert not rows.overlaps((1, 0, 2, 2), boxes)
 
 
-def test_areas(expressions: list[Expression]) -> None:
-    found = areas(expressions[:2], np.array([True, False]))
-    assert found[0] == pytest.approx(1 / 6)
-    assert np.isnan(found[1])
+def test_what_is_known_of_an_expression(expressions: list[Expression], tmp_path: Path) -> None:
+    found = describe(expressions[:2], [True, False])
+    facts = [str(tmp_path / "0.png"), "the cat on it", 11, "val", ("animal", "other"), 4]
+    assert found.iloc[1].tolist()[:6] == facts
+    assert found.iloc[0].tolist()[6:] == [HEIGHT, WIDTH, pytest.approx(1 / 6)]
+    assert found.iloc[1, 6:].isna().all()
+
+
+def test_the_table_has_a_row_an_expression(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    maps = [RIGHT, None, WRONG, RIGHT, WRONG]
+    store(two[1], expressions, {"00": maps}, checkpoint="/b/new.pth")
+    found = collected(expressions, two)
+    assert found.table["point"].to_numpy().tolist()[0] == [1, 1]
+    assert found.table["point", "old"].tolist() == [1, 0, 1, 0, 1]
+    assert found.table["energy inside", "new"].tolist() == pytest.approx([1, np.nan, 0, 1, 0], nan_ok=True)
+    assert found.reported.tolist() == [True, True, True, True, False]
 
 
 def test_sources_are_the_complete_checkpoints_of_the_folders(expressions: list[Expression], tmp_path: Path) -> None:
@@ -170,71 +188,53 @@ def test_sources_are_the_complete_checkpoints_of_the_folders(expressions: list[E
         sources_of([tmp_path / "nowhere"], 2)
 
 
-def test_which_checkpoints_are_shown() -> None:
-    assert shown(4, [0, 2]) == [0, 1, 2, 3]
-    assert shown(9, [0, 5]) == [0, 5, 8]
-    assert shown(9, [0, 8]) == [0, 8]
-
-
-def test_the_best_is_the_first_of_the_best() -> None:
-    scores = [np.array([[1, 0], [1, 1], [0, 1.0]]), np.array([[0, 1], [0, np.nan], [0, 0]]), np.array([[0, 1.0]] * 3)]
-    assert best_of(scores, np.array([True, True, False])) == 1
-    assert best_of(scores, np.array([False, False, False])) == 0
-
-
-def test_what_is_compared(expressions: list[Expression], tmp_path: Path) -> None:
-    good, bad = [RIGHT] * 5, [WRONG] * 5
+def test_what_is_compared_and_shown(expressions: list[Expression], tmp_path: Path) -> None:
+    good, bad, some = [RIGHT] * 5, [WRONG] * 5, [RIGHT, None, WRONG, WRONG, WRONG]  # on val: all, none, half of two
     a = store(tmp_path / "a", expressions, {"00": bad, "01": good, "02": bad})
     b = store(tmp_path / "b", expressions, {"00": good, "01": bad})
+    every = {"a/00", "a/01", "a/02"}
 
-    def chosen(folders: list[Path], others: int) -> tuple[int, int | None, int]:
-        found = collect(REFCOCO_PLUS, expressions, sources_of(folders, 2), others)
-        return found.best, found.baseline, found.subject
+    def chosen(folders: list[Path], others: int) -> tuple[str, str | None, str, set[str]]:
+        sources = sources_of(folders, 2)
+        names = [f"{source.folder.folder.parent.name}/{source.epoch}" for source in sources]
+        named = [source._replace(name=name) for source, name in zip(sources, names, strict=True)]
+        found = collect(REFCOCO_PLUS, expressions, named, others)
+        return found.best, found.baseline, found.subject, set(found.shown)
 
-    assert chosen([a], 0) == (1, 0, 1)  # the first checkpoint with the best
-    assert chosen([b], 0) == (0, 1, 0)  # or the last, where the first is the best
-    assert chosen([a, b], 3) == (1, 1, 3)  # the best of the other folder with the best of this one
-    single = store(tmp_path / "c", expressions, {"00": bad})
-    assert chosen([single], 0) == (0, None, 0)
+    assert chosen([a], 0) == ("a/01", "a/00", "a/01", every)  # the first checkpoint with the best
+    assert chosen([b], 0) == ("b/00", "b/01", "b/00", {"b/00", "b/01"})  # or the last, where the first is the best
+    # the best of the other folder with the best of this one; of more than four, these and the last are shown
+    assert chosen([a, b], 3) == ("a/01", "a/01", "b/00", {"a/01", "b/00", "b/01"})
+    c = store(tmp_path / "c", expressions, {"00": bad, "01": some, "02": [None] * 5})
+    assert chosen([c], 0) == ("c/01", "c/00", "c/01", {"c/00", "c/01", "c/02"})
+    assert chosen([store(tmp_path / "d", expressions, {"00": bad})], 0) == ("d/00", None, "d/00", {"d/00"})
 
 
 # ---- tables
 
 
-def test_cells() -> None:
-    nan = float("nan")
-    assert cell(Interval(0.8125, 0.7, 0.9)) == Cell("81.25", "70.0 to 90.0")
-    assert cell(Interval(0.8125, nan, nan), strong=True) == Cell("81.25", "", True)
-    assert cell(Interval(nan, nan, nan)) == Cell("-")
-    assert cell(Interval(0.1, nan, nan), signed=True).text == "+10.00"
-    assert cell(Interval(-0.1, nan, nan), signed=True).text == "-10.00"
-
-
 def test_the_accuracy_table(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    part = sections.accuracy(collected(expressions, two))
-    table = part.blocks[0]
-    assert isinstance(table, Table)
-    assert list(table.head) == ["", *(f"{m} {s}" for m in ("box", "point") for s in ("val_d", "testA_d", "testB_d"))]
-    assert words(table) == [
+    block = sections.accuracy(collected(expressions, two)).blocks[0]
+    assert list(block.table.columns) == [f"{m} {s}" for m in ("box", "point") for s in ("val_d", "testA_d", "testB_d")]
+    assert words(block) == [
         ["old", "66.67", "0.00", "-", "66.67", "0.00", "-"],
         ["new", "66.67", "100.00", "-", "66.67", "100.00", "-"],
     ]
-    assert [row[1].detail for row in table.rows] == ["50.0 to 100.0", "0.0 to 100.0"]  # of two images
-    assert [row[1].strong for row in table.rows] == [True, False]  # equal by point val_d: the first
-    assert len(table.charts) == 2
+    assert [value.range for value in block.table["box val_d"]] == ["50.0 to 100.0", "0.0 to 100.0"]  # of two images
+    assert block.bold == "old"  # equal by point val_d: the first
+    assert len(block.charts) == 2
 
 
 def test_the_log_lines_beyond_the_metrics(expressions: list[Expression], two: tuple[Path, Path]) -> None:
     folder = ResultFolder(two[1] / "result")
     folder.write_lines("00", [*folder.lines("00"), {"matching_val": 0.75, "matching_val_phrase": None}])
-    table = sections.accuracy(collected(expressions, two)).blocks[1]
-    assert isinstance(table, Table)
-    assert list(table.head) == ["", "matching val", "matching val phrase"]
-    assert words(table) == [["old", "-", "-"], ["new", "75.00", "-"]]
+    block = sections.accuracy(collected(expressions, two)).blocks[1]
+    assert list(block.table.columns) == ["matching val", "matching val phrase"]
+    assert words(block) == [["old", "-", "-"], ["new", "75.00", "-"]]
 
 
 def test_groups_are_of_reported_splits(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    tables = [block for block in sections.groups(collected(expressions, two)).blocks if isinstance(block, Table)]
+    tables = sections.groups(collected(expressions, two)).blocks
     assert [table.title for table in tables] == [
         *(f"{metric} accuracy by {kind}" for metric in ("Box", "Point") for kind in ("phrase length", "category"))
     ]  # all boxes are of one size: no table
@@ -249,18 +249,16 @@ def test_groups_are_of_reported_splits(expressions: list[Expression], two: tuple
 
 
 def test_further_measures_are_of_reported_splits(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    (table,) = sections.further_measures(collected(expressions, two)).blocks
-    assert isinstance(table, Table)
-    assert words(table)[0] == ["share of the map's energy inside", "50.00", "75.00"]
-    assert len(table.rows) == len(rows.MEASURES)
+    (block,) = sections.further_measures(collected(expressions, two)).blocks
+    assert words(block)[0] == ["share of the map's energy inside", "50.00", "75.00"]
+    assert len(words(block)) == len(MEASURES)
 
 
 def test_the_comparison(expressions: list[Expression], two: tuple[Path, Path]) -> None:
     found = collected(expressions, two)
-    assert (found.baseline, found.subject) == (0, 1)
-    outcome, *changed = sections.comparison(found, 0, 1).blocks
-    assert isinstance(outcome, Table)
-    assert list(outcome.head) == ["", "both right", "only old", "only new", "neither", "difference"]
+    assert (found.baseline, found.subject) == ("old", "new")
+    outcome, *changed = sections.comparison(found, "old", "new").blocks
+    assert list(outcome.table.columns) == ["both right", "only old", "only new", "neither", "difference"]
     assert words(outcome)[3:5] == [
         ["point val_d", "1", "1", "1", "0", "0.00"],
         ["point testA_d", "0", "0", "1", "0", "+100.00"],
@@ -278,7 +276,7 @@ def test_a_map_that_is_lacking_changes_nothing(expressions: list[Expression], tw
     maps = [RIGHT, None, WRONG, RIGHT, WRONG]
     store(two[1], expressions, {"00": maps}, checkpoint="/b/new.pth")
     found = collected(expressions, two)
-    outcome = sections.comparison(found, 0, 1).blocks[0]
+    outcome = sections.comparison(found, "old", "new").blocks[0]
     assert words(outcome)[3] == ["point val_d", "1", "1", "0", "0", "-50.00"]
     assert words(sections.accuracy(found).blocks[0])[1][4] == "50.00"
     assert words(sections.origins(found).blocks[0]) == [
@@ -291,14 +289,14 @@ def test_a_map_that_is_lacking_changes_nothing(expressions: list[Expression], tw
 
 
 def test_extremes() -> None:
-    nan = float("nan")
-    values = np.array([0.5, 0.9, nan, 0.9, 0.1, 0.2, 0.4])
-    images = [Path(name) for name in "abcdefg"]
+    values = pd.Series([0.5, 0.9, np.nan, 0.9, 0.1, 0.2, 0.4])
+    images = pd.Series(list("abcdefg"))
     assert extremes(values, images, 2) == ([1, 3], [0, 6], [4, 5])
-    assert extremes(values[:2], images[:2], 2) == ([1], [], [0])
-    assert extremes(values, [Path("a")] * 7, 2) == ([1], [], [])  # one of an image
-    assert extremes(np.array([nan]), images[:1], 2) == ([], [], [])
-    assert pick([3, 1, 2], images, 2) == [3, 1]
+    assert extremes(values[:2], images, 2) == ([1], [], [0])
+    assert extremes(values, pd.Series(["a"] * 7), 2) == ([1], [], [])  # one of an image
+    assert extremes(values[2:3], images, 2) == ([], [], [])
+    assert one_an_image(pd.Series([3, 2, 2, 1]), pd.Series(list("abcc")), 3) == [3, 1, 0]
+    assert one_an_image(pd.Series([3, 2, 2, 1]), pd.Series(list("abcc")), 3, taken=[2]) == [1, 0]
 
 
 def test_cases_are_of_the_subject(expressions: list[Expression], two: tuple[Path, Path]) -> None:
@@ -413,6 +411,32 @@ def test_a_page_of_one_checkpoint_compares_nothing(expressions: list[Expression]
     assert ["old", "66.67", "0.00", "-", "66.67", "0.00", "-"] in page.rows
 
 
+def test_a_folder_is_not_compared_with_itself(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    alone = report_folders(REFCOCO_PLUS, expressions, two[:1]).read_text(encoding="utf-8")
+    again = report_folders(REFCOCO_PLUS, expressions, [two[0], two[0] / ".." / "first", two[0]])
+    assert again.read_text(encoding="utf-8") == alone
+
+
+def test_any_metric_is_reported(
+    expressions: list[Expression], two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that the report has never heard of, with values between 0 and 1, as the benchmark's only metric."""
+
+    def overlap(maps: list[Tensor], expressions: list[Expression], names: tuple[str, ...]) -> np.ndarray:
+        assert names == ("overlap",)
+        return np.array([[0.75 if cam.equal(RIGHT) else 0.25] for cam in maps])
+
+    monkeypatch.setattr(rows, "score", overlap)
+    benchmark = REFCOCO_PLUS._replace(metrics=("overlap",))
+    path = report_folders(benchmark, expressions, two)
+    page = Page(path.read_text(encoding="utf-8"))
+    assert ["old", "58.33", "25.00", "-"] in page.rows
+    assert ["overlap val_d", "1", "1", "1", "0", "0.00"] in page.rows
+    assert "Right by overlap only with new: 2 of 2" in page.text
+    assert "Overlap accuracy by category" in page.text
+    assert pd.read_csv(path.with_name("expressions.csv"))["overlap: new"].tolist() == [0.75, 0.75, 0.25, 0.75, 0.25]
+
+
 def test_training_curves_of_the_checkpoints_folder(expressions: list[Expression], tmp_path: Path) -> None:
     run = tmp_path / "run"
     run.mkdir()
@@ -436,7 +460,7 @@ def test_flickrs_size_is_the_annotated_one(expressions: list[Expression], tmp_pa
     box = np.array([[10.0, 10.0, 11.0, 11.0]])
     item = Expression(expressions[0].image, "cat", 0, "val", box, annotated_size=(40, 30), categories=("animals",))
     out = store(tmp_path / "flickr", [item], {"00": [RIGHT]})
-    assert areas([item], np.array([True]))[0] == pytest.approx(100 / 1200)
+    assert describe([item], [True])["area of boxes"].tolist() == [pytest.approx(100 / 1200)]
     html = report_folders(FLICKR, [item], [out]).read_text(encoding="utf-8")
     jpegs = [a["src"] or "" for tag, a in Page(html).tags if tag == "img" and "jpeg" in (a["src"] or "")]
     sizes = {Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size for source in jpegs}
@@ -444,13 +468,42 @@ def test_flickrs_size_is_the_annotated_one(expressions: list[Expression], tmp_pa
 
 
 def test_names_that_look_like_formulas_are_drawn_as_they_are() -> None:
-    interval = Interval(0.5, 0.4, 0.6)
-    uri = chart([Panel("$a_{$", ["$b_{$", "c"], {"$d_{$": [interval] * 2, "e": [Interval(*[float("nan")] * 3)] * 2})])
-    assert uri.startswith("data:image/svg+xml;base64,")
+    interval, nothing = Interval(0.5, 0.4, 0.6), Interval(*[float("nan")] * 3)
+    grid = pd.DataFrame({"$d_{$": [interval] * 2, "e": [nothing] * 2}, ["$b_{$", "c"])
+    assert chart([Panel("$a_{$", grid)]).startswith("data:image/svg+xml;base64,")
 
 
-def test_percent_of_the_log_is_that_of_the_table() -> None:
-    assert cell(Interval(float(np.float64(2) / 3), 0, 1)).text == percent(2 / 3)
+# ---- expressions.csv
+
+
+def test_expressions_csv(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    store(two[1], expressions, {"00": [RIGHT, None, WRONG, RIGHT, WRONG]}, checkpoint="/b/new.pth")
+    path = report_folders(REFCOCO_PLUS, expressions, two).with_name("expressions.csv")
+    content = path.read_bytes()
+    found = pd.read_csv(path)
+    facts = ["benchmark", "image", "phrase", "ref_id", "split", "category", "words"]
+    sizes = ["image height", "image width", "area of boxes"]
+    scores = [f"{metric}: {name}" for name in ("old", "new") for metric in ("box", "point")]
+    assert list(found)[:14] == facts + sizes + scores
+    assert list(found)[14:] == [f"{measure}: {name}" for name in ("old", "new") for measure in MEASURES]
+    assert found["phrase"].tolist() == [expression.text for expression in expressions]
+    assert found["category"].tolist()[:2] == ["animal", "animal; other"]
+    assert found["point: new"].tolist() == pytest.approx([1, np.nan, 0, 1, 0], nan_ok=True)
+    assert b'"val","animal; other",4,4,6,0.166667,0,0,"",""' in content  # text is quoted, numbers are not
+    report_folders(REFCOCO_PLUS, expressions, two)
+    assert path.read_bytes() == content
+
+
+def test_no_cell_is_a_formula(expressions: list[Expression], tmp_path: Path) -> None:
+    evil = ["=cmd()", "+1", "-1", "@x", "\tx", "'x", "＝1", "plain"]
+    items = [replace(expressions[0], text=text, ref_id=i, categories=(text,) * (i == 0)) for i, text in enumerate(evil)]
+    out = store(tmp_path / "out", items, {"00": [RIGHT] * 8}, checkpoint="/a/=evil.pth")
+    found = pd.read_csv(report_folders(REFCOCO_PLUS, items, [out]).with_name("expressions.csv"))
+    assert found["phrase"].tolist() == [*("'" + text for text in evil[:-1]), "plain"]
+    assert [text.removeprefix("'") for text in found["phrase"]] == evil
+    assert found["category"][0] == "'=cmd()"
+    assert "point: =evil" in found.columns  # does not begin with "="
+    assert no_formula("") == ""
 
 
 @pytest.mark.parametrize(

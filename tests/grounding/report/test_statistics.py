@@ -3,9 +3,11 @@
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 
-from grounding.report.statistics import Group, by_category, by_length, by_size, intervals
+from grounding.report.statistics import Interval, by_category, by_length, by_size, intervals
+from grounding.results import percent
 
 
 def column(*values: float) -> np.ndarray:
@@ -90,15 +92,24 @@ def test_two_thousand_resamples_of_many_images_are_quick() -> None:
     assert time.process_time() - started < 5
 
 
+def test_an_interval_in_words() -> None:
+    nan = float("nan")
+    assert (Interval(0.8125, 0.7, 0.9).text(), Interval(0.8125, 0.7, 0.9).range) == ("81.25", "70.0 to 90.0")
+    assert (Interval(0.8125, nan, nan).text(), Interval(0.8125, nan, nan).range) == ("81.25", "")
+    assert (Interval(nan, nan, nan).text(), Interval(nan, nan, nan).range) == ("-", "")
+    assert [Interval(mean, nan, nan).text(signed=True) for mean in (0.1, 0, -0.1)] == ["+10.00", "0.00", "-10.00"]
+    assert Interval(float(np.float64(2) / 3), 0, 1).text() == percent(2 / 3)  # as in the log
+
+
 # ---- groups
 
 
-def shown(groups: list[Group]) -> dict[str, list[int]]:
-    return {group.name: group.chosen.tolist() for group in groups}
+def shown(labels: pd.Series) -> dict[str, list[int]]:
+    return {str(name): of.index.tolist() for name, of in labels.groupby(labels, observed=True)}
 
 
 def test_groups_by_size() -> None:
-    areas = np.array([0.005, 0.01, 0.3, 0.5, 0.0, 1.0, 0.0199])
+    areas = pd.Series([0.005, 0.01, 0.3, 0.5, 0.0, 1.0, 0.0199, np.nan])
     assert shown(by_size(areas)) == {
         "under 1%": [0, 4],
         "1 to 2%": [1, 6],
@@ -108,8 +119,7 @@ def test_groups_by_size() -> None:
 
 
 def test_groups_by_length() -> None:
-    texts = ["a", "a b", "a b c", "a b c d", "a b c d e", "a b c d e f", "1 2 3 4 5 6 7 8", "1 2 3 4 5 6 7 8 9", "z"]
-    assert shown(by_length(texts)) == {
+    assert shown(by_length(pd.Series([1, 2, 3, 4, 5, 6, 8, 9, 0]))) == {
         "1 word": [0, 8],
         "2 words": [1],
         "3 words": [2],
@@ -120,7 +130,8 @@ def test_groups_by_length() -> None:
 
 
 def test_groups_by_category() -> None:
-    categories = [("people",), (), ("scene", "other"), ("people", "people"), ("animals",), ("animals",), ("other",)]
+    named = [("people",), (), ("scene", "other"), ("people", "people"), ("animals",), ("animals",), ("other",)]
+    categories = pd.Series(named)
     assert shown(by_category(categories)) == {
         "animals": [4, 5],
         "other": [2, 6],
@@ -132,4 +143,4 @@ def test_groups_by_category() -> None:
         "other": [2, 6],
         "2 other categories": [0, 2, 3],
     }
-    assert by_category([(), ()]) == []
+    assert shown(by_category(pd.Series([(), ()]))) == {}
