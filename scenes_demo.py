@@ -22,6 +22,7 @@ from typing import Any
 import utils
 from config import GroundingConfig, PretrainConfig, load_config
 from dataset.expressions import Expression
+from dataset.scenes.paths import SCENES, SHIPPED, TEXT_ENCODER
 from grounding import maps, metrics
 from grounding.benchmarks import BENCHMARKS, REFCOCO, Benchmark
 from grounding.pictures.panels import Case, contact_sheet, loss_curves
@@ -29,11 +30,9 @@ from grounding.report.page import Section
 from grounding.report.rows import Source
 from grounding.report.write import section, write_report
 from grounding.results import ResultFolder, percent
-from grounding.web.examples import SCENES, SHIPPED
 from models.checkpoint import export_student
 from runs import STEPS_LOG, read_log
 
-TEXT_ENCODER = SCENES / "text_encoder"
 CONFIGS = Path("configs/scenes")
 SCRIPTS = {"refcoco": "", "refclef": "_refclef", "flickr": "_flickr"}
 MODELS = {"stage 1": "stage1", "control": "control", "AMC": "amc"}  # the last is what the others are compared with

@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import utils
 from benchmarks.machine import describe_machine
 from config import GroundingConfig, load_config
+from dataset.scenes.paths import SCENES, SHIPPED
 from grounding.benchmarks import REFCOCO
 from grounding.results import ResultFolder
-from grounding.web.examples import SCENES, SHIPPED
 from scenes_demo import CONFIGS, accuracies, evaluation, run_step, train
 
 AMC, CONTROL = CONFIGS / "Pretrain.yaml", CONFIGS / "Pretrain_control.yaml"

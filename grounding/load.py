@@ -8,6 +8,7 @@ import torch
 
 import utils
 from config import ConfigError, GroundingConfig, ModelConfig, load_bert_config, load_config, parse_config
+from dataset.scenes.paths import BERT_CONFIG, TEXT_ENCODER
 from dataset.text import Tokenizer, load_tokenizer
 from grounding.benchmarks import REFCOCO, Benchmark
 from grounding.predict import Explainer
@@ -15,8 +16,6 @@ from models.albef import ALBEF, build_albef
 from models.checkpoint import LoadReport, load_weights, read_checkpoint
 from models.onednn import use_onednn
 
-SCENES_BERT = Path("configs/scenes/config_bert.json")
-SCENES_TEXT_ENCODER = Path("data/scenes/text_encoder")
 CONFIG_FOLDERS = (Path("configs"), Path("configs/scenes"))
 SHAPE_KEYS = ("patch_size", "vision_width", "vision_depth", "vision_heads", "vision_mlp_ratio", "embed_dim")
 
@@ -149,15 +148,15 @@ def _sizes(config: dict[str, Any]) -> tuple[Any, ...]:
 
 def of_scenes(config: GroundingConfig) -> bool:
     """Whether a model is of the sizes that the embedded scenes' models have: it then knows nothing of photographs."""
-    return Path(config.bert_config) == SCENES_BERT
+    return Path(config.bert_config) == BERT_CONFIG
 
 
 def _usual_text_encoder(config: GroundingConfig) -> str:
     if not of_scenes(config):
         return "bert-base-uncased"
-    if not SCENES_TEXT_ENCODER.is_dir():
+    if not TEXT_ENCODER.is_dir():
         raise utils.UserError(
-            f"{SCENES_TEXT_ENCODER}: the scenes' vocabulary is not there; make it with: python prepare.py scenes "
-            f"{SCENES_TEXT_ENCODER.parent}, or pass --text_encoder"
+            f"{TEXT_ENCODER}: the scenes' vocabulary is not there; make it with: python prepare.py scenes "
+            f"{TEXT_ENCODER.parent}, or pass --text_encoder"
         )
-    return str(SCENES_TEXT_ENCODER)
+    return str(TEXT_ENCODER)

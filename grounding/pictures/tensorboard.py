@@ -24,7 +24,8 @@ from dataset.reading import DataError, read_image
 from dataset.text import has_content
 from dataset.vg import Entry, clip_box
 from grounding.ground import clean_phrase, encode, ground
-from grounding.pictures.overlay import overlay, pixels
+from grounding.pictures.overlay import overlay
+from grounding.pictures.render import pixels
 from grounding.predict import Explainer
 from utils import UserError, log
 

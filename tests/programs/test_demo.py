@@ -364,7 +364,7 @@ def test_the_vocabulary_must_be_the_models(place: Path, bert_vocab: Path, tmp_pa
 
 def test_the_scenes_vocabulary_is_found_or_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage1, config = Path("checkpoints/scenes_stage1.safetensors"), "configs/scenes/Grounding_refcoco.yaml"
-    monkeypatch.setattr("grounding.load.SCENES_TEXT_ENCODER", tmp_path / "data" / "text_encoder")
+    monkeypatch.setattr("grounding.load.TEXT_ENCODER", tmp_path / "data" / "text_encoder")
     with pytest.raises(UserError, match=r"make it with: python prepare.py scenes .*data, or pass --text_encoder"):
         open_model(stage1, config, device="cpu")
     (tmp_path / "data" / "text_encoder").mkdir(parents=True)

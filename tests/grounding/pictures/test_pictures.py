@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -16,21 +17,23 @@ from dataset.expressions import Expression
 from dataset.reading import read_image
 from grounding import maps, metrics
 from grounding.benchmarks import REFCOCO
-from grounding.pictures.panels import Case, _steps, blend, contact_sheet, loss_curves, loss_figure, panel
+from grounding.pictures.panels import Case, _steps, contact_sheet, loss_curves, loss_figure, panel
 from grounding.results import ResultFolder
 from utils import UserError
 
 
-def test_blend_leaves_the_cold_parts_alone() -> None:
-    image = np.full((4, 6, 3), 100, np.uint8)
-    cam = np.zeros((4, 6), np.float32)
-    cam[1, 2] = 5.0
-    shown = blend(image, cam, strength=0.5)
-    hottest = np.array([122.4, 4.4, 2.7])  # the end of matplotlib's turbo
-    assert shown[1, 2] == pytest.approx(100 * 0.5 + hottest * 0.5, abs=2)
-    shown[1, 2] = 100
-    assert (shown == 100).all()
-    assert (blend(image, np.ones((4, 6), np.float32)) == image).all()  # a flat map says nothing
+def test_a_panel_colours_the_hot_parts_alone() -> None:
+    image, cam, none = Image.new("RGB", (280, 280), (100, 100, 100)), torch.zeros(7, 7), np.zeros((0, 4))
+    cam[1:4, 1:4] = 5.0
+    shown = np.asarray(panel(image, (280, 280), none, cam)).astype(float)
+    heat = maps.ResizedMap(cam, 280, 280).product().clamp(min=0)
+    share = float(heat[75, 99] / heat.max())
+    assert 0.8 < share < 0.95
+    colour = np.array(matplotlib.colormaps["turbo"](share)[:3]) * 255
+    assert shown[75, 99] == pytest.approx(100 * (1 - 0.6 * share) + colour * 0.6 * share, abs=3)
+    assert (shown[210:] == 100).all()
+    flat = panel(image, (280, 280), none, torch.ones(7, 7))  # it says nothing
+    assert (np.asarray(flat)[40:] == 100).all()
 
 
 @pytest.fixture

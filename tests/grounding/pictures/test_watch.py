@@ -26,7 +26,8 @@ from dataset.vg import Entry, load_entries
 from grounding.ground import ground
 from grounding.load import open_model
 from grounding.pictures import tensorboard
-from grounding.pictures.overlay import overlay, save
+from grounding.pictures.overlay import overlay
+from grounding.pictures.render import save
 from grounding.predict import Explainer
 from models.pretrain import PretrainModel
 from tests.programs.test_pretrain_program import (
