@@ -67,6 +67,7 @@ def overlay(
     heat = draw(axes, image, found.map.shape, _reduced(found.map, axes), colours, marks, found.point)
     bar_height = max(height, LEAST_BODY)
     bar = _axes(figure, left + width + GAP, middle - bar_height / 2, 0.16, bar_height)
+    assert heat is not None
     figure.colorbar(heat, cax=bar, ticks=[0, 0.5, 1]).set_label("share of the maximum", fontsize=9)
     bar.tick_params(labelsize=9)
     handles = [point_marker(0, 0)]

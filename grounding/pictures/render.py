@@ -7,7 +7,7 @@ import functools
 import io
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -83,7 +83,7 @@ def draw(
 
 def point_marker(x: float, y: float, colour: str = POINT, scale: float = 1.0) -> Line2D:
     """A disc with a black edge."""
-    look = {"mfc": colour, "mec": "black", "ms": 9 * scale, "mew": 1.8 * scale}
+    look: dict[str, Any] = {"mfc": colour, "mec": "black", "ms": 9 * scale, "mew": 1.8 * scale}
     return Line2D([x], [y], marker="o", ls="none", label="point", clip_on=False, zorder=5, **look)
 
 

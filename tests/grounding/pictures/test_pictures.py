@@ -32,8 +32,8 @@ def test_a_panel_colours_the_hot_parts_alone() -> None:
     colour = np.array(matplotlib.colormaps["turbo"](share)[:3]) * 255
     assert shown[75, 99] == pytest.approx(100 * (1 - 0.6 * share) + colour * 0.6 * share, abs=3)
     assert (shown[210:] == 100).all()
-    flat = panel(image, (280, 280), none, torch.ones(7, 7))  # it says nothing
-    assert (np.asarray(flat)[40:] == 100).all()
+    flat = np.asarray(panel(image, (280, 280), none, torch.ones(7, 7)))
+    assert (flat != 100).any(axis=2).sum() < 250  # the point, and nothing else
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_a_panel_shows_where_box_and_point_are() -> None:
         shown = np.asarray(panel(image, (80, 120), box, cam, right)).astype(int)
         x, y = maps.ResizedMap(cam, 80, 120).point()
         assert abs(shown[int((y + 0.5) * scale), int((x + 0.5) * scale)] - colour).max() < 40
-        assert abs(shown[int(40 * scale), int(60 * scale) + 1] - 255).max() < 40  # the left edge
+        assert abs(shown[int(40 * scale), int(60 * scale)] - 255).max() < 40  # the left edge
         assert abs(shown[int(40 * scale), int(90 * scale) - 1] - 255).max() < 40  # the right one
         assert abs(shown[int(60 * scale) - 1, int(75 * scale)] - 255).max() < 40  # the bottom
         assert (shown[int(40 * scale), int(30 * scale)] == 128).all()
