@@ -80,7 +80,7 @@ def panel(
         heat = (cam - cam.min()) / spread if spread > maps.ROUNDING * cam.max() else np.zeros_like(cam)
         point = maps.ResizedMap(pred, *size).point()
     truth = [Box(box, style="-") for box in boxes.tolist()]
-    draw(axes, image, size, heat, see_through("turbo", 0.6, 1), truth, point, RIGHT if right else WRONG, 0.9)
+    draw(axes, image, size, heat, see_through("turbo", 0.6, 1), truth, point, RIGHT if right else WRONG, 1.1)
     return Image.fromarray(pixels(figure))
 
 
