@@ -1,8 +1,8 @@
-"""Phrases and images in, heat maps out: where the model looks, its point, its box, whether it finds that they match.
+"""Show where a model finds phrases in images: heat maps, points, boxes, match probabilities.
 
     python demo.py IMAGE PHRASE [PHRASE ...]                     one image (or a folder, or a "pattern*.jpg")
     python demo.py --images A.jpg B.jpg FOLDER --phrase PHRASE [--phrase PHRASE ...]
-    python demo.py --web                                         a page to do all this in a browser: docs/web.md
+    python demo.py --web                                         the same on a page in the browser (docs/web.md)
 
     python demo.py docs/images/scenes/100000.jpg "the small red triangle"                    to try it at once
 
@@ -24,20 +24,19 @@ from PIL import Image
 import utils
 from dataset.photos import find_images, read_photo
 from dataset.reading import SKIP, DataError
+from dataset.scenes.paths import DEMO_AMC, SHIPPED_AMC
 from grounding import maps, metrics
 from grounding.benchmarks import BENCHMARKS
 from grounding.evaluate import EVALUATION_PRECISIONS
 from grounding.explain import Explainer, Grounding, encode, ground_all, notes
 from grounding.load import OpenedModel, open_model
 from grounding.maps import THRESHOLD, check_threshold
-from grounding.pictures import overlay
+from grounding.pictures.overlay import overlay, slug, word_strip
+from grounding.pictures.render import COLORMAP, save, see_through
 from grounding.web import layout, server
-from grounding.web.examples import DEMO, ONLY_BEFORE, SHIPPED_AMC, TRAINED, Offer, examples, offered
-from grounding.web.request_guard import LOOPBACK
+from grounding.web.examples import Offer, examples, offered
 from grounding.web.session import Answers
 from runs import newest_checkpoint
-
-DEMO_MODELS = DEMO / TRAINED["AMC"]  # where `make demo` leaves its AMC checkpoints
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -46,11 +45,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="The default model knows drawn scenes alone (docs/images/scenes, data/scenes/images), not photographs.",
     )
     add = parser.add_argument
-    add("words", nargs="*", metavar="IMAGE PHRASE", help="an image (or folder, or quoted pattern), then phrases")
-    add("--images", nargs="+", default=[], metavar="IMAGE", help="images, folders, patterns, in place of IMAGE")
-    add("--phrase", action="append", default=[], help="a phrase; may be repeated")
-    add("--checkpoint", help=f"a checkpoint (default: the last one in {DEMO_MODELS}, or else {SHIPPED_AMC})")
-    add("--config", help="a Grounding_*.yaml (default: chosen by the sizes that the checkpoint states)")
+    add("image_and_phrases", nargs="*", metavar="IMAGE PHRASE", help="an image, folder or quoted pattern, then phrases")
+    add("--images", nargs="+", default=[], metavar="IMAGE", help="images, folders or patterns, in place of IMAGE")
+    add("--phrase", action="append", default=[], help="a phrase to find; may be repeated")
+    add("--checkpoint", help=f"the model (default: the last one in {DEMO_AMC}, or else {SHIPPED_AMC})")
+    add("--config", help="a Grounding_*.yaml (default: the one that fits the sizes stated in the checkpoint)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key, for instance image_res")
     add(
         "--benchmark",
@@ -61,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     add("--text_encoder", help="hub name or local folder (default: bert-base-uncased, or the scenes' vocabulary)")
     add("--device", help="cuda or cpu (default: the GPU if there is one)")
-    add("--gradcam_mode", choices=("itm", "itc"), default="itm", help="what the map explains")
+    add("--gradcam_mode", choices=("itm", "itc"), default="itm", help="explain the matching head or the contrast")
     add("--block_num", type=int, help="layer to explain (default: the config's, 8)")
     add(
         "--precision",
@@ -69,27 +68,26 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="fp32",
         help="of the image encoder; maps are computed in fp32",
     )
-    add("--threshold", type=float, default=THRESHOLD, help="of the boxes, a share of the map's maximum")
-    add("--skip_broken", action="store_true", help="leave out missing and unreadable images and say so")
-    shown = parser.add_argument_group("what is shown and written")
-    add = shown.add_argument
-    add("--output_dir", type=Path, default=Path("output/demo"))
+    add("--threshold", type=float, default=THRESHOLD, help="boxes enclose at least this share of the map's maximum")
+    add("--skip_broken", action="store_true", help="skip missing and unreadable images, and say which")
+    add = parser.add_argument_group("output").add_argument
+    add("--output_dir", type=Path, default=Path("output/demo"), help="folder to write to (default: %(default)s)")
     add("--box", nargs=4, type=float, action="append", default=[], metavar=("X", "Y", "W", "H"), help="a true box")
-    add("--colormap", default=overlay.COLORMAP, help="of matplotlib: viridis, magma, jet, ...")
-    add("--words", dest="word_maps", action="store_true", help="a picture of the map of each word as well")
-    add("--json", action="store_true", help="IMAGE.json: points, boxes, scores, probabilities")
-    add("--npz", action="store_true", help="IMAGE.npz: the maps themselves")
-    add = parser.add_argument_group("a page in the browser (needs requirements-web.txt)").add_argument
-    add("--web", action="store_true", help="serve it; images and phrases are chosen there")
+    add("--colormap", default=COLORMAP, help="a colour map of matplotlib: viridis, magma, jet, ...")
+    add("--word_maps", "--words", action="store_true", help="draw the map of each word too, in a second picture")
+    add("--json", action="store_true", help="write IMAGE.json: points, boxes, scores, probabilities")
+    add("--npz", action="store_true", help="write IMAGE.npz: the maps themselves")
+    add = parser.add_argument_group("page in the browser (needs requirements-web.txt)").add_argument
+    add("--web", action="store_true", help="serve the page; images and phrases are chosen there")
     add(
         "--checkpoints",
         nargs="+",
         default=[],
         metavar="FILE",
-        help="to choose from (default: the shipped ones, those of `make demo`)",
+        help="models to offer (default: the shipped ones, and those of `make demo`)",
     )
-    add("--host", default=LOOPBACK[0], help="address to serve at (default: this machine alone)")
-    add("--port", type=int, help="default: 7860, or the next free one")
+    add("--host", default=server.LOOPBACK[0], help="address to serve at (default: this machine alone)")
+    add("--port", type=int, help="port to serve at (default: 7860, or the next free one)")
     return parser.parse_args(argv)
 
 
@@ -98,7 +96,7 @@ def main(args: argparse.Namespace) -> None:
         serve_page(args)
         return
     images, phrases = what_to_ask(args)
-    overlay.see_through(args.colormap)  # what is wrong is an error before the model is read, not after
+    see_through(args.colormap)  # a wrong option is reported before the model is read
     check_threshold(args.threshold)
     opened = open_as_asked(args, args.checkpoint or demo_model(), args.config)
     explainer = opened.explainer(args.gradcam_mode, args.block_num, utils.PRECISIONS[args.precision])
@@ -128,12 +126,12 @@ def serve_page(args: argparse.Namespace) -> None:
     """Serve the page of docs/web.md until interrupted.
 
     Raises:
-        UserError: images or phrases are named, a checkpoint is missing, Gradio is, the address is taken, or no model
-            has the layer.
+        UserError: images or phrases are named, a checkpoint or Gradio is missing, the address is taken, or no model has
+            the layer.
     """
-    if args.words or args.images or args.phrase or args.box:
+    if args.image_and_phrases or args.images or args.phrase or args.box:
         raise utils.UserError("--web: images and phrases are chosen on the page; leave them out of the command")
-    overlay.see_through(args.colormap)
+    see_through(args.colormap)
     check_threshold(args.threshold)
     asked_for = [*([args.checkpoint] if args.checkpoint else []), *args.checkpoints]
     offers = offered(asked_for, args.config)
@@ -144,8 +142,7 @@ def serve_page(args: argparse.Namespace) -> None:
     answers = Answers(offers, open_offer, BENCHMARKS[args.benchmark].resize, precision=utils.PRECISIONS[args.precision])
     if args.block_num is not None:
         answers.check_layer(args.gradcam_mode, args.block_num)
-    hint = "" if asked_for or len(offers) > 1 else ONLY_BEFORE
-    start = layout.Start(args.gradcam_mode, args.block_num, args.threshold, args.colormap, hint)
+    start = layout.Start(args.gradcam_mode, args.block_num, args.threshold, args.colormap)
     server.serve(answers, examples(), args.host, args.port, start)
 
 
@@ -155,24 +152,24 @@ def open_as_asked(args: argparse.Namespace, checkpoint: str | Path, config: str 
 
 
 def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """The images and the phrases of a command line.
+    """The images and phrases of a command line.
 
     Raises:
-        UserError: it names no image or no phrase, or both kinds of images; or boxes for several images.
+        UserError: no image or no phrase is named, images are named in both ways, or boxes for several images.
     """
-    if args.images and args.words:
+    if args.images and args.image_and_phrases:
         raise utils.UserError(
-            f"{args.words[0]!r} stands for an image, and --images names others; phrases then go to --phrase"
+            f"{args.image_and_phrases[0]!r}: do not mix a positional image with --images; pass phrases by --phrase"
         )
     if args.checkpoints:
         raise utils.UserError("--checkpoints belongs to --web; one --checkpoint answers on the command line")
-    words = args.images or args.words[:1]
-    phrases = [*args.words[1:], *args.phrase]
-    if not words or not phrases:
-        what = "a phrase is" if words else "an image is" if phrases else "an image and a phrase are"
+    named = args.images or args.image_and_phrases[:1]
+    phrases = [*args.image_and_phrases[1:], *args.phrase]
+    if not named or not phrases:
+        what = "a phrase is" if named else "an image is" if phrases else "an image and a phrase are"
         raise utils.UserError(f'{what} missing: python demo.py IMAGE "the dog on the left"')
     remedy = "beside --images, phrases are given by --phrase" if args.images else "the image comes first, then phrases"
-    images = find_images(words, remedy, args.skip_broken)
+    images = find_images(named, remedy, args.skip_broken)
     if args.box and len(images) > 1:
         raise utils.UserError(f"--box belongs to one image, and there are {len(images)}")
     return images, phrases
@@ -180,7 +177,7 @@ def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
 
 def demo_model() -> Path:
     """The AMC model that `make demo` trained; before that, the one that ships."""
-    found = newest_checkpoint(DEMO_MODELS)
+    found = newest_checkpoint(DEMO_AMC)
     origin = "which `make demo` trained" if found else "which ships with the repository"
     print(f"checkpoint: {found or SHIPPED_AMC}, {origin}; made for synthetic scenes, it knows nothing of photographs")
     return found or SHIPPED_AMC
@@ -212,17 +209,17 @@ def ask_one(
     name: str,
     phrases: Sequence[str],
 ) -> None:
-    """Ask all phrases of one image; draw, write and print what is found."""
+    """Ground all phrases in one image; draw, write and print the results."""
     check_boxes(args.box, image, path)
     encoded = encode(explainer, image, BENCHMARKS[args.benchmark].resize)
     rows = []
     found = ground_all(explainer, encoded, phrases, args.threshold)
     for number, one in enumerate(found, start=1):
-        picture = args.output_dir / f"{name}_{number:02d}_{overlay.slug(one.text)}.png"
-        overlay.save(overlay.overlay(image, one, args.box, args.colormap), picture)
+        picture = args.output_dir / f"{name}_{number:02d}_{slug(one.text)}.png"
+        save(overlay(image, one, args.box, args.colormap), picture)
         if args.word_maps:
-            strip = overlay.word_strip(image, one, args.colormap)
-            overlay.save(strip, picture.with_name(f"{picture.stem}_words.png"))
+            strip = word_strip(image, one, args.colormap)
+            save(strip, picture.with_name(f"{picture.stem}_words.png"))
         rows.append({**record(one), **against_truth(one, args.box), "picture": picture.name})
         box = f"box {list(one.boxes[0].box)}" if one.boxes else "no box (the map is 0 everywhere)"
         print(f"{path}: {one.text!r}: match {one.match:.3f}, point {list(one.point)}, {box}: {picture}")

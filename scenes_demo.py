@@ -25,17 +25,16 @@ import torch
 import utils
 from config import GroundingConfig, PretrainConfig, load_config
 from dataset.expressions import Expression
+from dataset.scenes.paths import CONFIGS, SCENES, SHIPPED, SHIPPED_AMC, SHOWN
 from grounding import maps, metrics
 from grounding.benchmarks import BENCHMARKS, REFCOCO_PLUS, Benchmark
 from grounding.pictures.panels import Case, contact_sheet, loss_curves
 from grounding.report.write import section, write_report
 from grounding.results import ResultFolder, Source, percent
-from grounding.web.examples import SCENES, SHIPPED, SHIPPED_AMC, SHOWN
 from models.checkpoint import export_student
 from runs import STEPS_LOG, read_log
 from terminal import aligned
 
-CONFIGS = Path("configs/scenes")
 COMMON = ["--text_encoder", str(SCENES / "text_encoder"), "--device", "cpu", "--num_workers", "0"]
 MODELS = {"stage 1": "stage1", "control": "control", "AMC": "amc"}  # the last is what the others are compared with
 TITLES = {

@@ -20,10 +20,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import utils
 from benchmarks.machine import describe_machine, markdown_table, parser
 from config import GroundingConfig, load_config
+from dataset.scenes.paths import CONFIGS, SCENES, SHIPPED
 from grounding.benchmarks import REFCOCO_PLUS
 from grounding.results import ResultFolder
-from grounding.web.examples import SCENES, SHIPPED
-from scenes_demo import CONFIGS, accuracies, evaluation, run_step, train
+from scenes_demo import accuracies, evaluation, run_step, train
 
 AMC, CONTROL = CONFIGS / "Pretrain.yaml", CONFIGS / "Pretrain_control.yaml"
 VARIANTS: dict[str, tuple[Path, list[str]]] = {  # a config, and what is changed of it

@@ -21,7 +21,6 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 from torch import Tensor
@@ -30,15 +29,16 @@ import utils
 from config import AMCConfig, PretrainConfig, load_config
 from dataset.photos import read_photo
 from dataset.refer import MAX_WORDS
+from dataset.scenes.paths import SCENES, SHIPPED, SHIPPED_CONFIG
 from dataset.text import clean_caption
 from demo import check_boxes, demo_model
+from docs.map_parts import Terms, Training, look, parts, terms, training_view
 from grounding import maps, metrics
 from grounding.explain import Explainer, Grounding, encode, ground, ground_all
 from grounding.load import open_model
-from grounding.pictures.anatomy import Terms, Training, look, parts, terms, training_view
-from grounding.pictures.overlay import COLORMAP, DPI, SMALL, pixels, see_through, word_strip, wrap
-from grounding.pictures.panels import RIGHT, WRONG
-from grounding.web.examples import SHIPPED, SHIPPED_CONFIG
+from grounding.pictures.overlay import SMALL, word_strip, wrap
+from grounding.pictures.render import COLORMAP, DPI, RIGHT, WRONG, draw, pixels
+from grounding.pictures.render import Box as DrawnBox
 
 Box = Sequence[float]  # [x, y, w, h] in pixels of the image
 
@@ -51,15 +51,14 @@ class Question(NamedTuple):
     boxes: Sequence[Box]
 
 
-SCENES = "data/scenes/images"
-TRIANGLE = Question(f"{SCENES}/100000.jpg", ["the small red triangle"], [(19, 77, 20, 18)])
+TRIANGLE = Question(f"{SCENES}/images/100000.jpg", ["the small red triangle"], [(19, 77, 20, 18)])
 SQUARE = (57, 15, 36, 36)
 EXAMPLES = {
     "gradcam": TRIANGLE,
     "words": TRIANGLE,
-    "amc": Question(f"{SCENES}/100031.jpg", ["biggest square"], [SQUARE]),
+    "amc": Question(f"{SCENES}/images/100031.jpg", ["biggest square"], [SQUARE]),
     "layers": Question(
-        f"{SCENES}/100031.jpg",
+        f"{SCENES}/images/100031.jpg",
         ["the largest cross", "purple square", "biggest square"],
         [(45, 54, 39, 39), SQUARE, SQUARE],
     ),
@@ -90,9 +89,7 @@ def gradcam_figure(explainer: Explainer, image: Image.Image, phrase: str, boxes:
         )
         axes.imshow(values.numpy(), extent=_extent(image.size), aspect="auto", interpolation="nearest", **colours)
         _title(axes, f"{title}\n{low:.2g} to {high:.2g}")
-    _show(grid[5], image, f"the map at the image's size\nmatch probability {found.match:.3f}", found)
-    for x, y, w, h in boxes:
-        _outline(grid[5], (x, y, w, h))
+    _show(grid[5], image, f"the map at the image's size\nmatch probability {found.match:.3f}", found, boxes)
     return figure
 
 
@@ -176,7 +173,7 @@ def layers_figure(models: Models, image: Image.Image, phrases: Sequence[str], bo
         answers = ground_all(explainer._replace(block=block), encoded[name], phrases)
         _above(grid[column], f"{name}\nlayer {block}", 0.5, head)
         for row, found in enumerate(answers):
-            _show(grid[row * len(columns) + column], image, "", found, boxes[row] if boxes else None)
+            _show(grid[row * len(columns) + column], image, "", found, boxes[row : row + 1], judged=True)
     for row, lines in enumerate(names):
         _above(grid[row * len(columns)], "\n".join(lines), 0, 0.04)
     return figure
@@ -201,25 +198,25 @@ def _panels(
     return figure, axes
 
 
-def _show(axes: Axes, image: Image.Image, title: str, found: Grounding | None = None, box: Box | None = None) -> None:
-    """An image and, over it, a map with its point, green or red where a true box tells; that box dashed."""
-    axes.imshow(np.asarray(image), extent=_extent(image.size), aspect="auto")
+def _show(
+    axes: Axes,
+    image: Image.Image,
+    title: str,
+    found: Grounding | None = None,
+    boxes: Sequence[Box] = (),
+    judged: bool = False,
+) -> None:
+    """An image and, over it, a map with its point and the true boxes; `judged`: they colour the point green or red."""
     _title(axes, title)
+    size = image.size[::-1]
     if found is None:
+        draw(axes, image, size)
         return
-    axes.imshow(found.map, cmap=see_through(COLORMAP), vmin=0, vmax=1, extent=_extent(image.size), aspect="auto")
     colour = "white"
-    if box is not None:
-        cam = maps.ResizedMap(torch.from_numpy(found.small), image.height, image.width)
-        colour = RIGHT if metrics.point_correct(cam, np.array([box])) else WRONG
-        _outline(axes, box)
-    axes.plot(*found.point, "o", ms=5.5, mfc=colour, mec="black", mew=1.2, clip_on=False)
-
-
-def _outline(axes: Axes, box: Box) -> None:
-    x, y, w, h = box
-    for colour, line, style in (("black", 2.2, "-"), ("white", 1.0, "--")):
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, ec=colour, lw=line, ls=style, clip_on=False))
+    if judged and boxes:
+        cam = maps.ResizedMap(torch.from_numpy(found.small), *size)
+        colour = RIGHT if metrics.point_correct(cam, np.array(boxes)) else WRONG
+    draw(axes, image, size, found.map, COLORMAP, map(DrawnBox, boxes), found.point, colour, scale=0.6)
 
 
 def _title(axes: Axes, text: str) -> None:

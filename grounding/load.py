@@ -16,6 +16,7 @@ from config import (
     load_config,
     parse_config,
 )
+from dataset.scenes.paths import BERT_CONFIG, TEXT_ENCODER
 from dataset.text import Tokenizer, load_tokenizer
 from grounding.benchmarks import REFCOCO_PLUS, Benchmark
 from grounding.explain import Explainer
@@ -24,8 +25,6 @@ from models.checkpoint import LoadReport, load_weights, read_checkpoint
 from models.interface import ExplainableModel, check_layer
 from models.onednn import use_onednn
 
-SCENES_BERT = Path("configs/scenes/config_bert.json")
-SCENES_TEXT_ENCODER = Path("configs/scenes")  # holds the vocab.txt of dataset/scenes
 CONFIG_FOLDERS = (Path("configs"), Path("configs/scenes"))
 # What decides the shapes of the weights, beside bert_config and image_res. A config that is saved has `vision_model` or
 # the sizes of the plain ViT.
@@ -143,8 +142,8 @@ def _sizes(config: dict[str, Any]) -> tuple[Any, ...]:
 
 def of_scenes(config: GroundingConfig) -> bool:
     """Whether a model is of the sizes that the embedded scenes' models have: it then knows nothing of photographs."""
-    return Path(config.bert_config) == SCENES_BERT
+    return Path(config.bert_config) == BERT_CONFIG
 
 
 def _usual_text_encoder(config: GroundingConfig) -> str:
-    return str(SCENES_TEXT_ENCODER) if of_scenes(config) else "bert-base-uncased"
+    return str(TEXT_ENCODER) if of_scenes(config) else "bert-base-uncased"

@@ -1,39 +1,28 @@
-"""Pictures of one grounded phrase: the map over the image with point and boxes, and a strip of its words' maps.
+"""Figures of one grounded phrase: its map over the image with point and boxes, and a strip of its words' maps.
 
-Sizes are in inches of a figure of `DPI` dots; they do not depend on the image's, so that text and lines can be read on
-photographs of any size. A large image is reduced to the dots that it is shown with, a small one keeps its pixels.
+Sizes are in inches of a figure of `DPI` dots an inch. They do not depend on the image, so that text and lines can be
+read on photographs of any size. A large image is reduced to the dots that show it; a small one keeps its pixels.
 """
 
-import base64
-import io
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import cv2
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Colormap, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties
-from matplotlib.image import AxesImage
 from matplotlib.lines import Line2D
-from matplotlib.patches import Rectangle
 from matplotlib.patheffects import withStroke
 from PIL import Image
 
 from grounding.explain import Grounding
 from grounding.maps import ResizedMap, share_of_maximum
-from utils import UserError, atomic_path
+from grounding.pictures.render import BEST, COLORMAP, DPI, TRUTH, Box, draw, point_marker, see_through, shown_size
 
-DPI = 120
-COLORMAP = "viridis"
-STRENGTH, RAMP = 0.75, 0.7  # opacity where the map is highest, and the exponent with which it falls
-POINT, BEST, TRUTH = "white", "#ff3b30", "white"
 SIDE, WORD_SIDE = 6.5, 1.9  # the longer side of an image
 LEAST_WIDTH, LEAST_BODY = 4.4, 1.5  # of a figure, for its legend; of the colour bar, for its label
 MARGIN, BAR, LINE, GAP = 0.15, 0.75, 0.21, 0.1  # around; for the colour bar; a line of text; between parts
@@ -56,11 +45,11 @@ def overlay(
     Args:
         image: the RGB image that was asked, or a smaller copy of it.
         truth: boxes [x, y, w, h] in pixels of the image, drawn dashed.
-        colormap: of matplotlib; "viridis" is perceptually uniform, "jet" is what many papers show.
-        side: inches of the image's longer side; less of it makes text and lines larger beside the image.
+        colormap: a name of matplotlib's; "viridis" is perceptually uniform, "jet" is what many papers show.
+        side: inches of the image's longer side; with fewer, text and lines are larger beside the image.
 
     Raises:
-        UserError: there is no such colour map.
+        UserError: matplotlib has no such colour map.
     """
     colours = see_through(colormap)
     width, height = (side * length / max(found.map.shape) for length in found.map.shape[::-1])
@@ -73,15 +62,17 @@ def overlay(
     middle = MARGIN + bottom + body / 2
     left = MARGIN + (inner - BAR - width) / 2
     axes = _axes(figure, left, middle - height / 2, width, height)
-    heat = _show(axes, image, _reduced(found.map, axes), colours, found.map.shape)
+    best = [box.box for box in found.boxes[:1]]
+    marks = [*(Box(box, BEST, "-") for box in best), *map(Box, truth)]
+    heat = draw(axes, image, found.map.shape, _reduced(found.map, axes), colours, marks, found.point)
     bar_height = max(height, LEAST_BODY)
     bar = _axes(figure, left + width + GAP, middle - bar_height / 2, 0.16, bar_height)
+    assert heat is not None
     figure.colorbar(heat, cax=bar, ticks=[0, 0.5, 1]).set_label("share of the maximum", fontsize=9)
     bar.tick_params(labelsize=9)
-    handles = _boxes(axes, [box.box for box in found.boxes[:1]], BEST, "-", "best box")
-    handles += _boxes(axes, truth, TRUTH, "--", "ground truth")  # above: its gaps show a box that it coincides with
-    marker: dict[str, Any] = {"marker": "o", "ms": 9, "mfc": POINT, "mec": "black", "mew": 1.8, "ls": "none"}
-    handles[:0] = axes.plot(*found.point, label="point", clip_on=False, zorder=5, **marker)
+    handles = [point_marker(0, 0)]
+    handles += [_line(BEST, "-", "best box")] if best else []
+    handles += [_line(TRUTH, "--", "ground truth")] if len(truth) else []
     legend: dict[str, Any] = {"frameon": False, "fontsize": 9, "borderaxespad": 0.3}
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), **legend)
     return figure
@@ -111,31 +102,12 @@ def word_strip(image: Image.Image, found: Grounding, colormap: str = COLORMAP) -
         x = MARGIN + column * (cell + GAP) + (cell - width) / 2
         above = LINE * len(title) + sum(heads[: row + 1]) + row * (height + GAP)
         axes = _axes(figure, x, MARGIN + total - above - height, width, height)
-        shown_height, shown_width = _shown_size(image.size, axes)
-        shares = share_of_maximum(ResizedMap(torch.from_numpy(small), shown_height, shown_width))
-        _show(axes, image, shares, colours, image.size[::-1])
+        shares = share_of_maximum(ResizedMap(torch.from_numpy(small), *shown_size(image.size, axes)))
+        draw(axes, image, image.size[::-1], shares, colours)
         axes.set_title("\n".join(name), fontproperties=SMALL, pad=3, parse_math=False)
     note = "each map on its own scale; %: share of the whole map" if found.words else "mode itc: no maps of words"
     _place_text(figure, note, MARGIN, MARGIN, SMALL, va="bottom", color="#555555")
     return figure
-
-
-def save(figure: Figure, path: Path) -> None:
-    """Write a figure as PNG, under a temporary name first."""
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(png(figure))
-
-
-def png(figure: Figure, compress_level: int = 6) -> bytes:
-    """A figure as PNG; level 1 takes half the time of level 6 and makes a larger file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, pil_kwargs={"compress_level": compress_level})
-    return buffer.getvalue()
-
-
-def data_uri(kind: str, content: bytes) -> str:
-    """A file's content as an address, for a page that needs no other file; `kind` is its MIME type."""
-    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def slug(text: str) -> str:
@@ -143,32 +115,11 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_SLUG].rstrip("-") or "phrase"
 
 
-def pixels(figure: Figure) -> np.ndarray:
-    """A figure as RGB (height, width, 3) uint8, the pixels that `save` writes."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
-
-
-def see_through(name: str) -> Colormap:
-    """A colour map of matplotlib that lets the image through where the map is low.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    if name not in matplotlib.colormaps:
-        raise UserError(f"--colormap {name}: no colour map of matplotlib; for instance viridis, magma, cividis or jet")
-    steps = np.linspace(0, 1, 256)
-    colours = matplotlib.colormaps[name](steps)
-    colours[:, 3] = STRENGTH * steps**RAMP
-    return ListedColormap(colours)
-
-
 # ---- text
 
 
 def wrap(text: str, width: float, font: FontProperties) -> list[str]:
-    """Break a text into lines of at most `width` inches; a word that is longer is broken as well."""
+    """Break a text into lines of at most `width` inches; a longer word is broken as well."""
     renderer = FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
 
     def fits(line: str) -> bool:
@@ -218,34 +169,12 @@ def _axes(figure: Figure, x: float, y: float, width: float, height: float) -> Ax
     return figure.add_axes((x / across, y / up, width / across, height / up))
 
 
-def _shown_size(size: tuple[int, int], axes: Axes) -> tuple[int, int]:
-    """(height, width) to show an image of (width, height) pixels with: no more than it has, nor than the axes have."""
-    box = axes.get_window_extent()
-    return min(size[1], max(1, round(box.height))), min(size[0], max(1, round(box.width)))
-
-
 def _reduced(cam: np.ndarray, axes: Axes) -> np.ndarray:
-    height, width = _shown_size(cam.shape[::-1], axes)
+    height, width = shown_size(cam.shape[::-1], axes)
     return cam if cam.shape == (height, width) else cv2.resize(cam, (width, height), interpolation=cv2.INTER_AREA)
 
 
-def _show(axes: Axes, image: Image.Image, shares: np.ndarray, colours: Colormap, shape: tuple[int, ...]) -> AxesImage:
-    """An image and its map, in coordinates of (height, width) = `shape`."""
-    height, width = _shown_size(image.size, axes)
-    if image.size != (width, height):
-        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2.0)
-    extent = (-0.5, shape[1] - 0.5, shape[0] - 0.5, -0.5)
-    axes.imshow(np.asarray(image), extent=extent, aspect="auto")
-    heat = axes.imshow(shares, extent=extent, aspect="auto", cmap=colours, vmin=0, vmax=1)
-    axes.set_axis_off()
-    return heat
-
-
-def _boxes(axes: Axes, boxes: Sequence[Sequence[float]], colour: str, style: str, name: str) -> list[Line2D]:
-    """Draw boxes with an outline; returns a handle for the legend unless there are none."""
+def _line(colour: str, style: str, label: str) -> Line2D:
+    """A line for the legend, as the boxes' edges are drawn."""
     outline = [withStroke(linewidth=4, foreground="black")]
-    for x, y, w, h in boxes:
-        look: dict[str, Any] = {"ec": colour, "ls": style, "lw": 2, "joinstyle": "miter", "path_effects": outline}
-        axes.add_patch(Rectangle((x - 0.5, y - 0.5), w, h, fill=False, clip_on=False, **look))
-    handle = Line2D([], [], color=colour, ls=style, lw=2, label=name, path_effects=outline)
-    return [handle] if len(boxes) else []
+    return Line2D([], [], color=colour, ls=style, lw=2, label=label, path_effects=outline)

@@ -1,4 +1,4 @@
-"""Pictures of a run: heat maps over images, contact sheets of several models, curves of the losses.
+"""Pictures of a run: small heat maps, contact sheets of several models, curves of the losses.
 
 Texts of the data are drawn as they are: matplotlib would read "$...$" as a formula.
 """
@@ -10,16 +10,16 @@ from typing import Any, NamedTuple
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from PIL import Image, ImageDraw
+from PIL import Image
 from torch import Tensor
 
 from dataset.expressions import Expression
 from dataset.reading import read_image
 from grounding import maps, metrics
+from grounding.pictures.render import RIGHT, WRONG, Box, draw, pixels, see_through
 from utils import atomic_path
 
-RIGHT, WRONG, TRUTH = "#22c55e", "#ef4444", "#ffffff"
-SHOWN_SIDE = 280  # pixels: the longer side of a picture of `panel`
+SHOWN_SIDE, PANEL_DPI = 280, 100  # of a picture of `panel`: pixels of the longer side, dots an inch
 SAME_SVG: Any = {"svg.hashsalt": "amc"}  # else ids are drawn at random: two equal figures would differ as files
 
 
@@ -28,24 +28,6 @@ class Case(NamedTuple):
 
     expression: Expression
     maps: Sequence[Tensor]
-
-
-def blend(image: np.ndarray, cam: np.ndarray, strength: float = 0.6) -> np.ndarray:
-    """A heat map over an image.
-
-    Args:
-        image: uint8 (height, width, 3).
-        cam: float (height, width), any scale; its range is stretched to [0, 1].
-        strength: opacity where the map is highest.
-
-    Returns:
-        uint8 (height, width, 3).
-    """
-    spread = float(cam.max() - cam.min())
-    heat = (cam - cam.min()) / spread if spread > 0 else np.zeros_like(cam)
-    colours = matplotlib.colormaps["turbo"](heat)[..., :3] * 255
-    opacity = strength * heat[..., None]
-    return (image * (1 - opacity) + colours * opacity).round().astype(np.uint8)
 
 
 def contact_sheet(cases: Sequence[Case], models: Sequence[str], path: Path) -> None:
@@ -80,23 +62,19 @@ def panel(
         pred: the map (h, w), or None for the image alone.
         right: whether the point counts as right, for its colour.
     """
-    height, width = size
-    scale = SHOWN_SIDE / max(size)
-    shown = max(1, round(width * scale)), max(1, round(height * scale))
-    image = image.resize((2 * shown[0], 2 * shown[1]), Image.Resampling.BICUBIC)  # shrunk at the end: smooth lines
-    cam = None if pred is None else maps.ResizedMap(pred, height, width)
+    width, height = (max(1, round(SHOWN_SIDE * length / max(size))) for length in size[::-1])
+    figure = Figure(figsize=((width + 0.1) / PANEL_DPI, (height + 0.1) / PANEL_DPI), dpi=PANEL_DPI)
+    axes = figure.add_axes((0, 0, width / (width + 0.1), height / (height + 0.1)))
+    image = image.resize((width, height), Image.Resampling.BICUBIC)
+    heat = point = None
     if pred is not None:
-        heat = maps.ResizedMap(pred, image.height, image.width).product().numpy().clip(0)
-        image = Image.fromarray(blend(np.asarray(image), heat))
-    draw, scale = ImageDraw.Draw(image), 2 * scale
-    for x, y, w, h in (boxes * scale).tolist():
-        right_edge, bottom = x + max(w - 1, 0), y + max(h - 1, 0)
-        for grown, colour, line in ((2, "black", 9), (0, TRUTH, 5)):
-            draw.rectangle([x - grown, y - grown, right_edge + grown, bottom + grown], outline=colour, width=line)
-    if cam is not None:
-        x, y = ((at + 0.5) * scale for at in cam.point())
-        draw.ellipse([x - 12, y - 12, x + 12, y + 12], fill=RIGHT if right else WRONG, outline="black", width=3)
-    return image.resize(shown, Image.Resampling.LANCZOS)
+        cam = maps.ResizedMap(pred, height, width).product().numpy().clip(0)
+        spread = float(np.ptp(cam))
+        heat = (cam - cam.min()) / spread if spread > maps.ROUNDING * cam.max() else np.zeros_like(cam)
+        point = maps.ResizedMap(pred, *size).point()
+    truth = [Box(box, style="-") for box in boxes.tolist()]
+    draw(axes, image, size, heat, see_through("turbo", 0.6, 1), truth, point, RIGHT if right else WRONG, 1.1)
+    return Image.fromarray(pixels(figure))
 
 
 def loss_curves(runs: dict[str, list[dict[str, Any]]], path: Path, unit: str = "steps") -> None:

@@ -24,7 +24,8 @@ from dataset.reading import DataError, read_image
 from dataset.text import has_content
 from dataset.vg import TrainingEntry, clip_box
 from grounding.explain import Explainer, clean_phrase, encode, ground
-from grounding.pictures.overlay import overlay, pixels
+from grounding.pictures.overlay import overlay
+from grounding.pictures.render import pixels
 from models.interface import MODES
 from utils import UserError, log
 

@@ -12,8 +12,8 @@ from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grounding.pictures.overlay import data_uri
 from grounding.pictures.panels import SAME_SVG
+from grounding.pictures.render import data_uri
 
 # Okabe and Ito's colours, told apart by the colour-blind; the marks tell them apart in black and white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")

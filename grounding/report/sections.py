@@ -9,8 +9,8 @@ import pandas as pd
 from dataset.reading import read_image
 from grounding.maps import ResizedMap
 from grounding.metrics import point_correct
-from grounding.pictures.overlay import data_uri
 from grounding.pictures.panels import panel
+from grounding.pictures.render import data_uri
 from grounding.report.charts import Panel, chart
 from grounding.report.page import Block, Chart, Part, Shot, ShownCase
 from grounding.report.rows import MAP_BOX, MEASURES, POINTING, THRESHOLDS, Results

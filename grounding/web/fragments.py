@@ -1,84 +1,30 @@
-"""The page's pictures and sentences as HTML; pictures are inside it, so that none is left on the server."""
+"""The page's HTML: pictures (inside it, as data: no file is served), captions, messages."""
 
 import html
 import io
 from collections.abc import Sequence
 
+from PIL import Image
+
+from dataset.photos import read_photo
 from grounding.explain import Answer, Grounding, of_word, place
-from grounding.pictures import overlay
-from grounding.pictures.overlay import data_uri
-from grounding.web.session import MOST_BYTES, TOO_LARGE, Picture, Reply
+from grounding.pictures.overlay import overlay, slug
+from grounding.pictures.render import data_uri, png
+from grounding.web.examples import Example
+from grounding.web.session import MOST_BYTES, Picture, Reply
 from utils import UserError
 
 SIDE = 4.5  # inches of a picture's longer side: text stays legible with three pictures beside each other
 SMALL_SHOWN = 256  # pixels of a longer side; up to this many are sent as PNG and shown pixel by pixel
 BOXES_SHOWN = 3
 FAST = 1  # of PNG's compression
+THUMBNAIL = 160  # pixels
 WHOLE = "whole phrase"
 SAVE = "this.href = this.closest('figure').querySelector('img').src"  # the picture is sent once, not again for this
 
-REFUSED = '<div id="amc-refused"></div>'  # where `SCRIPT` writes
-SCRIPT = f"""<script>
-// A file that is too large is refused before it is sent; Gradio would leave "Error" where its box was.
-const refused = (event, files, clear) => {{
-    const place = document.getElementById("amc-refused");
-    const large = Array.from(files ?? []).find((file) => file.size > {MOST_BYTES});
-    if (!place) return;
-    place.replaceChildren();
-    if (!large) return;
-    event.preventDefault();
-    event.stopImmediatePropagation();
-    clear();
-    const said = document.createElement("div");
-    said.className = "amc-error";
-    said.role = "alert";
-    said.textContent = large.name + ": " + (Math.ceil(large.size / 2 ** 20 * 10) / 10).toFixed(1) + " {TOO_LARGE}";
-    place.append(said);
-}};
-window.addEventListener("change", (event) => {{
-    const box = event.target;
-    if (box.type === "file") refused(event, box.files, () => {{ box.value = ""; }});
-}}, true);
-window.addEventListener("drop", (event) => {{
-    const leave = () => event.target.dispatchEvent(new DragEvent("dragleave", {{bubbles: true, cancelable: true}}));
-    refused(event, event.dataTransfer?.files, leave);
-}}, true);
-window.addEventListener("click", (event) => {{
-    if (event.target.closest("#amc-examples")) document.getElementById("amc-refused")?.replaceChildren();
-}}, true);
-</script>"""
-
-STYLE = """
-.amc-row {display: grid; gap: 12px; align-items: start; grid-template-columns: minmax(0, 2fr) repeat(2, minmax(0, 3fr))}
-.amc-row figure, .amc-picture figure {margin: 0; min-width: 0}
-.amc-row img, .amc-picture img {display: block; border-radius: 4px; object-fit: contain}
-.amc-row img {width: 100%; max-width: 640px; height: auto}
-.amc-row a {margin: 0; padding: 0}
-.amc-row .amc-plain {margin-top: 8%}
-.amc-row .amc-plain img {max-height: 800px; object-position: left top}
-.amc-picture img {max-width: 100%; max-height: 240px; min-height: 120px; margin: 0 auto}
-.amc-row figcaption, .amc-picture figcaption {font-size: 14px; line-height: 1.4; margin-top: 4px}
-.amc-row figcaption, .amc-picture figcaption, .amc-error, .amc-note {overflow-wrap: anywhere}
-.amc-picture figcaption {text-align: center}
-.amc-pixels {image-rendering: pixelated}
-.amc-error {border-left: 4px solid #c62828; padding: 6px 10px}
-.amc-note {font-size: 14px; opacity: 0.85}
-body:has(#amc-refused > *) #amc-said {display: none}
-.amc-words, .amc-words label {overflow-wrap: anywhere}
-#amc-examples, #amc-examples .grid-wrap {height: auto !important; min-height: 0 !important}
-#amc-examples .grid-container {grid-template-columns: repeat(4, minmax(0, 1fr)); gap: 6px; padding: 6px}
-#amc-examples .thumbnail-item {width: 100%; height: auto; aspect-ratio: 1}
-#amc-examples .caption-label {font-size: 11px; padding: 1px 5px}
-@media (max-width: 760px) {
-  .amc-row {grid-template-columns: minmax(0, 1fr)}
-  .amc-row .amc-plain {margin-top: 0}
-  .amc-row .amc-plain img {width: auto; height: 160px; max-width: 100%}
-}
-"""
-
 
 def message(text: str) -> str:
-    """An error of ours, for everyone to read."""
+    """An error message; nothing where there is none."""
     return f'<div class="amc-error" role="alert">{html.escape(text)}</div>' if text else ""
 
 
@@ -87,30 +33,56 @@ def note(*lines: str) -> str:
     return "".join(f'<div class="amc-note">{html.escape(line)}</div>' for line in lines)
 
 
+def upload_box() -> str:
+    """Where a picture is dropped or chosen, and where choose.js says why one is refused."""
+    text = f"Drop a picture here, or click to upload one of up to {MOST_BYTES / 2**20:g} MB"
+    box = f'<label class="amc-upload"><input type="file" accept="image/*">{text}</label>'
+    return f'{box}<div class="amc-error" role="alert" id="amc-refused"></div>'
+
+
+def example_buttons(examples: Sequence[Example]) -> str:
+    """A small picture to press for each example."""
+    buttons = []
+    for number, example in enumerate(examples):
+        image, name = read_photo(example.path), html.escape(example.name)
+        image.thumbnail((THUMBNAIL, THUMBNAIL))
+        buttons.append(f'<button data-example="{number}"><img src="{_data(image, "JPEG")}" alt="">')
+        buttons.append(f"<span>{name}</span></button>")
+    return f'<div class="amc-examples">{"".join(buttons)}</div>'
+
+
 def shown_picture(picture: Picture, credit: str = "") -> str:
     """The chosen picture as it was read, with its name and size."""
     return f'<div class="amc-picture">{_plain(picture, credit)}</div>'
 
 
-def word_choices(replies: Sequence[Reply], number: int) -> list[tuple[str, int]]:
-    """(name, index) of the maps that a phrase has: 0 the whole phrase, then the words that the first model read."""
-    for reply in replies:
-        answer = reply.answers[number]
-        if isinstance(answer, Answer):
-            return [(WHOLE, 0), *((word.word, index) for index, word in enumerate(answer.words, start=1))]
-    return [(WHOLE, 0)]
+def words(replies: Sequence[Reply], number: int) -> list[str]:
+    """The names of the maps that a phrase has: the whole phrase, then the words that the first model read."""
+    answers = (reply.answers[number] for reply in replies)
+    found = next((answer for answer in answers if isinstance(answer, Answer)), None)
+    return [WHOLE, *(word.word for word in found.words)] if found else [WHOLE]
 
 
-def row(picture: Picture, replies: Sequence[Reply], number: int, choice: int, threshold: float, colormap: str) -> str:
-    """A phrase's row: the picture, then each model's map of it.
+def row(
+    picture: Picture, phrase: str, replies: Sequence[Reply], number: int, choice: int, threshold: float, colormap: str
+) -> str:
+    """A phrase's row: its words to choose from, the picture, then each model's map.
 
     Args:
         number: of the phrase among those asked.
-        choice: of `word_choices`.
+        choice: an index of `words`.
     """
-    word = {index: name for name, index in word_choices(replies, number)}.get(choice, WHOLE)
-    figures = [_figure(picture, reply, number, choice, word, threshold, colormap) for reply in replies]
-    return f'<div class="amc-row">{_plain(picture)}{"".join(figures)}</div>'
+    names = words(replies, number)
+    buttons = "".join(
+        f'<button role="radio" data-word="{index}" aria-checked="{str(index == choice).lower()}">{html.escape(name)}'
+        "</button>"
+        for index, name in enumerate(names)
+    )
+    figures = [_figure(picture, reply, number, choice, names[choice], threshold, colormap) for reply in replies]
+    return (
+        f'<div class="amc-words" role="radiogroup"><div>{html.escape(phrase)}</div>{buttons}</div>'
+        f'<div class="amc-row">{_plain(picture)}{"".join(figures)}</div>'
+    )
 
 
 def times(replies: Sequence[Reply], drawing: float) -> str:
@@ -124,7 +96,7 @@ def times(replies: Sequence[Reply], drawing: float) -> str:
 
 
 def remarks(replies: Sequence[Reply]) -> list[str]:
-    """What is to be known of how phrases are read, each once: "one and two: cut to 30 words, as in evaluation"."""
+    """Notes on how phrases are read, each once: "one and two: cut to 30 words, as in evaluation"."""
     models: dict[str, list[str]] = {}
     for reply in replies:
         for remark in reply.notes:
@@ -146,12 +118,12 @@ def _figure(
         else:
             shown = answer
         found = place(shown, picture.image.height, picture.image.width, threshold)
-        content = overlay.png(overlay.overlay(picture.reduced, found, colormap=colormap, side=SIDE), FAST)
+        content = png(overlay(picture.reduced, found, colormap=colormap, side=SIDE), FAST)
     except UserError as error:
         return f"<figure>{message(str(error))}<figcaption>{name}</figcaption></figure>"
     source = data_uri("image/png", content)
-    file = "_".join([overlay.slug(picture.name.rpartition(".")[0] or picture.name), overlay.slug(answer.text)])
-    file += f"_{overlay.slug(word)}" * bool(choice) + f"_{overlay.slug(reply.model)}.png"
+    file = "_".join([slug(picture.name.rpartition(".")[0] or picture.name), slug(answer.text)])
+    file += f"_{slug(word)}" * bool(choice) + f"_{slug(reply.model)}.png"
     alt = html.escape(f"map of {shown.text}, {reply.model}", quote=True)
     facts = [f"match probability {found.match:.3f}", f"point {found.point[0]}, {found.point[1]}", *_boxes(found)]
     if choice:
@@ -173,11 +145,15 @@ def _boxes(found: Grounding) -> list[str]:
 
 def _plain(picture: Picture, credit: str = "") -> str:
     """The picture without a map, reduced if it is large."""
-    image, buffer = picture.reduced, io.BytesIO()
-    small = max(image.size) <= SMALL_SHOWN
-    image.save(buffer, "PNG" if small else "JPEG", quality=90)
-    look, kind = ('class="amc-pixels" ', "image/png") if small else ("", "image/jpeg")
-    name = html.escape(picture.name, quote=True)
+    small = max(picture.reduced.size) <= SMALL_SHOWN
+    name, source = html.escape(picture.name, quote=True), _data(picture.reduced, "PNG" if small else "JPEG")
     facts = [name, f"{picture.image.width} x {picture.image.height} pixels", *filter(None, [html.escape(credit)])]
-    shown = f'<img {look}src="{data_uri(kind, buffer.getvalue())}" alt="{name}">'
+    shown = f'<img {"class=amc-pixels " * small}src="{source}" alt="{name}">'
     return f'<figure class="amc-plain">{shown}<figcaption>{" · ".join(facts)}</figcaption></figure>'
+
+
+def _data(image: Image.Image, kind: str) -> str:
+    """An image as the address of its own content."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=90)
+    return data_uri(f"image/{kind.lower()}", buffer.getvalue())

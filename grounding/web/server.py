@@ -1,40 +1,33 @@
-"""The server of `demo.py --web`: what Gradio is told, where it writes, who may reach it.
+"""The server of `demo.py --web`: what Gradio is told, and the request guard around it.
 
 Gradio is imported when the page is made, so that all else works without it.
 """
 
 import contextlib
 import os
-import signal
-import tempfile
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-from grounding.web import fragments, layout
+from grounding.web import layout
 from grounding.web.examples import Example
 from grounding.web.layout import Start
-from grounding.web.request_guard import LOOPBACK, UPLOADS, Gate
 from grounding.web.session import MOST_BYTES, Answers
 from utils import UserError
 
 START = Start()
 MOST_WAITING = 100  # calls; one that comes while so many wait is refused, and Gradio says so on the page
 KEPT_SESSIONS = 1000
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(answers: Answers, examples: Sequence[Example], host: str, port: int | None, start: Start) -> None:
-    """Serve the page until Ctrl-C or SIGTERM; raises `UserError` as `running` does."""
+    """Serve the page until Ctrl-C; raises `UserError` as `running` does."""
     if host not in LOOPBACK:
         print(f"warning: --host {host}: everyone who reaches this address can use the page; it asks for no password")
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # its own way would leave the folder behind
-    try:
-        with contextlib.suppress(KeyboardInterrupt), running(answers, examples, host, port, start) as url:
-            print(f"the page is at {url} ; stop it with Ctrl-C", flush=True)
-            threading.Event().wait()
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    with contextlib.suppress(KeyboardInterrupt), running(answers, examples, host, port, start) as url:
+        print(f"the page is at {url} ; stop it with Ctrl-C", flush=True)
+        threading.Event().wait()
 
 
 @contextlib.contextmanager
@@ -45,7 +38,7 @@ def running(
     port: int | None = None,
     start: Start = START,
 ) -> Iterator[str]:
-    """The page's server in the background, with its address; all that it wrote is gone at the end.
+    """The page's server in the background, with its address; it writes no file.
 
     Args:
         port: None: 7860 or the next free one.
@@ -53,16 +46,19 @@ def running(
     Raises:
         UserError: Gradio is not installed, or the address is taken.
     """
-    there = os.path.realpath(tempfile.gettempdir())  # without links, so that all names of a file are one
-    with tempfile.TemporaryDirectory(prefix="amc-web-", dir=there) as folder, _environment(folder, host):
+    with _environment(host):
         gr = gradio()
-        page = layout.build(gr, answers, examples, start, Path(folder) / UPLOADS)
+        from grounding.web.request_guard import RequestGuard  # which takes what comes with Gradio
+
+        page = layout.build(gr, answers, examples, start)
 
         @contextlib.asynccontextmanager
-        async def behind_a_gate(server: Any) -> AsyncIterator[None]:
-            """Put the gate before all that Gradio does; middleware of `app_kwargs` would stand inside."""
-            inner = server.middleware_stack
-            server.middleware_stack = Gate(inner, Path(folder), host in LOOPBACK, MOST_BYTES, server, page.fns.keys())
+        async def guarded(server: Any) -> AsyncIterator[None]:
+            """Put the guard around all that Gradio does; middleware of `app_kwargs` would stand inside."""
+            inner, hosts = server.middleware_stack, LOOPBACK if host in LOOPBACK else ()
+            server.middleware_stack = RequestGuard(
+                inner, hosts, page.fns.keys(), lambda content, name: answers.add_picture(content, name).key, MOST_BYTES
+            )
             yield
 
         page.queue(api_open=False, max_size=MOST_WAITING)
@@ -71,11 +67,9 @@ def running(
                 server_name=f"[{host}]" if ":" in host else host,
                 server_port=port,
                 theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-                css=fragments.STYLE,
-                head=fragments.SCRIPT,
-                max_file_size=MOST_BYTES,
+                css=layout.CSS,
                 state_session_capacity=KEPT_SESSIONS,
-                app_kwargs={"lifespan": behind_a_gate, "docs_url": None, "redoc_url": None},
+                app_kwargs={"lifespan": guarded, "docs_url": None, "redoc_url": None},
                 footer_links=[],
                 prevent_thread_lock=True,
                 quiet=True,
@@ -85,6 +79,7 @@ def running(
                 mcp_server=False,
                 enable_monitoring=False,
                 pwa=False,
+                run_history=False,
             )
         except (OSError, OverflowError) as error:  # Gradio keeps the reason to itself
             where = f"{host}, port {port}" if port is not None else f"{host}, ports from 7860"
@@ -108,29 +103,16 @@ def gradio() -> Any:
 
 
 @contextlib.contextmanager
-def _environment(folder: str, host: str = LOOPBACK[0]) -> Iterator[None]:
-    """What Gradio can be told by the environment alone: it reports nothing, and writes into `folder` alone.
-
-    It also asks its own page once, and a proxy that stands in the environment knows nothing of this machine's `host`.
-    """
-    direct = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
-    direct = ",".join([*filter(None, [direct]), *dict.fromkeys([*LOOPBACK, host])])
-    wanted = {
-        "no_proxy": direct,
-        "NO_PROXY": direct,
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "GRADIO_RUN_HISTORY": "False",
-        "GRADIO_TEMP_DIR": folder,
-        "GRADIO_EXAMPLES_CACHE": folder,  # the examples' pictures are served, wherever uploads go
-    }
-    before = {name: os.environ.get(name) for name in wanted}
+def _environment(host: str = LOOPBACK[0]) -> Iterator[None]:
+    """What Gradio takes from the environment alone: it reports nothing, and asks its own page without a proxy."""
+    before = dict(os.environ)
+    direct = ",".join(filter(None, [before.get("no_proxy") or before.get("NO_PROXY"), *LOOPBACK, host]))
+    wanted = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    wanted |= {"no_proxy": direct, "NO_PROXY": direct}
     os.environ.update(wanted)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                os.environ.pop(name, None)
-            else:
-                os.environ[name] = value
+        for name in wanted.keys() - before.keys():
+            del os.environ[name]
+        os.environ.update(before)

@@ -1,16 +1,17 @@
-"""Answers of several models about pictures, each thing computed once: what the page of `demo.py --web` asks.
+"""Pictures, models and answers that the page of `demo.py --web` keeps, so that each is computed once.
 
 An image is encoded once per model, a phrase is asked once per model, mode and layer. Threshold, words and colours ask
 the model nothing (`grounding.explain.place`). What is kept is bounded in number and in size.
 """
 
+import contextlib
 import hashlib
 import io
 import math
 import re
 import threading
 import time
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
 
 from PIL import Image
@@ -18,7 +19,7 @@ from PIL import Image
 from dataset.photos import read_photo
 from dataset.reading import DataError
 from dataset.transforms import resize_bicubic
-from grounding.explain import Answer, EncodedImage, PhraseError, Resize, ask, encode, notes
+from grounding.explain import Answer, EncodedImage, Explainer, PhraseError, Resize, ask, encode, notes
 from grounding.load import OpenedModel, of_scenes
 from grounding.web.examples import Offer
 from models.interface import LayerError
@@ -29,6 +30,7 @@ TOO_LARGE = f"MB, and at most {MOST_BYTES / 2**20:g} MB are read; save it as JPE
 MOST_PIXELS, LONGEST_SIDE = 40_000_000, 20_000
 MOST_SCANS = 100  # of a JPEG: each goes over all pixels again, and 80 bytes are enough for one; programs write about 10
 SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e]")
+LONGEST_FILE_NAME = 100  # characters
 MOST_PHRASES, LONGEST_PHRASE = 6, 300  # phrases at a time; characters
 LONGEST_NAMED = 60  # characters of a phrase in a remark on it
 LONGEST_SHOWN = 640  # pixels of the longer side of a picture that is shown without a map
@@ -40,7 +42,7 @@ V = TypeVar("V")
 
 
 class Recent(Generic[K, V]):
-    """Values by key; those used longest ago are dropped while all sizes add up to more than `most`, but never the last.
+    """The values used last, by key: those whose sizes add up to at most `most`, and always the newest.
 
     Args:
         size: of a value; 1 unless given, so that `most` is a number of values.
@@ -51,10 +53,7 @@ class Recent(Generic[K, V]):
         self.values: dict[K, V] = {}  # the one used last comes last
 
     def get(self, key: K) -> V | None:
-        if key not in self.values:
-            return None
-        self.values[key] = value = self.values.pop(key)
-        return value
+        return self.put(key, self.values[key]) if key in self.values else None
 
     def put(self, key: K, value: V) -> V:
         self.values.pop(key, None)
@@ -65,7 +64,7 @@ class Recent(Generic[K, V]):
 
 
 class Picture(NamedTuple):
-    """A picture, upright and RGB; the key says its content, the name is for people; `reduced` is for showing."""
+    """A picture, upright and RGB; `key` is the digest of its file, `reduced` a small copy to show without a map."""
 
     key: str
     name: str
@@ -91,7 +90,7 @@ class Reply(NamedTuple):
     Args:
         answers: one a phrase, or the message why there is none.
         notes: on how phrases are read.
-        seconds: what was computed ("model", "image", "phrases") and how long it took; empty when all was known.
+        seconds: what was computed ("model", "image", "phrase") and how long it took; empty when all was known.
     """
 
     model: str
@@ -101,11 +100,11 @@ class Reply(NamedTuple):
 
 
 class Answers:
-    """Models, encoded images and answers that are kept.
+    """The models, encoded images and answers that are kept.
 
     Args:
-        offers: the checkpoints that can be asked, by name.
-        open_offer: opens one; a `UserError` becomes the reply's message, and is tried again the next time.
+        offers: the checkpoints that can be asked.
+        open_offer: opens one; a `UserError` becomes the reply's message, and the next question tries again.
         resize: to the model's size.
         explain: settings of every explainer, such as `precision`.
     """
@@ -126,7 +125,8 @@ class Answers:
         self.lock = threading.RLock()  # one answer at a time: an explanation goes back through the model's gradients
 
     def add_picture(self, content: bytes, name: str) -> Picture:
-        """Decode an uploaded file and keep it; raises `DataError` when it is too large or no image."""
+        """Decode an image file and keep it; raises `DataError` when it is too large or no image."""
+        name = name[-LONGEST_FILE_NAME:] or "picture"
         if len(content) > MOST_BYTES:
             raise DataError(f"{name}: {math.ceil(len(content) / 2**20 * 10) / 10:.1f} {TOO_LARGE}")
         if len(SCAN.findall(content)) > MOST_SCANS:
@@ -148,13 +148,13 @@ class Answers:
         return found
 
     def layers(self, model: str, mode: str) -> Layers:
-        """Opens the model if it is not yet open; raises `UserError` when it cannot be opened."""
+        """A model's layers; opens it if it is not yet open, and raises `UserError` when it cannot be opened."""
         with self.lock:
             opened = self._opened(model, {})
         return Layers(tuple(opened.model.layers(mode)), opened.config.block_num, of_scenes(opened.config))
 
     def check_layer(self, mode: str, layer: int) -> None:
-        """Raise `LayerError` when no model has a layer; they are opened in their order until one has it."""
+        """Raise `LayerError` when no model has a layer; models are opened in their order until one has it."""
         lacking = []
         for model in self.offers:
             try:
@@ -167,62 +167,70 @@ class Answers:
         raise LayerError(f"--block_num {layer}: {'; '.join(lacking)}")
 
     def ask(self, key: str, phrases: Sequence[str], model: str, mode: str, layer: int | None) -> Reply:
-        """Ask a model about a picture; what it cannot answer is a message in the reply, never an exception of ours.
+        """Ask a model about a picture; every `UserError` becomes a message in the reply.
 
         Args:
             key: of a picture; see `picture`.
             layer: None: the config's.
         """
+        seconds: dict[str, float] = {}
+        answers: dict[str, Answer | str] = {}
+        remarks: list[str] = []
         with self.lock:
-            seconds: dict[str, float] = {}
             try:
                 opened = self._opened(model, seconds)
-                if layer is not None and layer not in (known_layers := self.layers(model, mode)).choices:
-                    raise LayerError(known_layers.lacks(model, mode, layer))
+                if layer is not None and layer not in (found := self.layers(model, mode)).choices:
+                    raise LayerError(found.lacks(model, mode, layer))
                 explainer = opened.explainer(mode, layer, **self.explain)
-                encoded = self._encoded(key, model, opened, seconds)
+                encoded = self._encoded(key, model, explainer, seconds)
             except UserError as error:
                 return Reply(model, [str(error)] * len(phrases), [], seconds)
-            said: dict[str, str] = {}  # what is wrong with a phrase
-            remarks: list[str] = []
+            new = []
             for phrase in dict.fromkeys(phrases):
                 try:
                     start_of_it = phrase if len(phrase) <= LONGEST_NAMED else f"{phrase[:LONGEST_NAMED]}…"
                     remarks += [f"{start_of_it}: {note}" for note in notes(explainer, phrase)]
                 except PhraseError as error:
-                    said[phrase] = str(error)
-            keys = {phrase: (key, model, mode, explainer.block, phrase) for phrase in phrases if phrase not in said}
-            known = {phrase: self.answers.get(keys[phrase]) for phrase in keys}
-            if new := [phrase for phrase, answer in known.items() if answer is None]:
-                start = time.perf_counter()
-                try:
-                    for phrase, answer in zip(new, ask(explainer, encoded, new), strict=True):
-                        known[phrase] = self.answers.put(keys[phrase], answer)
-                except UserError as error:  # weights that are not numbers
-                    said |= dict.fromkeys(new, str(error))
-                seconds["phrase" if len(new) == 1 else f"{len(new)} phrases"] = time.perf_counter() - start
-        found = [known.get(phrase) or said[phrase] for phrase in phrases]
-        return Reply(model, found, remarks, seconds)
+                    answers[phrase] = str(error)
+                    continue
+                known = self.answers.get((key, model, mode, explainer.block, phrase))
+                if known is None:
+                    new.append(phrase)
+                else:
+                    answers[phrase] = known
+            if new:
+                with _timed(seconds, "phrase" if len(new) == 1 else f"{len(new)} phrases"):
+                    try:
+                        for answer in ask(explainer, encoded, new):
+                            question = (key, model, mode, explainer.block, answer.phrase)
+                            answers[answer.phrase] = self.answers.put(question, answer)
+                    except UserError as error:  # weights that are not numbers
+                        answers |= dict.fromkeys(new, str(error))
+        return Reply(model, [answers[phrase] for phrase in phrases], remarks, seconds)
 
     def _opened(self, model: str, seconds: dict[str, float]) -> OpenedModel:
         if model not in self.offers:
             raise UserError(f"model {model!r}: not among those offered: {', '.join(self.offers)}")
         opened = self.models.get(model)
         if opened is None:
-            start = time.perf_counter()
-            opened = self.models.put(model, self.open_offer(self.offers[model]))
-            seconds["model"] = time.perf_counter() - start
+            with _timed(seconds, "model"):
+                opened = self.models.put(model, self.open_offer(self.offers[model]))
         return opened
 
-    def _encoded(self, key: str, model: str, opened: OpenedModel, seconds: dict[str, float]) -> EncodedImage:
+    def _encoded(self, key: str, model: str, explainer: Explainer, seconds: dict[str, float]) -> EncodedImage:
         encoded = self.encodings.get((key, model))
         if encoded is None:
             image = self.picture(key).image
-            start = time.perf_counter()
-            encoded = encode(opened.explainer(**self.explain), image, self.resize)
-            seconds["image"] = time.perf_counter() - start
-            self.encodings.put((key, model), encoded)
+            with _timed(seconds, "image"):
+                encoded = self.encodings.put((key, model), encode(explainer, image, self.resize))
         return encoded
+
+
+@contextlib.contextmanager
+def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+    start = time.perf_counter()
+    yield
+    seconds[what] = time.perf_counter() - start
 
 
 def reduced(image: Image.Image) -> Image.Image:

@@ -180,7 +180,7 @@ def test_options_reach_the_model(place: Path, tmp_path: Path) -> None:
         "0.9",
         "--json",
         "--npz",
-        "--words",
+        "--word_maps",
         "--colormap",
         "jet",
     )
@@ -221,7 +221,7 @@ def test_command_lines_that_say_too_little_or_too_much(place: Path) -> None:
         "^an image and a phrase are missing": [],
         "^a phrase is missing": [photo],
         "^an image is missing": ["--phrase", "x"],
-        r"a\.png' stands for an image, and --images names others; phrases then go to --phrase": [
+        r"a\.png': do not mix a positional image with --images; pass phrases by --phrase": [
             photo,
             "--images",
             photo,
@@ -284,7 +284,7 @@ def test_a_message_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_without_a_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(demo, "DEMO_MODELS", tmp_path)
+    monkeypatch.setattr(demo, "DEMO_AMC", tmp_path)
     assert demo.demo_model() == Path("checkpoints/scenes_amc.safetensors")
     assert "ships with the repository" in capsys.readouterr().out
     for epoch in ("09", "99", "100"):
@@ -396,7 +396,7 @@ def test_what_ships_needs_nothing_else(tmp_path: Path) -> None:
 def test_names_of_files() -> None:
     paths = [Path(name) for name in ("a/x.jpg", "b/x.png", "X.gif", "x-2.jpg", "y.z.jpg")]
     assert demo.file_names(paths) == ["x", "x-2", "X-3", "x-2-2", "y.z"]
-    assert [demo.overlay.slug(text) for text in ("The dog, left", "日本", "a/../b", "x" * 60)] == [
+    assert [demo.slug(text) for text in ("The dog, left", "日本", "a/../b", "x" * 60)] == [
         "the-dog-left",
         "phrase",
         "a-b",

@@ -116,8 +116,8 @@ def read_by_its_program(words: list[str]) -> str:
             load_any_config(config, args.set)
     elif program == "demo.py":
         args = demo.parse_args(options)
-        assert args.words
-        assert len(args.words) > 1
+        assert args.image_and_phrases
+        assert len(args.image_and_phrases) > 1
     elif program == "docs/figures.py":
         assert figures.question(figures.parse_args(options)) == figures.EXAMPLES[options[0]]
     else:

@@ -1,4 +1,4 @@
-"""docs/figures.py and the numbers in its pictures (`grounding.pictures.anatomy`) on a tiny model of large weights."""
+"""docs/figures.py and the numbers in its pictures (`docs/map_parts.py`) on a tiny model of large weights."""
 
 import json
 from pathlib import Path
@@ -19,9 +19,9 @@ from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.transforms import normalise
 from docs import figures
+from docs.map_parts import look, parts, terms, training_view
 from grounding.explain import Explainer, encode, ground
 from grounding.load import open_model
-from grounding.pictures.anatomy import look, parts, terms, training_view
 from models import amc
 from models.albef import build_albef
 from tests.small_model import BERT, SIZES

@@ -14,18 +14,8 @@ from PIL import Image
 
 from grounding.explain import Grounding, WordMap
 from grounding.maps import ResizedMap, map_boxes, share_of_maximum
-from grounding.pictures.overlay import (
-    DPI,
-    LEAST_WIDTH,
-    SIDE,
-    TITLE,
-    break_lines,
-    overlay,
-    save,
-    see_through,
-    word_strip,
-    wrap,
-)
+from grounding.pictures.overlay import LEAST_WIDTH, SIDE, TITLE, break_lines, overlay, word_strip, wrap
+from grounding.pictures.render import DPI, save, see_through
 from utils import UserError
 
 RED, WHITE = (255, 59, 48), (255, 255, 255)

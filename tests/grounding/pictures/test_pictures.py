@@ -4,6 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pytest
 import torch
@@ -12,19 +13,21 @@ from PIL import Image
 from dataset.expressions import Expression
 from dataset.reading import read_image
 from grounding import maps, metrics
-from grounding.pictures.panels import Case, _steps, blend, contact_sheet, loss_curves, loss_figure, panel
+from grounding.pictures.panels import Case, _steps, contact_sheet, loss_curves, loss_figure, panel
 
 
-def test_blend_leaves_the_cold_parts_alone() -> None:
-    image = np.full((4, 6, 3), 100, np.uint8)
-    cam = np.zeros((4, 6), np.float32)
-    cam[1, 2] = 5.0
-    shown = blend(image, cam, strength=0.5)
-    hottest = np.array([122.4, 4.4, 2.7])  # the end of matplotlib's turbo
-    assert shown[1, 2] == pytest.approx(100 * 0.5 + hottest * 0.5, abs=2)
-    shown[1, 2] = 100
-    assert (shown == 100).all()
-    assert (blend(image, np.ones((4, 6), np.float32)) == image).all()  # a flat map says nothing
+def test_a_panel_colours_the_hot_parts_alone() -> None:
+    image, cam, none = Image.new("RGB", (280, 280), (100, 100, 100)), torch.zeros(7, 7), np.zeros((0, 4))
+    cam[1:4, 1:4] = 5.0
+    shown = np.asarray(panel(image, (280, 280), none, cam)).astype(float)
+    heat = maps.ResizedMap(cam, 280, 280).product().clamp(min=0)
+    share = float(heat[75, 99] / heat.max())
+    assert 0.8 < share < 0.95
+    colour = np.array(matplotlib.colormaps["turbo"](share)[:3]) * 255
+    assert shown[75, 99] == pytest.approx(100 * (1 - 0.6 * share) + colour * 0.6 * share, abs=3)
+    assert (shown[210:] == 100).all()
+    flat = np.asarray(panel(image, (280, 280), none, torch.ones(7, 7)))
+    assert (flat != 100).any(axis=2).sum() < 250  # the point, and nothing else
 
 
 @pytest.fixture
@@ -77,7 +80,7 @@ def test_a_panel_shows_where_box_and_point_are() -> None:
         shown = np.asarray(panel(image, (80, 120), box, cam, right)).astype(int)
         x, y = maps.ResizedMap(cam, 80, 120).point()
         assert abs(shown[int((y + 0.5) * scale), int((x + 0.5) * scale)] - colour).max() < 40
-        assert abs(shown[int(40 * scale), int(60 * scale) + 1] - 255).max() < 40  # the left edge
+        assert abs(shown[int(40 * scale), int(60 * scale)] - 255).max() < 40  # the left edge
         assert abs(shown[int(40 * scale), int(90 * scale) - 1] - 255).max() < 40  # the right one
         assert abs(shown[int(60 * scale) - 1, int(75 * scale)] - 255).max() < 40  # the bottom
         assert (shown[int(40 * scale), int(30 * scale)] == 128).all()

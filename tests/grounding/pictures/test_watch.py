@@ -27,7 +27,8 @@ from dataset.vg import TrainingEntry, load_entries
 from grounding.explain import Explainer, ground
 from grounding.load import open_model
 from grounding.pictures import tensorboard
-from grounding.pictures.overlay import overlay, save
+from grounding.pictures.overlay import overlay
+from grounding.pictures.render import save
 from models.pretrain import PretrainModel
 from tests.training_runs import (
     REPOSITORY,

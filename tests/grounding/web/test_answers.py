@@ -17,13 +17,14 @@ from PIL import Image
 from config import PretrainConfig
 from dataset.reading import DataError
 from dataset.scenes import files as scenes_files
+from dataset.scenes.paths import SHIPPED, SHIPPED_AMC
 from dataset.transforms import resize_bilinear_image
 from grounding.explain import Answer, Explainer, PhraseError, ground_all, of_word
 from grounding.load import OpenedModel, open_model
 from grounding.web import examples, fragments, session
 from grounding.web.examples import Offer, offered, scene_examples
 from grounding.web.layout import NOTHING, Events
-from grounding.web.session import MOST_PHRASES, Answers, Picture, Recent, Reply, split_phrases
+from grounding.web.session import Answers, Picture, Recent, Reply, split_phrases
 from models.albef import ALBEF, build_albef
 from models.interface import LayerError
 from tests.small_model import BERT, SIZES
@@ -103,46 +104,58 @@ def events(counted: Counted) -> Events:
 def controls(key: str, text: str, other: str = NOTHING, **changed: Any) -> list[Any]:
     """What the page's controls hold, with `Question`'s names."""
     usual = {"key": key, "text": text, "model": "one", "other": other, "mode": "itm", "layer": 1}
-    return list((usual | {"threshold": 0.5, "colormap": "viridis", "asked": ()} | changed).values())
+    return list((usual | {"threshold": 0.5, "colormap": "viridis", "asked": {}} | changed).values())
+
+
+def html(rows: list[dict[str, Any]]) -> list[str]:
+    return [row["value"] for row in rows]
 
 
 def test_a_second_model_is_asked_only_if_there_is_one(events: Events) -> None:
     key = events.answers.add_picture(file(), "noise.jpg").key
     for other, models in ((NOTHING, ["one"]), ("one", ["one"]), ("two", ["one", "two"])):
-        _, asked, *rows = events.answer(*controls(key, "a red star\ncircle", other), *[0] * MOST_PHRASES)
-        assert asked == ("a red star", "circle")
-        assert [rows[3 * number]["visible"] for number in range(MOST_PHRASES)] == [True] * 2 + [False] * 4
-        for number, phrase in enumerate(asked):
-            assert rows[3 * number + 1]["label"] == phrase
-            assert [name for name in ("one", "two") if f"map of {phrase}, {name}" in rows[3 * number + 2]] == models
-            assert rows[3 * number + 2].count("<figure>") == len(models)
-            assert 'role="alert"' not in rows[3 * number + 2]
+        _, asked, *rows = events.answer(*controls(key, "a red star\ncircle", other))
+        assert asked == {"a red star": 0, "circle": 0}
+        assert [row["visible"] for row in rows] == [True] * 2 + [False] * 4
+        for phrase, shown in zip(asked, html(rows), strict=False):
+            assert f"<div>{phrase}</div>" in shown
+            assert [name for name in ("one", "two") if f"map of {phrase}, {name}" in shown] == models
+            assert shown.count("<figure>") == len(models)
+            assert 'role="alert"' not in shown
 
 
-def test_a_chosen_word_stays_while_its_phrase_does(events: Events) -> None:
+def test_a_chosen_word_stays_with_its_phrase(events: Events) -> None:
     key = events.answers.add_picture(file(), "noise.jpg").key
-    words = [2, 1, *[0] * (MOST_PHRASES - 2)]  # "a" of the first phrase; [CLS] of the second
-    rows = events.answer(*controls(key, "a red star\nblue", asked=("a red star", "circle")), *words)[2:]
-    assert [rows[1]["value"], rows[4]["value"]] == [2, 0]
+    before = {"circle": 1, "a red star": 2, "gone": 1, "blue": 9}  # "blue" has no ninth word
+    _, asked, *rows = events.answer(*controls(key, "a red star\nblue", asked=before))
+    assert asked == {"a red star": 2, "blue": 0}
+    assert '<button role="radio" data-word="2" aria-checked="true">a</button>' in rows[0]["value"]
+    assert [shown.count('aria-checked="true"') for shown in html(rows[:2])] == [1, 1]
 
 
 def test_a_row_shows_its_phrase_whatever_the_box_holds(events: Events) -> None:
     key = events.answers.add_picture(file(), "noise.jpg").key
-    values = controls(key, "something else", "two", asked=("a red star", "circle"))
+    values = controls(key, "something else", "two", asked={"a red star": 0, "circle": 0})
     for number, phrase in enumerate(("a red star", "circle")):
-        html = events.row(number, *values, 0)
-        assert html.count(f"map of {phrase}, ") == 2
-    word = events.row(0, *values, 3)
-    assert word.count("map of red (in: a red star), ") == 2
-    assert events.row(0, *values, None) == events.row(0, *values, 0) != word
+        asked, row = events.choose_word(number, {"word": 0}, *values)
+        assert asked == {"a red star": 0, "circle": 0}
+        assert row["value"].count(f"map of {phrase}, ") == 2
+    asked, word = events.choose_word(0, {"word": 3}, *values)
+    assert asked == {"a red star": 3, "circle": 0}
+    assert word["value"].count("map of red (in: a red star), ") == 2
+    whole = events.choose_word(0, {"word": 0}, *values)
+    for odd in ({}, {"word": 99}, {"word": -1}, {"word": "1"}, {"word": 1.0}):
+        assert events.choose_word(0, odd, *values) == whole
+    assert 'role="alert"' in events.choose_word(5, {"word": 0}, *values)[1]["value"]
 
 
 def test_messages_in_place_of_rows(events: Events) -> None:
-    status, asked, *rows = events.answer(*controls("", "circle"), *[0] * MOST_PHRASES)
+    status, asked, *rows = events.answer(*controls("", ""))
     assert "choose a picture first" in status
-    assert asked == ()
-    assert not any(update["visible"] for update in rows[::3])
-    assert "choose a picture first" in events.row(0, *controls("", "circle", asked=("circle",)), 0)
+    assert asked == {}
+    assert not any(row["visible"] or row["value"] for row in rows)
+    _, row = events.choose_word(0, {"word": 0}, *controls("", "circle", asked={"circle": 0}))
+    assert "choose a picture first" in row["value"]
 
 
 def test_what_a_model_cannot_say_is_shown_beside_the_other(events: Events, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -159,27 +172,28 @@ def test_what_a_model_cannot_say_is_shown_beside_the_other(events: Events, monke
     assert opened is not None
     bad = opened.model
     monkeypatch.setattr(session, "ask", broken)
-    values = [*controls(key, "a red star\n...", "two"), *[0] * MOST_PHRASES]
-    _, _, *rows = events.answer(*values)
-    assert "map of a red star, one" in rows[2]
-    assert "map of a red star, two" not in rows[2]
-    assert "weights &lt;b&gt;nan&lt;/b&gt;" in rows[2]
-    assert rows[5].count("nothing is left of it") == 2
+    values = controls(key, "a red star\n...", "two")
+    first, second, *_ = html(events.answer(*values)[2:])
+    assert "map of a red star, one" in first
+    assert "map of a red star, two" not in first
+    assert "weights &lt;b&gt;nan&lt;/b&gt;" in first
+    assert second.count("nothing is left of it") == 2
     monkeypatch.setattr(session, "ask", asked)
-    assert "map of a red star, two" in events.answer(*values)[4]
+    assert "map of a red star, two" in events.answer(*values)[2]["value"]
 
 
 def test_markup_in_phrases_is_text(events: Events) -> None:
     nasty = "<img src=x onerror=alert(1)>\"' red"
     key = events.answers.add_picture(file(), f"{nasty}.jpg").key
     for text in (nasty, f"{nasty}\n<b>...</b>\n\"'<>!?"):
-        status, _, *rows = events.answer(*controls(key, text, "broken"), *[0] * MOST_PHRASES)
-        shown = "".join([status, *rows[2::3], events.row(0, *controls(key, "", "two", asked=(nasty,)), 4)])
+        status, _, *rows = events.answer(*controls(key, text, "broken"))
+        _, row = events.choose_word(0, {"word": 4}, *controls(key, "", "two", asked={nasty: 0}))
+        shown = "".join([status, *html(rows), row["value"]])
         assert "&lt;img src=x" in shown
-        assert not re.search(r"<(?!/?(div|figure|figcaption|img|b|a)\b)|<img src=x|onerror=alert\(1\)>", shown)
+        allowed = r"<(?!/?(div|figure|figcaption|img|b|a|button)\b)|<img src=x|onerror=alert\(1\)>"
+        assert not re.search(allowed, shown)
     for wrong in (controls(key, "x", model=nasty), controls(key, "x", colormap=nasty), controls(key, nasty * 20)):
-        shown = "".join(map(str, events.answer(*wrong, *[0] * MOST_PHRASES)))
-        assert "<img src=x" not in shown
+        assert "<img src=x" not in "".join(map(str, events.answer(*wrong)))
 
 
 @pytest.mark.parametrize(("more", "read"), [(0, True), (80, True), (100, False)])
@@ -203,9 +217,9 @@ def test_pictures_of_long_sides(size: tuple[int, int], events: Events) -> None:
     Image.new("RGB", size, "red").save(buffer, "PNG")
     picture = events.answers.add_picture(buffer.getvalue(), "long.png")
     assert max(picture.reduced.size) == 640
-    _, _, *rows = events.answer(*controls(picture.key, "a red star"), *[0] * MOST_PHRASES)
-    assert "map of a red star, one" in rows[2]
-    assert len(rows[2]) < 200_000
+    shown = events.answer(*controls(picture.key, "a red star"))[2]["value"]
+    assert "map of a red star, one" in shown
+    assert len(shown) < 200_000
 
 
 # ---- what is computed, and how often
@@ -448,8 +462,8 @@ def test_phrases_of_a_text() -> None:
 
 
 def test_checkpoints_of_the_page(tmp_path: Path) -> None:
-    stage1 = Offer("stage 1 (before AMC)", examples.SHIPPED, "configs/scenes/Grounding_refcoco.yaml")
-    amc = Offer("AMC", examples.SHIPPED_AMC)
+    stage1 = Offer("stage 1 (before AMC)", SHIPPED, "configs/scenes/Grounding_refcoco.yaml")
+    amc = Offer("AMC", SHIPPED_AMC)
     assert offered(demo=tmp_path) == [stage1, amc]
     for name in ("amc/checkpoint_00.pth", "amc/checkpoint_02.pth", "control/checkpoint_01.pth"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -460,15 +474,13 @@ def test_checkpoints_of_the_page(tmp_path: Path) -> None:
     assert [offer.config for offer in offered(config="my.yaml", demo=tmp_path)] == ["my.yaml"] * 4
     (tmp_path / "amc/checkpoint_01.pth").touch()
     other = tmp_path / "amc/checkpoint_01.pth"
-    named = offered([str(control), str(other), str(examples.SHIPPED), str(control)])
+    named = offered([str(control), str(other), str(SHIPPED), str(control)])
     assert named == [
         Offer("control/checkpoint_01.pth", control),
         Offer("amc/checkpoint_01.pth", other),
         Offer("checkpoints/scenes_stage1.safetensors", *stage1[1:]),
     ]
-    assert offered([str(examples.SHIPPED)], "my.yaml") == [
-        Offer("scenes_stage1.safetensors", examples.SHIPPED, "my.yaml")
-    ]
+    assert offered([str(SHIPPED)], "my.yaml") == [Offer("scenes_stage1.safetensors", SHIPPED, "my.yaml")]
     with pytest.raises(UserError, match=r"none\.pth: no such checkpoint"):
         offered([str(tmp_path / "none.pth")])
 

@@ -1,6 +1,6 @@
-"""What a GradCAM map is made of, and what AMC's loss sees of it, for one image and phrase: the numbers to be shown.
+"""The numbers that docs/figures.py draws: the parts of a GradCAM map, and AMC's loss on it, of one image and phrase.
 
-The formulas are those of `models.amc`; docs/gradcam.md explains them, with pictures made of these.
+The formulas are those of `models.amc`; docs/gradcam.md explains them.
 """
 
 from collections.abc import Sequence
@@ -68,7 +68,7 @@ def training_view(
 
 
 class Terms(NamedTuple):
-    """AMC's two terms of one pair (AMC, section 3.2), before their weights, and the values that they compare."""
+    """AMC's two terms of one pair before their weights, and the values that they compare (docs/method.md, Losses)."""
 
     mean_inside: float
     mean_outside: float

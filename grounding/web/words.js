@@ -1,0 +1,7 @@
+// Of a row: the word that is chosen becomes an `input` event. Gradio gives element and trigger.
+element.addEventListener("click", (event) => {
+    const chosen = event.target.closest("[role=radio]");
+    if (!chosen) return;
+    for (const word of element.querySelectorAll("[role=radio]")) word.setAttribute("aria-checked", word === chosen);
+    trigger("input", {word: Number(chosen.dataset.word)});
+});
