@@ -6,11 +6,11 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from grounding.predict import Explainer
 from safetensors.torch import load_file, save_file
 
 from dataset.scenes import files as scenes_files
 from dataset.scenes.paths import SHIPPED, SHIPPED_CONFIG
+from grounding.explain import Explainer
 from grounding.load import open_model
 from grounding.web import server
 from grounding.web.examples import BEFORE, Example, Offer

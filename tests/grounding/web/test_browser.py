@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from grounding.ground import Grounding, ask, encode, of_word, place
 from PIL import Image
 
 from dataset.photos import read_photo
+from grounding.explain import Grounding, ask, encode, of_word, place
 from grounding.pictures.overlay import overlay
 from grounding.pictures.render import png
 from grounding.web import fragments

@@ -4,9 +4,9 @@ import base64
 import io
 
 import numpy as np
-from grounding.ground import Answer, WordMap
 from PIL import Image
 
+from grounding.explain import Answer, WordMap
 from grounding.web import fragments
 from grounding.web.session import Picture, Reply, reduced
 
