@@ -4,13 +4,14 @@ Boxes are [x, y, w, h] in pixels of the original image everywhere in evaluation,
 width must not be recovered from x + w (it rounds), while Flickr30k's integer corners lose nothing in x2 - x1.
 """
 
+import contextlib
 import functools
 import os
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeGuard, TypeVar
+from typing import Any, Protocol, TypeGuard, TypeVar
 
 import numpy as np
 
@@ -20,6 +21,7 @@ from utils import log
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+Item = TypeVar("Item", bound="HasImage")
 SHOWN_PROBLEMS = 5  # of each kind
 SURROGATE = "holds half of a surrogate pair, which is no character; correct the entry"
 SHORT = reprlib.Repr()  # ends soon, however large or nested the value is
@@ -76,47 +78,37 @@ class EntryProblem(Exception):
         self.detail = detail
 
 
-@dataclass
-class Cases:
-    """All cases of one kind of problem: how many, and where the first of them are."""
-
-    count: int = 0
-    first: list[str] = field(default_factory=list)
-
-    def lines(self, kind: str) -> list[str]:
-        """The kind with the number of its cases, and below it the first of them."""
-        more = self.count - len(self.first)
-        shown = [*self.first, *([f"and {more:,} more"] if more else [])]
-        return [f"{kind} - {self.count:,} found:", *(f"  {line}" for line in shown)]
-
-
 class Problems:
     """Problems gathered over all entries, so that one message shows every kind instead of the first case.
 
-    Args:
-        shown: how many cases of a kind are kept to be shown; of the others only the number is.
+    As a context manager, it ends with `check`.
 
     Attributes:
+        kinds: each kind of problem with where it was found.
         warnings: what is odd about entries that can be used.
     """
 
-    def __init__(self, shown: int = SHOWN_PROBLEMS) -> None:
-        self.shown = shown
-        self.kinds: dict[str, Cases] = {}
-
-    def add(self, where: str, problem: EntryProblem) -> None:
-        cases = self.kinds.setdefault(problem.kind, Cases())
-        cases.count += 1
-        if len(cases.first) < self.shown:
-            cases.first.append(where + (f" ({problem.detail})" if problem.detail else ""))
+    def __init__(self) -> None:
+        self.kinds: dict[str, list[str]] = {}
 
     @functools.cached_property
     def warnings(self) -> "Problems":
-        return Problems(self.shown)
+        return Problems()
+
+    def add(self, where: str, kind: str, detail: str = "") -> None:
+        self.kinds.setdefault(kind, []).append(where + (f" ({detail})" if detail else ""))
+
+    @contextlib.contextmanager
+    def at(self, where: str) -> Iterator[None]:
+        """End the block at an `EntryProblem` and note it."""
+        try:
+            yield
+        except EntryProblem as problem:
+            self.add(where, problem.kind, problem.detail)
 
     def paragraphs(self) -> list[str]:
         """A paragraph a kind, with its count and its first cases."""
-        return ["\n".join(cases.lines(kind)) for kind, cases in self.kinds.items()]
+        return ["\n".join(list_cases(kind, cases, SHOWN_PROBLEMS)) for kind, cases in self.kinds.items()]
 
     def check(self) -> None:
         """Raise `DataError` with all `paragraphs`, if there are any; log the `warnings` if not."""
@@ -124,6 +116,19 @@ class Problems:
             raise DataError("\n".join(paragraphs))
         for paragraph in self.warnings.paragraphs():
             log(f"warning: {paragraph}")
+
+    def __enter__(self) -> "Problems":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.check()
+
+
+def list_cases(kind: str, cases: list[str], most: int) -> list[str]:
+    """A kind of problem with the number of its cases, and below it the first of them."""
+    lines = [f"{kind} - {len(cases):,} found:", *(f"  {case}" for case in cases[:most])]
+    return lines + ([f"  and {len(cases) - most:,} more"] if len(cases) > most else [])
 
 
 def require(row: Any, key: str, *kinds: type) -> Any:
@@ -162,7 +167,7 @@ def clean_text(text: str, max_words: int, file: str, where: str, problems: Probl
     cleaned = clean_caption(text, max_words)
     if not has_content(cleaned):
         kind = f"{file}: nothing is left of a text once cleaned; it stays, and the model reads [CLS] alone"
-        problems.warnings.add(where, EntryProblem(kind, shown(text)))
+        problems.warnings.add(where, kind, shown(text))
     return cleaned
 
 
@@ -218,4 +223,27 @@ def check_images(images: Iterable[tuple[Path, str]], problems: Problems) -> None
     for image, where in first_of(images).items():
         if not os.path.isfile(image):  # False, too, for a name that the system finds too long
             kind = "the image file does not exist; check image_root and the entry, or pass --skip_broken"
-            problems.add(where, EntryProblem(kind, str(image)))
+            problems.add(where, kind, str(image))
+
+
+class HasImage(Protocol):
+    @property
+    def image(self) -> Path: ...
+
+
+def usable_items(found: list[tuple[str, Item]], problems: Problems, skip_missing: bool, otherwise: str) -> list[Item]:
+    """The items of a benchmark, given with where they stand, once none of them nor of their images has a problem.
+
+    Args:
+        skip_missing: do not look whether the images are there.
+        otherwise: the error if there are no items.
+
+    Raises:
+        DataError: all problems in one message.
+    """
+    if not skip_missing:
+        check_images(((item.image, where) for where, item in found), problems)
+    problems.check()
+    if not found:
+        raise DataError(otherwise)
+    return [item for _, item in found]

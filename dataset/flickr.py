@@ -72,16 +72,15 @@ def load_expressions(
     """
     expressions: list[Expression] = []
     images: list[tuple[Path, str]] = []
-    problems = Problems()
-    for ids_file, box_file, phrases_file in triples(image_ids_file, phrase_box_file, sentences_file):
-        split, ids = split_of(ids_file), read_ids(ids_file, problems, image_root)
-        images += [(image_path(image_root, key), f"{ids_file}: image {key}") for key in ids]
-        boxes = read_boxes(box_file, ids, problems)
-        phrases = read_phrases(phrases_file, ids, boxes, split, image_root, problems, first=len(expressions))
-        expressions += [phrase.expression for phrase in phrases if phrase.expression]
-    if not skip_missing:
-        check_images(images, problems)
-    problems.check()
+    with Problems() as problems:
+        for ids_file, box_file, phrases_file in triples(image_ids_file, phrase_box_file, sentences_file):
+            split, ids = split_of(ids_file), read_ids(ids_file, problems, image_root)
+            images += [(image_path(image_root, key), f"{ids_file}: image {key}") for key in ids]
+            boxes = read_boxes(box_file, ids, problems)
+            phrases = read_phrases(phrases_file, ids, boxes, split, image_root, problems, first=len(expressions))
+            expressions += [phrase.expression for phrase in phrases if phrase.expression]
+        if not skip_missing:
+            check_images(images, problems)
     if not expressions:
         raise DataError(f"{', '.join(image_ids_file) or 'image_ids_file'}: no phrase has boxes; do the files match?")
     return expressions
@@ -124,10 +123,8 @@ def split_of(ids_file: str, warn: Callable[[str], object] = _warn) -> str:
 
 def load_ids(path: str, image_root: str = ".") -> list[str]:
     """Read the image ids of a split file, one a line; raises `DataError`, also for what `read_ids` notes."""
-    problems = Problems()
-    ids = read_ids(path, problems, image_root)
-    problems.check()
-    return ids
+    with Problems() as problems:
+        return read_ids(path, problems, image_root)
 
 
 def read_ids(path: str, problems: Problems, image_root: str = ".") -> list[str]:
@@ -139,12 +136,12 @@ def read_ids(path: str, problems: Problems, image_root: str = ".") -> list[str]:
     for image_id, count in counts.items():
         if count > 1:
             kind = "the image id is listed more than once; leave out the repeated lines"
-            problems.add(f"{path}: image {image_id}", EntryProblem(kind, f"{count} times"))
+            problems.add(f"{path}: image {image_id}", kind, f"{count} times")
         try:
             image_path(image_root, image_id)
             ids.append(image_id)
         except EntryProblem:
-            problems.add(path, EntryProblem("an image id is absolute or leads out of its folder", repr(image_id)[:200]))
+            problems.add(path, "an image id is absolute or leads out of its folder", repr(image_id)[:200])
     return ids
 
 
@@ -156,10 +153,8 @@ def read_boxes(file: str, ids: list[str], problems: Problems) -> dict[str, Image
     """
     content, found = load_json(file, dict), {}
     for image_id in ids:
-        try:
+        with problems.at(f"{file}: image {image_id}"):
             found[image_id] = _image_boxes(content, image_id)
-        except EntryProblem as problem:
-            problems.add(f"{file}: image {image_id}", problem)
     return found
 
 
@@ -205,20 +200,17 @@ def read_phrases(
     for image_id in ids:
         image, of = image_path(image_root, image_id), boxes.get(image_id)
         for where, row in _phrases(sentences, image_id, file, problems):
-            expression = None
-            try:
-                phrase_id = require(row, "phrase_id", str)
+            with problems.at(where):
+                expression, phrase_id = None, require(row, "phrase_id", str)
                 if of and phrase_id in of.by_id:
                     text = clean_text(require(row, "phrase", str), MAX_PHRASE_WORDS, file, where, problems)
                     record = {"image_height": of.size[0], "image_width": of.size[1], "split": split}
-                    boxes_of = of.by_id[phrase_id]
+                    answers, types = of.by_id[phrase_id], _types(row)
                     expression = Expression(
-                        image, text, count, split, boxes_of, record, annotated_size=of.size, categories=_types(row)
+                        image, text, count, split, answers, record, annotated_size=of.size, categories=types
                     )
                     count += 1
                 phrases.append(FlickrPhrase(where, image_id, phrase_id, expression))
-            except EntryProblem as problem:
-                problems.add(where, problem)
     return phrases
 
 
@@ -226,14 +218,12 @@ def _phrases(sentences: dict[str, Any], image_id: str, file: str, problems: Prob
     """Yield each phrase of an image's sentences, with where it stands; notes sentences that cannot be used."""
     if type(sentences.get(image_id)) is not list:
         kind = "the image id has no list of sentences; check that sentences_file belongs to image_ids_file"
-        problems.add(f"{file}: image {image_id}", EntryProblem(kind))
+        problems.add(f"{file}: image {image_id}", kind)
         return
     for i, sentence in enumerate(sentences[image_id]):
         where = f"{file}: image {image_id}, sentence {i}"
-        try:
+        with problems.at(where):
             yield from ((f"{where}, phrase {j}", row) for j, row in enumerate(require(sentence, "phrases", list)))
-        except EntryProblem as problem:
-            problems.add(where, problem)
 
 
 def _types(phrase: dict[str, Any]) -> tuple[str, ...]:

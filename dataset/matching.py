@@ -11,14 +11,14 @@ from dataset.expressions import (
     SURROGATE,
     EntryProblem,
     Problems,
-    check_images,
     clean_text,
     is_text,
     locate,
     require,
     shown,
+    usable_items,
 )
-from dataset.reading import DataError, load_json
+from dataset.reading import load_json
 
 MAX_TEXT_WORDS = 50  # as many as of a training caption
 
@@ -36,12 +36,7 @@ def load_pairs(file: str, image_root: str, skip_missing: bool = False) -> list[M
     """Read and check one file of pairs, their images unless `skip_missing`; raises `DataError` naming the entries."""
     problems = Problems()
     found = read_pairs(file, image_root, problems)
-    if not skip_missing:
-        check_images(((pair.image, where) for where, pair in found), problems)
-    problems.check()
-    if not found:
-        raise DataError(f"{file}: holds no pairs")
-    return [pair for _, pair in found]
+    return usable_items(found, problems, skip_missing, f"{file}: holds no pairs")
 
 
 def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[str, MatchingPair]]:
@@ -49,7 +44,7 @@ def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[str
     found: list[tuple[str, MatchingPair]] = []
     for index, row in enumerate(load_json(file, list)):
         where = f"{file}: entry {index}"
-        try:
+        with problems.at(where):
             image = locate(image_root, require(row, "image", str))
             match = require(row, "match", int)
             if match not in (0, 1):
@@ -59,6 +54,4 @@ def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[str
             if not is_text(kind):
                 raise EntryProblem(f"key 'kind' {SURROGATE}", shown(kind))
             found.append((where, MatchingPair(image, text, bool(match), kind)))
-        except EntryProblem as problem:
-            problems.add(where, problem)
     return found

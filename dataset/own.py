@@ -22,14 +22,14 @@ from dataset.expressions import (
     EntryProblem,
     Expression,
     Problems,
-    check_images,
     clean_text,
     is_box,
     locate,
     require,
     shown,
+    usable_items,
 )
-from dataset.reading import DataError, load_json, read_text
+from dataset.reading import load_json, read_text
 from files import parse_json
 
 MAX_WORDS = 50  # of a phrase, as for Flickr30k
@@ -48,12 +48,8 @@ def load_expressions(*, test_file: list[str], image_root: str, skip_missing: boo
     found: list[tuple[str, Expression]] = []
     for file in test_file:
         found += read_expressions(file, image_root, len(found), problems)
-    if not skip_missing:
-        check_images(((one.image, where) for where, one in found), problems)
-    problems.check()
-    if not found:
-        raise DataError(f"{', '.join(test_file) or 'test_file'}: holds no entries")
-    return [one for _, one in found]
+    empty = f"{', '.join(test_file) or 'test_file'}: holds no entries"
+    return usable_items(found, problems, skip_missing, empty)
 
 
 def read_expressions(file: str, image_root: str, first: int, problems: Problems) -> list[tuple[str, Expression]]:
@@ -67,22 +63,17 @@ def read_expressions(file: str, image_root: str, first: int, problems: Problems)
     """
     found: list[tuple[str, Expression]] = []
     for where, row in _rows(file, problems):
-        try:
+        with problems.at(where):
             image = locate(image_root, require(row, "image", str))
             key, phrases = _one_or_more(row, "phrase", "phrases")
-            texts = [
-                clean_text(require({key: phrase}, key, str), MAX_WORDS, file, where, problems) for phrase in phrases
-            ]
-            boxes = _boxes(row)
-            split = _split(row)
+            texts = [require({key: phrase}, key, str) for phrase in phrases]
+            texts = [clean_text(text, MAX_WORDS, file, where, problems) for text in texts]
+            boxes, split = _boxes(row), _split(row)
             categories = (require(row, "category", str),) if "category" in row else ()
-        except EntryProblem as problem:
-            problems.add(where, problem)
-            continue
-        record = {"image_path": row["image"], "split": split}
-        for text in texts:
-            one = Expression(image, text, first + len(found), split, boxes, record, categories=categories)
-            found.append((where, one))
+            record = {"image_path": row["image"], "split": split}
+            for text in texts:
+                one = Expression(image, text, first + len(found), split, boxes, record, categories=categories)
+                found.append((where, one))
     return found
 
 
@@ -99,9 +90,9 @@ def _rows(file: str, problems: Problems) -> Iterator[tuple[str, Any]]:
                 yield where, parse_json(line)
             except json.JSONDecodeError as error:
                 kind = "the line is not valid JSON; write one entry {...} a line, or a JSON list of entries"
-                problems.add(where, EntryProblem(kind, str(error)))
+                problems.add(where, kind, str(error))
             except ValueError as error:
-                problems.add(where, EntryProblem(str(error)))
+                problems.add(where, str(error))
 
 
 def _one_or_more(row: dict[str, Any], one: str, many: str) -> tuple[str, list[Any]]:

@@ -8,6 +8,7 @@ annotation, an image id and a split, and instances.json, where an annotation has
 
 import io
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,12 +19,12 @@ from dataset.expressions import (
     EntryProblem,
     Expression,
     Problems,
-    check_images,
     clean_text,
     is_text,
     locate,
     parse_boxes,
     require,
+    usable_items,
 )
 from dataset.reading import DataError, load_json
 
@@ -60,39 +61,57 @@ class Refer(NamedTuple):
     refs_file: Path
     instances_file: Path
 
+    def box(self, ref: dict[str, Any]) -> np.ndarray:
+        """The box (1, 4) [x, y, w, h] of a ref's annotation; raises `EntryProblem` when there is none."""
+        annotation = self.annotations.get(ref["ann_id"])
+        if annotation is None:
+            raise EntryProblem(
+                f"the ref's annotation is not in {self.instances_file}; it must belong to {self.refs_file.name}",
+                f"ref_id {ref['ref_id']}, ann_id {ref['ann_id']}",
+            )
+        return parse_boxes([annotation.get("bbox")], f"{self.instances_file}: 'bbox' of the ref's annotation")
 
-class Reading(NamedTuple):
-    """How to read the entries of the test files; for the arguments see `load_expressions`.
+    def category(self, ref: dict[str, Any]) -> tuple[str, ...]:
+        """The name of the category of a ref's annotation, if the files tell it."""
+        category = self.annotations[ref["ann_id"]].get("category_id")
+        return (self.categories[category],) if type(category) is int and category in self.categories else ()
 
-    Args:
-        refer: None: no ref is looked up, so that no entry has an expression.
-        detections: image id -> boxes [x, y, w, h, ...], the content of `det_file`; None: expressions get none.
-    """
+    def stated_size(self, ref: dict[str, Any]) -> tuple[int, int] | None:
+        """(height, width) of a ref's image by instances.json, if it is there."""
+        image = self.images.get(ref["image_id"], {})
+        height, width = image.get("height"), image.get("width")
+        if type(height) is not int or type(width) is not int:
+            return None
+        if min(height, width) < 1:
+            kind = f"{self.instances_file}: 'height' and 'width' of the ref's image must be positive; correct its entry"
+            raise EntryProblem(kind, f"image_id {image['id']}, found {height} and {width}")
+        return height, width
 
-    image_root: str
-    refer: Refer | None
-    det_file: str | None
-    detections: dict[str, Any] | None
-    entry_split: bool = False
+
+class Detections(NamedTuple):
+    """The content of a det_file: image id -> boxes [x, y, w, h, ...]."""
+
+    file: str
+    by_image: dict[str, Any]
+
+    def of(self, image_id: int) -> np.ndarray:
+        """The detections (k, 4) [x, y, w, h] of an image; an empty list means that nothing was detected."""
+        if str(image_id) not in self.by_image:
+            raise EntryProblem(
+                f"the image has no detections in {self.file}; check that det_file belongs to the test file",
+                f"image_id {image_id}",
+            )
+        return parse_boxes(self.by_image[str(image_id)], f"{self.file}: the image's detections")
 
 
 class RefEntry(NamedTuple):
-    """An entry of a test file that can be read, and where it stands.
+    """An entry of a test file, where it stands, and the size (height, width) that instances.json states.
 
-    Args:
-        name: its image as it is written there; `image` is where that is.
-        split: its own split, or None where the ref's counts.
-        expression: None where its ref cannot be used.
-        stated_size: (height, width) of the image by instances.json, if it is there.
+    Its expression has no boxes, and only the entry's own keys, where its ref cannot be used.
     """
 
     where: str
-    name: str
-    image: Path
-    text: str
-    ref_id: int
-    split: str | None
-    expression: Expression | None = None
+    expression: Expression
     stated_size: tuple[int, int] | None = None
 
 
@@ -124,21 +143,16 @@ def load_expressions(
         DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
     """
     splits_of(dataset, split_by)
-    reading = Reading(
-        image_root=image_root,
-        refer=load_refer(Path(refer_root) / dataset, split_by),
-        det_file=det_file,
-        detections=load_json(det_file, dict) if det_file else None,
-        entry_split=entry_split,
-    )
+    refer = load_refer(Path(refer_root) / dataset, split_by)
+    detections = load_detections(det_file) if det_file else None
     problems = Problems()
-    items = [item for file in test_file for item in read_items(file, reading, problems)]
-    if not skip_missing:
-        check_images(((item.image, item.where) for item in items), problems)
-    problems.check()
-    if not items:
-        raise DataError(f"{', '.join(test_file) or 'test_file'}: holds no entries")
-    return [item.expression for item in items if item.expression]
+    items = [
+        (item.where, item.expression)
+        for file in test_file
+        for item in read_items(file, image_root, problems, refer, detections, entry_split)
+    ]
+    empty = f"{', '.join(test_file) or 'test_file'}: holds no entries"
+    return usable_items(items, problems, skip_missing, empty)
 
 
 def refclef_split(config: GroundingConfig) -> str:
@@ -163,86 +177,53 @@ def splits_of(dataset: str, split_by: str) -> tuple[str, ...]:
     return known[split_by]
 
 
-def read_items(file: str, reading: Reading, problems: Problems) -> list[RefEntry]:
-    """The entries of one test file, in order; notes what cannot be used. Raises `DataError` for the file itself."""
+def read_items(
+    file: str,
+    image_root: str,
+    problems: Problems,
+    refer: Refer | None,
+    detections: Detections | None = None,
+    entry_split: bool = False,
+) -> list[RefEntry]:
+    """The entries of one test file, in order; notes what cannot be used. Raises `DataError` for the file itself.
+
+    Args:
+        refer: None: no ref is looked up.
+        entry_split: as for `load_expressions`.
+    """
     items = []
     for index, row in enumerate(load_json(file, list)):
         where = f"{file}: entry {index}"
-        try:
+        with problems.at(where):
             name, text, ref_id = require(row, "image", str), require(row, "text", str), require(row, "ref_id", int)
-            image = locate(reading.image_root, name)
-            split = require(row, "split", str) if reading.entry_split else None
+            image, record = locate(image_root, name), {"image_path": name}
+            if entry_split:
+                record["split"] = require(row, "split", str)
             text = clean_text(text, MAX_WORDS, file, where, problems)
-            items.append(RefEntry(where, name, image, text, ref_id, split))
-            if reading.refer:
-                expression, stated_size = _expression(items[-1], reading, reading.refer)
-                items[-1] = items[-1]._replace(expression=expression, stated_size=stated_size)
-        except EntryProblem as problem:
-            problems.add(where, problem)
+            split = record.get("split", "")
+            split = "test" if "test" in split else split
+            found = Expression(image, text, ref_id, split, np.empty((0, 4)), record)
+            items.append(RefEntry(where, found))
+            if refer is None:
+                continue
+            ref = refer.refs.get(ref_id)
+            if ref is None:
+                kind = f"ref_id is not in {refer.refs_file}; check that refcoco_data belongs to the test file"
+                raise EntryProblem(kind, f"ref_id {ref_id}")
+            found = replace(
+                found,
+                split=split if entry_split else ref["split"],
+                boxes=refer.box(ref),
+                detections=detections and detections.of(ref["image_id"]),
+                categories=refer.category(ref),
+            )
+            items[-1] = RefEntry(where, found, refer.stated_size(ref))
     return items
 
 
-def _expression(entry: RefEntry, reading: Reading, refer: Refer) -> tuple[Expression, tuple[int, int] | None]:
-    """An entry's expression, and the stated size of its image."""
-    ref = refer.refs.get(entry.ref_id)
-    if ref is None:
-        raise EntryProblem(
-            f"ref_id is not in {refer.refs_file}; check that refcoco_data belongs to the test file",
-            f"ref_id {entry.ref_id}",
-        )
-    record: dict[str, Any] = {"image_path": entry.name}
-    split = ref["split"]
-    if entry.split is not None:
-        record["split"] = entry.split
-        split = "test" if "test" in entry.split else entry.split
-    found = Expression(
-        image=entry.image,
-        text=entry.text,
-        ref_id=entry.ref_id,
-        split=split,
-        boxes=reference_box(ref, refer),
-        record=record,
-        detections=None if reading.detections is None else _detections(ref["image_id"], reading.detections, reading),
-        categories=_category(ref, refer),
-    )
-    return found, _stated_size(refer.images.get(ref["image_id"], {}), refer)
-
-
-def reference_box(ref: dict[str, Any], refer: Refer) -> np.ndarray:
-    """The box (1, 4) [x, y, w, h] of a ref's annotation; raises `EntryProblem` when there is none."""
-    annotation = refer.annotations.get(ref["ann_id"])
-    if annotation is None:
-        raise EntryProblem(
-            f"the ref's annotation is not in {refer.instances_file}; it must belong to {refer.refs_file.name}",
-            f"ref_id {ref['ref_id']}, ann_id {ref['ann_id']}",
-        )
-    return parse_boxes([annotation.get("bbox")], f"{refer.instances_file}: 'bbox' of the ref's annotation")
-
-
-def _category(ref: dict[str, Any], refer: Refer) -> tuple[str, ...]:
-    """The name of the category of a ref's annotation, if the files tell it."""
-    category = refer.annotations[ref["ann_id"]].get("category_id")
-    return (refer.categories[category],) if type(category) is int and category in refer.categories else ()
-
-
-def _detections(image_id: int, by_image: dict[str, Any], reading: Reading) -> np.ndarray:
-    """The detections (k, 4) [x, y, w, h] of an image; an empty list means that nothing was detected."""
-    if str(image_id) not in by_image:
-        raise EntryProblem(
-            f"the image has no detections in {reading.det_file}; check that det_file belongs to the test file",
-            f"image_id {image_id}",
-        )
-    return parse_boxes(by_image[str(image_id)], f"{reading.det_file}: the image's detections")
-
-
-def _stated_size(image: dict[str, Any], refer: Refer) -> tuple[int, int] | None:
-    height, width = image.get("height"), image.get("width")
-    if type(height) is not int or type(width) is not int:
-        return None
-    if min(height, width) < 1:
-        kind = f"{refer.instances_file}: 'height' and 'width' of the ref's image must be positive; correct its entry"
-        raise EntryProblem(kind, f"image_id {image['id']}, found {height} and {width}")
-    return height, width
+def load_detections(file: str) -> Detections:
+    """Read a det_file; raises `DataError` for the file itself."""
+    return Detections(file, load_json(file, dict))
 
 
 def refer_files(folder: Path, split_by: str) -> tuple[Path, Path]:
@@ -253,9 +234,9 @@ def refer_files(folder: Path, split_by: str) -> tuple[Path, Path]:
 def load_refer(folder: Path, split_by: str) -> Refer:
     """Read `<folder>/refs(<split_by>).p` and instances.json; raises `DataError` naming the file and the entry."""
     refs_file, instances_file = refer_files(folder, split_by)
-    refs, problems = load_refs(refs_file), Problems()
-    tables = read_instances(instances_file, problems)
-    problems.check()
+    refs = load_refs(refs_file)
+    with Problems() as problems:
+        tables = read_instances(instances_file, problems)
     return Refer({ref["ref_id"]: ref for ref in refs}, *tables, refs_file, instances_file)
 
 
@@ -284,10 +265,8 @@ def by_id(rows: list[Any], source: str, problems: Problems, *kinds: type) -> Row
     """Rows by their key 'id', of a type of `kinds`; notes rows that `_put` refuses, as `source` and their index."""
     table: RowsById = {}
     for index, row in enumerate(rows):
-        try:
+        with problems.at(f"{source} {index}"):
             _put(table, row, "id", *kinds)
-        except EntryProblem as problem:
-            problems.add(f"{source} {index}", problem)
     return table
 
 
@@ -309,10 +288,8 @@ def load_refs(path: Path) -> list[dict[str, Any]]:
         DataError: the file is missing or no such pickle, names anything else, a ref lacks one of these keys, or two
             have one ref_id.
     """
-    problems = Problems()
-    refs = read_refs(path, problems)
-    problems.check()
-    return refs
+    with Problems() as problems:
+        return read_refs(path, problems)
 
 
 def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
@@ -329,12 +306,11 @@ def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
         raise DataError(f"{path}: expected a pickled list of refs, found a {type(refs).__name__}")
     usable: RowsById = {}
     for index, ref in enumerate(refs):
-        try:
-            for key, *kinds in (("ann_id", int, str), ("image_id", int), ("split", str)):
-                require(ref, str(key), *kinds)
+        with problems.at(f"{path}: ref {index}"):
+            require(ref, "ann_id", int, str)
+            require(ref, "image_id", int)
+            require(ref, "split", str)
             _put(usable, ref, "ref_id", int)
-        except EntryProblem as problem:
-            problems.add(f"{path}: ref {index}", problem)
     return list(usable.values())
 
 

@@ -127,10 +127,8 @@ def load_entries(file: str | Path, config: PretrainConfig) -> list[TrainingEntry
     Raises:
         DataError: the file or entries of it cannot be used; all kinds of problems of the entries in one message.
     """
-    problems = Problems()
-    entries = read_entries(file, config.image_root, config.max_words, problems, config.empty_captions)
-    problems.check()
-    return entries
+    with Problems() as problems:
+        return read_entries(file, config.image_root, config.max_words, problems, config.empty_captions)
 
 
 def read_entries(
@@ -151,19 +149,15 @@ def read_entries(
     for index, row in enumerate(rows):
         image = row.get("image") if isinstance(row, dict) else None
         source = f"{file}: entry {index}" + (f" ({image})" if is_text(image) else "")
-        try:
+        with problems.at(source):
             entry = _entry(row, source, image_root, max_words)
-        except EntryProblem as problem:
-            problems.add(source, problem)
-            continue
-        if not all(map(has_content, entry.captions)):
             for text, cleaned in zip(_texts(row), entry.captions, strict=True):
                 if not has_content(cleaned):
-                    problems.warnings.add(source, EntryProblem(empty, shown(text)))
+                    problems.warnings.add(source, empty, shown(text))
             if empty_captions == "drop":
                 entry = entry._replace(captions=list(filter(has_content, entry.captions)))
-        if entry.captions:
-            entries.append(entry)
+            if entry.captions:
+                entries.append(entry)
     if not entries and not problems.kinds:
         raise DataError(f"{file}: holds no entries" + (" that have a caption" if rows else ""))
     return entries

@@ -15,11 +15,10 @@ import numpy as np
 
 from config import BertConfig, GroundingConfig, PretrainConfig, load_any_config, load_bert_config, size_problems
 from dataset import flickr, matching, own, refer, vg
-from dataset.expressions import EntryProblem, Expression, Problems, first_of
+from dataset.expressions import Expression, Problems, first_of
 from dataset.raw.check_images import Claim, evenly, inspect_images, note_claims, note_images
 from dataset.raw.check_report import CheckedFile, CheckReport
 from dataset.raw.refer import NOT_IN_SAIAPR
-from dataset.reading import load_json
 
 Found = TypeVar("Found")
 
@@ -114,7 +113,7 @@ class Checker:
         if bert and config.max_tokens > bert.max_position_embeddings:
             kind = "max_tokens is above bert_config's max_position_embeddings: a longer caption would stop the run"
             detail = f"{config.max_tokens} and {bert.max_position_embeddings}"
-            row.warnings.add(self.config, EntryProblem(kind, detail))
+            row.warnings.add(self.config, kind, detail)
         if config.vit_init:
             weights = self.report.add(config.vit_init, "image encoder's weights", f"vit_init of {self.config}")
             if not Path(config.vit_init).is_file():
@@ -124,7 +123,7 @@ class Checker:
         options = config.image_root, config.max_words, config.empty_captions
         boxes = [self.once(self.training_file, file, *options) for file in config.train_file]
         if config.add_gcam and boxes and None not in boxes and not any(boxes):
-            row.warnings.add(self.config, EntryProblem(vg.NO_BOXES))
+            row.warnings.add(self.config, vg.NO_BOXES)
 
     def check_evaluation(self, config: GroundingConfig, bert: BertConfig | None, row: CheckedFile) -> None:
         row.checked = "evaluation config"
@@ -225,20 +224,24 @@ class Checker:
         """
         tables = self.once(self.refer_tables, folder, split_by)
         detections = self.once(self.detections, det_file) if det_file else None
-        reading = refer.Reading(image_root, tables, det_file, detections, entry_split=refclef)
-        row, items = self.read(file, "expressions", "test_file", partial(refer.read_items, file, reading))
-        if items == [] and not row.errors.kinds:
+
+        def read_items(problems: Problems) -> list[refer.RefEntry]:
+            return refer.read_items(file, image_root, problems, tables, detections, entry_split=refclef)
+
+        row, found = self.read(file, "expressions", "test_file", read_items)
+        items = found or []
+        if found == [] and not row.errors.kinds:
             row.fail("holds no entries")
-        self.keep_images(row, image_root, ((item.where, item.image, item.text) for item in items or []))
-        usable = [(item, item.expression) for item in items or [] if item.expression]
-        for item, expression in first_of((pair[0].ref_id, pair) for pair in usable).values():
-            self.claims.append(Claim(row, item.where, item.image, _corners(expression.boxes)))
-        for item, _ in first_of((pair[0].image, pair) for pair in usable).values():
-            if item.stated_size:
-                self.claims.append(Claim(row, item.where, item.image, size=item.stated_size))
+        self.keep_images(row, image_root, ((where, one.image, one.text) for where, one, _ in items))
+        usable = [item for item in items if len(item.expression.boxes)]
+        for where, one, _ in first_of((item.expression.ref_id, item) for item in usable).values():
+            self.claims.append(Claim(row, where, one.image, _corners(one.boxes)))
+        for where, one, size in first_of((item.expression.image, item) for item in usable).values():
+            if size:
+                self.claims.append(Claim(row, where, one.image, size=size))
         if refclef:
-            return Counter(split for split, _ in {(str(item.split), item.image) for item, _ in usable})
-        return Counter(expression.split for _, expression in usable)
+            return Counter(split for split, _ in {(one.record["split"], one.image) for _, one, _ in usable})
+        return Counter(one.split for _, one, _ in usable)
 
     def refer_tables(self, folder: Path, split_by: str) -> refer.Refer | None:
         """Read refs(SPLIT_BY).p and instances.json, each of them even if the other cannot be read."""
@@ -252,8 +255,10 @@ class Checker:
             return None
         return refer.Refer({ref["ref_id"]: ref for ref in refs}, *tables, refs_file, instances_file)
 
-    def detections(self, file: str) -> dict[str, Any] | None:
-        return self.read(file, "images with detections", "det_file", lambda noted: load_json(file, dict))[1]
+    def detections(self, file: str) -> refer.Detections | None:
+        row, found = self.read(file, "images with detections", "det_file", lambda noted: refer.load_detections(file))
+        row.count = len(found.by_image) if found else None
+        return found
 
     def flickr_split(self, ids_file: str, box_file: str, sentences_file: str, root: str) -> Counter[str]:
         """Read the three files of a split; returns its number of images, by the split's name."""
@@ -284,7 +289,7 @@ class Checker:
                 and phrase.image_id in boxes
                 and phrase.phrase_id not in {*boxes[phrase.image_id].boxless, NOT_VISUAL}
             ):
-                row.warnings.add(phrase.where, EntryProblem(UNKNOWN_PHRASE, f"phrase_id {phrase.phrase_id}"))
+                row.warnings.add(phrase.where, UNKNOWN_PHRASE, f"phrase_id {phrase.phrase_id}")
         return Counter({name: len(ids)} if ids else {})
 
     # ---- images
@@ -298,7 +303,7 @@ class Checker:
             earlier = where if text is None else first.setdefault((image, text), where)
             if earlier is not where:
                 kind = "image and text are those of an earlier entry"
-                row.warnings.add(where, EntryProblem(kind, f"as {earlier.rpartition(': ')[2]}"))
+                row.warnings.add(where, kind, f"as {earlier.rpartition(': ')[2]}")
 
     def check_images(self, sample: int | None, workers: int) -> None:
         """Look at every image that was named, and compare boxes and stated sizes with it."""

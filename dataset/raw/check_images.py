@@ -10,7 +10,6 @@ from typing import NamedTuple, TypeVar
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.expressions import EntryProblem
 from dataset.images import as_rgb, opened
 from dataset.raw.check_report import CheckedFile
 from dataset.vg import clip_box
@@ -86,13 +85,13 @@ def note_images(file: CheckedFile, first: dict[Path, str], seen: dict[Path, Seen
             if others := names_of(path.parent).get(path.stem):
                 kind = "the image file does not exist, but one of another extension does; correct the entry"
                 detail += f"; there is {', '.join(others)}"
-            file.errors.add(where, EntryProblem(kind, detail))
+            file.errors.add(where, kind, detail)
         elif found.problem is not None:
             kind = "the image cannot be decoded; is the download complete?"
-            file.errors.add(where, EntryProblem(kind, f"{path}: {found.problem}"))
+            file.errors.add(where, kind, f"{path}: {found.problem}")
         elif formats.get(path.suffix.lower(), found.format) != SAME_FORMAT.get(str(found.format), found.format):
             kind = "the image's content is of another format than its name says; programs here go by the content"
-            file.warnings.add(where, EntryProblem(kind, f"{path}: {found.format}"))
+            file.warnings.add(where, kind, f"{path}: {found.format}")
 
 
 def _names_by_stem(folder: Path) -> dict[str, list[str]]:
@@ -112,7 +111,7 @@ def note_claims(claims: Iterable[Claim], seen: dict[Path, Seen]) -> None:
         elif not claim.boxes and claim.size and actual and actual != claim.size:
             kind = "the annotated size is not that of the image file"
             stated, found = (f"{width}x{height}" for height, width in (claim.size, actual))
-            claim.file.warnings.add(claim.where, EntryProblem(kind, f"annotated {stated}, {claim.image} has {found}"))
+            claim.file.warnings.add(claim.where, kind, f"annotated {stated}, {claim.image} has {found}")
 
 
 def _note_boxes(claim: Claim, height: int, width: int) -> None:
@@ -123,14 +122,13 @@ def _note_boxes(claim: Claim, height: int, width: int) -> None:
         if claim.evaluated:
             level, remedy = claim.file.errors, "no answer can be right; do the files belong together?"
         shown = ", ".join(map(_box_text, claim.boxes[:3]))
-        problem = EntryProblem(f"no box covers a pixel of the image: {remedy}", f"{shown} in {width}x{height}")
-        level.add(claim.where, problem)
+        level.add(claim.where, f"no box covers a pixel of the image: {remedy}", f"{shown} in {width}x{height}")
         return
     for box, is_empty in zip(claim.boxes, empty, strict=True):
         x1, y1, x2, y2 = box
         if is_empty or min(x1, y1) < -TOLERANCE or x2 > width + TOLERANCE or y2 > height + TOLERANCE:
             kind = "a box reaches out of its image, or covers no pixel of it"
-            claim.file.warnings.add(claim.where, EntryProblem(kind, f"{_box_text(box)} in {width}x{height}"))
+            claim.file.warnings.add(claim.where, kind, f"{_box_text(box)} in {width}x{height}")
 
 
 def _box_text(box: Sequence[float]) -> str:

@@ -4,14 +4,12 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
-from dataset.expressions import Cases, Problems
+from dataset.expressions import Problems, list_cases
 from terminal import aligned
 from utils import UserError
 
-Level = Literal["error", "warning"]
-LEVELS: tuple[Level, ...] = ("error", "warning")
+LEVELS = ("error", "warning")
 
 
 @dataclass
@@ -21,24 +19,24 @@ class CheckedFile:
     file: str
     checked: str  # what was looked at
     named_by: str  # the config key that names it, and the config; "" for a config itself
-    errors: Problems  # of its entries; those that training or evaluation would ignore are in `errors.warnings`
     count: int | None = None  # its usable entries; None where nothing is counted
+    errors: Problems = field(default_factory=Problems)  # of its entries
     failures: list[str] = field(default_factory=list)  # errors of the file as a whole
     notes: list[str] = field(default_factory=list)  # facts worth knowing, which may be intended
 
     @property
     def warnings(self) -> Problems:
+        """Problems of its entries that training or evaluation would ignore."""
         return self.errors.warnings
 
-    def found(self, level: Level) -> list[tuple[str, Cases]]:
-        """The problems of a level by kind; a failure of the whole file is a kind with one case and no place."""
+    def found(self, level: str) -> list[tuple[str, list[str]]]:
+        """Each kind of problem of a level with its cases; a failure of the whole file is a kind without a case."""
         if level == "warning":
             return list(self.warnings.kinds.items())
-        return [*((failure, Cases(1)) for failure in self.failures), *self.errors.kinds.items()]
+        return [*((failure, []) for failure in self.failures), *self.errors.kinds.items()]
 
-    def total(self, level: Level) -> int:
-        """The number of problems of a level."""
-        return sum(cases.count for _, cases in self.found(level))
+    def total(self, level: str) -> int:
+        return sum(len(cases) or 1 for _, cases in self.found(level))
 
     def fail(self, message: str) -> None:
         """Add an error of the file as a whole, with its name."""
@@ -66,10 +64,10 @@ class CheckReport:
 
     def add(self, file: str, checked: str, named_by: str) -> CheckedFile:
         """Add a file, with nothing found yet."""
-        self.files.append(CheckedFile(file, checked, named_by, Problems(self.shown)))
+        self.files.append(CheckedFile(file, checked, named_by))
         return self.files[-1]
 
-    def total(self, level: Level) -> int:
+    def total(self, level: str) -> int:
         """The number of problems of a level in all files."""
         return sum(file.total(level) for file in self.files)
 
@@ -81,29 +79,36 @@ class CheckReport:
             totals = (f"{total:,}" if (total := file.total(level)) else "-" for level in LEVELS)
             table.append((file.file, file.checked, count, *totals))
         parts = [aligned(table, left=2)]
-        lists = {
-            f"{level}s": [line for file in self.files for kind in file.found(level) for line in _lines(file, *kind)]
-            for level in LEVELS
-        } | {"notes": [f"{file.file}: {note}" for file in self.files for note in file.notes]}
-        parts += ["\n  ".join([title, *lines]) for title, lines in lists.items() if lines]
+        for level in LEVELS:
+            lines = [line for file in self.files for found in file.found(level) for line in self._lines(file, *found)]
+            parts += ["\n  ".join([f"{level}s", *lines])] if lines else []
+        if notes := [f"{file.file}: {note}" for file in self.files for note in file.notes]:
+            parts.append("\n  ".join(["notes", *notes]))
         sums = {level: self.total(level) for level in LEVELS}
         counts = " and ".join(f"{f'{n:,}' if n else 'no'} {level}{'s' * (n != 1)}" for level, n in sums.items())
-        where = "; docs/data.md says where each file comes from and what it must hold" if self.total("error") else ""
+        where = "; docs/data.md says where each file comes from and what it must hold" if sums["error"] else ""
         return "\n\n".join([*parts, f"{counts} in {len(self.files)} files{where}"])
+
+    def _lines(self, file: CheckedFile, kind: str, cases: list[str]) -> list[str]:
+        """A kind of problem and its first cases, one a line; a failure with the key that names the file."""
+        if cases:
+            return list_cases(kind, cases, self.shown)
+        return f"{kind}{f' [{file.named_by}]' if file.named_by else ''}".split("\n")
 
     def json(self) -> str:
         """The same as a JSON object: ok, errors, warnings, files, problems, notes."""
-        totals = {"errors": self.total("error"), "warnings": self.total("warning")}
         content = {
-            "ok": not totals["errors"],
-            **totals,
+            "ok": not self.total("error"),
+            "errors": self.total("error"),
+            "warnings": self.total("warning"),
             "files": [
                 {"file": file.file, "checked": file.checked, "named_by": file.named_by, "count": file.count}
                 | {"errors": file.total("error"), "warnings": file.total("warning")}
                 for file in self.files
             ],
             "problems": [
-                {"level": level, "file": file.file, "kind": kind, "count": cases.count, "first": cases.first}
+                {"level": level, "file": file.file, "kind": kind, "count": len(cases) or 1}
+                | {"first": cases[: self.shown]}
                 for level in LEVELS
                 for file in self.files
                 for kind, cases in file.found(level)
@@ -111,10 +116,3 @@ class CheckReport:
             "notes": [{"file": file.file, "note": note} for file in self.files for note in file.notes],
         }
         return json.dumps(content, indent=2)
-
-
-def _lines(file: CheckedFile, kind: str, cases: Cases) -> list[str]:
-    """A kind of problem and its first cases, one a line; a failure with the key that names the file."""
-    if cases.first:
-        return cases.lines(kind)
-    return f"{kind}{f' [{file.named_by}]' if file.named_by else ''}".split("\n")

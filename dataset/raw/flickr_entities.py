@@ -57,23 +57,15 @@ def convert(
     Raises:
         DataError: files that cannot be used; all kinds of problems of the images in one message.
     """
-    problems = Problems()
-    with open_annotations(source) as (place, read):
+    with Problems() as problems, open_annotations(source) as (place, read):
         splits = {name: EntitiesSplit(ids, {}, {}) for name, ids in load_splits(ids_files).items()}
         for split in splits.values():
             for image_id in split.ids:
-                name = f"Annotations/{image_id}.xml"
-                try:
-                    split.boxes[image_id] = parse_annotation(read(name))
-                except EntryProblem as problem:
-                    problems.add(f"{place}: {name}", problem)
-                name = f"Sentences/{image_id}.txt"
-                try:
-                    split.sentences[image_id] = parse_sentences(read(name))
-                except EntryProblem as problem:
-                    problems.add(f"{place}: {name}", problem)
+                with problems.at(f"{place}: Annotations/{image_id}.xml"):
+                    split.boxes[image_id] = parse_annotation(read(f"Annotations/{image_id}.xml"))
+                with problems.at(f"{place}: Sentences/{image_id}.txt"):
+                    split.sentences[image_id] = parse_sentences(read(f"Sentences/{image_id}.txt"))
                 progress(1)
-    problems.check()
     return splits
 
 

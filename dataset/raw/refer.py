@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from dataset.expressions import EntryProblem, Problems, is_box, require
 from dataset.raw.archives import is_hidden
 from dataset.reading import DataError, load_json
-from dataset.refer import MAX_WORDS, SPLITS, Refer, by_id, load_refer, refer_files, reference_box, splits_of
+from dataset.refer import MAX_WORDS, SPLITS, Refer, by_id, load_refer, refer_files, splits_of
 from dataset.text import clean_caption, has_content
 from utils import write_text
 
@@ -128,17 +128,15 @@ def make_lists(
     )
     problems = Problems()
     for index, ref in enumerate(making.refer.refs.values()):
-        try:
+        with problems.at(f"{making.refer.refs_file}: ref {index} (ref_id {ref['ref_id']})"):
             _add_ref(ref, making, lists)
-        except EntryProblem as problem:
-            problems.add(f"{making.refer.refs_file}: ref {index} (ref_id {ref['ref_id']})", problem)
     problems.check()
     return lists
 
 
 def _add_ref(ref: dict[str, Any], making: _Making, lists: Lists) -> None:
     part, image = part_of(ref["split"]), _image(ref, making, lists)
-    reference_box(ref, making.refer)
+    making.refer.box(ref)
     count = lists.counts.setdefault(ref["split"], SplitCount())
     count.refs += 1
     seen: set[str] = set()
@@ -238,13 +236,11 @@ def group_detections(file: Path, instances: Path | None = None) -> dict[str, lis
     problems = Problems()
     rows = _load(file, list)
     for index, row in enumerate(rows):
-        try:
+        with problems.at(f"{file}: entry {index}"):
             box = require(row, "box", list)
             if not is_box(box):
                 raise EntryProblem("key 'box' must be four finite numbers [x, y, w, h]", f"found {box!r:.60}")
             found.setdefault(_image_id(row), []).append(box)
-        except EntryProblem as problem:
-            problems.add(f"{file}: entry {index}", problem)
     problems.check()
     if not rows:
         raise DataError(f"{file}: holds no detections")
@@ -263,10 +259,8 @@ def _image_ids(instances: Path) -> list[int]:
     rows = _load(instances, dict).get("images")
     if not isinstance(rows, list):
         raise DataError(f"{instances}: key 'images' must be a list; is this REFER's instances.json?")
-    problems = Problems()
-    images = by_id(rows, f"{instances}: images entry", problems, int)
-    problems.check()
-    return list(images)
+    with Problems() as problems:
+        return list(by_id(rows, f"{instances}: images entry", problems, int))
 
 
 def _load(path: Path, kind: type) -> Any:

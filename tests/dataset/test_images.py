@@ -24,7 +24,7 @@ from dataset.photos import read_photo
 from dataset.raw.check_images import inspect_image
 from dataset.raw.flickr_entities import load_splits
 from dataset.reading import DataError, image_size, read_image
-from dataset.refer import Reading, read_items
+from dataset.refer import read_items
 from dataset.vg import load_entries
 
 SUFFIXES = {
@@ -340,10 +340,8 @@ def test_no_reader_leaves_image_root(name: str, tmp_path: Path) -> None:
         return load_entries(file, PretrainConfig(train_file=[], image_root=root))
 
     def refer(root: str) -> list[Any]:
-        problems = Problems()
-        found = read_items(str(file), Reading(root, None, None, {}), problems)
-        problems.check()
-        return found
+        with Problems() as problems:
+            return read_items(str(file), root, problems, None)
 
     for read in (train, refer, lambda root: load_pairs(str(file), root, skip_missing=True)):
         with pytest.raises(DataError, match=rf"(?s)(is absolute|leads out of).*file\.json: entry 0.*{name}"):

@@ -12,7 +12,7 @@ import pytest
 
 from dataset.expressions import Expression, Problems
 from dataset.reading import DataError
-from dataset.refer import Reading, load_expressions, load_refer, load_refs, read_items
+from dataset.refer import load_expressions, load_refer, load_refs, read_items
 from dataset.text import has_content
 
 REF = {"ref_id": 7, "ann_id": 70, "image_id": 700, "split": "testA", "file_name": "unreliable_7.jpg", "sentences": []}
@@ -67,8 +67,9 @@ def test_an_expression_of_refcoco(root: Path) -> None:
 
 
 def stated_size(root: Path) -> tuple[int, int] | None:
-    reading = Reading(str(root / "images"), load_refer(root / "refer" / "refclef", "unc"), None, {})
-    (item,) = read_items(str(root / "test.json"), reading, Problems())
+    with Problems() as problems:
+        refer = load_refer(root / "refer" / "refclef", "unc")
+        (item,) = read_items(str(root / "test.json"), str(root / "images"), problems, refer)
     return item.stated_size
 
 

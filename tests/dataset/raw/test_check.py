@@ -12,7 +12,7 @@ from PIL import Image
 
 import prepare
 from config import GroundingConfig
-from dataset.expressions import EntryProblem, Expression, Problems
+from dataset.expressions import Expression, Problems
 from dataset.raw import check_images
 from dataset.raw.check import TEST_FILE_READERS, is_refclef
 from dataset.raw.check_images import Seen, evenly, inspect_image, note_images
@@ -533,7 +533,7 @@ def test_processes_change_nothing(place: Path, check: Callable[..., Outcome], mo
 def test_names_and_formats(name: str, kind: str, warned: bool) -> None:
     row = CheckReport(5).add("images", "images", "")
     note_images(row, {Path(name): "here"}, {Path(name): Seen((1, 1), kind)})
-    assert [cases.first for _, cases in row.found("warning")] == ([[f"here ({name}: {kind})"]] if warned else [])
+    assert [cases for _, cases in row.found("warning")] == ([[f"here ({name}: {kind})"]] if warned else [])
     assert row.total("error") == 0
 
 
@@ -757,7 +757,7 @@ def test_a_benchmark_s_reader_is_one_line(
 ) -> None:
     def read(file: str, image_root: str, problems: Problems) -> list[tuple[str, Expression]]:
         boxes = [np.array([[0.0, 0, 5, 5]]), np.array([[30.0, 0, 5, 5]])]
-        problems.add(f"{file}: entry 2", EntryProblem("odd"))
+        problems.add(f"{file}: entry 2", "odd")
         found = [Expression(Path(image_root, "a.png"), "a dog", i, "test", box) for i, box in enumerate(boxes)]
         return [(f"{file}: entry {i}", one) for i, one in enumerate(found)]
 
