@@ -59,12 +59,10 @@ def find_images(words: list[str], remedy: str = "check the path", skip_missing: 
         path, is_folder = Path(word), os.path.isdir(word)  # which, unlike pathlib's, raise nothing at odd names
         if is_folder:
             inside = sorted(file for file in path.iterdir() if file.is_file() and _is_image(file.name))
+        elif os.path.exists(word):
+            inside = [path]
         else:
-            inside = (
-                [path]
-                if os.path.exists(word)
-                else sorted(file for file in map(Path, glob.glob(word)) if file.is_file())
-            )
+            inside = sorted(file for file in map(Path, glob.glob(word)) if file.is_file())
         if not inside and (is_folder or not skip_missing):
             what = "holds no image" if is_folder else "no such file, folder or pattern"
             raise DataError(f"{word}: {what}; {remedy}")

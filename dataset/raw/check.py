@@ -130,13 +130,12 @@ class Checker:
         if bert and bert.fusion_layers and config.block_num not in bert.fusion_layers:
             known = f"{bert.fusion_layers[0]} to {bert.fusion_layers[-1]}"
             row.fail(f"block_num is {config.block_num}; the fusion layers are {known}")
-        named: dict[Callable[[GroundingConfig, CheckedFile], None], tuple[object, ...]] = {
-            self.check_refer: (config.test_file, config.refcoco_data, config.det_file),
-            self.check_flickr: (config.image_ids_file, config.phrase_box_file, config.sentences_file),
-        }
         if config.benchmark not in (None, *DATASET_NAMES, "flickr"):
-            named = {self.check_other: (True,)}
-        checks = [check_files for check_files, files in named.items() if any(files)]
+            checks = [self.check_other]
+        else:
+            checks = [self.check_refer] if config.test_file or config.refcoco_data or config.det_file else []
+            flickr_files = config.image_ids_file or config.phrase_box_file or config.sentences_file
+            checks += [self.check_flickr] if flickr_files else []
         if not checks and not config.matching_file:
             keys = "test_file and refcoco_data, or image_ids_file, phrase_box_file and sentences_file"
             row.fail(f"names no data; it needs {keys}")

@@ -12,7 +12,7 @@ import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 from xml.etree import ElementTree
 
 from dataset.expressions import EntryProblem, Problems
@@ -20,7 +20,7 @@ from dataset.flickr import load_ids
 from dataset.raw.archives import AT_ONCE, BROKEN_ZIP, read_at_once, visible_members
 from dataset.reading import DataError
 from files import decode_text
-from utils import atomic_path, write_text
+from utils import write_text
 
 ARCHIVE = "annotations.zip"
 SPLIT_FILES = ("train.txt", "val.txt", "test.txt")
@@ -48,7 +48,7 @@ class EntitiesSplit(NamedTuple):
 def convert(
     source: Path, ids_files: Sequence[Path], progress: Callable[[int], object] = lambda count: None
 ) -> dict[str, EntitiesSplit]:
-    """ReadFile the annotations of every image of the splits, each named as its ids file (`val.txt`: "val").
+    """Read the annotations of every image of the splits, each named as its ids file (`val.txt`: "val").
 
     Args:
         source: the folder that holds Annotations/ and Sentences/, or annotations.zip; or such an archive.
@@ -73,11 +73,7 @@ def write(out: Path, splits: dict[str, EntitiesSplit]) -> None:
     """Write each split's bounding_boxes_<split>.json, sentences_<split>.json (as info-ground) and <split>.txt."""
     for name, split in splits.items():
         for kind, content in (("bounding_boxes", split.boxes), ("sentences", split.sentences)):
-            with (
-                atomic_path(out / f"{kind}_{name}.json") as temporary,
-                open(temporary, "w", encoding="utf-8") as file,
-            ):
-                json.dump(content, file, sort_keys=True, indent=4)
+            write_text(out / f"{kind}_{name}.json", json.dumps(content, sort_keys=True, indent=4))
         write_text(out / f"{name}.txt", "".join(f"{image_id}\n" for image_id in split.ids))
 
 
@@ -102,23 +98,8 @@ def open_annotations(source: Path) -> Iterator[tuple[Path, ReadFile]]:
 
     The function raises `EntryProblem` when the file is missing or broken; this one `DataError`.
     """
-    missing = EntryProblem("the file is missing; check that the image ids belong to these annotations")
-    too_large = EntryProblem(f"the file is larger than {AT_ONCE >> 20} MB, which none of Flickr30k Entities is")
-
-    def from_folder(name: str) -> bytes:
-        try:
-            with open(source / name, "rb") as file:
-                data = read_at_once(file)
-        except FileNotFoundError:
-            raise missing from None
-        except OSError as error:
-            raise EntryProblem("the file cannot be read; check it and its permissions", str(error.strerror)) from None
-        if data is None:
-            raise too_large
-        return data
-
     if all((source / folder).is_dir() for folder in ("Annotations", "Sentences")):
-        yield source, from_folder
+        yield source, lambda name: _read(lambda: (source / name).open("rb"))
         return
     path = source / ARCHIVE if source.is_dir() else source
     if not path.is_file():
@@ -136,20 +117,23 @@ def open_annotations(source: Path) -> Iterator[tuple[Path, ReadFile]]:
             key = "/".join(PurePosixPath(info.filename).parts[-2:])
             if members.setdefault(key, info) is not info:
                 raise DataError(f"{path}: holds {key} twice ({members[key].filename} and {info.filename}); remove one")
+        yield path, lambda name: _read(lambda: archive.open(members[name]))
 
-        def from_archive(name: str) -> bytes:
-            if name not in members:
-                raise missing
-            try:
-                with archive.open(members[name]) as file:
-                    data = read_at_once(file)
-            except BROKEN_ZIP as error:
-                raise EntryProblem(f"the file cannot be unpacked; {INCOMPLETE}", str(error)[:100]) from None
-            if data is None:
-                raise too_large
-            return data
 
-        yield path, from_archive
+def _read(open_file: Callable[[], IO[bytes]]) -> bytes:
+    """The content of a file of a folder or an archive; raises `EntryProblem`."""
+    try:
+        with open_file() as file:
+            data = read_at_once(file)
+    except (FileNotFoundError, KeyError):
+        raise EntryProblem("the file is missing; check that the image ids belong to these annotations") from None
+    except BROKEN_ZIP as error:
+        if isinstance(error, OSError) and error.strerror:
+            raise EntryProblem("the file cannot be read; check it and its permissions", error.strerror) from None
+        raise EntryProblem(f"the file cannot be unpacked; {INCOMPLETE}", str(error)[:100]) from None
+    if data is None:
+        raise EntryProblem(f"the file is larger than {AT_ONCE >> 20} MB, which none of Flickr30k Entities is")
+    return data
 
 
 # ---- Annotations

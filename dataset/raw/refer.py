@@ -7,9 +7,10 @@ MAttNet (Yu et al., CVPR 2018): a list of {"det_id", "box": [x, y, w, h], "image
 
 import json
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from dataset.expressions import EntryProblem, Problems, is_box, require
 from dataset.raw.archives import is_hidden
@@ -25,18 +26,10 @@ USUAL_SPLITS = {"refclef": "berkeley"}  # whose split the published numbers use,
 # Ids of images that every copy of REFER's SAIAPR archive lacks or holds broken.
 NOT_IN_SAIAPR = {17975, 19575, 19579}
 SHOWN_MISSING = 5
-
-
-@dataclass
-class SplitCount:
-    """What a split of refs(SPLIT_BY).p holds, and how many entries are made of it."""
-
-    refs: int = 0
-    sentences: int = 0
-    repeated: int = 0  # equal to an earlier sentence of the same ref
-    empty: int = 0  # nothing is left once cleaned; written nevertheless, as the published counts include them
-    missing: int = 0  # sentences of refs that --skip-missing leaves out; of the other numbers, in `sentences` alone
-    expressions: int = 0
+# What is counted of a split: its refs and their sentences; sentences equal to an earlier one of their ref, sentences of
+# which cleaning leaves nothing (written, as the published counts include them), and sentences of refs without an image,
+# which count in none of the others but `sentences`; and the entries written.
+COUNTS = ("refs", "sentences", "repeated", "empty", "missing", "expressions")
 
 
 @dataclass
@@ -44,36 +37,27 @@ class Lists:
     """What `make_lists` makes.
 
     Args:
+        counts: split -> how many there are of each of `COUNTS`.
         parts: the entries of each of `PARTS`.
-        counts: by split, what they were made of.
         missing: image id -> name of each image that is not on disk.
     """
 
+    counts: dict[str, Counter[str]]
     parts: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {part: [] for part in PARTS})
-    counts: dict[str, SplitCount] = field(default_factory=dict)
     missing: dict[int, str] = field(default_factory=dict)
 
     def table(self) -> str:
         """One line per split; if images are missing, how many sentences they have, and the first of them."""
-        names = ["refs", "sentences", "repeated", "empty", *(["missing"] if self.missing else []), "expressions"]
+        names = [name for name in COUNTS if name != "missing" or self.missing]
         lines = [f"{'split':8}" + "".join(f"{name:>13}" for name in names)]
-        for split, count in self.counts.items():
-            lines.append(f"{split:8}" + "".join(f"{getattr(count, name):>13}" for name in names))
+        lines += [
+            f"{split:8}" + "".join(f"{count[name]:>13}" for name in names) for split, count in self.counts.items()
+        ]
         if self.missing:
             first = ", ".join(list(self.missing.values())[:SHOWN_MISSING])
             more = f" and {len(self.missing) - SHOWN_MISSING:,} more" if len(self.missing) > SHOWN_MISSING else ""
             lines.append(f"left out, not under --image-root: {len(self.missing):,} images ({first}{more})")
         return "\n".join(lines)
-
-
-class _Making(NamedTuple):
-    """How entries are made; see `make_lists`."""
-
-    refer: Refer
-    by_file_name: bool
-    on_disk: dict[str, str] | None
-    keep_repeated: bool
-    skip_missing: bool
 
 
 def usual_split(dataset: str) -> str:
@@ -111,7 +95,7 @@ def make_lists(
     Raises:
         DataError: files that cannot be used; all kinds of problems of the refs in one message.
     """
-    lists = Lists(counts={split: SplitCount() for split in splits_of(dataset, split_by)})
+    lists = Lists({split: Counter() for split in splits_of(dataset, split_by)})
     for path in refer_files(folder / dataset, split_by):
         if not path.is_file():
             others = sorted(other.name for other in path.parent.glob("refs(*).p"))
@@ -119,40 +103,48 @@ def make_lists(
             raise DataError(
                 f"{path}: does not exist{there}; {folder} must hold {dataset}/ as it is in REFER's {dataset}.zip"
             )
-    making = _Making(
-        refer=load_refer(folder / dataset, split_by),
-        by_file_name=dataset in NAMED_BY_FILE,
-        on_disk=None if image_root is None else images_on_disk(image_root),
-        keep_repeated=keep_repeated,
-        skip_missing=skip_missing,
-    )
-    problems = Problems()
-    for index, ref in enumerate(making.refer.refs.values()):
-        with problems.at(f"{making.refer.refs_file}: ref {index} (ref_id {ref['ref_id']})"):
-            _add_ref(ref, making, lists)
-    problems.check()
+    refer = load_refer(folder / dataset, split_by)
+    on_disk = None if image_root is None else images_on_disk(image_root)
+    with Problems() as problems:
+        for index, ref in enumerate(refer.refs.values()):
+            with problems.at(f"{refer.refs_file}: ref {index} (ref_id {ref['ref_id']})"):
+                part = part_of(ref["split"])
+                name = image_name(ref, refer, dataset in NAMED_BY_FILE)
+                image = name if on_disk is None else on_disk.get(Path(name).name)
+                if image is None and skip_missing:
+                    lists.missing[ref["image_id"]] = name
+                elif image is None:
+                    lost = "REFER's archive of SAIAPR is known to lack it; --skip-missing leaves it out"
+                    known = dataset in NAMED_BY_FILE and ref["image_id"] in NOT_IN_SAIAPR
+                    remedy = (
+                        f", and {lost}" if known else "; check the folder, or leave such refs out by --skip-missing"
+                    )
+                    kind = f"the ref's image is not under --image-root{remedy}"
+                    raise EntryProblem(kind, f"image_id {ref['image_id']}, {name}")
+                refer.box(ref)  # there is one
+                count = lists.counts.setdefault(ref["split"], Counter())
+                count["refs"] += 1
+                lists.parts[part] += _entries(ref, image, keep_repeated, count)
     return lists
 
 
-def _add_ref(ref: dict[str, Any], making: _Making, lists: Lists) -> None:
-    part, image = part_of(ref["split"]), _image(ref, making, lists)
-    making.refer.box(ref)
-    count = lists.counts.setdefault(ref["split"], SplitCount())
-    count.refs += 1
+def _entries(ref: dict[str, Any], image: str | None, keep_repeated: bool, count: Counter[str]) -> list[dict[str, Any]]:
+    """The entries of a ref's sentences, none without an image; adds to the counts of its split."""
+    rows: list[dict[str, Any]] = []
     seen: set[str] = set()
     for sentence in require(ref, "sentences", list):
         text = require(sentence, "sent", str)
-        count.sentences += 1
+        count["sentences"] += 1
         if image is None:
-            count.missing += 1
+            count["missing"] += 1
             continue
-        count.empty += not has_content(clean_caption(text, MAX_WORDS))
-        count.repeated += text in seen
-        if text not in seen or making.keep_repeated:
-            seen.add(text)
-            count.expressions += 1
-            row = {"image": image, "text": text, "ref_id": ref["ref_id"], "split": ref["split"]}
-            lists.parts[part].append(row)
+        count["empty"] += not has_content(clean_caption(text, MAX_WORDS))
+        count["repeated"] += text in seen
+        if text not in seen or keep_repeated:
+            rows.append({"image": image, "text": text, "ref_id": ref["ref_id"], "split": ref["split"]})
+        seen.add(text)
+    count["expressions"] += len(rows)
+    return rows
 
 
 def part_of(split: str) -> str:
@@ -164,33 +156,13 @@ def part_of(split: str) -> str:
     raise EntryProblem("the ref's split is none of train, val and test...", repr(split)[:60])
 
 
-def _image(ref: dict[str, Any], making: _Making, lists: Lists) -> str | None:
-    """The path of a ref's image, below image_root if that is given; None: it is missing, and noted in `lists`."""
-    refer, image_id = making.refer, ref["image_id"]
-    detail = f"image_id {image_id}"
+def image_name(ref: dict[str, Any], refer: Refer, by_file_name: bool) -> str:
+    """The name on disk of a ref's image; raises `EntryProblem` if instances.json does not have the image."""
+    image_id = ref["image_id"]
     if image_id not in refer.images:
-        raise EntryProblem(
-            f"the ref's image is not in {refer.instances_file}; it must belong to {refer.refs_file.name}", detail
-        )
-    name = require(refer.images[image_id], "file_name", str) if making.by_file_name else COCO_FILE_NAME.format(image_id)
-    if making.on_disk is None:
-        return name
-    path = making.on_disk.get(Path(name).name)
-    if path is not None:
-        return path
-    if making.skip_missing:
-        lists.missing[image_id] = name
-        return None
-    if making.by_file_name and image_id in NOT_IN_SAIAPR:
-        raise EntryProblem(
-            "the ref's image is not under --image-root, and REFER's archive of SAIAPR is known to lack it; "
-            "--skip-missing leaves it out",
-            f"{detail}, {name}",
-        )
-    raise EntryProblem(
-        "the ref's image is not under --image-root; check the folder, or leave such refs out by --skip-missing",
-        f"{detail}, {name}",
-    )
+        kind = f"the ref's image is not in {refer.instances_file}; it must belong to {refer.refs_file.name}"
+        raise EntryProblem(kind, f"image_id {image_id}")
+    return require(refer.images[image_id], "file_name", str) if by_file_name else COCO_FILE_NAME.format(image_id)
 
 
 def images_on_disk(root: Path) -> dict[str, str]:
@@ -231,36 +203,24 @@ def group_detections(file: Path, instances: Path | None = None) -> dict[str, lis
         DataError: a file that cannot be used; all kinds of problems of the entries in one message.
     """
     found: dict[int, list[list[float]]] = {}
-    if instances is not None:
-        found = {image_id: [] for image_id in _image_ids(instances)}
-    problems = Problems()
-    rows = _load(file, list)
-    for index, row in enumerate(rows):
-        with problems.at(f"{file}: entry {index}"):
-            box = require(row, "box", list)
-            if not is_box(box):
-                raise EntryProblem("key 'box' must be four finite numbers [x, y, w, h]", f"found {box!r:.60}")
-            found.setdefault(_image_id(row), []).append(box)
-    problems.check()
+    with Problems() as problems:
+        if instances is not None:
+            images = _load(instances, dict).get("images")
+            if not isinstance(images, list):
+                raise DataError(f"{instances}: key 'images' must be a list; is this REFER's instances.json?")
+            found = {image_id: [] for image_id in by_id(images, f"{instances}: images entry", problems, int)}
+        rows = _load(file, list)
+        for index, row in enumerate(rows):
+            with problems.at(f"{file}: entry {index}"):
+                box = require(row, "box", list)
+                if not is_box(box):
+                    raise EntryProblem("key 'box' must be four finite numbers [x, y, w, h]", f"found {box!r:.60}")
+                image_id = row.get("image_id")
+                written = isinstance(image_id, str) and re.fullmatch("[0-9]{1,18}", image_id)
+                found.setdefault(int(image_id) if written else require(row, "image_id", int), []).append(box)
     if not rows:
         raise DataError(f"{file}: holds no detections")
     return {str(image_id): found[image_id] for image_id in sorted(found)}
-
-
-def _image_id(row: dict[str, Any]) -> int:
-    """The image id of a detection, an integer or one written as a string."""
-    value = row.get("image_id")
-    if isinstance(value, str) and re.fullmatch("[0-9]{1,18}", value):
-        return int(value)
-    return require(row, "image_id", int)
-
-
-def _image_ids(instances: Path) -> list[int]:
-    rows = _load(instances, dict).get("images")
-    if not isinstance(rows, list):
-        raise DataError(f"{instances}: key 'images' must be a list; is this REFER's instances.json?")
-    with Problems() as problems:
-        return list(by_id(rows, f"{instances}: images entry", problems, int))
 
 
 def _load(path: Path, kind: type) -> Any:

@@ -10,7 +10,7 @@ import re
 import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -89,7 +89,14 @@ def stream_items(source: RawFile) -> Iterator[Any]:
     Raises:
         DataError: the file cannot be read or unpacked, is no JSON list, or an object in it has a key twice.
     """
-    with _readable(source), _opened(source) as (file, size):
+    with _readable(source), ExitStack() as stack:
+        file: Any = stack.enter_context(open(source.path, "rb"))
+        size = source.path.stat().st_size
+        if source.member is not None:
+            archive = stack.enter_context(zipfile.ZipFile(file))
+            info = archive.getinfo(source.member)
+            check_ratio(source.path, info)
+            file, size = stack.enter_context(archive.open(info)), info.file_size
         start = file.peek(8)
         if start.startswith(b"\x1f\x8b"):
             raise DataError(f"{source}: is compressed by gzip, whatever its name says; unpack it first (gunzip)")
@@ -139,20 +146,6 @@ def _mark(pattern: re.Pattern[str], text: str, at: int, refusal: str) -> tuple[i
 
 
 @contextmanager
-def _opened(source: RawFile) -> Iterator[tuple[Any, int]]:
-    """The JSON text of a source, as a buffered binary file, and its size in bytes."""
-    if source.member is None:
-        with open(source.path, "rb") as file:
-            yield file, source.path.stat().st_size
-    else:
-        with zipfile.ZipFile(source.path) as archive:
-            info = archive.getinfo(source.member)
-            check_ratio(source.path, info)
-            with archive.open(info) as file:
-                yield file, info.file_size
-
-
-@contextmanager
 def _readable(source: RawFile | Path) -> Iterator[None]:
     """Turn what reading a file raises into a `DataError` that names it."""
     try:
@@ -170,7 +163,7 @@ def _readable(source: RawFile | Path) -> Iterator[None]:
 
 
 class Draft:
-    """JSON objects of each image in a temporary file without a name: images are added and read back in any order.
+    """JSON objects of each image in a temporary file: images are added in any order, and read back by their ids.
 
     For an output, these are its entries {"image", "caption", "bbox"}, and `dropped` counts the candidates, each a
     phrase with its box, by the rule that dropped them.

@@ -463,11 +463,11 @@ def test_broken_split_files(raw: Path, tmp_path: Path) -> None:
 
 
 def test_an_interruption_leaves_no_half_file(raw: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(value: object, file: Any, **_: object) -> None:
-        file.write("half")
+    def stop(path: Path, *_: object, **__: object) -> None:
+        path.write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(json, "dump", stop)
+    monkeypatch.setattr(Path, "write_text", stop)
     with pytest.raises(KeyboardInterrupt):
         run(raw, "--out", tmp_path / "out")
     assert contents(tmp_path / "out") == {}
