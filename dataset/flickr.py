@@ -103,11 +103,7 @@ def image_path(image_root: str, image_id: str) -> Path:
     return locate(image_root, f"{image_id}.jpg")
 
 
-def _warn(message: str) -> None:
-    log(f"warning: {message}")
-
-
-def split_of(ids_file: str, warn: Callable[[str], object] = _warn) -> str:
+def split_of(ids_file: str, warn: Callable[[str], object] = lambda text: log(f"warning: {text}")) -> str:
     """ "val" when the file's own name contains 'val', else "test"; warns where the release decides otherwise.
 
     The release looks for 'val' in the whole path, so that a folder named eval/ makes its test split count as val.

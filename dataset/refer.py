@@ -236,8 +236,7 @@ def load_refer(folder: Path, split_by: str) -> Refer:
     refs_file, instances_file = refer_files(folder, split_by)
     refs = load_refs(refs_file)
     with Problems() as problems:
-        tables = read_instances(instances_file, problems)
-    return Refer({ref["ref_id"]: ref for ref in refs}, *tables, refs_file, instances_file)
+        return Refer(refs, *read_instances(instances_file, problems), refs_file, instances_file)
 
 
 def read_instances(path: Path, problems: Problems) -> tuple[RowsById, RowsById, dict[int, str]]:
@@ -250,8 +249,8 @@ def read_instances(path: Path, problems: Problems) -> tuple[RowsById, RowsById, 
     for key in ("annotations", "images"):
         if not isinstance(instances.get(key), list):
             raise DataError(f"{path}: key '{key}' must be a list; is this REFER's instances.json?")
-    annotations = by_id(instances["annotations"], f"{path}: annotations entry", problems, int, str)
-    images = by_id(instances["images"], f"{path}: images entry", problems, int)
+    annotations = by_id(instances["annotations"], f"{path}: annotations entry", problems, id=(int, str))
+    images = by_id(instances["images"], f"{path}: images entry", problems, id=(int,))
     return annotations, images, _category_names(instances.get("categories"))
 
 
@@ -261,39 +260,37 @@ def _category_names(rows: Any) -> dict[int, str]:
     return {number: name for number, name in found if type(number) is int and is_text(name)}
 
 
-def by_id(rows: list[Any], source: str, problems: Problems, *kinds: type) -> RowsById:
-    """Rows by their key 'id', of a type of `kinds`; notes rows that `_put` refuses, as `source` and their index."""
+def by_id(rows: list[Any], source: str, problems: Problems, **keys: tuple[type, ...]) -> RowsById:
+    """Rows by their id, the last of `keys`; each key has one of the types given.
+
+    Rows that lack a key or have the id of an earlier row are noted, by `source` and their index, and left out.
+    """
     table: RowsById = {}
     for index, row in enumerate(rows):
         with problems.at(f"{source} {index}"):
-            _put(table, row, "id", *kinds)
+            for key, kinds in keys.items():
+                row_id = require(row, key, *kinds)
+            if row_id in table:
+                kind = f"an earlier entry has the same {key}, and only one can be meant; were two data sets joined?"
+                raise EntryProblem(kind, f"{key} {row_id}")
+            table[row_id] = row
     return table
 
 
-def _put(table: RowsById, row: Any, key: str, *kinds: type) -> None:
-    """Add a row by its id; raises `EntryProblem` if it has no id, or the id of an earlier row."""
-    row_id = require(row, key, *kinds)
-    if row_id in table:
-        kind = f"an earlier entry has the same {key}, and only one can be meant; were two data sets joined?"
-        raise EntryProblem(kind, f"{key} {row_id}")
-    table[row_id] = row
-
-
-def load_refs(path: Path) -> list[dict[str, Any]]:
-    """Read refs(SPLIT).p: a pickled list of {ref_id, ann_id, image_id, split, sentences, ...}, of Python 2 or 3.
-
-    Nothing in the pickle is executed: it may hold plain values and containers only.
-
-    Raises:
-        DataError: the file is missing or no such pickle, names anything else, a ref lacks one of these keys, or two
-            have one ref_id.
-    """
+def load_refs(path: Path) -> RowsById:
+    """Read refs(SPLIT).p, a pickled list of {ref_id, ann_id, image_id, split, sentences, ...}; raises `DataError`."""
     with Problems() as problems:
         return read_refs(path, problems)
 
 
-def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
-    """As `load_refs`, but refs that lack a key or repeat a ref_id are noted and left out."""
+def read_refs(path: Path, problems: Problems) -> RowsById:
+    """The refs of refs(SPLIT).p by ref_id, in order; refs that lack a key or repeat a ref_id are noted and left out.
+
+    Nothing in the pickle is executed: it may hold plain values and containers only, of Python 2 or 3.
+
+    Raises:
+        DataError: the file is missing or no such pickle, or names anything else.
+    """
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -304,14 +301,8 @@ def read_refs(path: Path, problems: Problems) -> list[dict[str, Any]]:
     refs = _unpickle(data, path)
     if not isinstance(refs, list):
         raise DataError(f"{path}: expected a pickled list of refs, found a {type(refs).__name__}")
-    usable: RowsById = {}
-    for index, ref in enumerate(refs):
-        with problems.at(f"{path}: ref {index}"):
-            require(ref, "ann_id", int, str)
-            require(ref, "image_id", int)
-            require(ref, "split", str)
-            _put(usable, ref, "ref_id", int)
-    return list(usable.values())
+    keys = {"ann_id": (int, str), "image_id": (int,), "split": (str,), "ref_id": (int,)}
+    return by_id(refs, f"{path}: ref", problems, **keys)
 
 
 class _PlainUnpickler(pickle._Unpickler):

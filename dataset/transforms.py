@@ -60,18 +60,13 @@ def augment_for_amc(
     mask = cv2.resize(mask, (mask_size, mask_size), interpolation=cv2.INTER_NEAREST)
     if rng.random() < options.flip_prob:
         image, mask = image[:, ::-1], mask[:, ::-1]
-        caption = flip_caption(caption, options)
+        caption = swap_left_right(caption) if options.flip_words == "swap" else caption
     if rng.random() < options.grayscale_prob:
         image = cv2.cvtColor(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2GRAY), cv2.COLOR_GRAY2RGB)
     if rng.random() < options.jitter_prob:
         jitter = jitter_release if options.jitter == "release" else jitter_standard
         image = jitter(np.ascontiguousarray(image), rng)
     return image, mask, caption
-
-
-def flip_caption(caption: str, options: AugmentConfig) -> str:
-    """The caption of a mirrored image."""
-    return swap_left_right(caption) if options.flip_words == "swap" else caption
 
 
 def jitter_release(image: np.ndarray, rng: Generator) -> np.ndarray:
@@ -107,7 +102,7 @@ def augment_for_albef(
     picture = Image.fromarray(resize_bicubic(picture.crop((left, top, left + width, top + height)), size))
     if rng.random() < options.flip_prob:
         picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        caption = flip_caption(caption, options)
+        caption = swap_left_right(caption) if options.flip_words == "swap" else caption
     if options.randaugment:
         picture = randaugment(picture, rng)
     return np.asarray(picture), caption

@@ -252,7 +252,7 @@ class Checker:
             row.count = len(tables[0])
         if refs is None or tables is None:
             return None
-        return refer.Refer({ref["ref_id"]: ref for ref in refs}, *tables, refs_file, instances_file)
+        return refer.Refer(refs, *tables, refs_file, instances_file)
 
     def detections(self, file: str) -> refer.Detections | None:
         row, found = self.read(file, "images with detections", "det_file", lambda noted: refer.load_detections(file))

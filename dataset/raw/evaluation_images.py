@@ -48,7 +48,7 @@ def read_evaluation_images(path: Path) -> EvaluationImages:
 
 
 def _read_refs(path: Path) -> EvaluationImages:
-    refs = load_refs(path)
+    refs = load_refs(path).values()
     ids = frozenset(ref["image_id"] for ref in refs if not is_train(ref["split"]))
     # The number in a file_name is unreliable; that it is COCO's is not.
     if any(COCO_ID_IN_NAME.match(str(ref.get("file_name"))) for ref in refs):

@@ -208,7 +208,7 @@ def group_detections(file: Path, instances: Path | None = None) -> dict[str, lis
             images = _load(instances, dict).get("images")
             if not isinstance(images, list):
                 raise DataError(f"{instances}: key 'images' must be a list; is this REFER's instances.json?")
-            found = {image_id: [] for image_id in by_id(images, f"{instances}: images entry", problems, int)}
+            found = {image_id: [] for image_id in by_id(images, f"{instances}: images entry", problems, id=(int,))}
         rows = _load(file, list)
         for index, row in enumerate(rows):
             with problems.at(f"{file}: entry {index}"):

@@ -15,23 +15,22 @@ from dataset.text import has_content
 GROUPINGS = ("cleaned", "exact", "none")
 POSITIONS = ("left", "right", "top", "bottom", "middle")
 
-OTHER_IMAGE = "region of another image"
-NO_NAME = "object without a name"
-NO_ATTRIBUTE = "object without an attribute"
-EMPTY_BOX = "box empty or outside the image"
-SAYS_WHERE = "phrase names a position already"
-ALONE = "the only object of its name"
-NO_POSITION = "no position tells it apart"
-NO_TEXT = "no text"
-FEW_WORDS = "fewer words than --min-words"
-MANY_WORDS = "more words than --max-words"
-SMALL_BOX = "box smaller than --min-area"
-LARGE_BOX = "box larger than --max-area"
-REPEATED = "the same phrase and box again"
-MANY_BOXES = "more boxes than --max-boxes"
+# The rules that drop a candidate, as the table at the end names them.
 DROPPED = (
-    *(OTHER_IMAGE, NO_NAME, NO_ATTRIBUTE, EMPTY_BOX, SAYS_WHERE, ALONE, NO_POSITION),
-    *(NO_TEXT, FEW_WORDS, MANY_WORDS, SMALL_BOX, LARGE_BOX, REPEATED, MANY_BOXES),
+    OTHER_IMAGE := "region of another image",
+    NO_NAME := "object without a name",
+    NO_ATTRIBUTE := "object without an attribute",
+    EMPTY_BOX := "box empty or outside the image",
+    SAYS_WHERE := "phrase names a position already",
+    ALONE := "the only object of its name",
+    NO_POSITION := "no position tells it apart",
+    NO_TEXT := "no text",
+    FEW_WORDS := "fewer words than --min-words",
+    MANY_WORDS := "more words than --max-words",
+    SMALL_BOX := "box smaller than --min-area",
+    LARGE_BOX := "box larger than --max-area",
+    REPEATED := "the same phrase and box again",
+    MANY_BOXES := "more boxes than --max-boxes",
 )
 
 

@@ -42,6 +42,10 @@ def write_refs(root: Path, refs: Any, protocol: int = 2) -> Path:
     return path
 
 
+def refs_of(path: Path) -> list[dict[str, Any]]:
+    return list(load_refs(path).values())
+
+
 def load(root: Path, entry_split: bool = False, det_file: bool = True) -> list[Expression]:
     return load_expressions(
         test_file=[str(root / "test.json")],
@@ -313,7 +317,7 @@ def test_several_entries_may_share_a_ref(root: Path, capsys: pytest.CaptureFixtu
 
 def test_refs_keep_their_order(root: Path) -> None:
     refs = [{**REF, "ref_id": ref_id} for ref_id in (9, 7, 8)]
-    assert load_refs(write_refs(root, refs)) == refs
+    assert refs_of(write_refs(root, refs)) == refs
 
 
 @pytest.mark.parametrize(
@@ -332,7 +336,7 @@ def test_files_that_are_no_pickle(root: Path, cut: Callable[[bytes], bytes]) -> 
 def test_a_pickle_that_asks_for_all_memory(tmp_path: Path, data: bytes) -> None:
     """Its list is numbered 2,147,483,647: an unpickler with a table of numbers would make one of that size."""
     (tmp_path / "refs(unc).p").write_bytes(data)
-    assert load_refs(tmp_path / "refs(unc).p") == []
+    assert refs_of(tmp_path / "refs(unc).p") == []
 
 
 def test_missing_files(root: Path) -> None:
@@ -369,7 +373,7 @@ def test_other_builtins_are_refused(tmp_path: Path, code: bytes) -> None:
     path = tmp_path / "refs(unc).p"
     path.write_bytes(code)
     with pytest.raises(DataError, match=r"names the global (builtins|__builtin__)\.(eval|exec|getattr)"):
-        load_refs(path)
+        refs_of(path)
 
 
 def python2_refs(text: bytes, protocol: int) -> bytes:
@@ -389,7 +393,7 @@ def python2_refs(text: bytes, protocol: int) -> bytes:
 def test_python_2_pickles_load(tmp_path: Path, text: bytes, protocol: int) -> None:
     path = tmp_path / "refs(unc).p"
     path.write_bytes(python2_refs(text, protocol))
-    (ref,) = load_refs(path)
+    (ref,) = refs_of(path)
     expected = {"ref_id": 7, "ann_id": 70, "image_id": 700, "split": "val", "sent": "caf\u00e9", "raw": "caf\u00e9"}
     assert ref == expected | ({"ids": {1, 2}} if protocol == 2 else {})
 
@@ -397,4 +401,4 @@ def test_python_2_pickles_load(tmp_path: Path, text: bytes, protocol: int) -> No
 def test_latin_1_is_read_whole_when_one_string_is_not_utf_8(tmp_path: Path) -> None:
     path = tmp_path / "refs(unc).p"
     path.write_bytes(python2_refs(b"\xe9t\xe9", 2))
-    assert load_refs(path)[0]["sent"] == "\u00e9t\u00e9"
+    assert refs_of(path)[0]["sent"] == "\u00e9t\u00e9"
