@@ -48,7 +48,8 @@ training can use. A table at the end tells how many entries each rule dropped; d
 def prepare_scenes(args: argparse.Namespace) -> None:
     """Write the synthetic scenes, unless they are there already."""
     args.annotated = min(args.annotated, args.train)
-    wanted = scenes_files.parameters(args.seed, args.train, args.annotated, args.eval, args.size)
+    sizes = args.train, args.annotated, args.eval, args.size
+    wanted = scenes_files.parameters(args.seed, *sizes)
     manifest = scenes_files.read_manifest(args.out)
     if manifest and manifest.get("parameters") == wanted and not args.force:
         print(f"{args.out} already holds this data set, complete; --force writes it anew")
@@ -60,8 +61,7 @@ def prepare_scenes(args: argparse.Namespace) -> None:
         )
     total = args.train + 3 * args.eval
     with tqdm(total=total, desc="scenes", unit="image", disable=None) as bar:
-        generate, progress = scenes_files.generate, bar.update
-        counts = generate(args.out, args.seed, args.train, args.annotated, args.eval, args.size, progress)
+        counts = scenes_files.generate(args.out, args.seed, *sizes, bar.update)
     listed = ", ".join(f"{name}: {count}" for name, count in counts.items())
     print(f"wrote {total} images and their annotations ({listed}) to {args.out}")
 
@@ -93,9 +93,8 @@ def prepare_refer(args: argparse.Namespace) -> None:
     split_by = args.split_by or raw_refer.default_split(args.folder, args.dataset)
     if args.skip_missing and not args.image_root:
         sys.exit("error: --skip-missing needs --image-root, since no images are looked for without it")
-    lists = raw_refer.make_lists(
-        args.folder, args.dataset, split_by, args.image_root, args.keep_repeated, args.skip_missing
-    )
+    options = args.image_root, args.keep_repeated, args.skip_missing
+    lists = raw_refer.make_lists(args.folder, args.dataset, split_by, *options)
     raw_refer.write_lists(args.out, args.dataset, lists)
     print(lists.table())
     usual = raw_refer.usual_split(args.dataset)
@@ -164,13 +163,8 @@ def add_vg(commands: Commands) -> None:
     add("--max-boxes", type=count, default=rules.max_boxes, metavar="N", help=most)
     add("--min-words", type=count, default=rules.min_words, metavar="N", help="of a caption (default: %(default)s)")
     add("--max-words", type=count, default=rules.max_words, metavar="N", help="of a caption (default: no limit)")
-    add(
-        "--positions",
-        nargs="+",
-        choices=POSITIONS,
-        default=rules.positions,
-        help="positions to name in captions (default: all five)",
-    )
+    named = "positions to name in captions (default: all five)"
+    add("--positions", nargs="+", choices=POSITIONS, default=rules.positions, help=named)
     apart = (
         "least distance of an object with a position from the others of its name, centre to centre, as a fraction of "
         "the image's width or height (default: %(default)s)"
@@ -197,10 +191,8 @@ def add_scenes(commands: Commands) -> None:
 
 
 def add_flickr(commands: Commands) -> None:
-    command = commands.add_parser(
-        "flickr",
-        description="Writes <split>.txt, bounding_boxes_<split>.json and sentences_<split>.json, as info-ground does.",
-    )
+    about = "Writes <split>.txt, bounding_boxes_<split>.json and sentences_<split>.json, as info-ground does."
+    command = commands.add_parser("flickr", description=about)
     add = command.add_argument
     add("source", type=Path, help="folder that holds Annotations/ and Sentences/, or annotations.zip; or that archive")
     add("--out", type=Path, required=True, help="folder to write to")
@@ -213,10 +205,8 @@ def add_flickr(commands: Commands) -> None:
 
 
 def add_refer(commands: Commands) -> None:
-    command = commands.add_parser(
-        "refer",
-        description="Writes <dataset>_{train,val,test}.json. The test file also holds testA, testB and testC.",
-    )
+    about = "Writes <dataset>_{train,val,test}.json. The test file also holds testA, testB and testC."
+    command = commands.add_parser("refer", description=about)
     add = command.add_argument
     owners = sorted({name for names in SPLITS.values() for name in names})
     add("folder", type=Path, help="folder that holds the data sets' folders: refcoco_data in the configs")
@@ -240,10 +230,8 @@ def add_refer(commands: Commands) -> None:
 
 
 def add_detections(commands: Commands) -> None:
-    command = commands.add_parser(
-        "detections",
-        description="Groups MAttNet's list of {image_id, box, ...} by image, and keeps the order within an image.",
-    )
+    about = "Groups MAttNet's list of {image_id, box, ...} by image, and keeps the order within an image."
+    command = commands.add_parser("detections", description=about)
     add = command.add_argument
     add("file", type=Path, help="MAttNet's file of detections")
     add("--out", type=Path, required=True, metavar="FILE", help="the dets.json to write")

@@ -142,11 +142,7 @@ def read_ids(path: str, problems: Problems, image_root: str = ".") -> list[str]:
 
 
 def read_boxes(file: str, ids: list[str], problems: Problems) -> dict[str, ImageBoxes]:
-    """Read what a box file says of each image, by image id; notes and leaves out what cannot be used.
-
-    Raises:
-        DataError: for the file itself.
-    """
+    """What a box file says of each image; notes what cannot be used. Raises `DataError` for the file itself."""
     content, found = load_json(file, dict), {}
     for image_id in ids:
         with problems.at(f"{file}: image {image_id}"):
@@ -183,13 +179,7 @@ def read_phrases(
 ) -> list[FlickrPhrase]:
     """Read every (sentence, phrase) of a split, with or without boxes, in order; notes those that cannot be used.
 
-    Args:
-        boxes: from `read_boxes`.
-        split: "val" or "test".
-        first: ref_id of the first expression.
-
-    Raises:
-        DataError: for the file itself.
+    `first` is the ref_id of the first expression. Raises `DataError` for the file itself.
     """
     phrases: list[FlickrPhrase] = []
     sentences, count = load_json(file, dict), first

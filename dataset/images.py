@@ -28,7 +28,6 @@ def opened(
     """An image whose header is read: its format, and its size as stored.
 
     Args:
-        file: a path, or an open binary file.
         most_pixels, longest_side: an image of more is refused; None: by Pillow's limit of pixels alone.
 
     Raises:

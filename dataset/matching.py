@@ -7,17 +7,7 @@ that cannot match has nothing to explain.
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.expressions import (
-    SURROGATE,
-    EntryProblem,
-    Problems,
-    clean_text,
-    is_text,
-    locate,
-    require,
-    shown,
-    usable_items,
-)
+from dataset.expressions import SURROGATE, EntryProblem, Problems, clean_text, is_text, locate, require, shown, usable
 from dataset.reading import load_json
 
 MAX_TEXT_WORDS = 50  # as many as of a training caption
@@ -36,7 +26,7 @@ def load_pairs(file: str, image_root: str, skip_missing: bool = False) -> list[M
     """Read and check one file of pairs, their images unless `skip_missing`; raises `DataError` naming the entries."""
     problems = Problems()
     found = read_pairs(file, image_root, problems)
-    return usable_items(found, problems, skip_missing, f"{file}: holds no pairs")
+    return usable(found, problems, skip_missing, f"{file}: holds no pairs")
 
 
 def read_pairs(file: str, image_root: str, problems: Problems) -> list[tuple[str, MatchingPair]]:

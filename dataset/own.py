@@ -18,17 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dataset.expressions import (
-    EntryProblem,
-    Expression,
-    Problems,
-    clean_text,
-    is_box,
-    locate,
-    require,
-    shown,
-    usable_items,
-)
+from dataset.expressions import EntryProblem, Expression, Problems, clean_text, is_box, locate, require, shown, usable
 from dataset.reading import load_json, read_text
 from files import parse_json
 
@@ -47,16 +37,13 @@ def load_expressions(*, test_file: list[str], image_root: str, skip_missing: boo
     problems = Problems()
     found: list[tuple[str, Expression]] = []
     for file in test_file:
-        found += read_expressions(file, image_root, len(found), problems)
+        found += read_expressions(file, image_root, problems, len(found))
     empty = f"{', '.join(test_file) or 'test_file'}: holds no entries"
-    return usable_items(found, problems, skip_missing, empty)
+    return usable(found, problems, skip_missing, empty)
 
 
-def read_expressions(file: str, image_root: str, first: int, problems: Problems) -> list[tuple[str, Expression]]:
-    """The expressions of a file that can be used, each with where it stands; notes the others.
-
-    Args:
-        first: ref_id of the first expression.
+def read_expressions(file: str, image_root: str, problems: Problems, first: int = 0) -> list[tuple[str, Expression]]:
+    """The expressions of a file that can be used, each with where it stands; notes the others. `first` is a ref_id.
 
     Raises:
         DataError: the file cannot be read, or is neither a JSON list nor JSON lines.

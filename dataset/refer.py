@@ -24,7 +24,7 @@ from dataset.expressions import (
     locate,
     parse_boxes,
     require,
-    usable_items,
+    usable,
 )
 from dataset.reading import DataError, load_json
 
@@ -131,7 +131,6 @@ def load_expressions(
     The image is the entry's own `image` under image_root: the file names in refs(SPLIT).p are unreliable.
 
     Args:
-        test_file: JSON lists of {"image", "text", "ref_id"}.
         refer_root: the config's refcoco_data, the folder that holds the folder `dataset`.
         dataset, split_by: keys of `SPLITS`.
         det_file: JSON of {"<image_id>": [[x, y, w, h, ...], ...]}; None: the expressions have no detections.
@@ -152,7 +151,7 @@ def load_expressions(
         for item in read_items(file, image_root, problems, refer, detections, entry_split)
     ]
     empty = f"{', '.join(test_file) or 'test_file'}: holds no entries"
-    return usable_items(items, problems, skip_missing, empty)
+    return usable(items, problems, skip_missing, empty)
 
 
 def refclef_split(config: GroundingConfig) -> str:
@@ -187,9 +186,7 @@ def read_items(
 ) -> list[RefEntry]:
     """The entries of one test file, in order; notes what cannot be used. Raises `DataError` for the file itself.
 
-    Args:
-        refer: None: no ref is looked up.
-        entry_split: as for `load_expressions`.
+    Without `refer` no ref is looked up. For entry_split see `load_expressions`.
     """
     items = []
     for index, row in enumerate(load_json(file, list)):
@@ -240,24 +237,16 @@ def load_refer(folder: Path, split_by: str) -> Refer:
 
 
 def read_instances(path: Path, problems: Problems) -> tuple[RowsById, RowsById, dict[int, str]]:
-    """Annotations, images and names of categories by id; notes rows without one, and rows that share one.
-
-    Raises:
-        DataError: for the file itself.
-    """
+    """Annotations, images and names of categories by id; notes rows without one, and rows that share one."""
     instances = load_json(path, dict)
     for key in ("annotations", "images"):
         if not isinstance(instances.get(key), list):
             raise DataError(f"{path}: key '{key}' must be a list; is this REFER's instances.json?")
     annotations = by_id(instances["annotations"], f"{path}: annotations entry", problems, id=(int, str))
     images = by_id(instances["images"], f"{path}: images entry", problems, id=(int,))
-    return annotations, images, _category_names(instances.get("categories"))
-
-
-def _category_names(rows: Any) -> dict[int, str]:
-    """Names by id of COCO's `categories`; rows without them are passed over, since nothing depends on them."""
-    found = [(row.get("id"), row.get("name")) for row in rows if isinstance(row, dict)] if type(rows) is list else []
-    return {number: name for number, name in found if type(number) is int and is_text(name)}
+    rows = instances.get("categories")  # odd ones are passed over, since nothing depends on their names
+    named = [(row.get("id"), row.get("name")) for row in rows if isinstance(row, dict)] if type(rows) is list else []
+    return annotations, images, {number: name for number, name in named if type(number) is int and is_text(name)}
 
 
 def by_id(rows: list[Any], source: str, problems: Problems, **keys: tuple[type, ...]) -> RowsById:

@@ -38,8 +38,7 @@ def clean_caption(text: str, max_words: int) -> str:
 def has_content(text: str) -> bool:
     """Whether the model reads more than [CLS] of a cleaned text.
 
-    It does not if the text holds only white space, combining marks, or characters that are invisible, control codes or
-    for private use.
+    It drops white space, combining marks, and characters that are invisible, control codes or for private use.
     """
     if re.search("[a-z0-9]", text):
         return True

@@ -122,11 +122,7 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
 
 
 def load_entries(file: str | Path, config: PretrainConfig) -> list[TrainingEntry]:
-    """Read and check one training JSON; captions come back cleaned.
-
-    Raises:
-        DataError: the file or entries of it cannot be used; all kinds of problems of the entries in one message.
-    """
+    """Read and check one training JSON; captions come back cleaned. Raises `DataError` with all problems."""
     with Problems() as problems:
         return read_entries(file, config.image_root, config.max_words, problems, config.empty_captions)
 
@@ -136,11 +132,7 @@ def read_entries(
 ) -> list[TrainingEntry]:
     """The entries of one training JSON that can be used; notes the others, and captions of which nothing is left.
 
-    Args:
-        empty_captions: as in `PretrainConfig`.
-
-    Raises:
-        DataError: for the file itself, or when it has no entries.
+    Raises `DataError` for the file itself, or when it has no entries.
     """
     rows = load_json(file, list)
     entries = []

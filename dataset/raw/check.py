@@ -22,12 +22,10 @@ from dataset.raw.refer import NOT_IN_SAIAPR
 
 Found = TypeVar("Found")
 
+# (file, image_root, problems) -> [(where it stands, an item with an image and a text)]
 ReadEntries: TypeAlias = Callable[[str, str, Problems], list[tuple[str, Any]]]
-# Benchmarks whose test_file needs no other file, and their readers: (file, image_root, problems) -> [(where it stands,
-# Expression)]. A new reader is one line here.
-TEST_FILE_READERS: dict[str, ReadEntries] = {
-    "own": lambda file, root, noted: own.read_expressions(file, root, 0, noted)
-}
+# Benchmarks whose test_file needs no other file. A new reader is one line here.
+TEST_FILE_READERS: dict[str, ReadEntries] = {"own": own.read_expressions}
 NOT_VISUAL = "0"  # the phrase id that Flickr30k Entities gives to all phrases that nothing in the image stands for
 UNKNOWN_PHRASE = "the phrase's id has no boxes and is not under 'scene' or 'nobox'; evaluation leaves the phrase out"
 DATASET_NAMES = {"refcoco": "RefCOCO", "refcoco+": "RefCOCO+", "refcocog": "RefCOCOg", "refclef": "RefCLEF"}
@@ -261,34 +259,34 @@ class Checker:
 
     def flickr_split(self, ids_file: str, box_file: str, sentences_file: str, root: str) -> Counter[str]:
         """Read the three files of a split; returns its number of images, by the split's name."""
-        name, key = "", "image_ids_file"
-        row, ids = self.read(ids_file, "image ids", key, lambda noted: flickr.read_ids(ids_file, noted, root))
-        if ids is not None:
+        name = ""
+        row, found = self.read(ids_file, "image ids", "image_ids_file", lambda p: flickr.read_ids(ids_file, p, root))
+        ids = found or []
+        if found is not None:
             name = flickr.split_of(ids_file, row.notes.append)
             row.checked = f"image ids ({name})"
-            images = ((f"{ids_file}: image {image_id}", flickr.image_path(root, image_id), None) for image_id in ids)
-            self.keep_images(row, root, images)
-        known, key = ids or [], "phrase_box_file"
-        row, found = self.read(box_file, "images with boxes", key, partial(flickr.read_boxes, box_file, known))
-        boxes = found or {}
+        images = [(f"{ids_file}: image {image_id}", flickr.image_path(root, image_id), None) for image_id in ids]
+        self.keep_images(row, root, images)
+
+        read_boxes = partial(flickr.read_boxes, box_file, ids)
+        row, found_boxes = self.read(box_file, "images with boxes", "phrase_box_file", read_boxes)
+        boxes = found_boxes or {}
         for image_id, of in boxes.items():
             where, image = f"{box_file}: image {image_id}", flickr.image_path(root, image_id)
             self.claims.append(Claim(row, where, image, size=of.size))
             for phrase_id, corners in of.by_id.items():
                 self.claims.append(Claim(row, f"{where}, phrase id {phrase_id}", image, _corners(corners), of.size))
-        read_phrases = partial(flickr.read_phrases, sentences_file, known, boxes, name, root)
+
+        read_phrases = partial(flickr.read_phrases, sentences_file, ids, boxes, name, root)
         row, phrases = self.read(sentences_file, "phrases with boxes", "sentences_file", read_phrases)
         if phrases is not None:
             row.count = sum(phrase.expression is not None for phrase in phrases)
             if boxes and not row.count:
                 row.fail("no phrase has boxes; do the files match?")
-        for phrase in phrases or []:
-            if (
-                phrase.expression is None
-                and phrase.image_id in boxes
-                and phrase.phrase_id not in {*boxes[phrase.image_id].boxless, NOT_VISUAL}
-            ):
-                row.warnings.add(phrase.where, UNKNOWN_PHRASE, f"phrase_id {phrase.phrase_id}")
+        for where, image_id, phrase_id, expression in phrases or []:
+            known = {*boxes[image_id].boxless, NOT_VISUAL} if image_id in boxes else {phrase_id}
+            if expression is None and phrase_id not in known:
+                row.warnings.add(where, UNKNOWN_PHRASE, f"phrase_id {phrase_id}")
         return Counter({name: len(ids)} if ids else {})
 
     # ---- images

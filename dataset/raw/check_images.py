@@ -60,7 +60,7 @@ def inspect_images(paths: Sequence[Path], decoded: set[Path], workers: int) -> d
 
 
 def inspect_image(task: tuple[Path, bool]) -> Seen:
-    """Open an image file, and decode it if the task's second part says so."""
+    """What is seen of an image file (path, whether to decode it)."""
     path, decode = task
     seen = Seen()
     try:

@@ -60,7 +60,6 @@ def read_image_id(row: Row) -> int:
 
 
 def read_image_row(image_id: int, row: Row) -> Image:
-    """An entry of image_data.json."""
     url, width, height = row.get("url"), row.get("width"), row.get("height")
     match = ON_DISK.search(url) if isinstance(url, str) else None
     if match is None or int(match[2]) != image_id:
@@ -140,7 +139,6 @@ def read_side(row: Row, short: str, long: str) -> float:
 
 
 def read_number(row: Row, key: str) -> float:
-    """A number of pixels."""
     value: Any = row.get(key)
     if type(value) not in (int, float) or not abs(value) < MOST_PIXELS**2:  # not: NaN is none either
         raise EntryProblem(f"key '{key}' must be a number", f"found {value!r:.60}" if key in row else "it is missing")

@@ -64,7 +64,6 @@ class Rules(NamedTuple):
 def describe_regions(
     regions: list[DescribedRegion], image_id: int, image: Image, rules: Rules, counts: Counter[str]
 ) -> list[Row]:
-    """Entries of region descriptions."""
     own = [(region.phrase, region.box) for region in regions if region.image_id in (None, image_id)]
     counts[OTHER_IMAGE] += len(regions) - len(own)
     return group_phrases(own, image, rules, counts)

@@ -56,7 +56,7 @@ class Images(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What became of the images, the evaluation files in the order of `images.found`, and the outputs."""
+    """The images, the files of evaluation splits in the order of `images.found`, and the outputs."""
 
     images: Images
     evaluation: list[EvaluationImages]
@@ -76,7 +76,7 @@ def prepare(
     Args:
         raw: folders and files that hold image_data, region_descriptions, attributes and perhaps objects.
         exclude: files of evaluation splits, whose images are left out.
-        image_root: leave out images that are not on disk under this folder; None: do not look.
+        image_root: leave out images that are not under this folder; None: do not look.
 
     Raises:
         DataError: a file is missing or cannot be used, or `out` not written; the message names file, entry and key.
@@ -136,11 +136,7 @@ def read_images(source: RawFile, evaluation: Sequence[EvaluationImages], image_r
 
 
 def read_per_image(sources: dict[str, RawFile], kind: str, images: Images) -> Iterator[tuple[int, Image, list[Any]]]:
-    """(image id, image, its regions or objects) of each image to use, in the order of the file.
-
-    Raises:
-        DataError: an entry is not of the owners' form, or an image has two.
-    """
+    """(image id, image, its regions or objects) of each image to use, in the order of the file."""
     key, what, read = LISTS[kind]
 
     def read_list(image_id: int, entry: Row) -> list[Any] | None:
@@ -190,12 +186,11 @@ def summary(report: Prepared) -> str:
         *([("left out: not in image_data", len(images.unknown))] if images.unknown else []),
         ("images used", len(images.used)),
     ]
-    parts = [table(rows), _unrecognised(report), _outputs(report.drafts)]
-    return "\n\n".join(filter(None, parts))
+    unseen = ["\n".join(_unseen_by_exclude_eval(report))] if evaluation else []
+    return "\n\n".join([table(rows), *unseen, _outputs(report.drafts)])
 
 
-def _unrecognised(report: Prepared) -> str:
-    """What --exclude-eval cannot see."""
+def _unseen_by_exclude_eval(report: Prepared) -> list[str]:
     ids = [(image.coco_id, image.flickr_id) for image in report.images.all.values()]
     no_coco, no_flickr = (sum(pair[i] is None for pair in ids) for i in (0, 1))
     lines = [
@@ -210,7 +205,7 @@ def _unrecognised(report: Prepared) -> str:
                 f"{file.path}: images that are not COCO's by name, as RefCLEF's: {file.unknown:,}; Visual Genome has "
                 "no ids of theirs, so none could be looked for."
             )
-    return "\n".join(lines) if report.evaluation else ""
+    return lines
 
 
 def _outputs(drafts: dict[str, Draft]) -> str:
