@@ -14,6 +14,7 @@ from config import PretrainConfig, load_config
 from dataset.scenes import files as scenes_files
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")

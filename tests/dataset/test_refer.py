@@ -67,7 +67,7 @@ def test_an_expression_of_refcoco(root: Path) -> None:
 
 
 def stated_size(root: Path) -> tuple[int, int] | None:
-    reading = Reading(str(root / "images"), load_refer(root / "refer" / "refclef", "unc"), None, {})
+    reading = Reading(str(root / "images"), load_refer(root / "refer" / "refclef", "unc"), None, None)
     (item,) = read_items(str(root / "test.json"), reading, Problems())
     return item.stated_size
 
