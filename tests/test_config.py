@@ -179,10 +179,8 @@ def test_released_grounding_yaml_loads(tmp_path: Path, more: str) -> None:
         assert config.sentences_file == ["sentences_val.json", "sentences_test.json"]
 
 
-def test_every_shipped_file_loads() -> None:
+def test_no_shipped_file_is_left_out() -> None:
     assert {path.name for path in CONFIGS.glob("*.yaml")} == {"Pretrain.yaml", *GROUNDING}  # those tested above
-    for path in CONFIGS.rglob("*.yaml"):
-        load_config(path, PretrainConfig if "retrain" in path.name else GroundingConfig)
 
 
 def test_required_keys_of_a_benchmark(tmp_path: Path) -> None:
