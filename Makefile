@@ -1,26 +1,29 @@
-# Each command sets up what it needs in .venv. `make demo` takes minutes, `make demo-full` trains everything (docs/scenes.md).
+# Each command sets up what it needs in .venv; `make help` lists them.
 
 VENV := .venv
 PYTHON := $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-full web test check fuzz clean
+.PHONY: demo demo-full web quick test check fuzz clean help
 
-demo: $(READY)
+demo: $(READY)  ## train, evaluate and compare on synthetic scenes, in minutes
 	$(PYTHON) scenes_demo.py
 
-demo-full: $(READY)
+demo-full: $(READY)  ## the same from the first step on: the whole table of docs/scenes.md
 	$(PYTHON) scenes_demo.py --full --output_dir output/scenes_full
 
-web: $(READY)
+web: $(READY)  ## a page to try images and phrases on
 	$(PYTHON) demo.py --web
 
-test: check
+quick: $(READY)  ## the tests of a minute and a half: no full-size checkpoint, browser or long training
+	$(PYTHON) -m pytest -m "not golden and not browser and not slow"
+
+test: check  ## format, lint, types and all tests
 	$(PYTHON) -m pytest
 	@echo "make test: format, lint, types and all tests passed; nothing is left behind"
 
-check: $(READY)
+check: $(READY)  ## format, lint and types
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/mypy .
@@ -30,8 +33,11 @@ $(READY): requirements.txt requirements-web.txt requirements-dev.txt
 	$(PYTHON) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	@touch $(READY)
 
-fuzz: $(READY)
+fuzz: $(READY)  ## damage input files of every kind, 5000 times
 	PYTHONPATH=. $(PYTHON) tests/fuzz.py --tries 5000
 
-clean:
+clean:  ## remove what the other commands made
 	rm -rf $(VENV) data/scenes output .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+help:  ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/make \1: \2/p' Makefile

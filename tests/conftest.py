@@ -17,6 +17,14 @@ from config import ModelConfig, PretrainConfig
 GOLDEN = Path(__file__).parent / "golden"
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `golden` what asks for the full-size checkpoint."""
+    for item in items:
+        if "golden_checkpoint" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.golden)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _plain_matplotlib() -> None:
     """The matplotlibrc of whoever runs the tests draws other pictures."""

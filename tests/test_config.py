@@ -179,10 +179,8 @@ def test_released_grounding_yaml_loads(tmp_path: Path, more: str) -> None:
         assert config.sentences_file == ["sentences_val.json", "sentences_test.json"]
 
 
-def test_every_shipped_file_loads() -> None:
+def test_no_shipped_file_is_left_out() -> None:
     assert {path.name for path in CONFIGS.glob("*.yaml")} == {"Pretrain.yaml", *GROUNDING}  # those tested above
-    for path in CONFIGS.rglob("*.yaml"):
-        load_config(path, PretrainConfig if "retrain" in path.name else GroundingConfig)
 
 
 def test_required_keys_of_a_benchmark(tmp_path: Path) -> None:
@@ -228,36 +226,25 @@ def test_unknown_key_names_the_nearest(tmp_path: Path, line: str, message: str) 
     assert str(error.value) == f"{tmp_path / 'some.yaml'}: {message}"
 
 
-def test_missing_key(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"some\.yaml: key 'image_root' is missing$"):
-        pretrain(tmp_path, "train_file: []")
-
-
 @pytest.mark.parametrize(
-    ("line", "key"),
+    ("content", "message"),
     [
-        ("image_res: large", "image_res"),
-        ("image_res: 0", "image_res"),
-        ("image_res: 3.5", "image_res"),
-        ("batch_size: 1", "batch_size"),
-        ("add_gcam: perhaps", "add_gcam"),
-        ("train_file: data/one.json", "train_file"),
-        ("amc: {layer: -1}", "amc.layer"),
-        ("amc: 3", "amc"),
-        ("augment: {flip_prob: 1.5}", "augment.flip_prob"),
-        ("augment: {crop_scale: [1]}", "augment.crop_scale"),
-        ("momentum: 1.1", "momentum"),
-        ("image_root:", "image_root"),
+        (b"train_file: []", "key 'image_root' is missing"),
+        (b"train_file: [unclosed\nimage_root: x", "not valid YAML"),
+        (b"alpha: 0.1\nalpha: 0.1\n", 'not valid YAML(.|\n)*duplicate key "alpha"'),
+        (b"image_root: 2020-13-45", r"not valid YAML: month must be in 1\.\.12"),
+        *((text, r"expected 'key: value' lines, found \w+") for text in (b"", b"- 1\n- 2\n", b"just words", b"3")),
+        (b"\x80\x81\xff", "not a text file"),
+        (gzip.compress(b"alpha: 1"), r"not a text file \(it is compressed by gzip: unpack it first"),
+        (None, "cannot read the config"),
     ],
 )
-def test_value_of_the_wrong_type_or_out_of_range(tmp_path: Path, line: str, key: str) -> None:
-    lines = RELEASED_PRETRAIN.replace("\n             ", " ").split("\n")
-    text = "\n".join(kept for kept in lines if not kept.startswith(line.split(":")[0] + ":"))
-    with pytest.raises(ConfigError) as error:
-        pretrain(tmp_path, f"{text}\n{line}\n")
-    first, *more = str(error.value).split("\n")
-    assert first.startswith(f"{tmp_path / 'some.yaml'}: key '{key}")
-    assert not more
+def test_a_file_that_is_no_config(tmp_path: Path, content: bytes | None, message: str) -> None:
+    path = tmp_path / "some.yaml"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=rf"some\.yaml: {message}"):
+        load_config(path, PretrainConfig)
 
 
 def test_every_problem_is_listed(tmp_path: Path) -> None:
@@ -266,38 +253,6 @@ def test_every_problem_is_listed(tmp_path: Path) -> None:
     lines = str(error.value).split("\n")
     assert len(lines) == 3
     assert all("some.yaml: " in line for line in lines)
-
-
-def test_broken_yaml(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"some\.yaml: not valid YAML"):
-        pretrain(tmp_path, "train_file: [unclosed\nimage_root: x")
-
-
-def test_key_written_twice(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"some\.yaml: not valid YAML(.|\n)*duplicate key \"alpha\""):
-        pretrain(tmp_path, RELEASED_PRETRAIN + "alpha: 0.1\n")
-
-
-@pytest.mark.parametrize("text", ["", "- 1\n- 2\n", "just words", "3"])
-def test_not_a_mapping(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError, match=r"some\.yaml: expected 'key: value' lines, found \w+"):
-        pretrain(tmp_path, text)
-
-
-def test_absent_file(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"none\.yaml: cannot read the config"):
-        load_config(tmp_path / "none.yaml", PretrainConfig)
-    with pytest.raises(ConfigError, match=r"none\.json: cannot read bert_config"):
-        load_bert_config(tmp_path / "none.json")
-
-
-def test_file_that_is_not_text(tmp_path: Path) -> None:
-    path = tmp_path / "binary.file"
-    path.write_bytes(b"\xff\xfe\x80\x81")
-    with pytest.raises(ConfigError, match=r"binary\.file"):
-        load_config(path, PretrainConfig)
-    with pytest.raises(ConfigError, match=r"binary\.file"):
-        load_bert_config(path)
 
 
 @pytest.mark.parametrize(
@@ -314,11 +269,14 @@ def test_file_that_is_not_text(tmp_path: Path) -> None:
         ('{"encoder_width": 8}', "key 'fusion_layer' is missing"),
         ('{"fusion_layer": "six", "encoder_width": 8}', "key 'fusion_layer'"),
         ('{"fusion_layer": 6, "encoder_width": 8, "hidden_act": "relu"}', "key 'hidden_act'"),
+        ("\x80\x81\xff", "not a text file"),
+        (None, "cannot read bert_config"),
     ],
 )
-def test_bad_bert_config(tmp_path: Path, text: str, message: str) -> None:
+def test_bad_bert_config(tmp_path: Path, text: str | None, message: str) -> None:
     path = tmp_path / "config_bert.json"
-    path.write_text(text)
+    if text is not None:
+        path.write_text(text, encoding="latin-1")
     with pytest.raises(ConfigError) as error:
         load_bert_config(path)
     assert str(error.value).startswith(str(path))
@@ -350,12 +308,6 @@ def test_odd_yaml_is_one_message(tmp_path: Path, text: str) -> None:
         pretrain(tmp_path, text)
     with pytest.raises(ConfigError, match=r"--set alpha=.*not a valid YAML value|key 'alpha'"):
         pretrain(tmp_path, overrides=[f"alpha={text}"])
-
-
-def test_a_compressed_config_is_named_as_such(tmp_path: Path) -> None:
-    (tmp_path / "some.yaml").write_bytes(gzip.compress(RELEASED_PRETRAIN.encode()))
-    with pytest.raises(ConfigError, match=r"some\.yaml: not a text file \(it is compressed by gzip: unpack it first"):
-        load_config(tmp_path / "some.yaml", PretrainConfig)
 
 
 def test_config_cannot_be_changed_afterwards(tmp_path: Path) -> None:
@@ -482,7 +434,13 @@ def test_quirks_have_two_values_and_the_shipped_config_names_the_release_s(
             for value in ("[1.0, 0.2]", "[0, 1]", "[-1, 1]", "[0.2, 1.5]", "[0.2]", "[.nan, 1]")
         ),
         *(("batch_size", value) for value in ("True", "1", "2.5", "")),
-        *(("image_res", value) for value in ("0", "yes", "[256]")),
+        *(("image_res", value) for value in ("0", "yes", "[256]", "large", "3.5")),
+        *(("momentum", value) for value in ("1.1", "-0.1")),
+        ("amc.layer", "-1"),
+        ("amc", "3"),
+        ("augment.flip_prob", "1.5"),
+        ("image_root", ""),
+        ("add_gcam", "perhaps"),
         *(("schedular.decay_rate", value) for value in ("0", "-1")),
         ("schedular.cooldown_epochs", "-1"),
         ("schedular.epochs", "0"),
@@ -494,14 +452,15 @@ def test_quirks_have_two_values_and_the_shipped_config_names_the_release_s(
 def test_a_value_that_makes_no_sense_names_file_and_key(tmp_path: Path, key: str, value: str) -> None:
     with pytest.raises(ConfigError) as refused:
         pretrain(tmp_path, overrides=[f"{key}={value}"])
-    for line in str(refused.value).splitlines():
-        assert line.startswith(f"{tmp_path / 'some.yaml'}: key '{key}")
+    (line,) = str(refused.value).splitlines()
+    assert line.startswith(f"{tmp_path / 'some.yaml'}: key '{key}")
 
 
 @pytest.mark.parametrize(
     ("key", "value"),
     [
         *((key, 0) for key in ("vocab_size", "num_hidden_layers", "intermediate_size", "max_position_embeddings")),
+        *((key, 0) for key in ("hidden_size", "num_attention_heads")),
         *((key, value) for key in ("hidden_dropout_prob", "attention_probs_dropout_prob") for value in (-0.1, 1, 2)),
         *(("layer_norm_eps", value) for value in (0, -1)),
         *(("pad_token_id", value) for value in (-1, None)),

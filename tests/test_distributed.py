@@ -33,7 +33,7 @@ LAUNCHERS = {
     "torch.distributed.launch": ["torch.distributed.launch", "--use_env", "--standalone"],
 }
 ALPHA = 0.3
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 # Run by each of two processes. The program's own `Run` does a step; what each process sees of it is saved.
 SCRIPT = f"""
 import sys

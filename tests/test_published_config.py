@@ -4,7 +4,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,8 +12,10 @@ import torch
 
 from config import PretrainConfig, load_config
 from dataset.scenes import files as scenes_files
+from tests.data_keys import data_keys
 
 ROOT = Path(__file__).parents[1]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +35,7 @@ def run(*words: str, processes: int = 1) -> str:
     return done.stdout
 
 
-def options(keys: dict[str, object]) -> list[str]:
+def options(keys: Mapping[str, object]) -> list[str]:
     return [word for key, value in keys.items() for word in ("--set", f"{key}={value}")]
 
 
@@ -77,37 +79,11 @@ def test_a_step_of_training(trained: Path) -> None:
 
 @pytest.mark.parametrize("trained", [1], indirect=True, ids=["one process"])
 def test_its_checkpoint_is_evaluated(trained: Path, scenes: Path, golden_text_encoder: Path, tmp_path: Path) -> None:
-    refer = {"refcoco_data": scenes / "refer"}
-    for suffix, name, dataset in (("", "refcoco", "refcoco+"), ("_refclef", "refclef", "refclef")):
-        files = [str(scenes / "refer" / dataset / f"{dataset}_{part}.json") for part in ("val", "test")]
-        keys = {**refer, "test_file": files, "det_file": scenes / "refer" / "refcoco+" / "dets.json"}
-        evaluate(suffix, name, trained, keys, scenes, golden_text_encoder, tmp_path)
-    flickr = scenes / "flickr"
-    evaluate(
-        "_flickr",
-        "flickr",
-        trained,
-        {
-            "image_ids_file": [str(flickr / f"{part}.txt") for part in ("val", "test")],
-            "phrase_box_file": [str(flickr / f"bounding_boxes_{part}.json") for part in ("val", "test")],
-            "sentences_file": [str(flickr / f"sentences_{part}.json") for part in ("val", "test")],
-        },
-        scenes,
-        golden_text_encoder,
-        tmp_path,
-    )
-    side = {"refcoco": 24, "refclef": 24, "flickr": 16}
-    for name, patches in side.items():
+    for script, name, patches in (("", "refcoco", 24), ("_refclef", "refclef", 24), ("_flickr", "flickr", 16)):
+        words = ["--config", f"configs/Grounding_{name}.yaml", "--checkpoint", str(trained)]
+        words += ["--output_dir", str(tmp_path / name), "--text_encoder", str(golden_text_encoder)]
+        printed = run(f"grounding_eval_singlegpu{script}.py", *words, *options(data_keys(name, scenes)))
+        assert "ignored on purpose: MLM head" in printed
         records = torch.load(tmp_path / name / "result" / "epoch00.pth", weights_only=True)
         assert records
         assert all(record["pred"].shape == (patches, patches) for record in records)
-
-
-def evaluate(
-    suffix: str, name: str, trained: Path, keys: dict[str, object], scenes: Path, text_encoder: Path, tmp_path: Path
-) -> None:
-    """One script, with the published config but for paths."""
-    words = ["--config", f"configs/Grounding_{name}.yaml", "--checkpoint", str(trained)]
-    words += ["--output_dir", str(tmp_path / name), "--text_encoder", str(text_encoder)]
-    printed = run(f"grounding_eval_singlegpu{suffix}.py", *words, *options({**keys, "image_root": scenes / "images"}))
-    assert "ignored on purpose: MLM head" in printed

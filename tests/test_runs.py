@@ -28,6 +28,8 @@ def write(path: Path, *rows: dict[str, Any]) -> Path:
 
 STEPS = ({"epoch": 0, "step": 19, "lr": 0.1, "loss_itm": 0.6}, {"epoch": 0, "step": 24, "lr": 0.1, "loss_itm": 0.5})
 EPOCH = {"train_lr": 0.1, "train_loss_itm": 0.55, "steps": 25, "seconds": 3.0, "epoch": 0}
+MEAN = {"epoch": 0, "step": 24, "loss_itm": 0.55}
+BY_EPOCH = ({"epoch": 0, "step": 0, "loss_itm": 0.412}, {"epoch": 1, "step": 0, "loss_itm": 0.3})
 RELEASED = ({"train_lr": "0.00001", "train_loss_itm": "0.412", "epoch": 0}, {"train_loss_itm": "0.3", "epoch": 1})
 
 
@@ -43,32 +45,27 @@ def runs(tmp_path: Path) -> dict[str, Path]:
     }
 
 
-def test_steps_are_counted_where_all_runs_can(runs: dict[str, Path]) -> None:
-    rows, unit = read_runs([runs["both"], runs["epochs"]])
-    assert unit == "steps"
-    assert rows == {
-        "both": list(STEPS),
-        "epochs": [{"epoch": 0, "step": 24, "loss_itm": 0.55}, {"epoch": 1, "step": 24, "loss_itm": 0.4}],
-    }
-
-
-def test_else_all_runs_are_drawn_by_epochs(runs: dict[str, Path]) -> None:
-    rows, unit = read_runs([runs["both"], runs["released"]])
-    assert unit == "epochs"
-    assert rows == {
-        "both": [{"epoch": 0, "step": 0, "loss_itm": 0.55}],
-        "released": [{"epoch": 0, "step": 0, "loss_itm": 0.412}, {"epoch": 1, "step": 0, "loss_itm": 0.3}],
-    }
-
-
-def test_by_epoch_on_request(runs: dict[str, Path]) -> None:
-    rows, unit = read_runs([runs["both"]], by_epoch=True)
-    assert (rows, unit) == ({"both": [{"epoch": 0, "step": 24, "loss_itm": 0.55}]}, "steps")
-
-
-def test_a_file_can_be_named(runs: dict[str, Path]) -> None:
-    assert read_runs([runs["both"] / "log.txt"])[0] == {"both": [{"epoch": 0, "step": 24, "loss_itm": 0.55}]}
-    assert read_runs([runs["both"] / "steps.jsonl"])[0] == {"both": list(STEPS)}
+@pytest.mark.usefixtures("runs")
+@pytest.mark.parametrize(
+    ("files", "by_epoch", "unit", "rows"),
+    [
+        (
+            ["a/both", "a/epochs"],
+            False,
+            "steps",
+            {"both": [*STEPS], "epochs": [MEAN, MEAN | {"epoch": 1, "loss_itm": 0.4}]},
+        ),
+        # Where not all runs count steps, all are drawn by epochs.
+        (["a/both", "b/released"], False, "epochs", {"both": [MEAN | {"step": 0}], "released": [*BY_EPOCH]}),
+        (["a/both"], True, "steps", {"both": [MEAN]}),
+        (["a/both/log.txt"], False, "steps", {"both": [MEAN]}),
+        (["a/both/steps.jsonl"], False, "steps", {"both": [*STEPS]}),
+    ],
+)
+def test_what_is_read_of_runs(
+    files: list[str], by_epoch: bool, unit: str, rows: dict[str, Any], tmp_path: Path
+) -> None:
+    assert read_runs([tmp_path / file for file in files], by_epoch) == (rows, unit)
 
 
 def test_names_tell_runs_apart(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor
 import Pretrain
 from config import PretrainConfig, load_config
 from dataset.scenes import files as scenes_files
+from tests.small_model import BERT, SIZES
 
 REPOSITORY = Path(__file__).parents[1]
 LOSSES = {"train_loss_mlm", "train_loss_ita", "train_loss_itm", "train_loss_cam1", "train_loss_cam2"}
@@ -22,27 +23,13 @@ def make_workplace(folder: Path) -> Path:
     """Tiny scenes (`data`), a config of a tiny model (`config.yaml`) and its `bert.json` in one folder."""
     data = folder / "data"
     scenes_files.generate(data, seed=5, train=24, annotated=24, evaluation=4, size=48)
-    vocabulary = (data / "text_encoder" / "vocab.txt").read_text().split()
-    bert = {
-        "vocab_size": len(vocabulary),
-        "hidden_size": 32,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "intermediate_size": 64,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.05,
-        "fusion_layer": 1,
-        "encoder_width": 32,
-    }
+    bert = BERT | {"hidden_size": 32, "intermediate_size": 64, "initializer_range": 0.05, "encoder_width": 32}
     (folder / "bert.json").write_text(json.dumps(bert))
-    config = {
+    config = SIZES | {
         "train_file": [str(data / "train_phrases.json")],
         "image_root": str(data / "images"),
         "bert_config": str(folder / "bert.json"),
-        "image_res": 48,
         "vision_width": 32,
-        "vision_depth": 2,
-        "vision_heads": 2,
         "vision_initializer_range": 0.2,
         "embed_dim": 16,
         "queue_size": 64,

@@ -11,6 +11,7 @@ import pytest
 from dataset.expressions import Expression
 from dataset.flickr import load_expressions, load_ids, split_of
 from dataset.reading import DataError
+from tests.data_keys import flickr_keys
 
 BOXES = {
     "11": {
@@ -96,13 +97,7 @@ def test_ref_ids_run_on_over_the_files(root: Path) -> None:
 
 
 def test_golden_order(golden_data: Path) -> None:
-    folder = golden_data / "flickr"
-    expressions = load_expressions(
-        image_ids_file=[str(folder / "val.txt"), str(folder / "test.txt")],
-        phrase_box_file=[str(folder / "bounding_boxes_val.json"), str(folder / "bounding_boxes_test.json")],
-        sentences_file=[str(folder / "sentences_val.json"), str(folder / "sentences_test.json")],
-        image_root=str(golden_data / "images"),
-    )
+    expressions = load_expressions(**flickr_keys(golden_data / "flickr"), image_root=str(golden_data / "images"))
     assert [expression.ref_id for expression in expressions] == list(range(24))
     assert [expression.image.stem for expression in expressions] == [str(1000 + i) for i in range(8) for _ in range(3)]
 

@@ -120,6 +120,7 @@ DEEP = {
     "big-endian.tif": GREY.astype(">u2") * 257,
     "a.pgm": GREY.astype(np.uint16) * 257,
     "unit.tif": (GREY / 255).astype(np.float32),
+    "two-bytes-in-floats.tif": GREY.astype(np.float32) * 257,
     "a.pfm": GREY.astype(np.float32),
     "bytes.tif": GREY.astype(np.int32),
     "two-bytes.tif": GREY.astype(np.int32) * 257,

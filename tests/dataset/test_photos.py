@@ -3,14 +3,13 @@
 import io
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from dataset.photos import find_images, read_photo
 from dataset.reading import DataError
 
-RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
+RED, BLUE = (255, 0, 0), (0, 0, 255)
 
 
 def halves(size: tuple[int, int] = (6, 4)) -> Image.Image:
@@ -48,41 +47,11 @@ def test_exif_turns_a_photo(
     assert corners(image) == [first, last]
 
 
-def test_modes_become_rgb(tmp_path: Path) -> None:
-    see_through = Image.new("RGBA", (2, 1), (0, 0, 255, 255))
-    see_through.putpixel((0, 0), (255, 0, 0, 0))
-    palette = Image.new("P", (2, 1), 0)
-    palette.putpalette([9, 9, 9, *BLUE])
-    palette.putpixel((1, 0), 1)
-    grey = Image.new("L", (2, 1), 100)
+def test_transparency_shows_white(tmp_path: Path) -> None:
     half = Image.new("LA", (2, 1), (0, 255))
     half.putpixel((0, 0), (0, 51))  # 20% black on white
-    deep = Image.fromarray(np.array([[0, 65535]], np.uint16))
-    dim = Image.fromarray(np.array([[0, 200]], np.int32))
-    unit, bright = (Image.fromarray(np.array([[0.0, top]], np.float32)) for top in (1.0, 510.0))
-    cases = {
-        "see_through.png": (see_through, [WHITE, BLUE]),
-        "palette.png": (palette, [(9, 9, 9), BLUE]),
-        "clear.gif": (palette, [WHITE, BLUE]),
-        "grey.png": (grey, [(100,) * 3] * 2),
-        "half.png": (half, [(204,) * 3, (0,) * 3]),
-        "bit.png": (Image.new("1", (2, 1), 1), [WHITE] * 2),
-        "deep.png": (deep, [(0,) * 3, WHITE]),
-        "dim.tif": (dim, [(0,) * 3, (200,) * 3]),
-        "unit.tif": (unit, [(0,) * 3, WHITE]),
-        "bright.tif": (bright, [(0,) * 3, (2,) * 3]),
-        "print.tif": (Image.new("CMYK", (2, 1), (0, 255, 255, 0)), [RED] * 2),
-    }
-    for name, (image, expected) in cases.items():
-        image.save(tmp_path / name, **({"transparency": 0} if name == "clear.gif" else {}))
-        assert corners(read_photo(tmp_path / name)) == expected, name
-
-
-def test_the_first_picture_of_an_animation(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4), RED).save(
-        tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (4, 4), BLUE)]
-    )
-    assert corners(read_photo(tmp_path / "a.gif")) == [RED, RED]
+    half.save(tmp_path / "half.png")
+    assert corners(read_photo(tmp_path / "half.png")) == [(204,) * 3, (0,) * 3]
 
 
 def test_uploads_are_read_from_memory() -> None:
@@ -97,9 +66,6 @@ def test_uploads_are_read_from_memory() -> None:
 def test_broken_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "text.jpg").write_text("not found")
     (tmp_path / "empty.png").touch()
-    (tmp_path / "program.eps").write_text(
-        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n"
-    )
     halves((90, 90)).save(tmp_path / "half.jpg")
     (tmp_path / "half.jpg").write_bytes((tmp_path / "half.jpg").read_bytes()[:500])
     halves((90, 90)).save(tmp_path / "whole.png")
@@ -107,7 +73,6 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     expected = {
         "text.jpg": r"text\.jpg: not an image, or of another kind than JPEG, .*PNG.*; convert it to one of these",
         "empty.png": r"empty\.png: not an image",
-        "program.eps": r"program\.eps: not an image",  # Pillow would start Ghostscript
         "half.jpg": r"half\.jpg: cannot be decoded .*; is the file complete\?",
         "half.png": r"half\.png: cannot be decoded",
         "missing.png": r"missing\.png: no such image",
@@ -116,13 +81,6 @@ def test_broken_files_are_named(tmp_path: Path) -> None:
     for name, message in expected.items():
         with pytest.raises(DataError, match=message):
             read_photo(tmp_path / name)
-
-
-def test_too_many_pixels_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    halves((90, 90)).save(tmp_path / "bomb.png")
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 90 * 90 // 2 - 1)
-    with pytest.raises(DataError, match=r"bomb\.png: cannot be decoded \(Image size \(8100 pixels\)"):
-        read_photo(tmp_path / "bomb.png")
 
 
 def test_which_images_words_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

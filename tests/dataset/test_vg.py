@@ -144,7 +144,7 @@ def test_every_malformed_entry_is_named(images: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400])
 def test_box_numbers_are_finite(images: Path, tmp_path: Path, number: str) -> None:
     text = json.dumps([GOOD]).replace("20", number)  # Python reads these, though JSON has no such numbers
     with pytest.raises(DataError, match=r"key 'bbox' must be a list of .*\n.*entry 0 \(0\.png\)"):
@@ -188,13 +188,6 @@ def test_a_file_that_is_no_text(images: Path, tmp_path: Path, pack: Callable[[by
     with pytest.raises(DataError) as refused:
         TrainingData(config, seed=0)
     assert str(refused.value).startswith(f"{tmp_path / 'train.json'}: not a text file ({message}")
-
-
-def test_a_number_of_hundreds_of_digits(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"key 'bbox' must be a list of .*\n.*entry 0 \(0\.png\) \(found \[\[0, 0, 1000"
-    ):
-        open_data(images, tmp_path / "train.json", [{**GOOD, "bbox": [[0, 0, 10**400, 5]]}])
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])

@@ -28,6 +28,7 @@ from models.albef import build_albef
 from models.checkpoint import CheckpointError
 from models.interface import LayerError
 from models.losses import hard_negatives
+from tests.data_keys import data_keys
 from tests.small_model import BERT, SIZES
 from utils import UserError
 
@@ -39,18 +40,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     data = folder / "data"
     scenes_files.generate(data, seed=1, train=1, annotated=1, evaluation=5, size=48)
     (folder / "bert.json").write_text(json.dumps(BERT))
-    common = {**SIZES, "bert_config": str(folder / "bert.json"), "image_root": str(data / "images"), "block_num": 2}
-    refer: dict[str, Any] = {"refcoco_data": str(data / "refer")}
-    for dataset, name in (("refcoco+", "refcoco"), ("refclef", "refclef")):
-        files = [str(data / "refer" / dataset / f"{dataset}_{part}.json") for part in ("val", "test")]
-        detections = {"det_file": str(data / "refer" / dataset / "dets.json")} if name == "refcoco" else {}
-        write_config(folder / f"{name}.yaml", {**common, **refer, **detections, "test_file": files})
-    keys = (("image_ids_file", "{}.txt"), ("phrase_box_file", "bounding_boxes_{}.json"))
-    flickr = {
-        key: [str(data / "flickr" / name.format(part)) for part in ("val", "test")]
-        for key, name in (*keys, ("sentences_file", "sentences_{}.json"))
-    }
-    write_config(folder / "flickr.yaml", {**common, **flickr})
+    sizes = {**SIZES, "bert_config": str(folder / "bert.json"), "block_num": 2}
+    for name in ("refcoco", "refclef", "flickr"):
+        write_config(folder / f"{name}.yaml", {**sizes, **data_keys(name, data)})
     (folder / "ckpt").mkdir()
     for epoch in range(3):
         torch.manual_seed(epoch)
@@ -393,6 +385,7 @@ def test_nothing_but_missing_images(place: Path, tmp_path: Path) -> None:
 # ---- several processes, reduced precision
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_files_of_one(place: Path, tmp_path: Path, one_thread: None) -> None:
     """Five images a split in batches of two: the processes have unequally many, and the last batch is short."""
     options = ["--set", f"matching_file=[{place / 'data' / 'matching_val.json'}]", "--set", "batch_size=2"]
@@ -618,6 +611,7 @@ def test_an_expression_without_annotated_size_uses_the_file(place: Path, tmp_pat
 # ---- the report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("benchmark", [REFCOCO_PLUS, REFCLEF, FLICKR], ids=["refcoco", "refclef", "flickr"])
 def test_the_reports_numbers_are_the_logs(benchmark: Benchmark, place: Path, tmp_path: Path) -> None:
     evaluate(benchmark, place, tmp_path, "--report")
@@ -631,6 +625,7 @@ def test_the_reports_numbers_are_the_logs(benchmark: Benchmark, place: Path, tmp
         ]
 
 
+@pytest.mark.slow
 def test_compare_puts_another_folders_results_into_the_report(
     place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -646,6 +641,7 @@ def test_compare_puts_another_folders_results_into_the_report(
         evaluate(REFCLEF, place, other, "--compare", "nowhere", checkpoint="ckpt/checkpoint_02.pth")
 
 
+@pytest.mark.slow
 def test_a_report_of_an_evaluation_with_unreadable_images(place: Path, tmp_path: Path) -> None:
     image = load_config(place / "refclef.yaml", GroundingConfig)
     first = REFCLEF.load(image)[0].image

@@ -12,6 +12,7 @@ import torch
 from config import GroundingConfig, load_config
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS, Benchmark
 from grounding.evaluate import evaluate, parse_args
+from tests.data_keys import data_keys
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 MAP_TOLERANCE = 2e-3  # of a map's maximum: golden/README.md
@@ -22,24 +23,6 @@ def memory() -> Iterator[None]:
     """A full-size model is 2 GB."""
     yield
     gc.collect()
-
-
-def data_keys(name: str, data: Path) -> list[str]:
-    """--set options that point a published config to the golden data."""
-    if name == "flickr":
-        folder = data / "flickr"
-        return [
-            f"image_ids_file=['{folder}/val.txt', '{folder}/test.txt']",
-            f"phrase_box_file=['{folder}/bounding_boxes_val.json', '{folder}/bounding_boxes_test.json']",
-            f"sentences_file=['{folder}/sentences_val.json', '{folder}/sentences_test.json']",
-        ]
-    dataset = {"refcoco": "refcoco+", "refclef": "refclef"}[name]
-    folder = data / "refer" / dataset
-    return [
-        f"test_file=['{folder}/{dataset}_val.json', '{folder}/{dataset}_test.json']",
-        f"refcoco_data={data / 'refer'}",
-        *([f"det_file={folder / 'dets.json'}"] if name == "refcoco" else []),
-    ]
 
 
 @pytest.mark.parametrize(
@@ -63,9 +46,8 @@ def test_maps_and_metrics_are_the_published_ones(
 ) -> None:
     words = ["--config", f"configs/Grounding_{name}.yaml", "--checkpoint", str(golden_checkpoint.parent)]
     words += ["--output_dir", str(tmp_path), "--text_encoder", str(golden_text_encoder), "--gradcam_mode", mode]
-    images = golden_data / "images"
-    for item in [f"image_root={images}", *data_keys(name, golden_data)]:
-        words += ["--set", item]
+    for key, value in data_keys(name, golden_data).items():
+        words += ["--set", f"{key}={value}"]
     evaluate(benchmark, parse_args(benchmark, [*words, "--device", "cpu", "--num_workers", "0"]))
 
     golden_name = "refcoco_itc" if mode == "itc" else name
@@ -79,4 +61,4 @@ def test_maps_and_metrics_are_the_published_ones(
 
     lines = [json.loads(line) for line in (tmp_path / "result" / "log.txt").read_text().splitlines()]
     assert lines == json.loads((GOLDEN / "eval_metrics.json").read_text())[golden_name]
-    assert load_config(tmp_path / "config.yaml", GroundingConfig).image_root == str(images)
+    assert load_config(tmp_path / "config.yaml", GroundingConfig).image_root == str(golden_data / "images")

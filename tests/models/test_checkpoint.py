@@ -17,10 +17,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from config import GroundingConfig, load_bert_config
-from models.albef import ALBEF, build_albef
+from models.albef import ALBEF
 from models.checkpoint import (
     CheckpointError,
-    LoadReport,
     export_student,
     init_image_encoder,
     init_text_encoder,
@@ -61,16 +60,6 @@ def assert_holds(model: nn.Module, state: State) -> None:
         assert torch.equal(value, state[key]), key
 
 
-@pytest.fixture
-def training(tiny_config: TinyConfig) -> PretrainModel:
-    return PretrainModel(tiny_config())
-
-
-@pytest.fixture
-def evaluation(tiny_config: TinyConfig) -> ALBEF:
-    return build_albef(tiny_config(GroundingConfig))
-
-
 # ---- reading
 
 
@@ -94,6 +83,10 @@ def write_legacy(content: Any, path: Path) -> None:
 
 def write_pickle(content: Any, path: Path) -> None:
     path.write_bytes(pickle.dumps(content))
+
+
+def write_safetensors(content: Any, path: Path) -> None:
+    save_file(content["model"], path)
 
 
 @pytest.mark.parametrize(
@@ -162,38 +155,22 @@ def test_checkpoint_reads_back(tmp_path: Path, write: Callable[[Any, Path], None
     assert found == {"epoch": 4, "config": {"lr": [1e-5]}, "optimizer": {"state": {}}}
 
 
-@pytest.mark.parametrize("write", [write_zip, write_legacy])
+@pytest.mark.parametrize("write", [write_zip, write_legacy, write_safetensors])
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
 def test_truncated_checkpoint(tmp_path: Path, write: Callable[[Any, Path], None], share: float) -> None:
-    path = tmp_path / "cut.pth"
+    path = tmp_path / f"cut.{'safetensors' if write is write_safetensors else 'pth'}"
     write({"model": {"a": torch.ones(2000)}}, path)
     whole = path.read_bytes()
     path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(CheckpointError, match=r"cut\.pth: not a readable checkpoint"):
+    with pytest.raises(CheckpointError, match=r"cut\.\w+: not a readable checkpoint"):
         read_checkpoint(path)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
-def test_truncated_safetensors(tmp_path: Path, share: float) -> None:
-    path = tmp_path / "cut.safetensors"
-    save_file({"a": torch.ones(2000)}, path)
-    whole = path.read_bytes()
-    path.write_bytes(whole[: int(len(whole) * share)])
-    with pytest.raises(CheckpointError, match=r"cut\.safetensors: not a readable checkpoint"):
-        read_checkpoint(path)
-
-
-def test_web_page_saved_as_a_checkpoint(tmp_path: Path) -> None:
-    path = tmp_path / "page.pth"
-    path.write_text("<!DOCTYPE html><html>Quota exceeded</html>")
-    with pytest.raises(CheckpointError, match=r"page\.pth: not a readable checkpoint") as error:
-        read_checkpoint(path)
-    assert "weights_only" not in str(error.value)
-
-
-@pytest.mark.parametrize("name", ["none.pth", "none.safetensors", "."])
-def test_missing_checkpoint(tmp_path: Path, name: str) -> None:
-    with pytest.raises(CheckpointError, match="no such checkpoint"):
+@pytest.mark.parametrize(
+    ("name", "more"), [("none.pth", ""), ("none.safetensors", ""), (".", r" \(it is a folder: give a file\)")]
+)
+def test_missing_checkpoint(tmp_path: Path, name: str, more: str) -> None:
+    with pytest.raises(CheckpointError, match="no such checkpoint" + more):
         read_checkpoint(tmp_path / name)
 
 
@@ -205,16 +182,6 @@ def test_checkpoint_without_a_state_dict(tmp_path: Path, content: Any) -> None:
     torch.save(content, tmp_path / "odd.pth")
     with pytest.raises(CheckpointError, match=r"odd\.pth: no state dict found"):
         read_checkpoint(tmp_path / "odd.pth")
-
-
-def test_state_dict_at_the_top_level(tmp_path: Path) -> None:
-    torch.save({"a": torch.ones(2)}, tmp_path / "bare.pth")
-    assert read_checkpoint(tmp_path / "bare.pth")["model"]["a"].tolist() == [1, 1]
-
-
-def test_prefix_of_data_parallel_models_goes(tmp_path: Path) -> None:
-    torch.save({"model": {"module.a": torch.ones(1), "b.module.c": torch.ones(1)}}, tmp_path / "ddp.pth")
-    assert set(read_checkpoint(tmp_path / "ddp.pth")["model"]) == {"a", "b.c"}
 
 
 def test_safetensors(tmp_path: Path, evaluation: ALBEF) -> None:
@@ -318,11 +285,11 @@ def test_queue_of_another_length_starts_afresh(tiny_config: TinyConfig) -> None:
     assert torch.equal(model.state_dict()["temp"], state["temp"])
 
 
-@pytest.mark.parametrize("name", ["image_queue", "text_queue", "queue_ptr_img"])
-def test_queues_in_part_are_an_error(training: PretrainModel, name: str) -> None:
+@pytest.mark.parametrize("name", ["image_queue", "text_queue", "queue_ptr_img", "vision_proj_m.weight"])
+def test_queues_or_teacher_in_part_are_an_error(training: PretrainModel, name: str) -> None:
     state = state_of(training)
     del state[name]
-    with pytest.raises(CheckpointError, match=rf"missing: {name}$"):
+    with pytest.raises(CheckpointError, match=rf"missing: {re.escape(name)}$"):
         load_weights(training, state, "checkpoint.pth")
 
 
@@ -376,13 +343,6 @@ def test_teacher_of_the_file_is_kept(training: PretrainModel) -> None:
     assert_holds(training, state)
 
 
-def test_teacher_in_part_is_an_error(training: PretrainModel) -> None:
-    state = state_of(training)
-    del state["vision_proj_m.weight"]
-    with pytest.raises(CheckpointError, match=r"missing: vision_proj_m\.weight$"):
-        load_weights(training, state, "part.pth")
-
-
 def test_evaluation_leaves_the_training_parts_out(training: PretrainModel, evaluation: ALBEF) -> None:
     state = state_of(training)
     report = load_weights(evaluation, state, "train.pth")
@@ -394,13 +354,6 @@ def test_evaluation_leaves_the_training_parts_out(training: PretrainModel, evalu
     text = str(report)
     assert text.startswith(f"train.pth: {report.loaded} tensors loaded\n")
     assert f"ignored on purpose: teacher, {teacher} tensors" in text
-
-
-def test_evaluation_leaves_the_single_pointer_out(training: PretrainModel, evaluation: ALBEF) -> None:
-    state = state_of(training)
-    del state["queue_ptr_img"], state["queue_ptr_txt"]
-    state["queue_ptr"] = torch.tensor([4])
-    assert "queues, 3 tensors" in load_weights(evaluation, state, "ALBEF.pth").ignored
 
 
 def test_position_ids_may_be_absent(training: PretrainModel) -> None:
@@ -456,13 +409,6 @@ def test_every_kind_of_misfit_is_said_at_once_and_nothing_is_loaded(evaluation: 
     assert "unexpected: stray" in str(error.value)
     assert "vision_proj.bias is [5], the model has [4]" in str(error.value)
     assert_holds(evaluation, before)
-
-
-def test_loading_does_not_change_the_state_it_is_given(training: PretrainModel, evaluation: ALBEF) -> None:
-    state = state_of(training)
-    keys = set(state)
-    load_weights(evaluation, state, "train.pth")
-    assert set(state) == keys
 
 
 # ---- starting the image encoder
@@ -588,15 +534,18 @@ def test_tied_decoder_stays_tied_after_loading(tmp_path: Path, tiny_config: Tiny
     assert predictions.decoder.bias is predictions.bias
 
 
-def test_bert_of_another_size_is_an_error(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    tiny_bert(intermediate_size=32).save_pretrained(tmp_path / "bert")
-    with pytest.raises(CheckpointError, match=r"intermediate\.dense\.weight is \[32, 16\], the model has \[24, 16\]"):
-        init_text_encoder(text_encoder(tiny_config), str(tmp_path / "bert"))
-
-
-def test_bert_of_other_depth_is_an_error(tmp_path: Path, tiny_config: TinyConfig) -> None:
-    tiny_bert(num_hidden_layers=2).save_pretrained(tmp_path / "bert")
-    with pytest.raises(CheckpointError, match=r"missing: bert\.encoder\.layer\.2\.attention"):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"intermediate_size": 32}, r"intermediate\.dense\.weight is \[32, 16\], the model has \[24, 16\]"),
+        ({"num_hidden_layers": 2}, r"missing: bert\.encoder\.layer\.2\.attention"),
+    ],
+)
+def test_bert_of_another_size_is_an_error(
+    tmp_path: Path, tiny_config: TinyConfig, changes: dict[str, int], message: str
+) -> None:
+    tiny_bert(**changes).save_pretrained(tmp_path / "bert")
+    with pytest.raises(CheckpointError, match=message):
         init_text_encoder(text_encoder(tiny_config), str(tmp_path / "bert"))
 
 
@@ -640,14 +589,3 @@ def test_bert_without_its_mlm_head_is_reported(tmp_path: Path, tiny_config: Tiny
     report = init_text_encoder(text_encoder(tiny_config), str(tmp_path / "bert"))
     assert "WARNING" in str(report)
     assert "cls.predictions" in str(report)
-
-
-def test_report_lists_what_happened() -> None:
-    report = LoadReport("a.pth", loaded=3, resized=["x"], fresh=["y", "z"], ignored=["w"])
-    assert str(report).splitlines() == [
-        "a.pth: 3 tensors loaded",
-        "  resized: x",
-        "  fresh: y",
-        "  fresh: z",
-        "  ignored on purpose: w",
-    ]

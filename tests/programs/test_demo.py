@@ -15,7 +15,6 @@ import demo
 from config import ConfigError, GroundingConfig, PretrainConfig, load_config
 from dataset.photos import read_photo
 from dataset.reading import DataError
-from dataset.refer import load_expressions
 from dataset.scenes import files as scenes_files
 from dataset.transforms import resize_bilinear_image
 from grounding.benchmarks import FLICKR, REFCOCO_PLUS
@@ -26,6 +25,7 @@ from models.albef import build_albef
 from models.checkpoint import CheckpointError
 from models.interface import LayerError
 from runs import newest_checkpoint
+from tests.data_keys import data_keys
 from tests.small_model import BERT, SIZES
 from utils import UserError
 
@@ -75,9 +75,8 @@ def written(output: Path) -> list[str]:
 
 def test_one_image_and_its_phrases(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photo = place / "photos" / "b.jpg"
-    run(
-        place, tmp_path, str(photo), "The red dog!", "circle", "--words", "--json", "--npz", "--box", "2", "3", "9", "8"
-    )
+    words = ["--words", "--json", "--npz", "--box", "2", "3", "9", "8"]
+    run(place, tmp_path, str(photo), "The red dog!", "circle", *words)
     pictures = ["b_01_the-red-dog.png", "b_02_circle.png"]
     strips = ["b_01_the-red-dog_words.png", "b_02_circle_words.png"]
     assert written(tmp_path) == sorted(["b.json", "b.npz", *pictures, *strips])
@@ -151,17 +150,8 @@ def test_folders_and_lists_of_images(place: Path, tmp_path: Path) -> None:
     photos = place / "photos"
     run(place, tmp_path / "folder", str(photos), "circle")
     assert written(tmp_path / "folder") == ["a_01_circle.png", "b_01_circle.png"]
-    words = [
-        "--images",
-        str(photos),
-        str(photos / "more" / "B.png"),
-        "--phrase",
-        "circle",
-        "--phrase",
-        "a star",
-        "--json",
-    ]
-    run(place, tmp_path / "list", *words)
+    words = ["--phrase", "circle", "--phrase", "a star", "--json"]
+    run(place, tmp_path / "list", "--images", str(photos), str(photos / "more" / "B.png"), *words)
     names = [f"{name}_{end}" for name in ("B-2", "a", "b") for end in ("01_circle.png", "02_a-star.png")]
     assert written(tmp_path / "list") == sorted([*names, "B-2.json", "a.json", "b.json"])
     assert json.loads((tmp_path / "list" / "B-2.json").read_text())["width"] == 12
@@ -170,20 +160,8 @@ def test_folders_and_lists_of_images(place: Path, tmp_path: Path) -> None:
 def test_options_reach_the_model(place: Path, tmp_path: Path) -> None:
     photo = str(place / "photos" / "a.png")
     words = ["--benchmark", "flickr", "--gradcam_mode", "itc", "--block_num", "0", "--set", "image_res=32"]
-    run(
-        place,
-        tmp_path,
-        photo,
-        "circle",
-        *words,
-        "--threshold",
-        "0.9",
-        "--json",
-        "--npz",
-        "--word_maps",
-        "--colormap",
-        "jet",
-    )
+    words += ["--threshold", "0.9", "--json", "--npz", "--word_maps", "--colormap", "jet"]
+    run(place, tmp_path, photo, "circle", *words)
     result = json.loads((tmp_path / "a.json").read_text())
     assert [result[key] for key in ("resize", "gradcam_mode", "block_num", "image_res", "threshold")] == [
         *("Flickr30k", "itc", 0, 32, 0.9)
@@ -373,13 +351,7 @@ def test_what_ships_needs_nothing_else(tmp_path: Path) -> None:
     assert (opened.origin, opened.config.block_num) == (f"{config}, by the checkpoint's sizes", 3)
     shown = Path("docs/images/scenes")
     scenes_files.generate(tmp_path, seed=0, train=1, annotated=1, evaluation=22)
-    expected = load_expressions(
-        test_file=[str(tmp_path / "refer/refcoco+/refcoco+_val.json")],
-        image_root=str(tmp_path / "images"),
-        refer_root=str(tmp_path / "refer"),
-        dataset="refcoco+",
-        split_by="unc",
-    )
+    expected = REFCOCO_PLUS.load(GroundingConfig(**data_keys("refcoco", tmp_path)))
     rows = [(row["image"], row["text"]) for row in json.loads((shown / "phrases.json").read_text())]
     expressions = [one for one in expected if (Path(one.image).name, one.text) in rows]
     assert len(expressions) == len(rows) == 16

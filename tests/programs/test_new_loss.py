@@ -64,6 +64,7 @@ def test_it_is_trained_by_its_weight(place: Path, tmp_path: Path, monkeypatch: p
     assert not same_weights(before, half)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("new_loss")
 def test_it_is_benchmarked(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_train, "load_config", lambda path, kind: load_config(path, kind, [WEIGHT]))

@@ -25,7 +25,8 @@ CHECKPOINT, CONFIG = "checkpoints/scenes_amc.safetensors", "configs/scenes/Groun
 IMAGE = "docs/images/scenes/100000.jpg"
 PHRASES = ["the small red triangle", "the big circle", "the blue circle", "the star"]
 PATIENCE = 600  # seconds for a cell, and for the kernel to start; a machine may be slow
-pytestmark = pytest.mark.usefixtures("one_thread")  # as in the kernel: what is printed is then the same to the digit
+# One thread as in the kernel: what is printed is then the same to the digit.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

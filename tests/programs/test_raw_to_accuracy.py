@@ -22,11 +22,12 @@ from dataset.scenes import files as scenes_files
 from dataset.scenes.world import draw_scene
 from grounding import evaluate as program
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS, Benchmark
+from tests.data_keys import PARTS, data_keys, flickr_keys
 from tests.dataset.raw.raw_layouts import mattnet_detections, write_entities, write_refer
 
+pytestmark = pytest.mark.slow
 CONFIGS = Path("configs/scenes")
 CHECKPOINT = Path("checkpoints/scenes_stage1.safetensors")
-PARTS = ("val", "test")
 
 
 @pytest.fixture(scope="module")
@@ -71,13 +72,6 @@ def assert_equal_maps(one: Path, other: Path) -> None:
 # ---- Flickr30k Entities
 
 
-def flickr_keys(folder: Path, images: Path) -> dict[str, object]:
-    names = {"image_ids_file": "{}.txt", "phrase_box_file": "bounding_boxes_{}.json"}
-    names["sentences_file"] = "sentences_{}.json"
-    lists = {key: [folder / name.format(part) for part in PARTS] for key, name in names.items()}
-    return {**lists, "image_root": images}
-
-
 def test_flickr(scenes: Path, tmp_path: Path, one_thread: None) -> None:
     direct, raw = scenes / "flickr", tmp_path / "flickr30k_entities"
     for part in PARTS:
@@ -89,7 +83,7 @@ def test_flickr(scenes: Path, tmp_path: Path, one_thread: None) -> None:
         assert (tmp_path / "out" / file.name).read_text().strip() == file.read_text().strip()
 
     results = [
-        evaluated(FLICKR, "flickr", scenes, tmp_path / name, **flickr_keys(folder, scenes / "images"))
+        evaluated(FLICKR, "flickr", scenes, tmp_path / name, **flickr_keys(folder), image_root=scenes / "images")
         for name, folder in (("a", direct), ("b", tmp_path / "out"))
     ]
     assert lines(results[0]) == lines(results[1])
@@ -145,12 +139,12 @@ def test_refclef(scenes: Path, tmp_path: Path, one_thread: None) -> None:
 @pytest.fixture(scope="module")
 def refcoco_plus(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The results on RefCOCO+'s files as the generator writes them."""
-    folder = scenes / "refer" / "refcoco+"
-    keys = {**refer_keys(scenes, "refcoco+", folder, scenes / "images"), "det_file": folder / "dets.json"}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the tests, whose maps must equal these
     try:
-        return evaluated(REFCOCO_PLUS, "refcoco", scenes, tmp_path_factory.mktemp("direct"), **keys)
+        return evaluated(
+            REFCOCO_PLUS, "refcoco", scenes, tmp_path_factory.mktemp("direct"), **data_keys("refcoco", scenes)
+        )
     finally:
         torch.set_num_threads(threads)
 
@@ -252,11 +246,9 @@ def test_visual_genome(tmp_path: Path, one_thread: None) -> None:
     assert epoch["steps"] == 2
     assert epoch["train_loss_cam2"] > 0
 
-    folder = data / "refer" / "refcoco+"
-    keys = {**refer_keys(data, "refcoco+", folder, data / "images"), "det_file": folder / "dets.json"}
     checkpoint = tmp_path / "run" / "checkpoint_00.pth"
-    accuracy = lines(evaluated(REFCOCO_PLUS, "refcoco", data, tmp_path / "eval", checkpoint, **keys))[1]["val_d"]
-    assert 0 < accuracy <= 1
+    result = evaluated(REFCOCO_PLUS, "refcoco", data, tmp_path / "eval", checkpoint, **data_keys("refcoco", data))
+    assert 0 < lines(result)[1]["val_d"] <= 1
 
 
 def corner(box: Sequence[int], width: str = "width", height: str = "height") -> dict[str, int]:

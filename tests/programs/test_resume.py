@@ -15,14 +15,7 @@ import runs
 from config import load_config
 from optim import create_optimizer
 from scheduler import create_scheduler
-from tests.training_runs import (
-    log_rows,
-    ready,
-    same_weights,
-    saved,
-    step_rows,
-    train,
-)
+from tests.training_runs import log_rows, ready, same_weights, saved, step_rows, train
 from utils import UserError
 
 Change = Callable[[dict[str, Any]], object]
@@ -108,6 +101,7 @@ def test_nothing_of_the_file_is_kept(place: Path, run: Path) -> None:
     assert going_on.optimizer.state
 
 
+@pytest.mark.slow
 def test_steps_counted_in_integers(place: Path, run: Path) -> None:
     """As PyTorch wrote them when the release was trained."""
 
@@ -188,6 +182,7 @@ def test_another_kind_of_optimizer(place: Path, run: Path) -> None:
             resumed(place, run, f"optimizer.opt={kind}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sgd", "lamb"])
 def test_any_optimizer_can_be_resumed(place: Path, tmp_path: Path, kind: str) -> None:
     words = ["batch_size=72", f"optimizer.opt={kind}"]  # one step an epoch
@@ -298,6 +293,7 @@ def test_the_next_free_number(taken: list[str], next_number: int, tmp_path: Path
 # ---- a run that diverges
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rate", ["1e30", "1e12", "1e8"])
 def test_weights_that_diverged_are_not_saved(place: Path, tmp_path: Path, rate: str) -> None:
     """The loss of an epoch's last step is finite: it was of the weights before."""
@@ -316,6 +312,7 @@ def test_moments_that_diverged_are_not_saved(place: Path, run: Path) -> None:
     assert list(runs.checkpoints(run)) == [0, 1]
 
 
+@pytest.mark.slow
 def test_the_programs_advice_works(place: Path, run: Path) -> None:
     with pytest.raises(Pretrain.TrainingError, match=r"checkpoint_01\.pth is intact") as stopped:
         train(place, run, *SHORT, "--resume", "schedular.min_lr=1e30", "schedular.interval=iteration")

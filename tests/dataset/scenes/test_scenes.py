@@ -13,13 +13,16 @@ import pytest
 from PIL import Image
 
 import prepare
-from dataset import flickr, refer, vg
+from config import GroundingConfig
+from dataset import vg
 from dataset.scenes import files as scenes_files
 from dataset.scenes import language as phrases
 from dataset.scenes import world
 from dataset.scenes.language import KINDS, Spec, compose, describe, matches
 from dataset.scenes.world import HELD_OUT, Scene, Thing, draw_scene, render, shape_mask
 from dataset.text import clean_caption, load_tokenizer, swap_left_right
+from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS
+from tests.data_keys import data_keys
 
 SEED, TRAIN, EVALUATION = 3, 40, 12
 REFER = ("refcoco+", "refclef")
@@ -386,15 +389,8 @@ def test_training_files(folder: Path) -> None:
 
 @pytest.mark.parametrize("dataset", REFER)
 def test_refer_files(folder: Path, dataset: str) -> None:
-    root = folder / "refer" / dataset
-    expressions = refer.load_expressions(
-        test_file=[str(root / f"{dataset}_{part}.json") for part in ("val", "test")],
-        image_root=str(folder / "images"),
-        refer_root=str(folder / "refer"),
-        dataset=dataset,
-        det_file=str(root / "dets.json") if dataset == "refcoco+" else None,
-        entry_split=dataset == "refclef",
-    )
+    benchmark, name = {"refcoco+": (REFCOCO_PLUS, "refcoco"), "refclef": (REFCLEF, "refclef")}[dataset]
+    expressions = benchmark.load(GroundingConfig(**data_keys(name, folder)))
     splits = {"val", "testA", "testB"} if dataset == "refcoco+" else {"val", "test"}
     assert {expression.split for expression in expressions} == splits
     for expression in expressions:
@@ -437,22 +433,15 @@ def test_refs_pickle_holds_plain_types(folder: Path, dataset: str) -> None:
 
 @pytest.mark.parametrize(("part", "images"), [("val", EVALUATION), ("test", 2 * EVALUATION)])
 def test_flickr_files(folder: Path, part: str, images: int) -> None:
-    root = folder / "flickr"
-    names = [str(root / name) for name in (f"{part}.txt", f"bounding_boxes_{part}.json", f"sentences_{part}.json")]
-    expressions = flickr.load_expressions(
-        image_ids_file=names[:1],
-        phrase_box_file=names[1:2],
-        sentences_file=names[2:],
-        image_root=str(folder / "images"),
-    )
+    every = FLICKR.load(GroundingConfig(**data_keys("flickr", folder)))
+    expressions = [expression for expression in every if expression.split == part]
     assert len({expression.image for expression in expressions}) == images
     for expression in expressions:
-        assert expression.split == part
         assert expression.size == Image.open(expression.image).size[::-1]
         found = [[x, y, x + w, y + h] for x, y, w, h in expression.boxes.tolist()]
         assert target_boxes(expression.image.name, expression.text) == found
-    for name in names[1:]:
-        content = Path(name).read_text()
+    for name in ("bounding_boxes", "sentences"):
+        content = (folder / "flickr" / f"{name}_{part}.json").read_text()
         assert content == json.dumps(json.loads(content), sort_keys=True, indent=4) + "\n"
     boxes = load(folder, f"flickr/bounding_boxes_{part}.json")
     without = Counter()

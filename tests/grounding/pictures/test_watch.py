@@ -49,7 +49,7 @@ RUN = ["schedular.epochs=2"]
 STEPS = 9  # of one epoch; with a look at the meters every 4
 PHRASES = ["The red circle!", "blue"]
 TAGS = ["maps/01_the_red_circle", "maps/02_blue"]
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 Series = dict[str, list[tuple[int, Any]]]
 
 

@@ -65,6 +65,7 @@ def test_addresses_that_are_taken(site: Site) -> None:
         assert closed.connect_ex(("127.0.0.1", port)) != 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_a_server_leaves_nothing_on_disk(number: signal.Signals, tmp_path: Path) -> None:
     code = (
