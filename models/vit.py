@@ -57,9 +57,8 @@ def build_vit(config: ModelConfig) -> ViT:
 
 def _named_vit(config: ModelConfig, name: str) -> ViT:
     if not timm.is_model(name):  # names of model hubs are not followed: nothing is downloaded
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=1)
-        advice = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ConfigError(f"vision_model: timm has no architecture {name}{advice}")
+        hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, timm.list_models(), n=1))
+        raise ConfigError(f"vision_model: timm has no architecture {name}{hint}")
     make: dict[str, Any] = {"pretrained": False, "num_classes": 0, "global_pool": "", "img_size": config.image_res}
     try:
         with torch.device("meta"):
