@@ -33,6 +33,7 @@ from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
 from dataset.workers import check_shared_memory, killed_workers_explained
+from files import save_tensors
 from models.checkpoint import (
     CheckpointError,
     check_resumable,
@@ -41,7 +42,6 @@ from models.checkpoint import (
     init_text_encoder,
     load_weights,
     read_checkpoint,
-    save_checkpoint,
 )
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
@@ -212,7 +212,7 @@ class Run:
                 "run": self.settings(),
                 "log": runs.timeless_log(self.output),
             }
-            save_checkpoint(runs.checkpoint_path(self.output, epoch), content)
+            save_tensors(runs.checkpoint_path(self.output, epoch), content)
         utils.barrier()
 
     def restore(self, checkpoint: dict[str, Any], path: str | Path) -> int:

@@ -79,7 +79,7 @@ class ALBEF(nn.Module):
     @property
     def grid(self) -> tuple[int, int]:
         """Rows and columns of image patches."""
-        return vit.grid(self.visual_encoder)
+        return self.visual_encoder.patch_embed.grid_size
 
     @property
     def max_tokens(self) -> int:

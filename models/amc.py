@@ -119,15 +119,21 @@ def _mean_where(values: Tensor, keep: Tensor) -> Tensor:
 
 MapLoss = Callable[[Tensor, Tensor, Tensor, AMCConfig], Tensor]
 
+
+def _mean_term(cam: Tensor, mask: Tensor, has_box: Tensor, options: AMCConfig) -> Tensor:
+    """AMC, mean term: `mean_margin_loss` as the config has it."""
+    return mean_margin_loss(cam, mask, has_box, options.margin_mean, options.mean_over)
+
+
+def _max_term(cam: Tensor, mask: Tensor, has_box: Tensor, options: AMCConfig) -> Tensor:
+    """AMC, max term: `max_margin_loss` as the config has it."""
+    return max_margin_loss(cam, mask, has_box, options.margin_max)
+
+
 # Name -> loss(cam, mask, has_box, options), with the arguments of `mean_margin_loss`. The loss is logged as loss_<name>
-# and trained with the weight that the config gives it, `amc: {weights: {<name>: 0.3}}`. An option such as a margin is a
-# typed key of `AMCConfig`.
-MAP_LOSSES: dict[str, MapLoss] = {
-    "cam1": lambda cam, mask, has_box, options: mean_margin_loss(
-        cam, mask, has_box, options.margin_mean, options.mean_over
-    ),
-    "cam2": lambda cam, mask, has_box, options: max_margin_loss(cam, mask, has_box, options.margin_max),
-}
+# and trained with the weight that the config gives it, `amc: {weights: {<name>: 0.3}}`. Its curve has the docstring as
+# title, as far as the first colon or line's end. An option such as a margin is a typed key of `AMCConfig`.
+MAP_LOSSES: dict[str, MapLoss] = {"cam1": _mean_term, "cam2": _max_term}
 
 
 def map_losses(cam: Tensor, mask: Tensor, has_box: Tensor, options: AMCConfig) -> dict[str, Tensor]:
@@ -154,12 +160,9 @@ def map_loss_weights(options: AMCConfig) -> dict[str, float]:
         if name in published:
             raise ConfigError(f"amc.weights.{name}: the weight of this loss is amc.{published[name]}")
         if name not in MAP_LOSSES:
-            nearest = difflib.get_close_matches(name, MAP_LOSSES, n=1)
-            hint = f"; did you mean '{nearest[0]}'?" if nearest else ""
+            hint = "".join(f"; did you mean '{near}'?" for near in difflib.get_close_matches(name, MAP_LOSSES, n=1))
             raise ConfigError(f"amc.weights.{name}: there is no such loss in models.amc.MAP_LOSSES{hint}")
-    for name in MAP_LOSSES:
-        if name not in weights:
-            raise ConfigError(
-                f"amc.weights lacks '{name}', a loss on the map: add its weight, or 0 to only log the loss"
-            )
+    if lacking := [name for name in MAP_LOSSES if name not in weights]:
+        loss = lacking[0]
+        raise ConfigError(f"amc.weights lacks '{loss}', a loss on the map: add its weight, or 0 to only log the loss")
     return {f"loss_{name}": weights[name] for name in MAP_LOSSES}

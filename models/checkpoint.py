@@ -1,4 +1,4 @@
-"""Checkpoints: read (safely), convert, check, write (atomically).
+"""Checkpoints: read (safely), convert, check; `files.save_tensors` writes them.
 
 A checkpoint is a `torch.save` dict with `model` (state dict), `optimizer`, `lr_scheduler`, `config`, `epoch`; a
 `.safetensors` file holds the state dict, and the config if `export_student` wrote it. Others are converted: state dicts
@@ -18,14 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from files import UnreadableFile, load_tensors, parse_json, save_tensors, verify_archive, why_unreadable
+from files import UnreadableFile, load_tensors, parse_json, verify_archive, why_unreadable
 from models.albef import ALBEF
-from models.vit import ViT, prefix_positions
+from models.vit import ViT
 from models.xbert import TextEncoder
 from utils import UserError, atomic_path
 
@@ -77,25 +77,22 @@ class LoadReport:
 
     path: str
     loaded: int = 0
-    converted: list[str] = field(default_factory=list)
+    converted: tuple[str, ...] = ()
     resized: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.loaded} tensors loaded"]
         parts = {"converted": self.converted, "resized": self.resized, "fresh": self.fresh}
-        for verb, notes in (parts | {"ignored on purpose": self.ignored}).items():
-            lines += [f"  {verb}: {note}" for note in notes]
-        return "\n".join(lines)
+        parts["ignored on purpose"] = self.ignored
+        notes = [f"\n  {verb}: {note}" for verb, notes in parts.items() for note in notes]
+        return "".join([f"{self.path}: {self.loaded} tensors loaded", *notes])
 
 
 class Weights(dict[str, Tensor]):
     """A state dict by ALBEF's names; `converted` says how the file's differ."""
 
-    def __init__(self, state: Mapping[str, Tensor], converted: list[str]) -> None:
-        super().__init__(state)
-        self.converted = converted
+    converted: tuple[str, ...] = ()
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -125,11 +122,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         if fault := "a key that is no text" if not isinstance(key, str) else _fault(value, size):
             shown = f"{key!r:.200}" if isinstance(key, str) else reprlib.repr(key)
             raise CheckpointError(f"{path}: {shown} in its state dict is {fault}")
-    if state is content:
-        rest = _stated_config(path)
-    else:
-        rest = {key: value for key, value in content.items() if key not in TOP_KEYS}
-    return {"model": _by_our_names(state, path), **rest}
+    rest = {key: value for key, value in content.items() if key not in TOP_KEYS}
+    return {"model": _by_our_names(state, path), **(_stated_config(path) if state is content else rest)}
 
 
 def _stated_config(path: Path) -> dict[str, Any]:
@@ -157,7 +151,7 @@ def _fault(value: Any, file_size: int) -> str | None:
     return None
 
 
-def _by_our_names(state: dict[str, Tensor], path: Path) -> Weights:
+def _by_our_names(state: State, path: Path) -> Weights:
     """Without the prefixes of wrappers, and with the `bert.` that ALBEF's fine-tuned models lack."""
     converted = []
     names = {key: WRAPPER.sub("", key) for key in state}
@@ -167,16 +161,17 @@ def _by_our_names(state: dict[str, Tensor], path: Path) -> Weights:
     if all(name.startswith("model.") for name in names.values()):  # Lightning's module around the model
         names = {key: name.removeprefix("model.") for key, name in names.items()}
         converted.append(f"{len(names)} names without model.")
-    if lacking := [key for key, name in names.items() if WITHOUT_BERT.match(name)]:
-        names |= {key: WITHOUT_BERT.sub(r"\1.bert.", names[key]) for key in lacking}
-        converted.append(
-            f"{len(lacking)} names with text_encoder.bert. for text_encoder., as ALBEF's fine-tuning has it"
-        )
-    first: dict[str, str] = {}
+    if count := sum(bool(WITHOUT_BERT.match(name)) for name in names.values()):
+        names = {key: WITHOUT_BERT.sub(r"\1.bert.", name) for key, name in names.items()}
+        converted.append(f"{count} names with text_encoder.bert. for text_encoder., as ALBEF's fine-tuning has it")
+    weights = Weights()
+    weights.converted = tuple(converted)
+    keys: dict[str, str] = {}
     for key, name in names.items():
-        if first.setdefault(name, key) != key:
-            raise CheckpointError(f"{path}: its keys {first[name]} and {key} are both {name}, by their prefixes")
-    return Weights({names[key]: value for key, value in state.items()}, converted)
+        if name in weights:
+            raise CheckpointError(f"{path}: its keys {keys[name]} and {key} are both {name}, by their prefixes")
+        weights[name], keys[name] = state[key], key
+    return weights
 
 
 def check_resumable(content: dict[str, Any], path: str | Path) -> None:
@@ -193,11 +188,6 @@ def check_resumable(content: dict[str, Any], path: str | Path) -> None:
             )
     if content["epoch"] < 0:
         raise CheckpointError(f"{path}: cannot resume, its 'epoch' is {content['epoch']}; {advice}")
-
-
-def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint under a temporary name, then rename it; equal content gives equal bytes."""
-    save_tensors(path, content)
 
 
 def diverged(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> str | None:
@@ -233,34 +223,25 @@ def load_weights(model: ALBEF, state: State, path: str | Path) -> LoadReport:
     Raises:
         CheckpointError: any other missing, unexpected or differently shaped key.
     """
-    report = LoadReport(str(path), converted=getattr(state, "converted", []))
-    target = model.state_dict()
-    state = dict(state)
+    report = LoadReport(str(path), converted=getattr(state, "converted", ()))
+    target, state = model.state_dict(), dict(state)
     _convert_queues(state, target, report)
     _convert_teacher(state, target, report)
-    _fit_positions(state, target, report, prefix_positions(model.visual_encoder))
-    for key in [key for key in target if key not in state and POSITION_IDS.search(key)]:
-        state[key] = target[key]  # a constant that some versions of transformers do not save
+    _fit_positions(state, target, report, model.visual_encoder)
+    state |= {key: target[key] for key in target.keys() - state if POSITION_IDS.search(key)}  # not always saved
     for what, pattern in (("teacher", TEACHER), ("queues", QUEUE), ("MLM head", MLM_HEAD)):
-        if any(pattern.match(key) for key in target):
-            continue  # the model has one of its own: a tensor too many is no part of it
         extra = [key for key in state if pattern.match(key)]
-        if extra:
+        if extra and not any(pattern.match(key) for key in target):  # else a tensor too many is an error
             report.ignored.append(f"{what}, {len(extra)} tensors")
-        for key in extra:
-            del state[key]
-    _check(state, target, path)
-    model.load_state_dict(state)
-    report.loaded = len(state)
-    return report
+            state = {key: value for key, value in state.items() if key not in extra}
+    return _load(model, state, report)
 
 
 def _convert_queues(state: State, target: State, report: LoadReport) -> None:
     if "image_queue" not in target:
         return
-    single = state.pop("queue_ptr", None)
     names = ("image_queue", "text_queue", "queue_ptr_img", "queue_ptr_txt")
-    if single is not None:
+    if (single := state.pop("queue_ptr", None)) is not None:
         for name in names[2:]:
             state.setdefault(name, single.reshape(-1).clone())
     lengths = [state[name].shape[1:] for name in names[:2] if name in state]
@@ -275,69 +256,64 @@ def _convert_queues(state: State, target: State, report: LoadReport) -> None:
 
 
 def _convert_teacher(state: State, target: State, report: LoadReport) -> None:
-    wanted = [key for key in target if TEACHER.match(key)]
-    if not wanted or any(TEACHER.match(key) for key in state):
-        return
-    report.fresh.append("teacher (copied from the student; the file has none)")
-    for key in wanted:
-        student = key.replace("_m.", ".", 1)
-        if student in state:
-            state[key] = state[student]
+    wanted = {key: key.replace("_m.", ".", 1) for key in target if TEACHER.match(key)}
+    if wanted and not any(TEACHER.match(key) for key in state):
+        report.fresh.append("teacher (copied from the student; the file has none)")
+        state.update({key: state[student] for key, student in wanted.items() if student in state})
 
 
-def _fit_positions(state: State, target: State, report: LoadReport, prefix: int) -> None:
-    """Resize position embeddings of another resolution, on square grids; `_check` says what else is wrong with them.
+def _fit_positions(state: State, target: State, report: LoadReport, encoder: ViT) -> None:
+    """Resize position embeddings (1, P + g * g, W) of another resolution, bicubically; the first P stay.
 
-    Args:
-        prefix: how many of the embeddings are of prefix tokens.
+    Only from square grid to square grid: `_check` says what else is wrong with them.
     """
-    for key in [key for key in state if key in target and POSITION_EMBEDDING.match(key)]:
-        old, new = state[key].shape, target[key].shape
-        if old == new or len(old) != 3 or (old[0], old[2]) != (1, new[2]):
+    grid = list(encoder.patch_embed.grid_size)
+    for key in [key for key in target if key in state and POSITION_EMBEDDING.match(key)]:
+        old, (_, tokens, width) = state[key].shape, target[key].shape
+        if len(old) != 3 or (old[0], old[2]) != (1, width) or old[1] == tokens:
             continue
-        if min(_side(count - prefix) for count in (old[1], new[1])) > 0:
-            state[key] = resize_position_embedding(state[key], new[1], prefix)
-            report.resized.append(f"{key}, {old[1]} to {new[1]} tokens")
+        prefix = tokens - math.prod(grid)
+        patches = old[1] - prefix
+        if patches > 0 and math.isqrt(patches) ** 2 == patches and grid[0] == grid[1]:
+            state[key] = resample_abs_pos_embed(state[key], grid, num_prefix_tokens=prefix, antialias=False)
+            report.resized.append(f"{key}, {old[1]} to {tokens} tokens")
 
 
-def _side(patches: int) -> int:
-    """The side of a square grid of so many patches; 0 where they form none."""
-    side = math.isqrt(max(patches, 0))
-    return side if side * side == patches else 0
+def _load(module: nn.Module, state: State, report: LoadReport) -> LoadReport:
+    """Load a state dict that fits; raises `CheckpointError` naming everything about it that does not."""
+    _check(state, module.state_dict(), report.path)
+    module.load_state_dict(state)
+    report.loaded = len(state)
+    return report
 
 
-def _check(state: State, target: State, path: str | Path) -> None:
-    problems = []
+def _check(state: State, target: State, path: str) -> None:
     missing, unexpected = [key for key in target if key not in state], [key for key in state if key not in target]
     for name, pattern in OTHER_MODELS.items():
         match = re.compile(pattern).search
         if (other := next(filter(match, unexpected), None)) and not any(map(match, target)):
             raise CheckpointError(f"{path}: holds {name}, not the model of this config (by its key {other})")
-    if missing:
-        problems.append(f"missing: {_listing(missing)}")
-    if unexpected:
-        problems.append(f"unexpected: {_listing(unexpected)}")
     pairs = [(key, state[key], target[key]) for key in state if key in target]
-    if reshaped := [(key, list(a.shape), list(b.shape)) for key, a, b in pairs if a.shape != b.shape]:
-        problems.append(f"of another shape: {_listing([f'{key} is {a}, the model has {b}' for key, a, b in reshaped])}")
+    shapes = [(key, list(own.shape), list(wanted.shape)) for key, own, wanted in pairs if own.shape != wanted.shape]
     # position_ids may be of any type: their numbers are known, and compared below
-    odd = [
-        found for found in pairs if not (_same_kind(found[1].dtype, found[2].dtype) or POSITION_IDS.search(found[0]))
-    ]
-    if retyped := [(key, a.dtype, b.dtype) for key, a, b in odd]:
-        problems.append(f"of another type: {_listing([f'{key} is {a}, the model has {b}' for key, a, b in retyped])}")
-    if problems:
-        raise CheckpointError(f"{path}: does not fit the model of this config\n  " + "\n  ".join(problems))
+    odd = [found for found in pairs if not (_same_kind(*found[1:]) or POSITION_IDS.search(found[0]))]
+    types = [(key, own.dtype, wanted.dtype) for key, own, wanted in odd]
+    problems = {"missing": missing, "unexpected": unexpected}
+    for what, differences in (("of another shape", shapes), ("of another type", types)):
+        problems[what] = [f"{key} is {own}, the model has {wanted}" for key, own, wanted in differences]
+    if any(problems.values()):
+        lines = [f"\n  {what}: {_listing(found)}" for what, found in problems.items() if found]
+        raise CheckpointError(f"{path}: does not fit the model of this config{''.join(lines)}")
     for key in filter(POSITION_IDS.search, state):
         if (state[key] != target[key]).any():
             raise CheckpointError(f"{path}: {key} does not count from 0: the file is damaged")
 
 
-def _same_kind(stored: torch.dtype, wanted: torch.dtype) -> bool:
+def _same_kind(stored: Tensor, wanted: Tensor) -> bool:
     """Whether copying keeps the numbers, but for rounding: a quantized weight's integers are not its numbers."""
-    if wanted in FLOATS:
-        return stored in FLOATS
-    return not stored.is_floating_point and not stored.is_complex
+    if wanted.dtype in FLOATS:
+        return stored.dtype in FLOATS
+    return not stored.is_floating_point() and not stored.is_complex()
 
 
 def _listing(items: list[str], most: int = 5) -> str:
@@ -345,32 +321,15 @@ def _listing(items: list[str], most: int = 5) -> str:
     return ", ".join(items[:most]) + more
 
 
-def resize_position_embedding(embedding: Tensor, tokens: int, prefix: int = 1) -> Tensor:
-    """(1, P + g * g, W) -> (1, tokens, W): bicubic on the patch grid, align_corners False; the first P stay."""
-    old, new = (_side(count - prefix) for count in (embedding.shape[1], tokens))
-    if not old or not new:
-        raise CheckpointError(
-            f"position embeddings of {embedding.shape[1]} tokens, for {tokens}: not square grids with {prefix} more"
-        )
-    kept, patches = embedding[:, :prefix], embedding[:, prefix:].unflatten(1, (old, old)).permute(0, 3, 1, 2)
-    resized = F.interpolate(patches.float(), size=(new, new), mode="bicubic", align_corners=False)
-    return torch.cat([kept, resized.permute(0, 2, 3, 1).flatten(1, 2).to(kept.dtype)], dim=1)
-
-
 def init_image_encoder(encoder: ViT, path: str | Path) -> LoadReport:
     """Start the image encoder from a DeiT or timm ViT state dict; its classifier is left out."""
-    state = read_checkpoint(path)["model"]
-    report = LoadReport(str(path), converted=state.converted)
-    target = encoder.state_dict()
-    heads = [key for key in state if key.startswith("head")]
-    if heads:
-        report.ignored.append(f"classifier, {len(heads)} tensors")
-    state = {key: value for key, value in state.items() if key not in heads}
-    _fit_positions(state, target, report, prefix_positions(encoder))
-    _check(state, target, path)
-    encoder.load_state_dict(state)
-    report.loaded = len(state)
-    return report
+    weights = read_checkpoint(path)["model"]
+    report = LoadReport(str(path), converted=weights.converted)
+    state = {key: value for key, value in weights.items() if not key.startswith("head")}
+    if heads := len(weights) - len(state):
+        report.ignored.append(f"classifier, {heads} tensors")
+    _fit_positions(state, encoder.state_dict(), report, encoder)
+    return _load(encoder, state, report)
 
 
 def init_text_encoder(encoder: TextEncoder, text_encoder: str) -> LoadReport:
@@ -399,16 +358,10 @@ def init_text_encoder(encoder: TextEncoder, text_encoder: str) -> LoadReport:
     bert, found = loaded
     if absent := sorted(found["missing_keys"]):
         report.fresh.append(f"WARNING: {_listing(absent)} (random: the folder holds no such weights)")
-    state = bert.state_dict()
-    target = encoder.state_dict()
-    fresh = _new_to_bert(target, state)
-    if fresh:
+    state, target = bert.state_dict(), encoder.state_dict()
+    new = {key: target[key] for key in target if ".crossattention." in key or POSITION_IDS.search(key)}
+    if fresh := new.keys() - state:
         report.fresh.append(f"cross-attention, {len(fresh)} tensors (random: BERT has none)")
-    _check({**state, **{key: target[key] for key in fresh}}, target, text_encoder)
-    encoder.load_state_dict({**state, **{key: target[key] for key in fresh}})
+    _load(encoder, {**new, **state}, report)
     report.loaded = len(state)
     return report
-
-
-def _new_to_bert(target: State, state: State) -> list[str]:
-    return [key for key in target if key not in state and (".crossattention." in key or POSITION_IDS.search(key))]

@@ -11,7 +11,7 @@ Shapes: N images, S = P + h * w tokens, P prefix tokens (CLS first, then others 
 
 import copy
 import difflib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import timm
@@ -57,9 +57,8 @@ def build_vit(config: ModelConfig) -> ViT:
 
 def _named_vit(config: ModelConfig, name: str) -> ViT:
     if not timm.is_model(name):  # names of model hubs are not followed: nothing is downloaded
-        nearest = difflib.get_close_matches(name, timm.list_models(), n=1)
-        advice = f"; did you mean {nearest[0]}?" if nearest else ""
-        raise ConfigError(f"vision_model: timm has no architecture {name}{advice}")
+        hint = "".join(f"; did you mean {near}?" for near in difflib.get_close_matches(name, timm.list_models(), n=1))
+        raise ConfigError(f"vision_model: timm has no architecture {name}{hint}")
     make: dict[str, Any] = {"pretrained": False, "num_classes": 0, "global_pool": "", "img_size": config.image_res}
     try:
         with torch.device("meta"):
@@ -77,7 +76,7 @@ def _named_vit(config: ModelConfig, name: str) -> ViT:
 def _contradictions(config: ModelConfig, vit: ViT) -> list[str]:
     """Which of the size keys that the config sets are not those of its `vision_model`."""
     sizes = {
-        "patch_size": patch_size(vit)[0],
+        "patch_size": vit.patch_embed.patch_size[0],
         "vision_width": vit.embed_dim,
         "vision_depth": len(vit.blocks),
         "vision_heads": vit.blocks[0].attn.num_heads,
@@ -105,42 +104,22 @@ def why_unfit(vit: ViT) -> str | None:
     attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
     if not attentions or not all(hasattr(attention, "fused_attn") for attention in attentions):
         return "its blocks have no self-attention of timm's ViT"
-    (height, width), (rows, columns), (down, right) = vit.patch_embed.img_size, grid(vit), patch_size(vit)
+    patches = vit.patch_embed
+    (height, width), (rows, columns), (down, right) = patches.img_size, patches.grid_size, patches.patch_size
     if (rows * down, columns * right) != (height, width):
         return f"patches of {down} x {right} pixels do not divide images of {height} x {width}"
     images = torch.zeros(1, 3, height, width, device=vit.cls_token.device)
     seeing = [_seeing(block) for block in blocks]
     length = vit.num_prefix_tokens + rows * columns
-    tokens = _with(vit, blocks=nn.Sequential(*(block for block, _ in seeing))).forward_features(images)
+    tokens = _run(vit, images, [block for block, _ in seeing])
     if not isinstance(tokens, Tensor) or tokens.shape != (1, length, vit.embed_dim):
         return "it does not end with one token a patch and its prefix tokens"
     if vit.forward_head(tokens) is not tokens:
         return "its output is not its tokens"
     for attention, (_, seen) in zip(attentions, seeing, strict=True):
-        if [tuple(found.shape) for found in seen.attention] != [(1, attention.num_heads, length, length)]:
+        if [tuple(found.shape) for found in seen] != [(1, attention.num_heads, length, length)]:
             return "its blocks do not attend from every token to every token, once"
     return None
-
-
-# ---- what an encoder is
-
-
-def grid(vit: ViT) -> tuple[int, int]:
-    """Rows and columns of patches."""
-    rows, columns = vit.patch_embed.grid_size
-    return rows, columns
-
-
-def patch_size(vit: ViT) -> tuple[int, int]:
-    """Height and width of a patch, in pixels."""
-    height, width = vit.patch_embed.patch_size
-    return height, width
-
-
-def prefix_positions(vit: ViT) -> int:
-    """How many of the position embeddings are of prefix tokens."""
-    rows, columns = grid(vit)
-    return 0 if vit.pos_embed is None else vit.pos_embed.shape[1] - rows * columns
 
 
 # ---- looking inside
@@ -149,15 +128,15 @@ def prefix_positions(vit: ViT) -> int:
 def block_inputs(vit: ViT, images: Tensor) -> tuple[list[Tensor], Tensor]:
     """What enters each block, and the tokens after the final norm, each (N, S, W), from images (N, 3, r, r)."""
     taps = [_Tap(block) for block in vit.blocks]
-    tokens = _with(vit, blocks=nn.Sequential(*taps)).forward_features(images)
+    tokens = _run(vit, images, taps)
     return [tap.entered for tap in taps], tokens
 
 
 def tokens_before(vit: ViT, images: Tensor, block: int) -> Tensor:
     """What enters block `block`, (N, S, W); nothing after that is computed."""
-    tap = _Tap(_Skip())
-    _with(vit, blocks=_replaced(vit, range(block, len(vit.blocks)), tap), norm=nn.Identity()).forward_features(images)
-    return tap.entered
+    rest = [_Tap(_skip) for _ in vit.blocks[block:]]
+    _run(vit, images, [*vit.blocks[:block], *rest], norm=nn.Identity())
+    return rest[0].entered
 
 
 def forward_from(vit: ViT, images: Tensor, tokens: Tensor, block: int) -> tuple[Tensor, Tensor]:
@@ -171,11 +150,31 @@ def forward_from(vit: ViT, images: Tensor, tokens: Tensor, block: int) -> tuple[
         the final tokens (N, S, W) and the attention probabilities (N, H, S, S) that they depend on, before dropout; a
         leaf to differentiate by where nothing before it needs a gradient.
     """
-    seen_block, seen = _seeing(vit.blocks[block])
-    blocks = _replaced(vit, range(block), _Skip())
-    blocks[block] = _Enter(seen_block, tokens)
-    final = _with(vit, blocks=blocks).forward_features(images)
-    return final, seen.attention[0]
+    explained, seen = _seeing(vit.blocks[block])
+    enter = _Tap(lambda _, *args, **keys: explained(tokens, *args, **keys))
+    final = _run(vit, images, [*(_Tap(_skip) for _ in vit.blocks[:block]), enter, *vit.blocks[block + 1 :]])
+    return final, seen[0]
+
+
+class _Tap(nn.Module):
+    """Stands for a block or a dropout: keeps what enters it, and computes `function` of its inputs."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, tokens: Tensor, *args: Any, **keys: Any) -> Tensor:
+        self.entered = tokens
+        return self.function(tokens, *args, **keys)
+
+
+def _skip(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+    return tokens
+
+
+def _run(vit: ViT, images: Tensor, blocks: Iterable[nn.Module], **children: nn.Module) -> Tensor:
+    """timm's `forward_features` with other blocks, and other children."""
+    return _with(vit, blocks=nn.Sequential(*blocks), **children).forward_features(images)
 
 
 def _with(module: Module, **children: nn.Module) -> Module:
@@ -187,62 +186,20 @@ def _with(module: Module, **children: nn.Module) -> Module:
     return other
 
 
-def _replaced(vit: ViT, blocks: Sequence[int], module: nn.Module) -> nn.Sequential:
-    """The blocks of an encoder, with one module in place of some of them."""
-    return nn.Sequential(*(module if index in blocks else own for index, own in enumerate(vit.blocks)))
-
-
-def _seeing(block: Any) -> tuple[nn.Module, "_Seen"]:
-    """The block with its attention unfused, and what shows that attention's probabilities.
+def _seeing(block: Any) -> tuple[nn.Module, list[Tensor]]:
+    """The block with its attention unfused, and a list to which each pass adds that attention's probabilities.
 
     timm gives them to the module `attn_drop`, between softmax and values, where no fused kernel computes both at once.
     """
-    seen = _Seen(block.attn.attn_drop)
-    attn = _with(block.attn, attn_drop=seen)
-    attn.fused_attn = False
-    return _with(block, attn=attn), seen
+    seen: list[Tensor] = []
+    dropout = block.attn.attn_drop
 
-
-class _Seen(nn.Module):
-    """Stands for the dropout of attention probabilities, and keeps them."""
-
-    def __init__(self, dropout: nn.Module) -> None:
-        super().__init__()
-        self.dropout = dropout
-        self.attention: list[Tensor] = []
-
-    def forward(self, attention: Tensor) -> Tensor:
+    def see(attention: Tensor) -> Tensor:
         if torch.is_grad_enabled() and not attention.requires_grad:
             attention.requires_grad_()  # evaluation: the graph of a map begins here
-        self.attention.append(attention)
-        return self.dropout(attention)
+        seen.append(attention)
+        return dropout(attention)
 
-
-class _Tap(nn.Module):
-    """Stands for a block, and keeps the tokens that enter it."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        self.block = block
-
-    def forward(self, tokens: Tensor, *args: Any, **keys: Any) -> Tensor:
-        self.entered = tokens
-        return self.block(tokens, *args, **keys)
-
-
-class _Enter(nn.Module):
-    """Stands for a block that computes from other tokens than those that reach it."""
-
-    def __init__(self, block: nn.Module, tokens: Tensor) -> None:
-        super().__init__()
-        self.block, self.tokens = block, tokens
-
-    def forward(self, _: Tensor, *args: Any, **keys: Any) -> Tensor:
-        return self.block(self.tokens, *args, **keys)
-
-
-class _Skip(nn.Module):
-    """Stands for a block that computes nothing."""
-
-    def forward(self, tokens: Tensor, *args: Any, **keys: Any) -> Tensor:
-        return tokens
+    attn = _with(block.attn, attn_drop=_Tap(see))
+    attn.fused_attn = False
+    return _with(block, attn=attn), seen

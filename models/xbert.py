@@ -8,11 +8,13 @@ Three things here are not in BERT. The keys and values of an image are computed 
 every pass and every text that looks at the image. The attention a GradCAM map needs is returned by the call that
 computes it. And attention is a fused kernel except where a map needs the probabilities, or a second derivative.
 
+Attributes typed `Any` are containers that give the checkpoints' names to their parts.
+
 Shapes: B texts, T tokens, N images, S image tokens, W hidden size, H heads, D = W / H.
 """
 
 import math
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -43,16 +45,6 @@ class FusionOutput(NamedTuple):
     attention: Tensor | None
 
 
-class Projections(nn.Module):
-    """query, key and value of an attention block."""
-
-    def __init__(self, width: int, source_width: int) -> None:
-        super().__init__()
-        self.query = nn.Linear(width, width)
-        self.key = nn.Linear(source_width, width)
-        self.value = nn.Linear(source_width, width)
-
-
 class ResidualOutput(nn.Module):
     """LayerNorm(residual + dropout(Linear(x))): how every BERT sub-layer ends."""
 
@@ -73,7 +65,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = config.num_attention_heads
         self.dropout_prob = config.attention_probs_dropout_prob
-        self.self = Projections(config.hidden_size, source_width)
+        widths = {"query": config.hidden_size, "key": source_width, "value": source_width}
+        self.self: Any = nn.ModuleDict({name: nn.Linear(width, config.hidden_size) for name, width in widths.items()})
         self.output = ResidualOutput(config, config.hidden_size)
 
     def keys_values(self, source: Tensor) -> KeyValue:
@@ -123,17 +116,6 @@ def _matmul(rows: Tensor, shared: Tensor) -> Tensor:
     return folded.unflatten(1, (len(rows), -1)).transpose(0, 1)
 
 
-class Intermediate(nn.Module):
-    """The MLP's first half."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.intermediate_size)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return F.gelu(self.dense(hidden))
-
-
 class Layer(nn.Module):
     """Self-attention, cross-attention in fusion layers, MLP."""
 
@@ -142,7 +124,7 @@ class Layer(nn.Module):
         self.attention = Attention(config, config.hidden_size)
         if fusion:
             self.crossattention = Attention(config, config.encoder_width)
-        self.intermediate = Intermediate(config)
+        self.intermediate: Any = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
         self.output = ResidualOutput(config, config.intermediate_size)
 
     def forward(
@@ -166,7 +148,7 @@ class Layer(nn.Module):
         if image is not None:
             image = image if image_index is None else image.select(image_index)
             hidden, attention = self.crossattention(hidden, image, explicit=explicit_cross)
-        return self.output(self.intermediate(hidden), hidden), attention
+        return self.output(F.gelu(self.intermediate.dense(hidden)), hidden), attention
 
 
 class Embeddings(nn.Module):
@@ -190,59 +172,21 @@ class Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(embedded))
 
 
-class LayerStack(nn.Module):
-    """BERT's `encoder`: a holder of layers."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList(
-            Layer(config, fusion=index >= config.fusion_layer) for index in range(config.num_hidden_layers)
-        )
-
-
-class Bert(nn.Module):
-    """Embeddings and layers."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.embeddings = Embeddings(config)
-        self.encoder = LayerStack(config)
-
-
-class Transform(nn.Module):
-    """The MLM head's hidden layer."""
-
-    def __init__(self, config: BertConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.LayerNorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.LayerNorm(F.gelu(self.dense(hidden)))
-
-
-class Predictions(nn.Module):
-    """BERT's MLM head; its decoder is the word embedding, its bias stands in the checkpoint under two names."""
+class MLMHead(nn.Module):
+    """(..., W) -> vocabulary logits (..., V); the checkpoint has its bias under two names."""
 
     def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
         super().__init__()
+        width = config.hidden_size
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
-        self.transform = Transform(config)
-        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        norm = nn.LayerNorm(width, eps=config.layer_norm_eps)
+        self.transform: Any = nn.ModuleDict({"dense": nn.Linear(width, width), "LayerNorm": norm})
+        self.decoder = nn.Linear(width, config.vocab_size)
         self.decoder.weight = word_embeddings.weight
         self.decoder.bias = self.bias
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """(..., W) -> vocabulary logits (..., V)."""
-        return self.decoder(self.transform(hidden))
-
-
-class MLMHead(nn.Module):
-    """Holder of `predictions`, for the checkpoint's names."""
-
-    def __init__(self, config: BertConfig, word_embeddings: nn.Embedding) -> None:
-        super().__init__()
-        self.predictions = Predictions(config, word_embeddings)
+        return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(hidden))))
 
 
 class TextEncoder(nn.Module):
@@ -252,8 +196,14 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False
-        self.bert = Bert(config)
-        self.cls = MLMHead(config, self.bert.embeddings.word_embeddings) if mlm_head else None
+        embeddings = Embeddings(config)
+        layers = nn.ModuleList(
+            Layer(config, index in config.fusion_layers) for index in range(config.num_hidden_layers)
+        )
+        self.bert: Any = nn.ModuleDict({"embeddings": embeddings, "encoder": nn.ModuleDict({"layer": layers})})
+        self.cls: Any = None
+        if mlm_head:
+            self.cls = nn.ModuleDict({"predictions": MLMHead(config, embeddings.word_embeddings)})
         self.apply(self._initialise)
 
     def _initialise(self, module: nn.Module) -> None:
@@ -267,7 +217,7 @@ class TextEncoder(nn.Module):
     @property
     def layers(self) -> list[Layer]:
         """BERT's layers, by index."""
-        return cast(list[Layer], list(self.bert.encoder.layer))
+        return list(self.bert.encoder.layer)
 
     @property
     def fusion_layers(self) -> range:
@@ -278,7 +228,7 @@ class TextEncoder(nn.Module):
         """(B, T) ids and mask (1 word, 0 padding) -> text tokens (B, T, W), from the layers without image."""
         hidden, bias = self.bert.embeddings(input_ids), _additive(attention_mask)
         for layer in self.layers[: self.config.fusion_layer]:
-            hidden, _ = self._run(layer, hidden, bias)
+            hidden, _ = self._run(layer, False, hidden, bias)
         return hidden
 
     def image_keys_values(self, image_tokens: Tensor) -> list[KeyValue]:
@@ -309,23 +259,22 @@ class TextEncoder(nn.Module):
         """
         hidden, bias, seen = text_tokens, _additive(attention_mask), None
         for index, image in zip(self.fusion_layers, images, strict=True):
-            above = twice_differentiable and attention_layer is not None and index > attention_layer
             asked = index == attention_layer
+            above = twice_differentiable and attention_layer is not None and index > attention_layer
             first = cls_only and index == self.fusion_layers[-1] and not asked
-            if above or asked:
-                hidden, attention = self.layers[index](hidden, bias, image, image_index, above, True, first)
-                seen = attention if asked else seen
-            else:
-                hidden, _ = self._run(self.layers[index], hidden, bias, image, image_index, False, False, first)
+            explicit = asked or above
+            inputs = (hidden, bias, image, image_index, above, explicit, first)
+            hidden, attention = self._run(self.layers[index], explicit, *inputs)
+            seen = attention if asked else seen
         return FusionOutput(hidden[:, :1] if cls_only else hidden, seen)
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
         """(..., W) -> (..., V); only of an encoder built with its MLM head."""
-        assert self.cls is not None, "this text encoder was built without its MLM head"
         return self.cls.predictions(hidden)
 
-    def _run(self, layer: Layer, *inputs: Tensor | KeyValue | bool | None) -> tuple[Tensor, Tensor | None]:
-        if self.checkpoint_activations and torch.is_grad_enabled():
+    def _run(self, layer: Layer, keep: bool, *inputs: Tensor | KeyValue | bool | None) -> tuple[Tensor, Tensor | None]:
+        """A layer's outputs; `keep` its activations for the backward pass, even with `checkpoint_activations`."""
+        if self.checkpoint_activations and torch.is_grad_enabled() and not keep:
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 

@@ -1,6 +1,5 @@
 """Optimisers by the config's names, with ALBEF's two parameter groups."""
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,12 @@ def restore_optimizer(optimizer: Optimizer, saved: Any, config: OptimizerConfig,
     Raises:
         OptimizerStateError: it is of another kind of optimizer, or of other parameters.
     """
-    groups, own = _stored_groups(saved), optimizer.state_dict()["param_groups"]
+    own = optimizer.state_dict()["param_groups"]
+    try:
+        groups = [list(group["params"]) for group in saved["param_groups"]]
+        states = [saved["state"].get(number) for ids in groups for number in ids]
+    except (AttributeError, KeyError, TypeError):  # it is no optimizer's state dict
+        groups, states = [], []
     sizes, wanted = [len(ids) for ids in groups], [len(group["params"]) for group in own]
     if sizes != wanted:
         raise OptimizerStateError(
@@ -66,8 +70,7 @@ def restore_optimizer(optimizer: Optimizer, saved: Any, config: OptimizerConfig,
             "drop --resume to start from the weights alone"
         )
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    states = [saved["state"].get(number) for ids in groups for number in ids]
-    known, counters = _usual_state(config)
+    known = _usual_state(config)
     for parameter, state in zip(parameters, states, strict=True):
         if state and (problem := _misfit(parameter, state, known[parameter.ndim > 1])):
             raise OptimizerStateError(
@@ -76,47 +79,32 @@ def restore_optimizer(optimizer: Optimizer, saved: Any, config: OptimizerConfig,
             )
     if (fresh := sum(not state for state in states)) and known[True]:
         log(f"{path}: {fresh} of {len(states)} parameters have no optimizer state there, theirs starts afresh")
-    options = [
-        {**group, **{key: theirs[key] for key in counters & theirs.keys()}, "params": theirs["params"]}
+    # What a new optimizer's groups lack is a counter, such as the steps of timm's LAMB.
+    merged = [
+        {**group, **theirs, **group, "params": theirs["params"]}
         for group, theirs in zip(own, saved["param_groups"], strict=True)
     ]
-    optimizer.load_state_dict({"state": saved["state"], "param_groups": options})
+    optimizer.load_state_dict({"state": saved["state"], "param_groups": merged})
     for state in optimizer.state.values():  # what was loaded may lie in the file, which another run can overwrite
         state |= {name: value.clone() for name, value in state.items() if isinstance(value, Tensor) and value.is_cpu}
 
 
-def _stored_groups(saved: Any) -> list[list[Any]]:
-    """The parameters' numbers in each group of a state dict; [] for what is none."""
-    if not (isinstance(saved, dict) and isinstance(saved.get("state"), dict)):
-        return []
-    groups = saved.get("param_groups")
-    found: list[Any] = [group.get("params") if isinstance(group, dict) else None for group in groups or ()]
-    if not all(isinstance(ids, list) and all(isinstance(number, int) for number in ids) for ids in found):
-        return []
-    return found
+def _usual_state(config: OptimizerConfig) -> dict[bool, dict[str, bool]]:
+    """What an optimizer keeps of a matrix (True) and of a vector: each name, and whether it has the parameter's shape.
 
-
-def _usual_state(config: OptimizerConfig) -> tuple[dict[bool, dict[str, bool]], set[str]]:
-    """What an optimizer keeps, found by a step of it.
-
-    Returns:
-        by "the parameter is a matrix": each name of its state, and whether the shape is the parameter's;
-        the options of a group that are counters, such as the steps of timm's LAMB.
+    Found by a step of it.
     """
     model = nn.Linear(2, 3)
     optimizer = create_optimizer(config, model)
-    before = copy.deepcopy(optimizer.state_dict()["param_groups"][0])
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
-    after = optimizer.state_dict()["param_groups"][0]
-    known = {
+    return {
         parameter.ndim > 1: {
             name: isinstance(value, Tensor) and value.shape == parameter.shape
             for name, value in optimizer.state[parameter].items()
         }
         for parameter in model.parameters()
     }
-    return known, {key for key in after if key not in before or after[key] != before[key]}
 
 
 def _misfit(parameter: nn.Parameter, state: Any, known: dict[str, bool]) -> str | None:

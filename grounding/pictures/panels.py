@@ -3,6 +3,8 @@
 Texts of the data are drawn as they are: matplotlib would read "$...$" as a formula.
 """
 
+import re
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +19,7 @@ from dataset.expressions import Expression
 from dataset.reading import read_image
 from grounding import maps, metrics
 from grounding.pictures.render import RIGHT, WRONG, Box, draw, pixels, see_through
+from models.amc import MAP_LOSSES
 from utils import atomic_path
 
 SHOWN_SIDE, PANEL_DPI = 280, 100  # of a picture of `panel`: pixels of the longer side, dots an inch
@@ -83,7 +86,7 @@ def loss_curves(runs: dict[str, list[dict[str, Any]]], path: Path, unit: str = "
 
 
 def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps", columns: int = 5) -> Figure:
-    """A panel per loss, titled by its name in the log, and a line per run. Losses that are always 0 have no panel.
+    """A panel per loss and a line per run. Losses that are always 0 have no panel.
 
     Args:
         runs: the rows of each run's steps.jsonl.
@@ -102,13 +105,19 @@ def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps", colu
             if np.nan_to_num(values).any():
                 mark = "o" if len(rows) == 1 else ""
                 axes.plot(_steps(rows), values, f"C{index}{mark}-", label=run)
-        axes.set_title(loss, fontsize=10, parse_math=False)
+        axes.set_title(_title(loss), fontsize=10, parse_math=False)
         axes.set_xlabel(unit)
         axes.grid(alpha=0.3)
     for axes in figure.axes[:1]:
         for text in axes.legend(fontsize=8).get_texts():
             text.set_parse_math(False)
     return figure
+
+
+def _title(loss: str) -> str:
+    """A loss's name in the log; of one on the map, also what its docstring begins with."""
+    text = getattr(MAP_LOSSES.get(loss.removeprefix("loss_")), "__doc__", None) or ""
+    return textwrap.fill(": ".join(filter(None, [loss, re.split(r":|\.?\n|\.$", text)[0]])), 40)
 
 
 def _steps(rows: list[dict[str, Any]]) -> list[int]:

@@ -147,7 +147,9 @@ def test_cls_only_leaves_out_what_the_cls_token_does_not_need(model: ALBEF, laye
     encoder = model.text_encoder
     text, pictures = encoder(IDS, MASK), encoder.image_keys_values(model.encode_image(images(3)))
     computed: list[int] = []
-    handle = encoder.layers[2].intermediate.register_forward_hook(lambda *args: computed.append(args[1][0].shape[1]))
+    handle = encoder.layers[2].intermediate.dense.register_forward_hook(
+        lambda *args: computed.append(args[1][0].shape[1])
+    )
     whole, part = (encoder.fuse(text, MASK, pictures, None, layer, twice, cls_only) for cls_only in (False, True))
     handle.remove()
     assert part.tokens.shape == (3, 1, whole.tokens.shape[2])

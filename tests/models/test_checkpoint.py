@@ -1,6 +1,7 @@
 """Checkpoints: what is refused, what is converted, and that the report and the errors say so."""
 
 import argparse
+import math
 import os
 import pickle
 import re
@@ -17,6 +18,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from config import GroundingConfig, load_bert_config
+from files import save_tensors
 from models.albef import ALBEF
 from models.checkpoint import (
     CheckpointError,
@@ -25,8 +27,6 @@ from models.checkpoint import (
     init_text_encoder,
     load_weights,
     read_checkpoint,
-    resize_position_embedding,
-    save_checkpoint,
 )
 from models.pretrain import PretrainModel
 from models.xbert import TextEncoder
@@ -197,7 +197,7 @@ def test_safetensors(tmp_path: Path, evaluation: ALBEF) -> None:
 def test_saved_checkpoint_reads_back_into_a_model(tmp_path: Path, tiny_config: TinyConfig) -> None:
     first, second = PretrainModel(tiny_config()), PretrainModel(tiny_config())
     path = tmp_path / "new folder" / "checkpoint_00.pth"
-    save_checkpoint(path, {"model": first.state_dict(), "epoch": 0})
+    save_tensors(path, {"model": first.state_dict(), "epoch": 0})
     report = load_weights(second, read_checkpoint(path)["model"], path)
     assert_holds(second, first.state_dict())
     assert report.loaded == len(first.state_dict())
@@ -207,7 +207,7 @@ def test_saved_checkpoint_reads_back_into_a_model(tmp_path: Path, tiny_config: T
 
 def test_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "checkpoint_00.pth"
-    save_checkpoint(path, {"model": {"a": torch.ones(1)}, "epoch": 7})
+    save_tensors(path, {"model": {"a": torch.ones(1)}, "epoch": 7})
     before = path.read_bytes()
 
     def full_disk(content: Any, file: IO[bytes]) -> None:
@@ -216,7 +216,7 @@ def test_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(path, {"model": {"a": torch.zeros(1)}, "epoch": 8})
+        save_tensors(path, {"model": {"a": torch.zeros(1)}, "epoch": 8})
     assert path.read_bytes() == before
     assert [file.name for file in tmp_path.iterdir()] == ["checkpoint_00.pth"]
 
@@ -224,24 +224,14 @@ def test_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytes
 # ---- position embeddings
 
 
-@pytest.mark.parametrize(("old", "new"), [(2, 4), (4, 3)])
-def test_position_embedding_is_resized_bicubically_on_the_grid(old: int, new: int) -> None:
-    grid = torch.randn(1, 3, old, old, generator=torch.Generator().manual_seed(0))
-    cls = torch.tensor([[[7.0, 8.0, 9.0]]])
-    tokens = torch.stack([grid[0, :, row, column] for row in range(old) for column in range(old)])[None]
-    resized = resize_position_embedding(torch.cat([cls, tokens], dim=1), 1 + new * new)
-    expected = F.interpolate(grid, size=(new, new), mode="bicubic", align_corners=False)
-    assert torch.equal(resized[:, :1], cls)
-    for row in range(new):
-        for column in range(new):
-            torch.testing.assert_close(resized[0, 1 + row * new + column], expected[0, :, row, column])
-
-
-def test_position_embedding_must_be_a_square_grid() -> None:
-    with pytest.raises(CheckpointError, match="6 tokens"):
-        resize_position_embedding(torch.zeros(1, 6, 2), 5)
-    with pytest.raises(CheckpointError, match="5 tokens"):
-        resize_position_embedding(torch.zeros(1, 5, 2), 7)
+def resized(embedding: Tensor, side: int) -> Tensor:
+    """The positions of a CLS token and a square grid, on another grid."""
+    old = math.isqrt(embedding.shape[1] - 1)
+    rows = [[embedding[0, 1 + row * old + column] for column in range(old)] for row in range(old)]
+    grid = torch.stack([torch.stack(row, dim=1) for row in rows], dim=1)[None]
+    new = F.interpolate(grid, size=(side, side), mode="bicubic", align_corners=False)[0]
+    patches = [new[:, row, column] for row in range(side) for column in range(side)]
+    return torch.stack([embedding[0, 0], *patches])[None]
 
 
 def test_checkpoint_of_another_resolution(tiny_config: TinyConfig) -> None:
@@ -250,7 +240,7 @@ def test_checkpoint_of_another_resolution(tiny_config: TinyConfig) -> None:
     report = load_weights(model, state, "small.pth")
     for name in ("visual_encoder", "visual_encoder_m"):
         key = f"{name}.pos_embed"
-        assert torch.equal(model.state_dict()[key], resize_position_embedding(state[key], 17))
+        torch.testing.assert_close(model.state_dict()[key], resized(state[key], 4))
         assert f"{key}, 5 to 17 tokens" in report.resized
     assert len(report.resized) == 2
     assert "resized: visual_encoder.pos_embed, 5 to 17 tokens" in str(report)
@@ -320,7 +310,7 @@ def test_checkpoint_without_queues_or_teacher_starts_them(tiny_config: TinyConfi
 
 def test_exported_student_starts_another_training(training: PretrainModel, tmp_path: Path) -> None:
     state = state_of(training)
-    save_checkpoint(tmp_path / "trained.pth", {"model": state, "epoch": 0, "config": {"image_res": 96}})
+    save_tensors(tmp_path / "trained.pth", {"model": state, "epoch": 0, "config": {"image_res": 96}})
     export_student(tmp_path / "trained.pth", tmp_path / "student.safetensors")
     content = read_checkpoint(tmp_path / "student.safetensors")
     assert content.keys() == {"model", "config"}
@@ -432,15 +422,18 @@ def test_positions_of_prefix_tokens_are_not_resized(tmp_path: Path, options: dic
     torch.testing.assert_close(after[:, prefix:], expected.flatten(2).mT)
 
 
-def test_image_encoder_starts_from_a_classifier(tmp_path: Path) -> None:
-    state = state_of(image_encoder(16))
+@pytest.mark.parametrize(("old", "new"), [(4, 2), (4, 3), (2, 4)])
+def test_image_encoder_starts_from_a_classifier(tmp_path: Path, old: int, new: int) -> None:
+    state = state_of(image_encoder(4 * old))
     head = {"head.weight": torch.ones(1000, 8), "head.bias": torch.ones(1000)}
     torch.save({"model": state | head}, tmp_path / "deit.pth")
-    encoder = image_encoder(8)
+    encoder = image_encoder(4 * new)
     report = init_image_encoder(encoder, tmp_path / "deit.pth")
-    assert_holds(encoder, state | {"pos_embed": resize_position_embedding(state["pos_embed"], 5)})
+    positions = encoder.pos_embed.detach()
+    assert_holds(encoder, state | {"pos_embed": positions})
+    torch.testing.assert_close(positions, resized(state["pos_embed"], new))
     assert report.ignored == ["classifier, 2 tensors"]
-    assert report.resized == ["pos_embed, 17 to 5 tokens"]
+    assert report.resized == [f"pos_embed, {1 + old**2} to {1 + new**2} tokens"]
     assert report.loaded == len(state)
 
 

@@ -35,7 +35,6 @@ from models.checkpoint import (
     init_text_encoder,
     load_weights,
     read_checkpoint,
-    save_checkpoint,
 )
 from models.pretrain import PretrainModel
 from tests.models.test_checkpoint import (
@@ -94,7 +93,7 @@ def test_a_flipped_bit_names_file_and_record(tmp_path: Path, record: str) -> Non
 def test_no_flipped_bit_changes_a_number(tmp_path: Path) -> None:
     """Wherever it is: in weights, tables, names or padding."""
     path, model = tmp_path / "flipped.pth", {name: torch.arange(8.0) + i for i, name in enumerate("abcd")}
-    save_checkpoint(path, {"model": model})
+    files.save_tensors(path, {"model": model})
     whole, refused = path.read_bytes(), 0
     for at in range(0, len(whole), 13):
         flip(path, at, at % 8)
@@ -390,7 +389,7 @@ def test_names_that_collide_are_an_error(tmp_path: Path, evaluation: ALBEF, one:
 
 def test_our_own_files_need_no_conversion(tmp_path: Path, training: PretrainModel) -> None:
     training.compile_image_encoders(backend="eager")
-    save_checkpoint(tmp_path / "own.pth", {"model": training.state_dict()})
+    files.save_tensors(tmp_path / "own.pth", {"model": training.state_dict()})
     assert "converted" not in load(training, tmp_path / "own.pth")
 
 

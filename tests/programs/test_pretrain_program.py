@@ -270,7 +270,7 @@ def test_a_resumed_run_repeats_an_uninterrupted_one(
         if where == "within epoch 2":
             interrupt(patch, where, Pretrain.Run, "backward", after=2 * steps + 3)
         else:
-            interrupt(patch, where, Pretrain, "save_checkpoint", after=1)
+            interrupt(patch, where, Pretrain, "save_tensors", after=1)
         with pytest.raises(Interruption):
             train(place, tmp_path)
     epochs_kept = 2 if where == "within epoch 2" else 1
