@@ -46,9 +46,6 @@ def overlay(
         truth: boxes [x, y, w, h] in pixels of the image, drawn dashed.
         colormap: a name of matplotlib's; "viridis" is perceptually uniform, "jet" is what many papers show.
         side: inches of the image's longer side; with fewer, text and lines are larger beside the image.
-
-    Raises:
-        UserError: matplotlib has no such colour map.
     """
     colours = see_through(colormap)
     width, height = (side * length / max(found.map.shape) for length in found.map.shape[::-1])
@@ -79,7 +76,7 @@ def overlay(
 def word_strip(image: Image.Image, found: Grounding, colormap: str = COLORMAP) -> Figure:
     """The map of the phrase and of each of its words, each on its own scale, with its share of the whole map.
 
-    Arguments and errors as in `overlay`. In mode "itc", whose map has no words, the whole map stands alone.
+    Arguments as in `overlay`. In mode "itc", whose map has no words, the whole map stands alone.
     """
     colours = see_through(colormap)
     texts = ["whole phrase", *(f"{word.word} {100 * word.share:.0f}%" for word in found.words)]

@@ -40,11 +40,7 @@ def running(
 ) -> Iterator[str]:
     """The page's server in the background, with its address; it writes no file.
 
-    Args:
-        port: None: 7860 or the next free one.
-
-    Raises:
-        UserError: Gradio is not installed, or the address is taken.
+    Port None is 7860 or the next free one. `UserError`: Gradio is not installed, or the address is taken.
     """
     with _environment(host):
         try:
@@ -83,8 +79,9 @@ def running(
                 run_history=False,
             )
         except (OSError, OverflowError) as error:  # Gradio keeps the reason to itself
-            where = f"{host}, port {port}" if port is not None else f"{host}, ports from 7860"
-            remedy = "; without --port, the next free one from 7860 is taken" if port is not None else ""
+            where, remedy = f"{host}, ports from 7860", ""
+            if port is not None:
+                where, remedy = f"{host}, port {port}", "; without --port, the next free one from 7860 is taken"
             raise UserError(
                 f"the page cannot be served at {where}: that is taken, forbidden, or no address of this machine{remedy}"
             ) from error
