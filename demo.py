@@ -147,11 +147,7 @@ def open_as_asked(args: argparse.Namespace, checkpoint: str | Path, config: str 
 
 
 def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """The images and phrases of a command line.
-
-    Raises:
-        UserError: no image or no phrase is named, images are named in both ways, or boxes for several images.
-    """
+    """The images and phrases of a command line; raises `UserError` where it says too little or too much."""
     if args.images and args.image_and_phrases:
         raise utils.UserError(
             f"{args.image_and_phrases[0]!r}: do not mix a positional image with --images; pass phrases by --phrase"

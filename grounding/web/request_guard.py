@@ -42,7 +42,7 @@ class RequestGuard:
     Args:
         hosts: the names that a request may call this machine by, against DNS rebinding; empty: any.
         functions: indices of the functions that may be called.
-        answers: take the pictures that are uploaded.
+        answers: takes the pictures that are uploaded.
     """
 
     def __init__(self, app: ASGIApp, hosts: Collection[str], functions: Collection[int], answers: Answers) -> None:

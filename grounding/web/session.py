@@ -209,7 +209,7 @@ def _timed(seconds: dict[str, float], what: str, compute: Callable[[], Any]) -> 
 
 def reduced(image: Image.Image) -> Image.Image:
     """A copy of an image with a longer side of at most `LONGEST_SHOWN`."""
-    copy = image.copy() if max(image.size) <= LONGEST_SHOWN else image.reduce(max(1, max(image.size) // LONGEST_SHOWN))
+    copy = image.reduce(max(1, max(image.size) // LONGEST_SHOWN))
     copy.thumbnail((LONGEST_SHOWN, LONGEST_SHOWN))
     return copy
 
