@@ -12,6 +12,7 @@ one.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,8 +34,8 @@ from grounding.load import OpenedModel, open_model
 from grounding.maps import THRESHOLD, check_threshold
 from grounding.pictures.overlay import overlay, slug, word_strip
 from grounding.pictures.render import COLORMAP, save, see_through
-from grounding.web import layout, server
-from grounding.web.examples import Offer, examples, offered
+from grounding.web import server
+from grounding.web.examples import Start, examples, offered
 from grounding.web.session import Answers
 from runs import newest_checkpoint
 
@@ -106,7 +107,7 @@ def main(args: argparse.Namespace) -> None:
         for note in notes(explainer, phrase):
             print(f"note: phrase {phrase!r}: {note}")
     broken = 0
-    for path, name in zip(images, file_names(images), strict=True):
+    for path, name in file_names(images).items():
         try:
             image = read_photo(path)
         except DataError as error:
@@ -114,8 +115,8 @@ def main(args: argparse.Namespace) -> None:
                 raise DataError(f"{error}{SKIP}") from None
             print(f"skipped: {error}")
             broken += 1
-            continue
-        ask_one(args, opened, explainer, image, path, name, phrases)
+        else:
+            ask_one(args, opened, explainer, image, path, name, phrases)
     if broken == len(images):
         raise DataError("none of the images could be read")
     if broken:
@@ -123,26 +124,20 @@ def main(args: argparse.Namespace) -> None:
 
 
 def serve_page(args: argparse.Namespace) -> None:
-    """Serve the page of docs/web.md until interrupted.
-
-    Raises:
-        UserError: images or phrases are named, a checkpoint or Gradio is missing, the address is taken, or no model has
-            the layer.
-    """
+    """Serve the page of docs/web.md until interrupted; raises `UserError` for a command line that does not fit it."""
     if args.image_and_phrases or args.images or args.phrase or args.box:
         raise utils.UserError("--web: images and phrases are chosen on the page; leave them out of the command")
     see_through(args.colormap)
     check_threshold(args.threshold)
-    asked_for = [*([args.checkpoint] if args.checkpoint else []), *args.checkpoints]
-    offers = offered(asked_for, args.config)
-
-    def open_offer(offer: Offer) -> OpenedModel:
-        return open_as_asked(args, offer.checkpoint, offer.config)
-
-    answers = Answers(offers, open_offer, BENCHMARKS[args.benchmark].resize, precision=utils.PRECISIONS[args.precision])
+    answers = Answers(
+        offered([*filter(None, [args.checkpoint]), *args.checkpoints], args.config),
+        lambda offer: open_as_asked(args, offer.checkpoint, offer.config),
+        BENCHMARKS[args.benchmark].resize,
+        precision=utils.PRECISIONS[args.precision],
+    )
     if args.block_num is not None:
         answers.check_layer(args.gradcam_mode, args.block_num)
-    start = layout.Start(args.gradcam_mode, args.block_num, args.threshold, args.colormap)
+    start = Start(args.gradcam_mode, args.block_num, args.threshold, args.colormap)
     server.serve(answers, examples(), args.host, args.port, start)
 
 
@@ -152,11 +147,7 @@ def open_as_asked(args: argparse.Namespace, checkpoint: str | Path, config: str 
 
 
 def what_to_ask(args: argparse.Namespace) -> tuple[list[Path], list[str]]:
-    """The images and phrases of a command line.
-
-    Raises:
-        UserError: no image or no phrase is named, images are named in both ways, or boxes for several images.
-    """
+    """The images and phrases of a command line; raises `UserError` where it says too little or too much."""
     if args.images and args.image_and_phrases:
         raise utils.UserError(
             f"{args.image_and_phrases[0]!r}: do not mix a positional image with --images; pass phrases by --phrase"
@@ -183,17 +174,14 @@ def demo_model() -> Path:
     return found or SHIPPED_AMC
 
 
-def file_names(images: Sequence[Path]) -> list[str]:
+def file_names(images: Sequence[Path]) -> dict[Path, str]:
     """A name for each image's files: its own without the suffix, and a number where several would share one."""
-    names: list[str] = []
-    used: set[str] = set()
+    names: dict[Path, str] = {}
+    used: set[str] = set()  # in lower case: some file systems do not tell A from a
     for path in images:
-        name, number = path.stem, 1
-        while name.lower() in used:  # some file systems do not tell A from a
-            number += 1
-            name = f"{path.stem}-{number}"
-        used.add(name.lower())
-        names.append(name)
+        numbered = (path.stem if number == 1 else f"{path.stem}-{number}" for number in itertools.count(1))
+        names[path] = next(name for name in numbered if name.lower() not in used)
+        used.add(names[path].lower())
     return names
 
 
@@ -218,14 +206,15 @@ def ask_one(
         picture = args.output_dir / f"{name}_{number:02d}_{slug(one.text)}.png"
         save(overlay(image, one, args.box, args.colormap), picture)
         if args.word_maps:
-            strip = word_strip(image, one, args.colormap)
-            save(strip, picture.with_name(f"{picture.stem}_words.png"))
+            save(word_strip(image, one, args.colormap), picture.with_name(f"{picture.stem}_words.png"))
         rows.append({**record(one), **against_truth(one, args.box), "picture": picture.name})
         box = f"box {list(one.boxes[0].box)}" if one.boxes else "no box (the map is 0 everywhere)"
         print(f"{path}: {one.text!r}: match {one.match:.3f}, point {list(one.point)}, {box}: {picture}")
     if args.json:
-        about = {"image": str(path), "height": image.height, "width": image.width}
-        model = {
+        about = {
+            "image": str(path),
+            "height": image.height,
+            "width": image.width,
             "checkpoint": opened.report.path,
             "config": opened.origin,
             "image_res": opened.config.image_res,
@@ -235,7 +224,7 @@ def ask_one(
             "precision": args.precision,
             "threshold": args.threshold,
         }
-        text = json.dumps({**about, **model, "phrases": rows}, indent=2, ensure_ascii=False)
+        text = json.dumps({**about, "phrases": rows}, indent=2, ensure_ascii=False)
         utils.write_text(args.output_dir / f"{name}.json", text + "\n")
     if args.npz:
         write_maps(args.output_dir / f"{name}.npz", found)
@@ -253,14 +242,9 @@ def check_boxes(boxes: Sequence[Sequence[float]], image: Image.Image, path: Path
 
 def record(found: Grounding) -> dict[str, Any]:
     """A phrase's answer as JSON; boxes are [x, y, w, h] in pixels of the upright image."""
-    return {
-        "phrase": found.phrase,
-        "text": found.text,
-        "match": found.match,
-        "point": list(found.point),
-        "boxes": [{"box": list(box.box), "score": box.score} for box in found.boxes],
-        "words": [{"word": word.word, "pieces": list(word.pieces), "share": word.share} for word in found.words],
-    }
+    answer = {key: getattr(found, key) for key in ("phrase", "text", "match", "point")}
+    words = [{"word": word.word, "pieces": word.pieces, "share": word.share} for word in found.words]
+    return {**answer, "boxes": [box._asdict() for box in found.boxes], "words": words}
 
 
 def against_truth(found: Grounding, truth: Sequence[Sequence[float]]) -> dict[str, Any]:
@@ -270,7 +254,7 @@ def against_truth(found: Grounding, truth: Sequence[Sequence[float]]) -> dict[st
     cam = maps.ResizedMap(torch.from_numpy(found.small), *found.map.shape)
     overlaps = [metrics.iou(box.box, true) for box in found.boxes[:1] for true in truth]
     return {
-        "truth": [list(box) for box in truth],
+        "truth": truth,
         "point_correct": metrics.point_correct(cam, np.array(truth)),
         "best_box_iou": max(overlaps, default=0.0),
     }

@@ -53,6 +53,14 @@ CHANCE: dict[str, Callable[[Any], float]] = {  # metric -> accuracy of a random 
     "point": lambda expression: float(maps.inside(expression.boxes, *expression.size).mean()),
     "box": lambda expression: metrics.box_chance(expression.detections, expression.boxes[0]),
 }
+CLOSING = """
+Accuracies in %. Point: the map's maximum lies in the true box. Box: the detection that the map ranks first
+is right. testB asks for pairs of colour and shape that training never shows.
+
+Done in {minutes:.1f} minutes. In {output}: report.html, table.md, heat_maps.png,
+loss_curves.png; per model its checkpoints, logs and results; in logs/ each command and its output.
+Open the report in a browser: {page}
+Ask the models yourself: make web. Train them to the end: python scenes_demo.py --all"""
 
 Table = dict[str, dict[str, float | None]]  # model -> column -> accuracy
 
@@ -83,16 +91,8 @@ def main(args: argparse.Namespace) -> None:
     run_side_by_side(steps, output / "logs")
     print("\n== Compare: tables, heat maps, curves, a page\n", flush=True)
     print(report(output, benchmarks, overrides))
-    print(
-        "\nAccuracies in %. Point: the map's maximum lies in the true box. Box: the detection that the map ranks first"
-    )
-    print("is right. testB asks for pairs of colour and shape that training never shows.")
-    print(
-        f"\nDone in {(time.monotonic() - started) / 60:.1f} minutes. In {output}: report.html, table.md, heat_maps.png,"
-    )
-    print("loss_curves.png; per model its checkpoints, logs and results; in logs/ each command and its output.")
-    print(f"Open the report in a browser: {(output / 'report.html').resolve().as_uri()}")
-    print("Ask the models yourself: make web. Train them to the end: python scenes_demo.py --all")
+    minutes, page = (time.monotonic() - started) / 60, (output / "report.html").resolve().as_uri()
+    print(CLOSING.format(minutes=minutes, output=output, page=page))
 
 
 def scenes_benchmarks() -> dict[str, Benchmark]:
@@ -138,10 +138,7 @@ def run_side_by_side(steps: dict[str, list[str]], logs: Path) -> None:
 
 
 def train(output: Path, config: Path, start: list[str], processes: int = 1, options: Sequence[str] = ()) -> Path:
-    """Run Pretrain.py, or what is missing of an interrupted run; returns the last checkpoint.
-
-    `start` says what to start from; `options` are given to a resumed run as well.
-    """
+    """Run Pretrain.py, with `start` or, for what an interrupted run lacks, --resume; returns the last checkpoint."""
     overrides = [value for option, value in itertools.pairwise(options) if option == "--set"]
     last = output / f"checkpoint_{load_config(config, PretrainConfig, overrides).schedular.epochs - 1:02d}.pth"
     if not last.exists():
@@ -153,10 +150,9 @@ def train(output: Path, config: Path, start: list[str], processes: int = 1, opti
 
 def evaluation(checkpoint: Path, benchmark: str, output: Path, overrides: Sequence[str] = ()) -> list[str]:
     """The program that evaluates a checkpoint on one of the scenes' benchmarks, and its options."""
-    words = ["--config", str(CONFIGS / f"Grounding_{benchmark}.yaml")]
+    words = ["grounding_eval.py", "--config", str(CONFIGS / f"Grounding_{benchmark}.yaml")]
     words += ["--checkpoint", str(checkpoint), "--output_dir", str(output)]
-    words += [word for override in overrides for word in ("--set", override)]
-    return ["grounding_eval.py", *words, *COMMON]
+    return words + [word for override in overrides for word in ("--set", override)] + COMMON
 
 
 # ---- report
@@ -198,13 +194,12 @@ def chance(benchmark: Benchmark, config: GroundingConfig, expressions: Sequence[
 
 def accuracies(benchmark: Benchmark, config: GroundingConfig, folders: dict[str, ResultFolder]) -> Table:
     """Each model's row of accuracies on one benchmark, from its log."""
-    names = [*benchmark.metrics, *(Path(file).stem for file in config.matching_file)]
-
-    def column(name: str, key: str) -> str:
-        return f"{benchmark.name} {name} {key}" if name in benchmark.metrics else key.replace("_", " ")
-
-    found = {model: folder.accuracies("00", names) for model, folder in folders.items()}
-    return {model: {column(*key): value for key, value in row.items()} for model, row in found.items()}
+    names, table = [*benchmark.metrics, *(Path(file).stem for file in config.matching_file)], Table()
+    for model, folder in folders.items():
+        for (name, key), value in folder.accuracies("00", names).items():
+            column = f"{benchmark.name} {name} {key}" if name in benchmark.metrics else key.replace("_", " ")
+            table.setdefault(model, {})[column] = value
+    return table
 
 
 def table_rows(table: Table) -> list[list[str]]:

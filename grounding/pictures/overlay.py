@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
-import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -47,27 +46,23 @@ def overlay(
         truth: boxes [x, y, w, h] in pixels of the image, drawn dashed.
         colormap: a name of matplotlib's; "viridis" is perceptually uniform, "jet" is what many papers show.
         side: inches of the image's longer side; with fewer, text and lines are larger beside the image.
-
-    Raises:
-        UserError: matplotlib has no such colour map.
     """
     colours = see_through(colormap)
     width, height = (side * length / max(found.map.shape) for length in found.map.shape[::-1])
     inner, body = max(width + BAR, LEAST_WIDTH), max(height, LEAST_BODY)
-    title = wrap(_title(found.text), inner, TITLE)
-    top, bottom = GAP + LINE * (len(title) + 1), GAP + LINE
-    figure = Figure(figsize=(inner + 2 * MARGIN, body + top + bottom + 2 * MARGIN), dpi=DPI)
+    title = wrap(found.text, inner, TITLE)
+    foot = MARGIN + GAP + LINE
+    figure = Figure((inner + 2 * MARGIN, foot + body + GAP + LINE * (len(title) + 1) + MARGIN), dpi=DPI)
     _write(figure, title, TITLE)
     _write(figure, [f"match probability {found.match:.3f}"], PLAIN, skip=len(title))
-    middle = MARGIN + bottom + body / 2
     left = MARGIN + (inner - BAR - width) / 2
-    axes = _axes(figure, left, middle - height / 2, width, height)
-    best = [box.box for box in found.boxes[:1]]
-    marks = [*(Box(box, BEST, "-") for box in best), *map(Box, truth)]
-    heat = draw(axes, image, found.map.shape, _reduced(found.map, axes), colours, marks, found.point)
-    bar_height = max(height, LEAST_BODY)
-    bar = _axes(figure, left + width + GAP, middle - bar_height / 2, 0.16, bar_height)
+    axes = _axes(figure, left, foot + (body - height) / 2, width, height)
+    best = [Box(box.box, BEST, "-") for box in found.boxes[:1]]
+    rows, columns = shown_size(found.map.shape[::-1], axes)
+    shown = cv2.resize(found.map, (columns, rows), interpolation=cv2.INTER_AREA)
+    heat = draw(axes, image, found.map.shape, shown, colours, [*best, *map(Box, truth)], found.point)
     assert heat is not None
+    bar = _axes(figure, left + width + GAP, foot, 0.16, body)
     figure.colorbar(heat, cax=bar, ticks=[0, 0.5, 1]).set_label("share of the maximum", fontsize=9)
     bar.tick_params(labelsize=9)
     handles = [point_marker(0, 0)]
@@ -81,23 +76,24 @@ def overlay(
 def word_strip(image: Image.Image, found: Grounding, colormap: str = COLORMAP) -> Figure:
     """The map of the phrase and of each of its words, each on its own scale, with its share of the whole map.
 
-    Arguments and errors as in `overlay`. In mode "itc", whose map has no words, the whole map stands alone.
+    Arguments as in `overlay`. In mode "itc", whose map has no words, the whole map stands alone.
     """
     colours = see_through(colormap)
-    panels = [("whole phrase", found.small)]
-    panels += [(f"{word.word} {100 * word.share:.0f}%", word.small) for word in found.words]
+    texts = ["whole phrase", *(f"{word.word} {100 * word.share:.0f}%" for word in found.words)]
     width, height = (WORD_SIDE * length / max(image.size) for length in image.size)
     cell = max(width, 0.55 * WORD_SIDE)
-    columns = min(len(panels), WORDS_A_ROW)
+    columns = min(len(texts), WORDS_A_ROW)
     inner = max(columns * (cell + GAP) - GAP, LEAST_WIDTH)
-    names = [wrap(name, cell, SMALL) for name, _ in panels]
-    title = wrap(_title(found.text), inner, TITLE)
-    rows = [range(start, min(start + columns, len(panels))) for start in range(0, len(panels), columns)]
-    heads = [LINE * 0.75 * max(len(names[index]) for index in row) + GAP for row in rows]
+    names = [wrap(text, cell, SMALL) for text in texts]
+    title = wrap(found.text, inner, TITLE)
+    rows = [names[start : start + columns] for start in range(0, len(names), columns)]
+    heads = [LINE * 0.75 * max(map(len, row)) + GAP for row in rows]
     total = LINE * len(title) + sum(heads) + len(rows) * (height + GAP) + LINE
     figure = Figure(figsize=(inner + 2 * MARGIN, total + 2 * MARGIN), dpi=DPI)
     _write(figure, title, TITLE)
-    for index, (name, (_, small)) in enumerate(zip(names, panels, strict=True)):
+    for index, (name, small) in enumerate(
+        zip(names, [found.small, *(word.small for word in found.words)], strict=True)
+    ):
         row, column = divmod(index, columns)
         x = MARGIN + column * (cell + GAP) + (cell - width) / 2
         above = LINE * len(title) + sum(heads[: row + 1]) + row * (height + GAP)
@@ -115,25 +111,24 @@ def slug(text: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:LONGEST_SLUG].rstrip("-") or "phrase"
 
 
-# ---- text
+# ---- parts
 
 
 def wrap(text: str, width: float, font: FontProperties) -> list[str]:
-    """Break a text into lines of at most `width` inches; a longer word is broken as well."""
+    """Break a text, cut at `LONGEST_TITLE`, into lines of at most `width` inches."""
     renderer = FigureCanvasAgg(Figure(dpi=DPI)).get_renderer()
 
     def fits(line: str) -> bool:
         return renderer.get_text_width_height_descent(line, font, ismath=False)[0] <= width * DPI
 
-    return break_lines(text, fits)
+    return break_lines(text if len(text) <= LONGEST_TITLE else text[:LONGEST_TITLE] + "…", fits)
 
 
 def break_lines(text: str, fits: Callable[[str], bool]) -> list[str]:
     """Break a text between words, and within a word that no line holds; a line has at least one character."""
     lines = [""]
     for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if fits(longer):
+        if fits(longer := f"{lines[-1]} {word}".strip()):
             lines[-1] = longer
             continue
         if lines[-1]:
@@ -143,10 +138,6 @@ def break_lines(text: str, fits: Callable[[str], bool]) -> list[str]:
                 lines.append("")
             lines[-1] += character
     return lines
-
-
-def _title(text: str) -> str:
-    return text if len(text) <= LONGEST_TITLE else text[:LONGEST_TITLE] + "…"
 
 
 def _write(figure: Figure, lines: Sequence[str], font: FontProperties, skip: int = 0) -> None:
@@ -160,18 +151,10 @@ def _place_text(figure: Figure, text: str, x: float, y: float, font: FontPropert
     figure.text(x / width, y / height, text, fontproperties=font, ha="left", parse_math=False, **style)
 
 
-# ---- parts
-
-
 def _axes(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:
     """Axes at a place in inches from the figure's lower left corner."""
     across, up = figure.get_size_inches()
     return figure.add_axes((x / across, y / up, width / across, height / up))
-
-
-def _reduced(cam: np.ndarray, axes: Axes) -> np.ndarray:
-    height, width = shown_size(cam.shape[::-1], axes)
-    return cam if cam.shape == (height, width) else cv2.resize(cam, (width, height), interpolation=cv2.INTER_AREA)
 
 
 def _line(colour: str, style: str, label: str) -> Line2D:

@@ -3,6 +3,7 @@
 Texts of the data are drawn as they are: matplotlib would read "$...$" as a formula.
 """
 
+import math
 import re
 import textwrap
 from collections.abc import Sequence
@@ -91,13 +92,13 @@ def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps", colu
     Args:
         runs: the rows of each run's steps.jsonl.
         unit: what a step is.
-        columns: how many panels stand side by side, at most.
+        columns: at most, of panels.
     """
     entries = [entry for rows in runs.values() for row in rows for entry in row.items()]
     shown = list(dict.fromkeys(name for name, value in entries if name.startswith("loss_") and value))
     columns = max(1, min(columns, len(shown)))
-    lines = -(-len(shown) // columns)
-    figure = Figure(figsize=(3.2 * columns, 3 * max(1, lines)), layout="constrained")
+    lines = max(1, math.ceil(len(shown) / columns))
+    figure = Figure(figsize=(3.2 * columns, 3 * lines), layout="constrained")
     for place, loss in enumerate(shown, 1):
         axes = figure.add_subplot(lines, columns, place)
         for index, (run, rows) in enumerate(runs.items()):

@@ -50,18 +50,14 @@ def draw(
     point_colour: str = POINT,
     scale: float = 1.0,
 ) -> AxesImage | None:
-    """Draw an image and what is known of it.
+    """Draw an image and what is known of it; returns the heat map's artist, for a colour bar.
 
     Args:
         image: RGB, of any size; it is reduced to the dots that show it.
-        size: (height, width) that boxes and point refer to.
+        size: (height, width) that boxes and point (x, y) refer to.
         heat: float (h, w) in [0, 1], stretched over the image.
         boxes: the last is drawn on top; the gaps of a dashed one show a solid one below.
-        point: (x, y).
         scale: of lines and point.
-
-    Returns:
-        the heat map's artist, for a colour bar.
     """
     height, width = shown_size(image.size, axes)
     if image.size != (width, height):
@@ -92,8 +88,7 @@ def point_marker(x: float, y: float, colour: str = POINT, scale: float = 1.0) ->
 def see_through(name: str, strength: float = STRENGTH, ramp: float = RAMP) -> Colormap:
     """A colour map of matplotlib whose opacity is `strength` times the value to the power of `ramp`.
 
-    Raises:
-        UserError: matplotlib has no colour map of that name.
+    Raises `UserError` when matplotlib has no colour map of that name.
     """
     if name not in matplotlib.colormaps:
         raise UserError(f"--colormap {name}: no colour map of matplotlib; for instance viridis, magma, cividis or jet")

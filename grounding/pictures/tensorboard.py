@@ -1,7 +1,7 @@
-"""Training to look at: scalars for TensorBoard, and heat maps of the same few phrases again and again.
+"""TensorBoard logging of a training run: scalars, and periodic heat maps of fixed phrases.
 
-Pretrain.py imports this for --tensorboard alone. Steps are counted in optimizer steps since the run's beginning, so
-that a resumed run goes on where the interrupted one stopped; what it repeats replaces what was there.
+Pretrain.py imports this for --tensorboard alone. Steps are optimizer steps since the run's beginning, so that a resumed
+run continues the curves of the interrupted one; steps that it repeats replace the earlier ones.
 """
 
 import contextlib
@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ LONGEST_TAG = 60  # characters
 
 
 class Watched(NamedTuple):
-    """A phrase whose map is drawn again and again; truth: boxes [x, y, w, h] in pixels of the image."""
+    """A phrase whose map is drawn periodically; truth: boxes [x, y, w, h] in pixels of the image."""
 
     image: Image.Image
     phrase: str
@@ -51,13 +51,21 @@ class Board:
         samples: in one optimizer step, over all processes.
 
     Raises:
-        UserError: TensorBoard is not installed; a phrase cannot be read; the layer has no cross-attention. All of it
-            is found here, before anything is written (`start`).
+        UserError: TensorBoard is not installed; a phrase cannot be read; the layer has no maps. `start` alone writes.
     """
 
     def __init__(self, explainer: Explainer, watched: Sequence[Watched], every: int, samples: int) -> None:
-        self.writer_class = summary_writer()
-        check_layer(explainer)
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise UserError(f"--tensorboard: TensorBoard is missing ({error}); pip install tensorboard") from None
+        known = explainer.model.layers(explainer.mode)
+        if explainer.block not in known:  # which nothing else checks where AMC is off
+            raise ConfigError(
+                f"--tensorboard draws maps of amc.layer, which is {explainer.block}; the {MODES[explainer.mode]} are "
+                f"{known.start} to {known[-1]}: choose one by --set amc.layer={known[len(known) // 2]}"
+            )
+        self.writer_class = SummaryWriter
         self.explainer, self.watched, self.every, self.samples = explainer, watched, every, samples
         texts = [clean_phrase(explainer, one.phrase) for one in watched]
         self.tags = [f"maps/{number:02d}_{slug(text)}" for number, text in enumerate(texts, start=1)]
@@ -91,13 +99,13 @@ class Board:
         self.restart_clock(step)
 
     def after_step(self, step: int) -> None:
-        """Draw the maps if it is time."""
+        """Draw the maps every `every` steps."""
         self.step = step
         if step % self.every == 0:
             self.draw_maps(step)
 
     def close(self) -> None:
-        """Draw the maps of the last step, if they are not there."""
+        """Draw the maps of the last step if they are missing."""
         if self.drawn_at != self.step:
             self.draw_maps(self.step)
         self.writer.close()
@@ -112,7 +120,7 @@ class Board:
                     image, encoded = one.image, encode(self.explainer, one.image)
                 try:
                     found = ground(self.explainer, encoded, one.phrase)
-                except UserError as error:  # weights that are not numbers; the next look at the losses stops the run
+                except UserError as error:  # weights that are not numbers; the next check of the losses stops the run
                     log(f"step {step}: no map of {one.phrase!r}: {error}")
                     continue
                 self.writer.add_image(tag, pixels(overlay(image, found, one.truth)), step, dataformats="HWC")
@@ -137,13 +145,8 @@ def watched_entries(
 ) -> list[Watched]:
     """The first captions of entries at equal distances through the training data, of those with boxes if any has.
 
-    Entries with no caption that holds anything are passed over.
-
-    Args:
-        skip_broken: take the next entry in place of one whose image cannot be read.
-
-    Raises:
-        DataError: an image cannot be read, unless `skip_broken`.
+    Entries without words are passed over. An image that cannot be read raises `DataError`, or with `skip_broken` is
+    passed over as well.
     """
     suitable = [entry for entry in entries if entry.boxes] or list(entries)
     starts = [len(suitable) * number // count for number in range(count + 1)]
@@ -180,25 +183,6 @@ def undisturbed(explainer: Explainer) -> Iterator[None]:
         np.random.set_state(arrays)  # noqa: NPY002
         for module, training in modes:
             module.training = training
-
-
-def summary_writer() -> Any:
-    """PyTorch's SummaryWriter; raises `UserError` where TensorBoard is not installed."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise UserError(f"--tensorboard: TensorBoard is missing ({error}); pip install tensorboard") from None
-    return SummaryWriter
-
-
-def check_layer(explainer: Explainer) -> None:
-    """Raise `ConfigError` for a layer without maps, which nobody has checked where AMC is off."""
-    known = explainer.model.layers(explainer.mode)
-    if explainer.block not in known:
-        raise ConfigError(
-            f"--tensorboard draws maps of amc.layer, which is {explainer.block}; the {MODES[explainer.mode]} are "
-            f"{known.start} to {known[-1]}: choose one by --set amc.layer={known[len(known) // 2]}"
-        )
 
 
 def slug(text: str) -> str:

@@ -1,9 +1,11 @@
-"""The page's HTML: pictures (inside it, as data: no file is served), captions, messages."""
+"""What the page shows of pictures and answers, as the HTML of fragments.html."""
 
-import html
 import io
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from dataset.photos import read_photo
@@ -11,7 +13,7 @@ from grounding.explain import Answer, Grounding, of_word, place
 from grounding.pictures.overlay import overlay, slug
 from grounding.pictures.render import data_uri, png
 from grounding.web.examples import Example
-from grounding.web.session import MOST_BYTES, Picture, Reply
+from grounding.web.session import Picture, Reply
 from utils import UserError
 
 SIDE = 4.5  # inches of a picture's longer side: text stays legible with three pictures beside each other
@@ -19,48 +21,37 @@ SMALL_SHOWN = 256  # pixels of a longer side; up to this many are sent as PNG an
 BOXES_SHOWN = 3
 FAST = 1  # of PNG's compression
 THUMBNAIL = 160  # pixels
-WHOLE = "whole phrase"
-SAVE = "this.href = this.closest('figure').querySelector('img').src"  # the picture is sent once, not again for this
 
-
-def message(text: str) -> str:
-    """An error message; nothing where there is none."""
-    return f'<div class="amc-error" role="alert">{html.escape(text)}</div>' if text else ""
-
-
-def note(*lines: str) -> str:
-    """Lines of plain text."""
-    return "".join(f'<div class="amc-note">{html.escape(line)}</div>' for line in lines)
-
-
-def upload_box() -> str:
-    """Where a picture is dropped or chosen, and where choose.js says why one is refused."""
-    text = f"Drop a picture here, or click to upload one of up to {MOST_BYTES / 2**20:g} MB"
-    box = f'<label class="amc-upload"><input type="file" accept="image/*">{text}</label>'
-    return f'{box}<div class="amc-error" role="alert" id="amc-refused"></div>'
+HTML: Any = Environment(
+    loader=FileSystemLoader(Path(__file__).parent),
+    autoescape=True,
+    undefined=StrictUndefined,
+    trim_blocks=True,
+    lstrip_blocks=True,
+).get_template("fragments.html")
+message, note, upload_box = (getattr(HTML.module, name) for name in ("message", "note", "upload_box"))
 
 
 def example_buttons(examples: Sequence[Example]) -> str:
     """A small picture to press for each example."""
     buttons = []
-    for number, example in enumerate(examples):
-        image, name = read_photo(example.path), html.escape(example.name)
+    for example in examples:
+        image = read_photo(example.path)
         image.thumbnail((THUMBNAIL, THUMBNAIL))
-        buttons.append(f'<button data-example="{number}"><img src="{_data(image, "JPEG")}" alt="">')
-        buttons.append(f"<span>{name}</span></button>")
-    return f'<div class="amc-examples">{"".join(buttons)}</div>'
+        buttons.append((example.name, _data(image, "JPEG")))
+    return HTML.module.example_buttons(buttons)
 
 
 def shown_picture(picture: Picture, credit: str = "") -> str:
     """The chosen picture as it was read, with its name and size."""
-    return f'<div class="amc-picture">{_plain(picture, credit)}</div>'
+    return HTML.module.shown_picture(_plain(picture, credit))
 
 
 def words(replies: Sequence[Reply], number: int) -> list[str]:
     """The names of the maps that a phrase has: the whole phrase, then the words that the first model read."""
     answers = (reply.answers[number] for reply in replies)
-    found = next((answer for answer in answers if isinstance(answer, Answer)), None)
-    return [WHOLE, *(word.word for word in found.words)] if found else [WHOLE]
+    found = next((answer.words for answer in answers if isinstance(answer, Answer)), ())
+    return ["whole phrase", *(word.word for word in found)]
 
 
 def row(
@@ -72,17 +63,14 @@ def row(
         number: of the phrase among those asked.
         choice: an index of `words`.
     """
-    names = words(replies, number)
-    buttons = "".join(
-        f'<button role="radio" data-word="{index}" aria-checked="{str(index == choice).lower()}">{html.escape(name)}'
-        "</button>"
-        for index, name in enumerate(names)
-    )
-    figures = [_figure(picture, reply, number, choice, names[choice], threshold, colormap) for reply in replies]
-    return (
-        f'<div class="amc-words" role="radiogroup"><div>{html.escape(phrase)}</div>{buttons}</div>'
-        f'<div class="amc-row">{_plain(picture)}{"".join(figures)}</div>'
-    )
+    names, figures = words(replies, number), []
+    for reply in replies:
+        figures.append({"model": reply.model, "error": ""})
+        try:
+            figures[-1] |= _figure(picture, reply, number, choice, names[choice], threshold, colormap)
+        except UserError as error:
+            figures[-1]["error"] = str(error)
+    return HTML.module.row(_plain(picture), phrase, names, choice, figures)
 
 
 def times(replies: Sequence[Reply], drawing: float) -> str:
@@ -106,50 +94,42 @@ def remarks(replies: Sequence[Reply]) -> list[str]:
 
 def _figure(
     picture: Picture, reply: Reply, number: int, choice: int, word: str, threshold: float, colormap: str
-) -> str:
-    name, answer = f"<b>{html.escape(reply.model)}</b>", reply.answers[number]
-    try:
-        if not isinstance(answer, Answer):
-            raise UserError(answer)
-        if choice:
-            if len(answer.words) < choice or answer.words[choice - 1].word != word:
-                raise UserError(f"this model has no map of {word!r} in {answer.text!r}")
-            shown = of_word(answer, choice - 1)
-        else:
-            shown = answer
-        found = place(shown, picture.image.height, picture.image.width, threshold)
-        content = png(overlay(picture.reduced, found, colormap=colormap, side=SIDE), FAST)
-    except UserError as error:
-        return f"<figure>{message(str(error))}<figcaption>{name}</figcaption></figure>"
-    source = data_uri("image/png", content)
-    file = "_".join([slug(picture.name.rpartition(".")[0] or picture.name), slug(answer.text)])
-    file += f"_{slug(word)}" * bool(choice) + f"_{slug(reply.model)}.png"
-    alt = html.escape(f"map of {shown.text}, {reply.model}", quote=True)
-    facts = [f"match probability {found.match:.3f}", f"point {found.point[0]}, {found.point[1]}", *_boxes(found)]
+) -> dict[str, Any]:
+    """What a row's figure is filled with; raises `UserError` where there is no map."""
+    answer = reply.answers[number]
+    if not isinstance(answer, Answer):
+        raise UserError(answer)
+    shown, share = answer, []
     if choice:
-        facts.append(f"{100 * answer.words[choice - 1].share:.0f}% of the phrase's map")
-    link = f'<div><a href="#" download="{file}" onclick="{SAVE}">download PNG</a></div>'
-    return (
-        f'<figure><img src="{source}" alt="{alt}"><figcaption>{name}: {" · ".join(facts)}{link}</figcaption></figure>'
-    )
+        if len(answer.words) < choice or answer.words[choice - 1].word != word:
+            raise UserError(f"this model has no map of {word!r} in {answer.text!r}")
+        shown, share = of_word(answer, choice - 1), [f"{100 * answer.words[choice - 1].share:.0f}% of the phrase's map"]
+    found = place(shown, picture.image.height, picture.image.width, threshold)
+    content = png(overlay(picture.reduced, found, colormap=colormap, side=SIDE), FAST)
+    parts = [picture.name.rpartition(".")[0] or picture.name, answer.text, *([word] if choice else []), reply.model]
+    point = f"point {found.point[0]}, {found.point[1]}"
+    return {
+        "source": data_uri("image/png", content),
+        "alt": f"map of {shown.text}, {reply.model}",
+        "facts": [f"match probability {found.match:.3f}", point, _boxes(found), *share],
+        "file": "_".join(map(slug, parts)) + ".png",
+    }
 
 
-def _boxes(found: Grounding) -> list[str]:
+def _boxes(found: Grounding) -> str:
     if not found.boxes:
-        return ["no box: the map is 0 everywhere"]
-    first, *others = ["[" + ", ".join(map(str, box.box)) + "]" for box in found.boxes[:BOXES_SHOWN]]
+        return "no box: the map is 0 everywhere"
+    first, *others = [str(list(box.box)) for box in found.boxes[:BOXES_SHOWN]]
     more = len(found.boxes) - BOXES_SHOWN
-    rest = f"; others {' '.join(others)}{f' and {more} more' if more > 0 else ''}" if others else ""
-    return [f"best box {first}{rest}"]
+    return f"best box {first}" + f"; others {' '.join(others)}" * bool(others) + f" and {more} more" * (more > 0)
 
 
-def _plain(picture: Picture, credit: str = "") -> str:
-    """The picture without a map, reduced if it is large."""
+def _plain(picture: Picture, credit: str = "") -> dict[str, Any]:
+    """What a picture without a map is filled with."""
     small = max(picture.reduced.size) <= SMALL_SHOWN
-    name, source = html.escape(picture.name, quote=True), _data(picture.reduced, "PNG" if small else "JPEG")
-    facts = [name, f"{picture.image.width} x {picture.image.height} pixels", *filter(None, [html.escape(credit)])]
-    shown = f'<img {"class=amc-pixels " * small}src="{source}" alt="{name}">'
-    return f'<figure class="amc-plain">{shown}<figcaption>{" · ".join(facts)}</figcaption></figure>'
+    facts = [picture.name, f"{picture.image.width} x {picture.image.height} pixels", *([credit] if credit else [])]
+    source = _data(picture.reduced, "PNG" if small else "JPEG")
+    return {"name": picture.name, "facts": facts, "source": source, "small": small}
 
 
 def _data(image: Image.Image, kind: str) -> str:

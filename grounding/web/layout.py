@@ -1,4 +1,4 @@
-"""The layout of the page of `demo.py --web`, and what its controls call."""
+"""The layout of the page of `demo.py --web`, and what its controls call. Needs Gradio."""
 
 import contextlib
 import time
@@ -6,12 +6,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from grounding.maps import THRESHOLD
-from grounding.pictures.render import COLORMAP
+import gradio as gr
+
 from grounding.web import fragments
-from grounding.web.examples import Example
+from grounding.web.examples import Example, Start
 from grounding.web.fragments import message, note
-from grounding.web.session import MOST_BYTES, MOST_PHRASES, TOO_LARGE, Answers, Picture, Reply, split_phrases
+from grounding.web.session import (
+    MOST_BYTES,
+    MOST_MEGABYTES,
+    MOST_PHRASES,
+    TOO_LARGE,
+    Answers,
+    Picture,
+    Reply,
+    split_phrases,
+)
 from utils import UserError
 
 TITLE = "Where a model looks"
@@ -27,51 +36,32 @@ CSS, CHOOSE, WORDS = (
 )
 
 
-class Start(NamedTuple):
-    """What the page shows at first."""
-
-    mode: str = "itm"
-    layer: int | None = None
-    threshold: float = THRESHOLD
-    colormap: str = COLORMAP
-
-
 class Question(NamedTuple):
-    """What the page's controls hold when an answer is wanted, in the order that Gradio hands it over.
+    """What the page's controls hold when an answer is wanted, in the order that Gradio hands it over."""
 
-    Args:
-        key: of the picture.
-        text: the box of phrases.
-        other: the second model, or `NOTHING`.
-        asked: the phrases that the rows show, each with the index of its chosen word.
-    """
-
-    key: str
-    text: str
+    key: str  # of the picture
+    text: str  # the phrases, one a line
     model: str
-    other: str
+    other: str  # the second model, or `NOTHING`
     mode: str
     layer: int | None
     threshold: float
     colormap: str
-    asked: dict[str, int]
+    asked: dict[str, int]  # the phrases that the rows show, each with the index of its chosen word
 
 
-def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) -> Any:
-    """The page as Gradio's blocks; `gr` is Gradio's module."""
+def build(answers: Answers, examples: Sequence[Example], start: Start) -> gr.Blocks:
+    """The page as Gradio's blocks."""
     names = list(answers.offers)
-    events = Events(gr, answers, examples, start.layer)
-
-    def choose(event: gr.EventData) -> list[Any]:  # Gradio fills it in by this annotation
-        return events.choose(event._data or {})
-
+    events = Events(answers, examples, start.layer)
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         key, asked = gr.State(""), gr.State({})
-        gr.HTML(f"<h1>{TITLE}</h1>" + note("Heat maps of phrases in a picture, as the model itself explains them."))
+        gr.HTML(f"<h1>{TITLE}</h1>{note('Heat maps of phrases in a picture, as the model itself explains them.')}")
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
                 shown = gr.HTML(note("Choose an example, or upload a picture."))
-                upload = gr.HTML(fragments.upload_box(), js_on_load=CHOOSE, most=MOST_BYTES, too_large=TOO_LARGE)
+                box = fragments.upload_box(MOST_MEGABYTES)
+                upload = gr.HTML(box, js_on_load=CHOOSE, most=MOST_BYTES, too_large=TOO_LARGE)
             with gr.Column(scale=4, min_width=320):
                 gallery = gr.HTML(fragments.example_buttons(examples), js_on_load=CHOOSE, visible=bool(examples))
                 text = gr.Textbox(label="Phrases, one a line", lines=3, max_lines=MOST_PHRASES)
@@ -93,18 +83,18 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
         credits = [f"{example.name}: {example.credit}" for example in examples if example.credit]
         gr.HTML(note(f"Photographs from scikit-image; {'; '.join(credits)}.") if credits else "")
 
-        question = list(Question(key, text, model, other, mode, layer, threshold, colormap, asked))
-        usual = {"concurrency_id": "answers", "concurrency_limit": 1, "api_visibility": "private"}
+        question: list[Any] = [key, text, model, other, mode, layer, threshold, colormap, asked]  # see `Question`
+        usual: dict[str, Any] = {"concurrency_id": "answers", "concurrency_limit": 1, "api_visibility": "private"}
         # Unless told otherwise, Gradio drops what is pressed while the same event is under way. A change of a control
         # is answered once more at the end, by what the controls hold then; pictures and words come with each event.
         last, each = {**usual, "trigger_mode": "always_last"}, {**usual, "trigger_mode": "multiple"}
-        layers = {"fn": events.layers, "inputs": [model, other, mode, layer], "outputs": [layer, about], **last}
-        answer = {"fn": events.answer, "inputs": question, "outputs": [status, asked, *rows], **last}
+        layers = last | {"fn": events.layers, "inputs": [model, other, mode, layer], "outputs": [layer, about]}
+        answer = last | {"fn": events.answer, "inputs": question, "outputs": [status, asked, *rows]}
         page.load(**layers)
-        for component in (upload, gallery):
-            component.select(choose, None, [key, shown, text], **each).then(**answer)
-        for component in (model, other, mode):
-            component.input(**layers).then(**answer)
+        for pictures in (upload, gallery):
+            pictures.select(events.choose, None, [key, shown, text], **each).then(**answer)
+        for control in (model, other, mode):
+            control.input(**layers).then(**answer)
         for event in (button.click, text.submit, layer.input, colormap.input):
             event(**answer)
         threshold.input(**answer, show_progress="hidden")  # while it is dragged, or typed
@@ -120,30 +110,31 @@ def build(gr: Any, answers: Answers, examples: Sequence[Example], start: Start) 
 class Events:
     """What the page's controls call; each `UserError` becomes a message on the page."""
 
-    def __init__(self, gr: Any, answers: Answers, examples: Sequence[Example], first_layer: int | None = None) -> None:
-        self.gr, self.answers, self.examples, self.first_layer = gr, answers, examples, first_layer
+    def __init__(self, answers: Answers, examples: Sequence[Example], first_layer: int | None = None) -> None:
+        self.answers, self.examples, self.first_layer = answers, examples, first_layer
 
-    def choose(self, chosen: Mapping[str, Any]) -> list[Any]:
+    def choose(self, event: gr.EventData) -> list[Any]:  # Gradio hands it over because of this annotation
         """Take {"example": number} or {"picture": key of an upload}; outputs: key, picture, phrases."""
+        chosen = event._data or {}
         number = chosen.get("example")
         try:
             if "picture" in chosen:
                 picture = self.answers.picture(chosen["picture"])
-                return [picture.key, fragments.shown_picture(picture), self.gr.skip()]
+                return [picture.key, fragments.shown_picture(picture), gr.skip()]
             if not isinstance(number, int) or number not in range(len(self.examples)):
                 raise UserError("there is no such example")
             example = self.examples[number]
             picture = self.answers.add_picture(example.path.read_bytes(), example.path.name)
             return [picture.key, fragments.shown_picture(picture, example.credit), "\n".join(example.phrases)]
         except UserError as error:
-            return ["", message(str(error)), self.gr.skip()]
+            return ["", message(str(error)), gr.skip()]
 
     def layers(self, model: str, other: str, mode: str, layer: int | None) -> tuple[Any, str]:
         """The layers of the first model, the chosen one kept if it has it; outputs: layer, remarks on the models."""
         try:
             found = self.answers.layers(model, mode)
         except UserError as error:
-            return self.gr.update(choices=[], value=None), message(f"{model}: {error}")
+            return gr.update(choices=[], value=None), message(f"{model}: {error}")
         wanted = self.first_layer if layer is None else layer
         value = next((number for number in (wanted, found.usual) if number in found.choices), found.choices[-1])
         choices = [(f"{number} (usual)" if number == found.usual else str(number), number) for number in found.choices]
@@ -154,7 +145,7 @@ class Events:
         remarks = [ABOUT_SCENES.format(models=" and ".join(of_scenes))] if of_scenes else []
         if wanted not in (None, value):
             remarks.append(f"{found.lacks(model, mode, wanted)}; {value} was chosen in its place.")
-        return self.gr.update(choices=choices, value=value), note(*remarks)
+        return gr.update(choices=choices, value=value), note(*remarks)
 
     def ask(self, question: Question, phrases: Sequence[str]) -> list[Reply]:
         """The replies of the chosen models."""
@@ -163,7 +154,7 @@ class Events:
 
     def answer(self, *values: Any) -> list[Any]:
         """Answer a `Question`; outputs: status, the phrases asked with their words, and the rows."""
-        question, rows = Question(*values), [self.gr.update(value="", visible=False)] * MOST_PHRASES
+        question, rows = Question(*values), [gr.update(value="", visible=False)] * MOST_PHRASES
         try:
             picture = self.answers.picture(question.key)
             phrases = split_phrases(question.text)
@@ -187,7 +178,7 @@ class Events:
             asked[phrase], row = self.row(question, picture, replies, number, phrase, chosen.get("word"))
             return [asked, row]
         except (IndexError, UserError) as error:
-            return [asked, self.gr.update(value=message(str(error)), visible=True)]
+            return [asked, gr.update(value=message(str(error)), visible=True)]
 
     def row(
         self, question: Question, picture: Picture, replies: Sequence[Reply], number: int, phrase: str, word: Any
@@ -195,4 +186,4 @@ class Events:
         """The index of the word that a row shows, 0 where the given one is none, and the row's update."""
         choice = word if isinstance(word, int) and word in range(len(fragments.words(replies, number))) else 0
         html = fragments.row(picture, phrase, replies, number, choice, question.threshold, question.colormap)
-        return choice, self.gr.update(value=html, visible=True)
+        return choice, gr.update(value=html, visible=True)

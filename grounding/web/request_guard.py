@@ -8,7 +8,7 @@ say. A call is passed on with the parts that this page uses, each a plain value;
 import asyncio
 import json
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from grounding.web.session import MOST_BYTES, Answers
 from utils import UserError
 
 API = "/gradio_api/"
@@ -41,21 +42,11 @@ class RequestGuard:
     Args:
         hosts: the names that a request may call this machine by, against DNS rebinding; empty: any.
         functions: indices of the functions that may be called.
-        add_picture: called in a thread with an upload's content and name; returns the text to answer with, and raises
-            `UserError` for a picture that is refused.
-        most_bytes: of an upload.
+        answers: takes the pictures that are uploaded.
     """
 
-    def __init__(
-        self,
-        app: ASGIApp,
-        hosts: Collection[str],
-        functions: Collection[int],
-        add_picture: Callable[[bytes, str], str],
-        most_bytes: int,
-    ) -> None:
-        self.app, self.hosts, self.functions = app, hosts, functions
-        self.add_picture, self.most_bytes = add_picture, most_bytes
+    def __init__(self, app: ASGIApp, hosts: Collection[str], functions: Collection[int], answers: Answers) -> None:
+        self.app, self.hosts, self.functions, self.answers = app, hosts, functions, answers
         self.arriving, self.decoding = 0, asyncio.Lock()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,8 +75,8 @@ class RequestGuard:
             raise HTTPException(414)
         if any(map(CONTROL.search, (path, *headers.values()))):
             raise HTTPException(400)
-        known = path in PAGES or path.startswith(FOLDERS) if request.method in ("GET", "HEAD") else path in POSTS
-        if not known or request.method not in ("GET", "HEAD", "POST"):
+        reads = request.method in ("GET", "HEAD") and (path in PAGES or path.startswith(FOLDERS))
+        if not reads and (request.method != "POST" or path not in POSTS):
             raise HTTPException(404)
         if any(len(part.encode()) > LONGEST_NAME for part in path.split("/")):
             raise HTTPException(404)
@@ -93,12 +84,8 @@ class RequestGuard:
             length = headers.get("content-length", "")
             if "transfer-encoding" in headers or not length.isdecimal():
                 raise HTTPException(411)
-            if len(length) > 12 or int(length) > self.most(path):
+            if len(length) > 12 or int(length) > most(path):
                 raise HTTPException(413)
-
-    def most(self, path: str) -> int:
-        """The bytes that a body may have."""
-        return self.most_bytes if path == PICTURE else LONGEST_CALL
 
     async def post(self, request: Request) -> tuple[ASGIApp, Receive]:
         """Read a body; returns the application that answers it, and what that application is to receive."""
@@ -110,8 +97,8 @@ class RequestGuard:
                 return self.app, _again(self.call(body, request.scope["path"] == JOIN), request.receive)
             name = UNSEEN.sub(" ", request.query_params.get("name", ""))
             async with self.decoding:  # one at a time: a picture takes far more memory than its file
-                key = await asyncio.to_thread(self.add_picture, body, name)
-            return PlainTextResponse(key), request.receive
+                picture = await asyncio.to_thread(self.answers.add_picture, body, name)
+            return PlainTextResponse(picture.key), request.receive
         except UserError as error:
             return PlainTextResponse(str(error), 400), request.receive
         except ClientDisconnect:
@@ -127,7 +114,7 @@ class RequestGuard:
         async for part in request.stream():
             parts.append(part)
             size, self.arriving = size + len(part), self.arriving + len(part)
-            if size > self.most(request.scope["path"]):
+            if size > most(request.scope["path"]):
                 raise HTTPException(413)
             if self.arriving > MOST_ARRIVING:
                 raise HTTPException(503)
@@ -141,9 +128,8 @@ class RequestGuard:
             given = json.loads(body)
             call = {name: _plain(given[name]) for name in PLAIN_PARTS if name in given}
             if join:
-                if call["fn_index"] not in self.functions or not SESSION.fullmatch(call["session_hash"]):
-                    raise ValueError
-                if not isinstance(given["data"], list):
+                known = call["fn_index"] in self.functions and SESSION.fullmatch(call["session_hash"])
+                if not known or not isinstance(given["data"], list):
                     raise ValueError
                 call["data"] = list(map(_plain, given["data"]))
                 event = given.get("event_data") or {}
@@ -151,6 +137,11 @@ class RequestGuard:
             return json.dumps(call, allow_nan=False).encode()
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
             raise HTTPException(400) from None
+
+
+def most(path: str) -> int:
+    """The bytes that a body may have."""
+    return MOST_BYTES if path == PICTURE else LONGEST_CALL
 
 
 def foreign(request: Request) -> bool:

@@ -5,14 +5,13 @@ Gradio is imported when the page is made, so that all else works without it.
 
 import contextlib
 import os
+import signal
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
-from grounding.web import layout
-from grounding.web.examples import Example
-from grounding.web.layout import Start
-from grounding.web.session import MOST_BYTES, Answers
+from grounding.web.examples import Example, Start
+from grounding.web.session import Answers
 from utils import UserError
 
 START = Start()
@@ -22,9 +21,10 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def serve(answers: Answers, examples: Sequence[Example], host: str, port: int | None, start: Start) -> None:
-    """Serve the page until Ctrl-C; raises `UserError` as `running` does."""
+    """Serve the page until Ctrl-C or SIGTERM; raises `UserError` as `running` does."""
     if host not in LOOPBACK:
         print(f"warning: --host {host}: everyone who reaches this address can use the page; it asks for no password")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # which raises KeyboardInterrupt
     with contextlib.suppress(KeyboardInterrupt), running(answers, examples, host, port, start) as url:
         print(f"the page is at {url} ; stop it with Ctrl-C", flush=True)
         threading.Event().wait()
@@ -40,25 +40,23 @@ def running(
 ) -> Iterator[str]:
     """The page's server in the background, with its address; it writes no file.
 
-    Args:
-        port: None: 7860 or the next free one.
-
-    Raises:
-        UserError: Gradio is not installed, or the address is taken.
+    Port None is 7860 or the next free one. `UserError`: Gradio is not installed, or the address is taken.
     """
     with _environment(host):
-        gr = gradio()
-        from grounding.web.request_guard import RequestGuard  # which takes what comes with Gradio
+        try:
+            import gradio as gr
+        except ImportError as error:
+            raise UserError(f"the page needs Gradio ({error}): pip install -r requirements-web.txt") from None
+        from grounding.web import layout
+        from grounding.web.request_guard import RequestGuard
 
-        page = layout.build(gr, answers, examples, start)
+        page = layout.build(answers, examples, start)
 
         @contextlib.asynccontextmanager
         async def guarded(server: Any) -> AsyncIterator[None]:
             """Put the guard around all that Gradio does; middleware of `app_kwargs` would stand inside."""
-            inner, hosts = server.middleware_stack, LOOPBACK if host in LOOPBACK else ()
-            server.middleware_stack = RequestGuard(
-                inner, hosts, page.fns.keys(), lambda content, name: answers.add_picture(content, name).key, MOST_BYTES
-            )
+            hosts = LOOPBACK if host in LOOPBACK else ()
+            server.middleware_stack = RequestGuard(server.middleware_stack, hosts, page.fns.keys(), answers)
             yield
 
         page.queue(api_open=False, max_size=MOST_WAITING)
@@ -74,7 +72,6 @@ def running(
                 prevent_thread_lock=True,
                 quiet=True,
                 share=False,
-                inbrowser=False,
                 ssr_mode=False,
                 mcp_server=False,
                 enable_monitoring=False,
@@ -82,8 +79,9 @@ def running(
                 run_history=False,
             )
         except (OSError, OverflowError) as error:  # Gradio keeps the reason to itself
-            where = f"{host}, port {port}" if port is not None else f"{host}, ports from 7860"
-            remedy = "; without --port, the next free one from 7860 is taken" if port is not None else ""
+            where, remedy = f"{host}, ports from 7860", ""
+            if port is not None:
+                where, remedy = f"{host}, port {port}", "; without --port, the next free one from 7860 is taken"
             raise UserError(
                 f"the page cannot be served at {where}: that is taken, forbidden, or no address of this machine{remedy}"
             ) from error
@@ -91,15 +89,6 @@ def running(
             yield url
         finally:
             page.close(verbose=False)
-
-
-def gradio() -> Any:
-    """Gradio's module; raises `UserError` when it is not installed."""
-    try:
-        import gradio as gr
-    except ImportError as error:
-        raise UserError(f"the page needs Gradio ({error}): pip install -r requirements-web.txt") from None
-    return gr
 
 
 @contextlib.contextmanager

@@ -4,29 +4,29 @@ An image is encoded once per model, a phrase is asked once per model, mode and l
 the model nothing (`grounding.explain.place`). What is kept is bounded in number and in size.
 """
 
-import contextlib
 import hashlib
 import io
 import math
 import re
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from dataset.photos import read_photo
 from dataset.reading import DataError
 from dataset.transforms import resize_bicubic
-from grounding.explain import Answer, EncodedImage, Explainer, PhraseError, Resize, ask, encode, notes
+from grounding.explain import Answer, PhraseError, Resize, ask, encode, notes
 from grounding.load import OpenedModel, of_scenes
 from grounding.web.examples import Offer
 from models.interface import LayerError
 from utils import UserError
 
-MOST_BYTES = 10 * 2**20  # of an uploaded file
-TOO_LARGE = f"MB, and at most {MOST_BYTES / 2**20:g} MB are read; save it as JPEG or with fewer pixels"
+MOST_MEGABYTES = 10  # of an uploaded file
+MOST_BYTES = MOST_MEGABYTES * 2**20
+TOO_LARGE = f"MB, and at most {MOST_MEGABYTES} MB are read; save it as JPEG or with fewer pixels"
 MOST_PIXELS, LONGEST_SIDE = 40_000_000, 20_000
 MOST_SCANS = 100  # of a JPEG: each goes over all pixels again, and 80 bytes are enough for one; programs write about 10
 SCAN = re.compile(rb"\xff\xda\x00[\x08\x0a\x0c\x0e]")
@@ -37,25 +37,18 @@ LONGEST_SHOWN = 640  # pixels of the longer side of a picture that is shown with
 KEPT_MODELS, KEPT_ENCODINGS, KEPT_ANSWERS = 3, 8, 512
 KEPT_PIXELS = 120_000_000  # of all pictures together
 
-K = TypeVar("K", bound=Hashable)
-V = TypeVar("V")
 
+class Recent:
+    """The values used last, whose sizes (by default 1) add up to at most `most`; always the newest."""
 
-class Recent(Generic[K, V]):
-    """The values used last, by key: those whose sizes add up to at most `most`, and always the newest.
-
-    Args:
-        size: of a value; 1 unless given, so that `most` is a number of values.
-    """
-
-    def __init__(self, most: float, size: Callable[[V], float] = lambda value: 1) -> None:
+    def __init__(self, most: float, size: Callable[[Any], float] = lambda value: 1) -> None:
         self.most, self.size = most, size
-        self.values: dict[K, V] = {}  # the one used last comes last
+        self.values: dict[Any, Any] = {}  # the one used last comes last
 
-    def get(self, key: K) -> V | None:
+    def get(self, key: Any) -> Any:
         return self.put(key, self.values[key]) if key in self.values else None
 
-    def put(self, key: K, value: V) -> V:
+    def put(self, key: Any, value: Any) -> Any:
         self.values.pop(key, None)
         self.values[key] = value
         while len(self.values) > 1 and sum(map(self.size, self.values.values())) > self.most:
@@ -85,26 +78,19 @@ class Layers(NamedTuple):
 
 
 class Reply(NamedTuple):
-    """What one model says of a picture.
-
-    Args:
-        answers: one a phrase, or the message why there is none.
-        notes: on how phrases are read.
-        seconds: what was computed ("model", "image", "phrase") and how long it took; empty when all was known.
-    """
+    """What one model says of a picture."""
 
     model: str
-    answers: Sequence[Answer | str]
-    notes: list[str]
-    seconds: dict[str, float]
+    answers: Sequence[Answer | str]  # one a phrase, or the message why there is none
+    notes: list[str]  # on how phrases are read
+    seconds: dict[str, float]  # for what was computed ("model", "image", "phrase"); empty when all was known
 
 
 class Answers:
-    """The models, encoded images and answers that are kept.
+    """The pictures, models, encoded images and answers that are kept.
 
     Args:
-        offers: the checkpoints that can be asked.
-        open_offer: opens one; a `UserError` becomes the reply's message, and the next question tries again.
+        open_offer: a `UserError` becomes the reply's message, and the next question tries again.
         resize: to the model's size.
         explain: settings of every explainer, such as `precision`.
     """
@@ -118,10 +104,10 @@ class Answers:
     ) -> None:
         self.offers = {offer.name: offer for offer in offers}
         self.open_offer, self.resize, self.explain = open_offer, resize, explain
-        self.models: Recent[str, OpenedModel] = Recent(KEPT_MODELS)
-        self.pictures: Recent[str, Picture] = Recent(KEPT_PIXELS, lambda kept: kept.image.width * kept.image.height)
-        self.encodings: Recent[tuple[str, str], EncodedImage] = Recent(KEPT_ENCODINGS)
-        self.answers: Recent[tuple[str, str, str, int, str], Answer] = Recent(KEPT_ANSWERS)
+        self.models = Recent(KEPT_MODELS)  # by name
+        self.pictures = Recent(KEPT_PIXELS, lambda kept: kept.image.width * kept.image.height)
+        self.encodings = Recent(KEPT_ENCODINGS)  # by picture and model
+        self.answers = Recent(KEPT_ANSWERS)  # by picture, model, mode, layer and phrase
         self.lock = threading.RLock()  # one answer at a time: an explanation goes back through the model's gradients
 
     def add_picture(self, content: bytes, name: str) -> Picture:
@@ -169,73 +155,61 @@ class Answers:
     def ask(self, key: str, phrases: Sequence[str], model: str, mode: str, layer: int | None) -> Reply:
         """Ask a model about a picture; every `UserError` becomes a message in the reply.
 
-        Args:
-            key: of a picture; see `picture`.
-            layer: None: the config's.
+        `key` is the picture's; no phrase comes twice; layer None is the config's.
         """
         seconds: dict[str, float] = {}
-        answers: dict[str, Answer | str] = {}
         remarks: list[str] = []
         with self.lock:
             try:
                 opened = self._opened(model, seconds)
-                if layer is not None and layer not in (found := self.layers(model, mode)).choices:
-                    raise LayerError(found.lacks(model, mode, layer))
+                if layer is not None and layer not in (layers := self.layers(model, mode)).choices:
+                    raise LayerError(layers.lacks(model, mode, layer))
                 explainer = opened.explainer(mode, layer, **self.explain)
-                encoded = self._encoded(key, model, explainer, seconds)
+                encoded = self.encodings.get((key, model))
+                if encoded is None:
+                    image = self.picture(key).image
+                    encoded = _timed(seconds, "image", lambda: encode(explainer, image, self.resize))
+                    self.encodings.put((key, model), encoded)
             except UserError as error:
                 return Reply(model, [str(error)] * len(phrases), [], seconds)
-            new = []
-            for phrase in dict.fromkeys(phrases):
+            questions = {phrase: (key, model, mode, explainer.block, phrase) for phrase in phrases}
+            found: dict[str, Answer | str | None] = {}
+            for phrase, question in questions.items():
                 try:
                     start_of_it = phrase if len(phrase) <= LONGEST_NAMED else f"{phrase[:LONGEST_NAMED]}…"
                     remarks += [f"{start_of_it}: {note}" for note in notes(explainer, phrase)]
+                    found[phrase] = self.answers.get(question)
                 except PhraseError as error:
-                    answers[phrase] = str(error)
-                    continue
-                known = self.answers.get((key, model, mode, explainer.block, phrase))
-                if known is None:
-                    new.append(phrase)
-                else:
-                    answers[phrase] = known
+                    found[phrase] = str(error)
+            new = [phrase for phrase in phrases if found[phrase] is None]
             if new:
-                with _timed(seconds, "phrase" if len(new) == 1 else f"{len(new)} phrases"):
-                    try:
-                        for answer in ask(explainer, encoded, new):
-                            question = (key, model, mode, explainer.block, answer.phrase)
-                            answers[answer.phrase] = self.answers.put(question, answer)
-                    except UserError as error:  # weights that are not numbers
-                        answers |= dict.fromkeys(new, str(error))
-        return Reply(model, [answers[phrase] for phrase in phrases], remarks, seconds)
+                what = "phrase" if len(new) == 1 else f"{len(new)} phrases"
+                try:
+                    for answer in _timed(seconds, what, lambda: ask(explainer, encoded, new)):
+                        found[answer.phrase] = self.answers.put(questions[answer.phrase], answer)
+                except UserError as error:  # weights that are not numbers
+                    found |= dict.fromkeys(new, str(error))
+        return Reply(model, [answer for answer in found.values() if answer is not None], remarks, seconds)
 
     def _opened(self, model: str, seconds: dict[str, float]) -> OpenedModel:
         if model not in self.offers:
             raise UserError(f"model {model!r}: not among those offered: {', '.join(self.offers)}")
         opened = self.models.get(model)
         if opened is None:
-            with _timed(seconds, "model"):
-                opened = self.models.put(model, self.open_offer(self.offers[model]))
+            opened = self.models.put(model, _timed(seconds, "model", lambda: self.open_offer(self.offers[model])))
         return opened
 
-    def _encoded(self, key: str, model: str, explainer: Explainer, seconds: dict[str, float]) -> EncodedImage:
-        encoded = self.encodings.get((key, model))
-        if encoded is None:
-            image = self.picture(key).image
-            with _timed(seconds, "image"):
-                encoded = self.encodings.put((key, model), encode(explainer, image, self.resize))
-        return encoded
 
-
-@contextlib.contextmanager
-def _timed(seconds: dict[str, float], what: str) -> Iterator[None]:
+def _timed(seconds: dict[str, float], what: str, compute: Callable[[], Any]) -> Any:
     start = time.perf_counter()
-    yield
+    value = compute()
     seconds[what] = time.perf_counter() - start
+    return value
 
 
 def reduced(image: Image.Image) -> Image.Image:
     """A copy of an image with a longer side of at most `LONGEST_SHOWN`."""
-    copy = image.copy() if max(image.size) <= LONGEST_SHOWN else image.reduce(max(1, max(image.size) // LONGEST_SHOWN))
+    copy = image.reduce(max(1, max(image.size) // LONGEST_SHOWN))
     copy.thumbnail((LONGEST_SHOWN, LONGEST_SHOWN))
     return copy
 

@@ -75,8 +75,10 @@ def test_the_whole_table(full: bool, commands: Commands, tmp_path: Path) -> None
         args, config = trained(commands[name])
         assert (args.max_steps, config.schedular.epochs) == (None, 3)
         assert args.checkpoint == str(tmp_path / "scenes_stage1.safetensors" if full else scenes_demo.SHIPPED)
-    for name, program in (("refcoco", ""), ("refclef", "_refclef"), ("flickr", "_flickr")):
-        assert commands[f"amc_{name}"][0] == f"grounding_eval_singlegpu{program}.py"
+    for name in ("refcoco", "refclef", "flickr"):
+        program, *words = commands[f"amc_{name}"]
+        assert program == "grounding_eval.py"
+        assert evaluate.parse_args(None, words).config == f"configs/scenes/Grounding_{name}.yaml"
     assert "--set" not in commands["amc_refcoco"]
 
 
@@ -122,7 +124,7 @@ def test_another_benchmark_does_no_harm(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(BENCHMARKS, "new", FLICKR._replace(name="New", config="configs/Grounding_new.yaml"))
     assert list(scenes_demo.scenes_benchmarks()) == ["refcoco", "refclef", "flickr"]
     boxes, detections = np.array([[2.0, 1.0, 4.0, 3.0]]), np.array([[2.0, 1.0, 4.0, 3.0], [50.0, 50.0, 9.0, 9.0]])
-    one = Expression(Path("a.png"), "a", 0, "val", boxes, detections=detections, size=(10, 10))
+    one = Expression(Path("a.png"), "a", 0, "val", boxes, detections=detections, annotated_size=(10, 10))
     other = REFCOCO_PLUS._replace(metrics=("box", "new", "point"))
     row = scenes_demo.chance(other, GroundingConfig(image_root=""), [one])["chance"]
     assert {key: value for key, value in row.items() if value is not None} == {

@@ -7,7 +7,6 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import pytest
@@ -23,12 +22,14 @@ from grounding.explain import Answer, Explainer, PhraseError, ground_all, of_wor
 from grounding.load import OpenedModel, open_model
 from grounding.web import examples, fragments, session
 from grounding.web.examples import Offer, offered, scene_examples
-from grounding.web.layout import NOTHING, Events
 from grounding.web.session import Answers, Picture, Recent, Reply, split_phrases
 from models.albef import ALBEF, build_albef
 from models.interface import LayerError
 from tests.small_model import BERT, SIZES
 from utils import UserError
+
+pytest.importorskip("gradio", reason="the page needs requirements-web.txt")
+from grounding.web.layout import NOTHING, Events
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -96,9 +97,7 @@ def file(seed: int = 0, size: tuple[int, int] = (30, 20), orientation: int = 1) 
 
 @pytest.fixture
 def events(counted: Counted) -> Events:
-    """Gradio's updates are told apart by their keywords."""
-    gradio = mock.Mock(update=dict, skip=lambda: "skipped")
-    return Events(gradio, counted.answers, [])
+    return Events(counted.answers, [])
 
 
 def controls(key: str, text: str, other: str = NOTHING, **changed: Any) -> list[Any]:
@@ -282,7 +281,7 @@ def test_a_word_in_place_of_the_phrase(counted: Counted) -> None:
 
 
 def test_what_is_kept_is_bounded() -> None:
-    recent: Recent[str, int] = Recent(10, float)
+    recent = Recent(10, float)
     for name, value in (("a", 4), ("b", 4)):
         recent.put(name, value)
     assert recent.get("a") == 4  # used again: b is now the oldest
@@ -293,7 +292,7 @@ def test_what_is_kept_is_bounded() -> None:
     recent.put("d", 50)  # more than allowed, and still kept: it is what was asked for
     assert list(recent.values) == ["d"]
     assert recent.get("a") is None
-    numbers: Recent[int, str] = Recent(2)
+    numbers = Recent(2)
     for number in range(5):
         numbers.put(number, "x" * number)
     assert list(numbers.values) == [3, 4]
@@ -376,7 +375,7 @@ def test_a_layer_that_a_model_lacks(counted: Counted) -> None:
     counted.answers.check_layer("itc", 0)
     with pytest.raises(LayerError, match=r"^--block_num 9: two has no .* itm, only 1; one has no .* itm, only 1, 2$"):
         counted.answers.check_layer("itm", 9)
-    events = Events(mock.Mock(update=dict), counted.answers, [], 2)
+    events = Events(counted.answers, [], 2)
     update, said = events.layers("two", NOTHING, "itm", None)
     assert (update["value"], update["choices"]) == (1, [("1 (usual)", 1)])
     assert "two has no layer 2 in mode itm, only 1; 1 was chosen in its place." in said
@@ -503,8 +502,6 @@ def test_examples(tmp_path: Path) -> None:
 
 
 def test_times_are_told() -> None:
-    from grounding.web.fragments import times
-
     found = Answer("P", "p", 0.5, np.zeros((2, 2), np.float32), ())
     replies = [
         Reply("AMC", [found], [], {"image": 0.8, "phrase": 0.04}),
@@ -512,4 +509,4 @@ def test_times_are_told() -> None:
         Reply("broken", ["no checkpoint", "no checkpoint"], [], {}),
     ]
     took = "AMC: image 0.80 s, phrase 0.04 s; control: known already; broken: no answer; pictures 0.30 s"
-    assert times(replies, 0.3) == took
+    assert fragments.times(replies, 0.3) == took

@@ -44,8 +44,8 @@ def test_words_are_those_of_the_first_model_that_answers() -> None:
     assert fragments.words([failed], 0) == ["whole phrase"]
     html = fragments.row(shown, "p", replies, 0, 2, 0.5, "viridis")
     assert html.count("data:image/png") == 2  # the picture and one map
-    assert "50% of the phrase&#x27;s map" in html or "50% of the phrase's map" in html
-    assert "this model has no map of &#x27;red&#x27; in &#x27;p&#x27;" in html
+    assert "50% of the phrase&#39;s map" in html
+    assert "this model has no map of &#39;red&#39; in &#39;p&#39;" in html
     assert "cannot be opened" in html
     assert 'download="a-b_p_red_one.png"' in html
     assert html.count("match probability 0.250") == 1

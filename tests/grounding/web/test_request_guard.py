@@ -8,6 +8,7 @@ import socket
 import threading
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -218,7 +219,8 @@ def test_calls_that_are_no_json_of_ours(body: bytes, site: Site) -> None:
 
 
 def guard(local: bool = False, add_picture: Any = None, app: Any = None) -> RequestGuard:
-    return RequestGuard(app, LOOPBACK if local else (), [1], add_picture, most_bytes=10)
+    answers: Any = mock.Mock(add_picture=add_picture)
+    return RequestGuard(app, LOOPBACK if local else (), [1], answers)
 
 
 def refused(tested: RequestGuard, path: str, method: str, headers: dict[str, str]) -> int | None:
@@ -327,6 +329,7 @@ def test_what_arrives_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = {"data": ["a [2J\n "], "event_data": {"y ": " "}, "fn_index": 1, "session_hash": "s"}
     assert json.loads(body) == expected  # without what the page does not send
     assert behind.status([b" " * 100_000] * 11) == 413
+    monkeypatch.setattr(request_guard, "MOST_BYTES", 10)
     assert behind.status([b" " * 6] * 2, scope={"path": PICTURE}) == 413
     assert behind.status([call]) == 200
     assert behind.status([call], end={"type": "http.disconnect"}) == 400
@@ -340,14 +343,14 @@ def test_what_arrives_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_uploads_are_decoded_one_at_a_time_and_counted_until_then(monkeypatch: pytest.MonkeyPatch) -> None:
     release, now, most = threading.Event(), [], []
 
-    def add_picture(content: bytes, name: str) -> str:
+    def add_picture(content: bytes, name: str) -> Any:
         now.append(content)
         most.append(len(now))
         release.wait(PATIENCE)
         now.remove(content)
         if content == b"bad":
             raise DataError("bad: not an image")
-        return "key"
+        return mock.Mock(key="key")
 
     behind = Asked(add_picture)
     monkeypatch.setattr(request_guard, "MOST_ARRIVING", 12)

@@ -15,8 +15,8 @@ import torch
 
 import demo
 from dataset.scenes.paths import SHIPPED, SHIPPED_CONFIG
-from grounding.web import layout, server
-from grounding.web.examples import BEFORE, Offer, photograph_examples
+from grounding.web import server
+from grounding.web.examples import BEFORE, Offer, Start, photograph_examples
 from grounding.web.session import Answers
 from tests.grounding.web.conftest import Site
 from utils import UserError
@@ -70,9 +70,9 @@ def test_addresses_that_are_taken(site: Site) -> None:
 def test_a_server_leaves_nothing_on_disk(number: signal.Signals, tmp_path: Path) -> None:
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a background job ignores it
-        "from dataset.scenes.paths import SHIPPED; from grounding.web import layout, server; "
+        "from dataset.scenes.paths import SHIPPED; from grounding.web import server; "
         "from grounding.web.session import Answers; from grounding.web.examples import *; "
-        "server.serve(Answers([Offer('x', SHIPPED)], None), photograph_examples(), '127.0.0.1', None, layout.Start())"
+        "server.serve(Answers([Offer('x', SHIPPED)], None), photograph_examples(), '127.0.0.1', None, Start())"
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path), "HOME": str(tmp_path), "MPLCONFIGDIR": "/tmp"}
     with subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True) as server:
@@ -84,7 +84,7 @@ def test_a_server_leaves_nothing_on_disk(number: signal.Signals, tmp_path: Path)
         image = next(example.path for example in photograph_examples()).read_bytes()
         assert httpx.post(f"{url}picture?name=a.png", content=image, timeout=PATIENCE).status_code == 200
         server.send_signal(number)
-        assert server.wait(30) == (0 if number == signal.SIGINT else -number)
+        assert server.wait(30) == (-number if number == signal.SIGKILL else 0)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == []  # Gradio makes an empty folder
 
 
@@ -97,14 +97,15 @@ def test_an_open_address_is_warned_of(
             raise KeyboardInterrupt
 
     monkeypatch.setattr(server.threading, "Event", Interrupted)
+    monkeypatch.setattr(server.signal, "signal", lambda number, handler: None)
 
     @contextlib.contextmanager
     def running(*given: Any) -> Iterator[str]:
-        assert given[2:] == (host, 7861, layout.Start())
+        assert given[2:] == (host, 7861, Start())
         yield "http://there/"
 
     monkeypatch.setattr(server, "running", running)
-    server.serve(Answers([], pytest.fail), [], host, 7861, layout.Start())
+    server.serve(Answers([], pytest.fail), [], host, 7861, Start())
     shown = capsys.readouterr().out
     assert ("everyone who reaches this address" in shown) == warned
     assert "http://there/" in shown
