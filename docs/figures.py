@@ -71,7 +71,7 @@ EXAMPLES = {
     "layers": SCENE_31,
 }
 ONE_PHRASE = ("gradcam", "words", "amc")
-WIDTH, PART, PHRASE, LAYER = 7.6, 2.42, 2.65, 0.95  # inches: of a picture, and of a panel in one
+WIDTH, PART, PHRASE, LAYER = 7.6, 2.42, 2.65, 0.93  # inches: of a picture, and of a panel in one
 LINE = 0.17  # inches, of small text
 LARGEST = 150_000  # bytes
 AS_IT_IS = AugmentConfig(flip_prob=0, grayscale_prob=0, jitter_prob=0)
