@@ -1,4 +1,4 @@
-"""docs/figures.py and the numbers in its pictures (`docs/map_parts.py`) on a tiny model of large weights."""
+"""docs/figures.py and the numbers in its pictures, on a tiny model of large weights."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.transforms import normalise
 from docs import figures
-from docs.map_parts import look, parts, terms, training_view
+from docs.figures import look, parts, terms, training_view
 from grounding.explain import Explainer, encode, ground
 from grounding.load import open_model
 from models import amc
@@ -88,22 +88,26 @@ def test_the_parts_of_a_map(explainer: Explainer) -> None:
     assert seen.token_mask is not None
     assert seen.token_mask.tolist() == [[1] * 5]  # [CLS] and four words
     a, g = seen.attention[0], seen.gradient[0]
-    for found, by_hand in zip(made, (a, g, g.clamp(min=0), a * g.clamp(min=0)), strict=True):
+    for found, by_hand in zip(made.values(), (a, g, g.clamp(min=0), a * g.clamp(min=0)), strict=True):
         torch.testing.assert_close(found, by_hand.mean(dim=1).mean(dim=0).reshape(3, 3))
-    np.testing.assert_allclose(made.product, ground(explainer, image, PHRASE).small, rtol=1e-4)
-    assert seen.gradient.min() < 0 <= made.positive.min()
-    assert (made.product - made.attention * made.positive).abs().max() > 1e-5  # no mean of the parts' means
+    attention, _, positive, product = made.values()
+    np.testing.assert_allclose(product, ground(explainer, image, PHRASE).small, rtol=1e-4)
+    assert seen.gradient.min() < 0 <= positive.min()
+    assert (product - attention * positive).abs().max() > 1e-5  # no mean of the parts' means
 
 
 def test_terms_by_hand() -> None:
     cam = torch.tensor([[0.9, 0.1], [0.5, 0.3]])
     mask = torch.tensor([[1.0, 1.0], [0.0, 0.0]])
     options = figures.AMCConfig(margin_mean=0.2, margin_max=0.5)
-    assert terms(cam, mask, options) == pytest.approx((0.5, 0.4, 0.1, 0.9, 0.5, 0.1))
-    assert terms(cam, 1 - mask, options) == pytest.approx((0.4, 0.5, 0.3, 0.5, 0.9, 0.9))
-    assert terms(cam, mask, figures.AMCConfig(margin_mean=0.1, margin_max=0.3)) == pytest.approx(
-        (0.5, 0.4, 0.0, 0.9, 0.5, 0.0), abs=1e-6
-    )
+    small = figures.AMCConfig(margin_mean=0.1, margin_max=0.3)
+    for found, mean, largest in (
+        (terms(cam, mask, options), (0.5, 0.4, 0.2, 0.1), (0.9, 0.5, 0.5, 0.1)),
+        (terms(cam, 1 - mask, options), (0.4, 0.5, 0.2, 0.3), (0.5, 0.9, 0.5, 0.9)),
+        (terms(cam, mask, small), (0.5, 0.4, 0.1, 0.0), (0.9, 0.5, 0.3, 0.0)),
+    ):
+        assert [term.name for term in found] == ["mean", "max"]
+        assert [term[1:] for term in found] == [pytest.approx(mean, abs=1e-6), pytest.approx(largest, abs=1e-6)]
 
 
 @pytest.mark.parametrize("size", [(40, 70), (70, 40)])
@@ -121,13 +125,13 @@ def test_a_pair_as_the_loss_sees_it(size: tuple[int, int], explainer: Explainer,
     cam = model.explain(model.encode(pixels), None, explainer.tokenizer([PHRASE]), "itm", 2).maps
     cam = amc.resize(amc.normalise(cam), 24)
     torch.testing.assert_close(view.cam, cam[0])
-    found, one = terms(view.cam, view.mask, config.amc), torch.ones(1)
-    assert found.mean_term == float(amc.mean_margin_loss(cam, expected[None], one, 0.4, "sample"))
-    assert found.max_term == float(amc.max_margin_loss(cam, expected[None], one, 0.2))
-    assert found.mean_term == pytest.approx(max(0, found.mean_outside - found.mean_inside + 0.4), abs=1e-6)
-    assert found.max_term == pytest.approx(max(0, found.max_outside - found.max_inside + 0.2), abs=1e-6)
-    assert found.mean_inside == pytest.approx(float(view.cam[:12, :12].mean()))
-    assert found.max_inside == pytest.approx(float(view.cam[:12, :12].max()))
+    (mean, largest), one = terms(view.cam, view.mask, config.amc), torch.ones(1)
+    assert mean.loss == float(amc.mean_margin_loss(cam, expected[None], one, 0.4, "sample"))
+    assert largest.loss == float(amc.max_margin_loss(cam, expected[None], one, 0.2))
+    for term, margin in ((mean, 0.4), (largest, 0.2)):
+        assert term.loss == pytest.approx(max(0, term.outside - term.inside + margin), abs=1e-6)
+    assert mean.inside == pytest.approx(float(view.cam[:12, :12].mean()))
+    assert largest.inside == pytest.approx(float(view.cam[:12, :12].max()))
 
 
 def test_boxes_of_a_phrase_make_one_mask(explainer: Explainer, config: PretrainConfig) -> None:
@@ -159,13 +163,13 @@ def test_gradcam_figure(size: tuple[int, int], explainer: Explainer) -> None:
     made = parts(look(explainer, encode(explainer, image), PHRASE))
     titles = texts(figure)
     assert (titles[0], titles[5].splitlines()[1]) == (f'"{PHRASE}"', f"match probability {found.match:.3f}")
-    for axes, title, values in zip(figure.axes[1:5], titles[1:5], made, strict=True):
+    for axes, title, values in zip(figure.axes[1:5], titles[1:5], made.values(), strict=True):
         assert title.splitlines()[1] == f"{values.min():.2g} to {values.max():.2g}"
         (picture,) = axes.get_images()
         np.testing.assert_allclose(picture.get_array(), values)
     assert at(figure.axes[0], pixels, 2, 2) == (255, 0, 0)  # upright
     assert at(figure.axes[0], pixels, size[0] - 3, size[1] - 3) != (255, 0, 0)
-    y, x = divmod(int(made.product.argmax()), 3)
+    y, x = divmod(int(made["A max(G, 0): the map"].argmax()), 3)
     hottest = at(figure.axes[4], pixels, (x + 0.5) * size[0] / 3, (y + 0.5) * size[1] / 3)
     assert hottest == pytest.approx((253, 231, 36), abs=2)  # viridis' end, in the place of that patch
     for axes in figure.axes:
@@ -185,16 +189,16 @@ def test_amc_figure(size: tuple[int, int], folder: Path, explainer: Explainer, c
     for row, (name, model) in enumerate(models.items()):
         inside, outside, line = figure.axes[3 * row : 3 * row + 3]
         view = training_view(model, photo(*size), PHRASE, [box], config)
-        found = terms(view.cam, view.mask, config.amc)
-        assert inside.get_title() == f"{name}: inside\nmean {found.mean_inside:.3f}, max {found.max_inside:.3f}"
-        assert outside.get_title() == f"{name}: outside\nmean {found.mean_outside:.3f}, max {found.max_outside:.3f}"
+        mean, largest = terms(view.cam, view.mask, config.amc)
+        assert inside.get_title() == f"{name}: inside\nmean {mean.inside:.3f}, max {largest.inside:.3f}"
+        assert outside.get_title() == f"{name}: outside\nmean {mean.outside:.3f}, max {largest.outside:.3f}"
         assert [text.get_text() for text in line.texts if text.get_text()] == [
-            f"mean term\nmax(0, {found.mean_outside:.3f} - {found.mean_inside:.3f} + 0.4) = {found.mean_term:.3f}",
-            f"max term\nmax(0, {found.max_outside:.3f} - {found.max_inside:.3f} + 0.2) = {found.max_term:.3f}",
+            f"mean term\nmax(0, {mean.outside:.3f} - {mean.inside:.3f} + 0.4) = {mean.loss:.3f}",
+            f"max term\nmax(0, {largest.outside:.3f} - {largest.inside:.3f} + 0.2) = {largest.loss:.3f}",
         ]
         places = {tuple(at) for drawn_line in line.lines for at in np.round(drawn_line.get_xydata(), 5).tolist()}
-        expected = {(found.mean_inside, 1), (found.mean_outside, 1), (found.mean_outside + 0.4, 1)}
-        expected |= {(found.max_inside, 0), (found.max_outside, 0), (found.max_outside + 0.2, 0)}
+        expected = {(mean.inside, 1), (mean.outside, 1), (mean.outside + 0.4, 1)}
+        expected |= {(largest.inside, 0), (largest.outside, 0), (largest.outside + 0.2, 0)}
         assert places == {(round(x, 5), y) for x, y in expected}
         for axes, part in ((inside, view.mask), (outside, 1 - view.mask)):
             shown = axes.get_images()[1].get_array()
@@ -204,6 +208,22 @@ def test_amc_figure(size: tuple[int, int], folder: Path, explainer: Explainer, c
             grey = [len(set(at(axes, pixels, *place))) == 1 for place in ((20, 2), (2, 20))]
             assert grey == [axes is outside, axes is inside]
     assert len({text.get_text() for axes in figure.axes for text in axes.texts if text.get_text()}) == 4
+
+
+def test_phrases_figure(folder: Path, explainer: Explainer) -> None:
+    image, phrases = photo(70, 40), [PHRASE, "circle"]
+    models = {"one": explainer, "other": make_explainer(folder, seed=8)}
+    answers = [ground(model, image, phrase) for model in models.values() for phrase in phrases]
+    x, y = answers[1].point
+    figure = figures.phrases_figure(models, image, phrases, [(0, 0, 1, 1), (x - 2, y - 2, 5, 5)])
+    assert [title.replace("\n", " ") for title in texts(figure)] == [
+        f'{name}: "{phrase}"' for name in models for phrase in phrases
+    ]
+    for axes, found in zip(figure.axes, answers, strict=True):
+        assert axes.lines[0].get_xydata().tolist() == [list(found.point)]
+        np.testing.assert_allclose(axes.get_images()[1].get_array(), found.map, atol=1e-4)
+    colours = [axes.lines[0].get_markerfacecolor() for axes in figure.axes]
+    assert colours[:2] == [figures.WRONG, figures.RIGHT]
 
 
 def test_layers_figure(folder: Path, explainer: Explainer) -> None:
@@ -243,6 +263,7 @@ def test_no_text_is_cut_or_covered(
         figures.gradcam_figure(explainer, image, PHRASE, []),
         figures.amc_figure(models, image, PHRASE, [(0, 0, 4, 4)], config),
         figures.layers_figure(models, image, [PHRASE, long], []),
+        figures.phrases_figure(models, image, [PHRASE, long], []),
     ]
     for figure in made:
         canvas = FigureCanvasAgg(figure)
@@ -250,7 +271,7 @@ def test_no_text_is_cut_or_covered(
         found = [text for axes in figure.axes for text in (axes.title, *axes.texts) if text.get_text()]
         found += figure.legends[0].get_texts() if figure.legends else []
         boxes = [text.get_window_extent(canvas.get_renderer()) for text in found]
-        assert len(boxes) >= 6
+        assert len(boxes) >= 4
         for text, box in zip(found, boxes, strict=True):
             assert box.x0 >= 0, text
             assert box.y0 >= 0, text
@@ -314,12 +335,12 @@ def test_each_figure_by_its_command(
         assert heads[1:] == [f"{word.word} {100 * word.share:.0f}%" for word in found.words]
     else:
         assert [head.split("\n")[0].split(":")[0] for head in (heads[0], heads[-2 if name == "amc" else -1])] == [
-            *("first", "AMC")
+            *("first", "after AMC")
         ]
     if name == "amc":
         training = figures.load_config(folder / "training.yaml", PretrainConfig)
         view = training_view(opened, photo(40, 30), PHRASE, [(2, 3, 9, 8)], training)
-        assert f"mean {terms(view.cam, view.mask, training.amc).mean_inside:.3f}" in heads[3]
+        assert f"mean {terms(view.cam, view.mask, training.amc)[0].inside:.3f}" in heads[3]
     elif name == "layers":
         last = ground(opened._replace(block=2), photo(40, 30), PHRASE)
         np.testing.assert_allclose(figure.axes[-1].get_images()[1].get_array(), last.map)
