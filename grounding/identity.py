@@ -99,20 +99,18 @@ def known(origin: Origin, wanted: Iterable[str]) -> bool:
     return all(key in origin or key in TOLD for key in wanted)
 
 
-def differences(before: Origin, now: Origin) -> list[str]:
+def changed_parts(before: Origin, now: Origin) -> list[str]:
     """What two origins differ in, each as "part BEFORE (asked for now: NOW)"; only the parts of `now` count."""
     changed = [key for key in now if key not in TOLD and before[key] != now[key]]
-    return [f"{_title(key)} {_shown(before, key)} (asked for now: {_shown(now, key)})" for key in changed]
+    return [
+        f"{key.removesuffix(' content')} {_shown(before, key)} (asked for now: {_shown(now, key)})" for key in changed
+    ]
 
 
 def told(before: Origin, now: Origin) -> list[str]:
     """What has changed since a result was computed, and does not change it: the checkpoint's place, PyTorch."""
     notes = {"checkpoint": "the checkpoint, of equal content, was", "torch": "PyTorch was"}
     return [f"{words} {before.get(key)}" for key, words in notes.items() if before.get(key) != now[key]]
-
-
-def _title(key: str) -> str:
-    return "checkpoint" if key == CHECKPOINT else key
 
 
 def _shown(origin: Origin, key: str) -> str:
