@@ -1,7 +1,6 @@
 """The evaluation program of all scripts: checkpoints -> maps -> metrics -> results (docs/method.md, Evaluation)."""
 
 import argparse
-import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TypeVar
@@ -171,7 +170,8 @@ class Evaluation:
             raise EvaluationError(f"matching_file: two of {', '.join(files)} are called alike; rename one")
         self.line_names = [*benchmark.metrics, *self.pairs]
         self.tokenizer = load_tokenizer(args.text_encoder)
-        asked = [item.text for item in (*self.expressions, *itertools.chain(*self.pairs.values()))]
+        asked = [expression.text for expression in self.expressions]
+        asked += [pair.text for pairs in self.pairs.values() for pair in pairs]
         check_readable(asked, self.tokenizer, load_bert_config(config.bert_config))
         check_config(config, args.gradcam_mode, self.block)
         images = {expression.image for expression in self.expressions}

@@ -58,7 +58,7 @@ class ResultFolder:
             if now is None:
                 continue
             before = self.origin(epoch)
-            if not identity.known(before, now):
+            if identity.lacks_parts(before, now):
                 problems[epoch] = "of an unknown origin: no record beside it says what it was computed from"
                 continue
             changed = identity.changed_parts(before, now)
@@ -66,7 +66,8 @@ class ResultFolder:
                 changed.append(f"--skip_broken, {left_out} expressions left out (asked for now: without)")
             if changed:
                 problems[epoch] = f"the result of {', '.join(changed)}"
-        for epoch, problem in problems.items():
+        if problems:
+            epoch, problem = next(iter(problems.items()))
             more = f"; {len(problems) - 1} more of that folder differ as well" if len(problems) > 1 else ""
             which = "that file" if not more and self.path(epoch).exists() else f"the folder {self.folder}"
             raise ResultError(f"{self.path(epoch)} is {problem}{more}; choose another --output_dir, or delete {which}")
@@ -75,8 +76,8 @@ class ResultFolder:
         """Update where a result's checkpoint and images lie, and print what has changed since it was computed."""
         before = self.origin(epoch)
         renewed = {**before, **now, "torch": before.get("torch")}
-        if told := identity.told(before, now):
-            print(f"{self.path(epoch)}: when it was computed, {' and '.join(told)}")
+        if changed := identity.harmless_changes(before, now):
+            print(f"{self.path(epoch)}: when it was computed, {' and '.join(changed)}")
         if renewed != before:
             self._write_origin(epoch, renewed)
 
