@@ -210,9 +210,9 @@ def table_rows(table: Table) -> list[list[str]]:
 
 def choose_cases(expressions: Sequence[Expression], folders: dict[str, ResultFolder]) -> list[Case]:
     """Expressions at equal distances through the test files, with the map of each model."""
-    found = [folder.read("00", [expression.ref_id for expression in expressions]) for folder in folders.values()]
+    found = [folder.read("00", expressions) for folder in folders.values()]
     chosen = range(0, len(expressions), max(1, len(expressions) // 10))[:10]
-    return [Case(expressions[i], [stored[0][i]["pred"] for stored in found if stored]) for i in chosen]
+    return [Case(expressions[i], [cam for maps in found if maps and (cam := maps[i]) is not None]) for i in chosen]
 
 
 if __name__ == "__main__":

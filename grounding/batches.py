@@ -50,8 +50,7 @@ class ImageData(Dataset[Loaded]):
 def load_images(data: ImageData, batch_size: int, workers: int) -> Iterator[list[Loaded]]:
     """This process's batches of images, decoded by `workers` processes while the model computes.
 
-    Whole batches are dealt out to the processes, so results do not depend on the number of processes. Shows progress on
-    a terminal.
+    Whole batches are dealt out to the processes, so results do not depend on their number. A terminal shows progress.
     """
     indices = list(range(len(data)))
     batches = [indices[start : start + batch_size] for start in range(0, len(data), batch_size)]

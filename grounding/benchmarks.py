@@ -78,29 +78,18 @@ def _load_own(config: GroundingConfig, skip_missing: bool = False) -> list[Expre
     return own.load_expressions(test_file=config.test_file, image_root=config.image_root, skip_missing=skip_missing)
 
 
+# The names by which the release reports splits.
+SPLITS = {"val": "val_d", "testA": "testA_d", "testB": "testB_d"}
+TWO_SPLITS = {"val": "val_d", "test": "test"}
+
 REFCOCO_PLUS = Benchmark(
-    "RefCOCO+",
-    "./configs/Grounding_refcoco.yaml",
-    _load_refer,
-    resize_bicubic,
-    {"val": "val_d", "testA": "testA_d", "testB": "testB_d"},  # the release's names
-    ("box", "point"),
+    "RefCOCO+", "./configs/Grounding_refcoco.yaml", _load_refer, resize_bicubic, SPLITS, ("box", "point")
 )
 REFCLEF = Benchmark(
-    "RefCLEF",
-    "./configs/Grounding_refclef.yaml",
-    _load_refclef,
-    resize_bicubic,
-    {"val": "val_d", "test": "test"},
-    ("point",),
+    "RefCLEF", "./configs/Grounding_refclef.yaml", _load_refclef, resize_bicubic, TWO_SPLITS, ("point",)
 )
 FLICKR = Benchmark(
-    "Flickr30k",
-    "./configs/Grounding_flickr.yaml",
-    _load_flickr,
-    resize_bilinear_image,
-    {"val": "val_d", "test": "test"},
-    ("point",),
+    "Flickr30k", "./configs/Grounding_flickr.yaml", _load_flickr, resize_bilinear_image, TWO_SPLITS, ("point",)
 )
 OWN = Benchmark("Own data", "./configs/Grounding_own.yaml", _load_own, resize_bicubic, {}, ("map_box", "point"))
 

@@ -21,7 +21,7 @@ from grounding.benchmarks import Benchmark, benchmark_of, with_splits
 from grounding.explain import Explainer, Resize
 from grounding.identity import Origin
 from grounding.load import check_config, ready
-from grounding.results import ResultFolder, Row, percent, sources_of
+from grounding.results import ResultFolder, percent, sources_of
 from models.albef import build_albef
 from models.checkpoint import read_checkpoint
 from runs import claim, write_provenance
@@ -87,26 +87,13 @@ def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
     with claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
-        evaluate_checkpoints(benchmark, args, device)
-
-
-def evaluate_checkpoints(benchmark: Benchmark | None, args: argparse.Namespace, device: torch.device) -> None:
-    """The part of `evaluate` that runs with processes and output folder ready."""
-    checkpoints = find_checkpoints(args.checkpoint)
-    evaluation = Evaluation(benchmark, load_config(args.config, GroundingConfig, args.set), args, device)
-    evaluation.begin(checkpoints)
-    for epoch, path in checkpoints.items():
-        evaluation.run(epoch, path)
-    found = evaluation.benchmark
-    decisive = (found.metrics[-1], next(iter(found.splits.values())))
-    utils.log(evaluation.results.table(evaluation.line_names, decisive))
-    utils.log(f"Results and log.txt are in {evaluation.results.folder}")
-    if (args.report or args.compare) and utils.rank() == 0:
-        from grounding.report.write import report_folders  # loads matplotlib
-
-        folders = [Path(folder) for folder in (*args.compare, args.output_dir)]
-        path = report_folders(found, evaluation.expressions, folders)
-        utils.log(f"The report is {path}")
+        checkpoints = find_checkpoints(args.checkpoint)
+        evaluation = Evaluation(benchmark, load_config(args.config, GroundingConfig, args.set), args, device)
+        on_rank_0(lambda: evaluation.begin(checkpoints))
+        for epoch, path in checkpoints.items():
+            evaluation.run(epoch, path)
+        if utils.rank() == 0:
+            evaluation.report()
 
 
 def find_checkpoints(checkpoint: str) -> dict[str, Path]:
@@ -175,15 +162,12 @@ class Evaluation:
         self.block = config.block_num if args.block_num is None else args.block_num
         benchmark = benchmark_of(config, benchmark)
         self.expressions = benchmark.load(config, args.skip_broken)
-        metrics.check(benchmark.metrics, self.expressions)
-        self.benchmark = benchmark = with_splits(benchmark, self.expressions)
-        self.pairs = {
-            Path(file).stem: load_pairs(file, config.image_root, args.skip_broken) for file in config.matching_file
-        }
-        if len(self.pairs) < len(config.matching_file):
-            raise EvaluationError(
-                f"matching_file: two of {', '.join(config.matching_file)} are called alike; rename one"
-            )
+        metrics.check_metrics(benchmark.metrics, self.expressions)
+        self.benchmark = with_splits(benchmark, self.expressions)
+        files = config.matching_file
+        self.pairs = {Path(file).stem: load_pairs(file, config.image_root, args.skip_broken) for file in files}
+        if len(self.pairs) < len(files):
+            raise EvaluationError(f"matching_file: two of {', '.join(files)} are called alike; rename one")
         self.line_names = [*benchmark.metrics, *self.pairs]
         self.tokenizer = load_tokenizer(args.text_encoder)
         asked = [expression.text for expression in self.expressions]
@@ -191,125 +175,105 @@ class Evaluation:
         check_readable(asked, self.tokenizer, load_bert_config(config.bert_config))
         check_config(config, args.gradcam_mode, self.block)
         images = {expression.image for expression in self.expressions}
-        utils.log(f"{benchmark.name}: {len(self.expressions)} expressions of {len(images)} images, on {self.device}")
+        utils.log(f"{benchmark.name}: {len(self.expressions)} expressions of {len(images)} images, on {device}")
         self.results = ResultFolder(Path(args.output_dir) / "result")
         self.origin: Origin = {}
 
     def begin(self, checkpoints: dict[str, Path]) -> None:
-        """Check what the output folder holds, then write there what its results are computed from.
+        """Check what the output folder holds, then write there what its results are computed from; for rank 0.
 
         Raises:
             ResultError: there are results of something else than what is asked for, or none to compare with.
         """
-        self.origin = on_rank_0(lambda: self._begin(checkpoints))
-
-    def _begin(self, checkpoints: dict[str, Path]) -> Origin:
-        results, config, args = self.results, self.config, self.args
+        results, config, args, names = self.results, self.config, self.args, list(self.benchmark.metrics)
         stored = [results.origin(epoch) for epoch in results.epochs()]
-        shared = {
+        self.origin = {
             "benchmark": self.benchmark.name,
             "gradcam_mode": args.gradcam_mode,
             "block_num": self.block,
             "precision": args.precision,
-            "metrics": list(self.benchmark.metrics),
+            "metrics": names,
             **identity.of_model(config, self.tokenizer.source),
             **identity.of_data(self.expressions, self.pairs, config.image_root, stored),
         }
-        for source in sources_of([Path(folder) for folder in args.compare], len(self.benchmark.metrics)):
-            source.folder.check_data(source.epoch, shared)
-        wanted: dict[str, Origin | None] = {
-            epoch: {**identity.of_checkpoint(path, stored), **shared} if results.path(epoch).exists() else None
-            for epoch, path in checkpoints.items()
-        }
-        results.check_origins(wanted, shared, args.skip_broken)
-        for epoch in results.epochs():
-            if results.origin(epoch).get("metrics", shared["metrics"]) != shared["metrics"]:
-                results.write_lines(epoch, [])  # of other metrics; the maps are those of these as well
-        for epoch, origin in wanted.items():
-            if origin is None:
-                results.write_lines(epoch, [])  # of a result that was deleted
-            else:
+        for source in sources_of([Path(folder) for folder in args.compare], len(names)):
+            source.folder.check_data(source.epoch, self.origin)
+        origins: dict[str, Origin | None] = dict.fromkeys(results.epochs(), self.origin)
+        for epoch, path in checkpoints.items():
+            exists = results.path(epoch).exists()
+            origins[epoch] = {**identity.of_checkpoint(path, stored), **self.origin} if exists else None
+        results.check_origins(origins, args.skip_broken)
+        for epoch, origin in origins.items():
+            if origin is None or results.origin(epoch).get("metrics", names) != names:
+                results.write_lines(epoch, [])  # of a deleted result, or of other metrics of the same maps
+            if origin is not None and epoch in checkpoints:
                 results.renew_origin(epoch, origin)
         output = results.folder.parent
-        complete = all(len(results.lines(epoch)) == len(self.line_names) for epoch in checkpoints)
-        if not complete or not (output / "config.yaml").exists():
-            output.mkdir(parents=True, exist_ok=True)
+        if not all(map(self.complete, checkpoints)) or not (output / "config.yaml").exists():
             save_config(config, output / "config.yaml")
             write_provenance(output / "run.json", args.seed, options=vars(args))
-        return shared
+
+    def complete(self, epoch: str) -> bool:
+        """Whether the log has all lines of an epoch."""
+        return len(self.results.lines(epoch)) == len(self.line_names)
 
     def run(self, epoch: str, path: Path) -> None:
         """Evaluate one checkpoint, or what an interrupted run left out of it. All processes call it together."""
-        stored, complete = None, False
-        if utils.rank() == 0:
-            stored = self.results.read(epoch, [expression.ref_id for expression in self.expressions])
-            complete = stored is not None and len(self.results.lines(epoch)) == len(self.line_names)
-        has_records, complete = utils.gather_objects((stored is not None, complete))[0]
-        if complete:
+        maps = self.results.read(epoch, self.expressions) if utils.rank() == 0 else None
+        has_maps, complete = utils.gather_objects((maps is not None, self.complete(epoch)))[0]
+        if has_maps and complete:
             utils.log(f"epoch {epoch}: already evaluated, skipped ({path})")
             return
         matching: list[Line] = []
-        if not has_records or self.pairs:
+        if not has_maps or self.pairs:
             origin = on_rank_0(lambda: identity.of_checkpoint(path, [self.results.origin(epoch)]))
             explainer = self.load(path)
-            if not has_records:
-                stored = self.predict(explainer)
+            if not has_maps:
+                maps = self.maps(explainer)
                 on_rank_0(lambda: identity.check_unchanged(path, origin))
                 if utils.rank() == 0:
-                    self.results.write(epoch, *stored, {**origin, **self.origin})
+                    self.results.write(epoch, self.expressions, maps, {**origin, **self.origin})
             matching = [self.matching(explainer, name) for name in self.pairs]
             on_rank_0(lambda: identity.check_unchanged(path, origin))
         if utils.rank() == 0:
-            assert stored is not None
-            lines = [*self.accuracies(*stored), *matching]
+            assert maps is not None
+            lines = [*self.accuracies(maps), *matching]
             self.results.write_lines(epoch, lines)
             for name, line in zip(self.line_names, lines, strict=True):
                 print(f"epoch {epoch} {name}: " + ", ".join(f"{key} {percent(value)}" for key, value in line.items()))
 
     def load(self, path: Path) -> Explainer:
         """The model of a checkpoint, ready for evaluation."""
-        model, precision = build_albef(self.config), utils.PRECISIONS[self.args.precision]
+        args, model = self.args, build_albef(self.config)
         utils.log(str(ready(model, read_checkpoint(path), path, self.device)))
-        return Explainer(
-            model, self.tokenizer, self.device, self.args.gradcam_mode, self.block, precision, name=str(path)
-        )
+        precision = utils.PRECISIONS[args.precision]
+        return Explainer(model, self.tokenizer, self.device, args.gradcam_mode, self.block, precision, str(path))
 
-    def predict(self, explainer: Explainer) -> tuple[list[Row], list[int]]:
-        """The result file's records, one an expression; and the positions of expressions with unreadable images."""
+    def maps(self, explainer: Explainer) -> list[Tensor | None]:
+        """The map (h, w) of each expression; None where its image cannot be read."""
         asked = [(expression.image, expression.text) for expression in self.expressions]
-        maps = self.ask(explainer.maps, asked, self.benchmark.resize)
-        skipped = [position for position in range(len(asked)) if position not in maps]
-        if skipped:
-            utils.log(f"{len(skipped)} expressions of unreadable images are left out of results and metrics")
-        records = [
-            {"ref_id": expression.ref_id, "pred": maps[position], **expression.record}
-            for position, expression in enumerate(self.expressions)
-            if position in maps
-        ]
-        return records, skipped
+        found = self.ask(explainer.maps, asked, self.benchmark.resize)
+        if missing := len(asked) - len(found):
+            utils.log(f"{missing} expressions of unreadable images are left out of results and metrics")
+        return [found.get(position) for position in range(len(asked))]
 
-    def accuracies(self, records: list[Row], skipped: list[int]) -> list[Line]:
+    def accuracies(self, maps: list[Tensor | None]) -> list[Line]:
         """A log line for each metric of the benchmark: reported split -> accuracy."""
-        left_out = set(skipped)
-        kept = [expression for position, expression in enumerate(self.expressions) if position not in left_out]
-        scores = metrics.score([record["pred"] for record in records], kept, self.benchmark.metrics)
-        splits = [expression.split for expression in kept]
+        scores = metrics.score(maps, self.expressions, self.benchmark.metrics)
+        splits = [expression.split for expression in self.expressions]
         return [metrics.split_accuracies(column, splits, self.benchmark.splits) for column in scores.T.tolist()]
 
     def matching(self, explainer: Explainer, name: str) -> Line:
         """A log line: the accuracy of matching on balanced pairs, over all and by kind of text."""
         pairs = self.pairs[name]
-        found = self.ask(
-            explainer.match_probabilities, [(pair.image, pair.text) for pair in pairs], resize_bilinear_image
-        )
-        if len(found) < len(pairs):
-            utils.log(f"{name}: {len(pairs) - len(found)} pairs of unreadable images are left out")
-        answers = [(pairs[position], float(p)) for position, p in found.items()]
-        right = [(pair.kind, (p > 0.5) == pair.match) for pair, p in answers]
-        line = {name: metrics.accuracy([correct for _, correct in right])}
-        for kind in sorted({pair.kind for pair in pairs}):
-            line[f"{name}_{kind}"] = metrics.accuracy([correct for of, correct in right if of == kind])
-        return line
+        asked = [(pair.image, pair.text) for pair in pairs]
+        found = self.ask(explainer.match_probabilities, asked, resize_bilinear_image)
+        if missing := len(pairs) - len(found):
+            utils.log(f"{name}: {missing} pairs of unreadable images are left out")
+        right = [(float(p) > 0.5) == pairs[position].match for position, p in found.items()]
+        kinds = {kind: f"{name}_{kind}" for kind in sorted({pair.kind for pair in pairs})}
+        by_kind = metrics.split_accuracies(right, [pairs[position].kind for position in found], kinds)
+        return {name: metrics.accuracy(right), **by_kind}
 
     def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> dict[int, Tensor]:
         """Call a method of `Explainer` for (image, text) pairs in all processes; answers by the pairs' positions."""
@@ -321,3 +285,14 @@ class Evaluation:
         if pairs and not found:
             raise DataError(f"none of the {len(images)} images can be read; check image_root")
         return found
+
+    def report(self) -> None:
+        """Print all checkpoints as a table and, where it is asked for, write report.html; for rank 0."""
+        decisive = (self.benchmark.metrics[-1], next(iter(self.benchmark.splits.values())))
+        print(self.results.table(self.line_names, decisive))
+        print(f"Results and log.txt are in {self.results.folder}")
+        if self.args.report or self.args.compare:
+            from grounding.report.write import report_folders  # loads matplotlib
+
+            folders = [Path(folder) for folder in (*self.args.compare, self.args.output_dir)]
+            print(f"The report is {report_folders(self.benchmark, self.expressions, folders)}")

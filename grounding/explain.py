@@ -6,12 +6,12 @@
     found.map, found.point, found.boxes[0].box, found.match
 
 An image is encoded once; any number of phrases, layers and modes is asked of it afterwards. Maps and points of `ground`
-are those of the published evaluation (docs/method.md, Evaluation): its resize to the model's size, its GradCAM, its
-resize back.
+are those of the published evaluation (docs/method.md, Evaluation).
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -119,12 +119,7 @@ class Explainer(NamedTuple):
 
 
 class EncodedImage(NamedTuple):
-    """An image as the model has seen it, to be asked any number of phrases.
-
-    Args:
-        height, width: of the image itself, in pixels.
-        encoded: what the model's `encode` made of it.
-    """
+    """An image's own size in pixels, and what the model's `encode` made of it, to be asked any number of phrases."""
 
     height: int
     width: int
@@ -147,31 +142,15 @@ class WordMap(NamedTuple):
     share: float
 
 
-class Answer(NamedTuple):
-    """What the model itself says of a phrase: small, and all that `place` needs.
-
-    Args:
-        phrase, text, match, small, words: as in `Grounding`.
-    """
-
-    phrase: str
-    text: str
-    match: float
-    small: np.ndarray
-    words: tuple[WordMap, ...]
-
-
-class Grounding(NamedTuple):
-    """What the model makes of a phrase, in the image.
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """What the model says of a phrase, before it is placed in the image (`place`).
 
     Args:
         phrase: as it was asked.
         text: as the model read it (`dataset.text.clean_caption`).
         match: the matching head's probability that phrase and image belong together, in [0, 1]; in both modes.
         small: float32 (h, w), the map as the model gives it, at least 0, up to a positive factor.
-        map: float32 (height, width) of the image, the share of the map's maximum in [0, 1].
-        point: (x, y) of the maximum, in pixels of the image.
-        boxes: from the map alone, the best first; empty when the map is 0 everywhere.
         words: the average of their maps, weighted by their numbers of pieces, is `small`; empty in mode "itc", whose
             map has no tokens.
     """
@@ -180,10 +159,22 @@ class Grounding(NamedTuple):
     text: str
     match: float
     small: np.ndarray
+    words: tuple[WordMap, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Grounding(Answer):
+    """An answer in its image.
+
+    Args:
+        map: float32 (height, width) of the image, the share of the map's maximum in [0, 1].
+        point: (x, y) of the maximum, in pixels of the image.
+        boxes: from the map alone, the best first; empty when the map is 0 everywhere.
+    """
+
     map: np.ndarray
     point: tuple[int, int]
     boxes: tuple[ScoredBox, ...]
-    words: tuple[WordMap, ...]
 
 
 def encode(explainer: Explainer, image: Image.Image, resize: Resize = resize_bicubic) -> EncodedImage:
@@ -239,15 +230,15 @@ def ground_all(
 def ask(explainer: Explainer, image: EncodedImage, phrases: Sequence[str], max_words: int = MAX_WORDS) -> list[Answer]:
     """The model's part of `ground_all`; arguments and errors as there."""
     texts = [clean_phrase(explainer, phrase, max_words) for phrase in phrases]
-    named, answers = zip(phrases, texts, strict=True), []
+    answers: list[Answer] = []
     for tokens, found, maps, matches in explainer.answers(image.encoded, texts):
         token_maps = found.token_maps
-        for row, (phrase, text), match in zip(range(len(maps)), named, matches, strict=False):
-            count = int(tokens.attention_mask[row].sum())
-            small = maps[row]
+        for row, (small, match) in enumerate(zip(maps, matches, strict=True)):
+            phrase, text = phrases[len(answers)], texts[len(answers)]
             words: tuple[WordMap, ...] = ()
             if token_maps is not None:
-                small = small * (tokens.attention_mask.shape[1] / count)  # the mean over its own tokens, not padding
+                count = int(tokens.attention_mask[row].sum())
+                small = small * (len(tokens.attention_mask[row]) / count)  # the mean over its own tokens, not padding
                 words = word_maps(explainer.tokenizer.split(text), token_maps[row, :count].cpu())
             answers.append(Answer(phrase, text, match, small.numpy(), words))
     return answers
@@ -259,13 +250,13 @@ def place(answer: Answer, height: int, width: int, threshold: float = THRESHOLD)
     shares = share_of_maximum(cam)
     boxes = map_boxes(cam, shares, threshold)
     y, x = divmod(int(cam.pixels.numpy().argmax()), width)  # cam.point(), from pixels that are there already
-    return Grounding(answer.phrase, answer.text, answer.match, answer.small, shares, (x, y), boxes, answer.words)
+    return Grounding(**vars(answer), map=shares, point=(x, y), boxes=boxes)
 
 
 def of_word(answer: Answer, index: int) -> Answer:
     """An answer whose map is that of one of its words; phrase, match and words stay those of the phrase."""
     word = answer.words[index]
-    return answer._replace(text=f"{word.word} (in: {answer.text})", small=word.small)
+    return replace(answer, text=f"{word.word} (in: {answer.text})", small=word.small)
 
 
 def word_maps(words: Sequence[Word], token_maps: Tensor) -> tuple[WordMap, ...]:

@@ -27,7 +27,7 @@ Origin = dict[str, Any]
 CHECKPOINT = "checkpoint content"
 # Parts that are recorded and not compared: where the checkpoint lay, file states that spare hashing again, PyTorch's
 # version, and the metrics (the maps do not depend on them).
-TOLD = ("checkpoint", "checkpoint state", "image states", "torch", "metrics")
+NOT_COMPARED = ("checkpoint", "checkpoint state", "image states", "torch", "metrics")
 NOT_OF_EVALUATION = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}  # keys of bert_config
 
 
@@ -94,25 +94,23 @@ def check_unchanged(path: Path, origin: Origin) -> None:
         raise utils.UserError(f"{path} was replaced while it was evaluated; its result is not kept: evaluate it again")
 
 
-def known(origin: Origin, wanted: Iterable[str]) -> bool:
-    """Whether a stored origin says all the parts that are compared."""
-    return all(key in origin or key in TOLD for key in wanted)
+def lacks_parts(before: Origin, now: Origin) -> bool:
+    """Whether a stored origin lacks parts that would be compared."""
+    return any(key not in before and key not in NOT_COMPARED for key in now)
 
 
-def differences(before: Origin, now: Origin) -> list[str]:
+def changed_parts(before: Origin, now: Origin) -> list[str]:
     """What two origins differ in, each as "part BEFORE (asked for now: NOW)"; only the parts of `now` count."""
-    changed = [key for key in now if key not in TOLD and before[key] != now[key]]
-    return [f"{_title(key)} {_shown(before, key)} (asked for now: {_shown(now, key)})" for key in changed]
+    changed = [key for key in now if key not in NOT_COMPARED and before[key] != now[key]]
+    return [
+        f"{key.removesuffix(' content')} {_shown(before, key)} (asked for now: {_shown(now, key)})" for key in changed
+    ]
 
 
-def told(before: Origin, now: Origin) -> list[str]:
-    """What has changed since a result was computed, and does not change it: the checkpoint's place, PyTorch."""
+def harmless_changes(before: Origin, now: Origin) -> list[str]:
+    """What has changed since a result was computed and does not make it another: the checkpoint's place, PyTorch."""
     notes = {"checkpoint": "the checkpoint, of equal content, was", "torch": "PyTorch was"}
     return [f"{words} {before.get(key)}" for key, words in notes.items() if before.get(key) != now[key]]
-
-
-def _title(key: str) -> str:
-    return "checkpoint" if key == CHECKPOINT else key
 
 
 def _shown(origin: Origin, key: str) -> str:

@@ -7,15 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 import utils
-from config import (
-    VISION_SIZES,
-    ConfigError,
-    GroundingConfig,
-    ModelConfig,
-    load_bert_config,
-    load_config,
-    parse_config,
-)
+from config import VISION_SIZES, ConfigError, GroundingConfig, ModelConfig, load_bert_config, load_config, parse_config
 from dataset.scenes.paths import BERT_CONFIG, TEXT_ENCODER
 from dataset.text import Tokenizer, load_tokenizer
 from grounding.benchmarks import REFCOCO_PLUS, Benchmark
@@ -32,20 +24,14 @@ SHAPE_KEYS = ("vision_model", *(key for key in VISION_SIZES if key != "vision_in
 
 
 class OpenedModel(NamedTuple):
-    """A checkpoint's model, tokenizer and device.
-
-    Args:
-        config: the one that was given or chosen; its `block_num` is the layer explained unless another is asked for.
-        origin: where that config comes from, for showing.
-        report: what became of the file's tensors.
-    """
+    """A checkpoint's model, ready to be asked."""
 
     model: ExplainableModel
     tokenizer: Tokenizer
     device: torch.device
-    config: GroundingConfig
-    origin: str
-    report: LoadReport
+    config: GroundingConfig  # its `block_num` is the layer explained unless another is asked for
+    origin: str  # where that config comes from, for showing
+    report: LoadReport  # what became of the file's tensors
 
     def explainer(
         self, mode: str = "itm", block: int | None = None, precision: torch.dtype = torch.float32
@@ -81,17 +67,15 @@ def open_model(
         chosen, origin = config_of(content, checkpoint, benchmark, list(overrides))
     else:
         chosen, origin = load_config(config, GroundingConfig, list(overrides)), str(config)
-    tokenizer = load_tokenizer(text_encoder or _usual_text_encoder(chosen))
+    tokenizer = load_tokenizer(text_encoder or (str(TEXT_ENCODER) if of_scenes(chosen) else "bert-base-uncased"))
     known = load_bert_config(chosen.bert_config).vocab_size
     if tokenizer.vocab_size != known:
         raise ConfigError(
             f"{tokenizer.source}: {tokenizer.vocab_size} word pieces, and {chosen.bert_config} says {known}; pass the "
             "--text_encoder that the model was trained with"
         )
-    model = build_albef(chosen)
-    where = utils.choose_device(device)
-    report = ready(model, content, checkpoint, where)
-    return OpenedModel(model, tokenizer, where, chosen, origin, report)
+    model, where = build_albef(chosen), utils.choose_device(device)
+    return OpenedModel(model, tokenizer, where, chosen, origin, ready(model, content, checkpoint, where))
 
 
 def ready(model: ALBEF, content: dict[str, Any], path: str | Path, device: torch.device) -> LoadReport:
@@ -143,7 +127,3 @@ def _sizes(config: dict[str, Any]) -> tuple[Any, ...]:
 def of_scenes(config: GroundingConfig) -> bool:
     """Whether a model is of the sizes that the embedded scenes' models have: it then knows nothing of photographs."""
     return Path(config.bert_config) == BERT_CONFIG
-
-
-def _usual_text_encoder(config: GroundingConfig) -> str:
-    return str(TEXT_ENCODER) if of_scenes(config) else "bert-base-uncased"

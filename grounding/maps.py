@@ -1,4 +1,4 @@
-"""All that is known of one map: its resize to the image, its point, its best box, its energy inside boxes.
+"""All that is known of one map: its resize to the image, its point, its boxes.
 
 Boxes are [x, y, w, h] in pixels of the original image. A map is defined up to a positive factor, which changes none of
 these. `cam` is a map at its image's size, float32 (height, width).
@@ -18,8 +18,6 @@ from utils import UserError
 ROUNDING = 1e-5  # two scores closer than this, relative to the largest, are compared by the published arithmetic
 AREA_EXPONENT = 0.5  # of the box score's denominator; the constant of the published evaluation, not the config's alpha
 THRESHOLD = 0.5  # docs/demo.md: of 0.2 to 0.7, the one whose best box was right most often on val of the scenes
-
-Box = tuple[int, int, int, int]
 
 
 class ResizedMap:
@@ -87,10 +85,7 @@ def summed_weights(source: int, target: int) -> np.ndarray:
 def box_scores(cam: ResizedMap, detections: np.ndarray) -> np.ndarray:
     """Score (k, 4) detections: sum of the map over rows int(y):int(y+h), columns int(x):int(x+w), divided by sqrt(w*h).
 
-    Parts of a detection outside the image count nothing; one without an area scores 0.
-
-    Returns:
-        float64 (k,).
+    Float64 (k,). Parts of a detection outside the image count nothing; one without an area scores 0.
     """
     x, y, w, h = np.asarray(detections, np.float64).T
     sums = cam.sums(*(np.stack([start, start + length], axis=1).astype(int) for start, length in ((y, h), (x, w))))
@@ -99,7 +94,7 @@ def box_scores(cam: ResizedMap, detections: np.ndarray) -> np.ndarray:
 
 
 class ScoredBox(NamedTuple):
-    """A box [x, y, w, h], and the sum of the map in it over the square root of its area, the map's maximum being 1."""
+    """A box [x, y, w, h] around a region of a map, and the map's score in it (`box_scores`)."""
 
     box: tuple[int, int, int, int]
     score: float
@@ -122,7 +117,7 @@ def share_of_maximum(cam: ResizedMap) -> np.ndarray:
 
 
 def map_boxes(cam: ResizedMap, shares: np.ndarray, threshold: float) -> tuple[ScoredBox, ...]:
-    """The boxes around a map's regions of at least `threshold`, the best first: see `ranked_boxes`.
+    """The boxes around a map's regions of at least `threshold`, the best first; scores are of the map / its maximum.
 
     Args:
         shares: `share_of_maximum(cam)`.
@@ -132,34 +127,19 @@ def map_boxes(cam: ResizedMap, shares: np.ndarray, threshold: float) -> tuple[Sc
         UserError: the threshold is outside of its range.
     """
     check_threshold(threshold)
-    boxes, scores = ranked_boxes(cam, hot(shares, threshold))
     peak = float(cam.pixels.max())
-    return tuple(
-        ScoredBox(tuple(box), score / peak) for box, score in zip(boxes.tolist(), scores.tolist(), strict=True)
-    )
+    return tuple(ScoredBox(box, score / peak) for box, score in ranked_boxes(cam, hot(shares, threshold)))
 
 
-def map_box(cam: ResizedMap, pixels: np.ndarray) -> Box | None:
-    """The one best box of a map: the first of `ranked_boxes`; None where no pixel is chosen."""
-    boxes, _ = ranked_boxes(cam, pixels)
-    return tuple(boxes[0].tolist()) if len(boxes) else None
-
-
-def ranked_boxes(cam: ResizedMap, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The boxes of `regions`, ranked by the score that ranks detections (`box_scores`): the best first.
-
-    Boxes of equal score keep the order of `regions`.
+def ranked_boxes(cam: ResizedMap, pixels: np.ndarray) -> list[ScoredBox]:
+    """The boxes of `regions`, ranked as detections are, the best first; of equal scores the first of `regions`.
 
     Args:
         pixels: bool (height, width), say `hot(cam.product().numpy(), 0.5)`.
-
-    Returns:
-        int (k, 4) [x, y, w, h], and float64 (k,).
     """
     boxes = regions(pixels)
-    scores = box_scores(cam, boxes)
-    order = np.argsort(-scores, kind="stable")
-    return boxes[order], scores[order]
+    found = zip(boxes.tolist(), box_scores(cam, boxes).tolist(), strict=True)
+    return sorted((ScoredBox(tuple(box), score) for box, score in found), key=lambda box: -box.score)
 
 
 def check_threshold(threshold: float) -> None:
@@ -175,13 +155,9 @@ def hot(cam: np.ndarray, threshold: float) -> np.ndarray:
 
 
 def regions(pixels: np.ndarray) -> np.ndarray:
-    """The smallest boxes around the connected regions of chosen pixels (neighbours by side or corner).
+    """The smallest boxes around the connected regions (by side or corner) of chosen pixels, bool (height, width).
 
-    Args:
-        pixels: bool (height, width).
-
-    Returns:
-        int (k, 4) [x, y, w, h], by the regions' first pixels in row-major order.
+    Int (k, 4) [x, y, w, h], by the regions' first pixels in row-major order.
     """
     count, labels, stats, _ = cv2.connectedComponentsWithStats(pixels.astype(np.uint8), connectivity=8)
     boxes = stats[1:, :4].astype(int)  # label 0 is all other pixels
@@ -190,13 +166,9 @@ def regions(pixels: np.ndarray) -> np.ndarray:
 
 
 def inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
-    """The pixels that the pointing game counts as right: those strictly inside any of the boxes.
+    """The pixels strictly inside any of (n, 4) boxes: those that the pointing game counts as right.
 
-    Args:
-        boxes: (n, 4) [x, y, w, h].
-
-    Returns:
-        bool (height, width). Its mean is the accuracy of a random pixel.
+    Bool (height, width); its mean is the accuracy of a random pixel.
     """
     mask = np.zeros((height, width), bool)
     for x, y, w, h in boxes.tolist():
@@ -206,27 +178,3 @@ def inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
         )
         mask[rows, columns] = True
     return mask
-
-
-def energy_inside(cam: np.ndarray, mask: np.ndarray) -> float:
-    """The part of the map's sum that lies in a mask, in 0..1; 0 for a map without any.
-
-    The energy-based pointing game of Score-CAM (Wang et al., CVPR Workshops 2020).
-    """
-    positive = cam.clip(0)
-    total = float(positive.sum(dtype=np.float64))
-    return float(positive[mask].sum(dtype=np.float64)) / total if total > 0 else 0.0
-
-
-def above_chance(share: float, chance: float) -> float:
-    """A share put on a scale where 1 is perfect and 0 is what chance gives; 0 where chance is already 1."""
-    return (share - chance) / (1 - chance) if chance < 1 else 0.0
-
-
-def hot_inside(region: np.ndarray, mask: np.ndarray) -> float:
-    """The part of a region's pixels that lie in a mask, in 0..1: the pointing game with a random pixel of the region.
-
-    With a threshold of 1 the region is the maximum, and this is the pointing game itself, up to ties.
-    """
-    count = np.count_nonzero(region)
-    return np.count_nonzero(region & mask) / count if count else 0.0

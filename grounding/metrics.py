@@ -7,14 +7,14 @@ Boxes are [x, y, w, h] in pixels of the original image. A map is defined up to a
 which changes no metric. `cam` is a map resized to its image, float32 (height, width).
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import numpy as np
 from torch import Tensor
 
 from dataset.expressions import Expression
-from grounding import maps
-from grounding.maps import AREA_EXPONENT, ROUNDING, THRESHOLD, ResizedMap, box_scores, hot
+from grounding.maps import AREA_EXPONENT, ROUNDING, THRESHOLD, ResizedMap, box_scores, hot, ranked_boxes
 from utils import UserError
 
 IOU_THRESHOLD = 0.5
@@ -39,7 +39,7 @@ def metric(*needs: str) -> Callable[[Metric], Metric]:
     return add
 
 
-def check(names: Sequence[str], expressions: Sequence[Expression]) -> None:
+def check_metrics(names: Sequence[str], expressions: Sequence[Expression]) -> None:
     """Raise `MetricError` for a metric that is unknown, or that needs what some of the expressions lack."""
     for name in names:
         if name not in METRICS:
@@ -54,16 +54,12 @@ def check(names: Sequence[str], expressions: Sequence[Expression]) -> None:
 
 
 def score(found: Sequence[Tensor | None], expressions: Sequence[Expression], names: Sequence[str]) -> np.ndarray:
-    """How right each map is by each metric: float64 (n, metrics) in 0..1, NaN without a map.
-
-    Args:
-        found: a map (h, w) an expression, or None.
-        names: of `METRICS`.
+    """How right the map (h, w) of each expression is by each metric: float64 (n, metrics) in 0..1, NaN without a map.
 
     Raises:
-        MetricError: as `check`.
+        MetricError: as `check_metrics`.
     """
-    check(names, expressions)
+    check_metrics(names, expressions)
     scores = np.full((len(expressions), len(names)), np.nan)
     for row, pred, expression in zip(scores, found, expressions, strict=True):
         if pred is not None:
@@ -77,9 +73,10 @@ def score(found: Sequence[Tensor | None], expressions: Sequence[Expression], nam
 
 @metric("detections")
 def box(cam: ResizedMap, expression: Expression) -> bool:
-    """The detection that the map scores best overlaps the true box."""
-    assert expression.detections is not None  # `check`
-    return box_correct(cam, expression.detections, expression.boxes[0])
+    """The detection that the map scores best overlaps the true box; without a best one it is wrong."""
+    assert expression.detections is not None  # `check_metrics`
+    index = best_detection(cam, expression.detections)
+    return index is not None and overlaps(expression.detections[index].tolist(), expression.boxes[:1])
 
 
 @metric()
@@ -91,8 +88,13 @@ def point(cam: ResizedMap, expression: Expression) -> bool:
 @metric()
 def map_box(cam: ResizedMap, expression: Expression) -> bool:
     """The best box of the map alone, around the pixels of at least half its maximum, overlaps a true box."""
-    found = maps.map_box(cam, hot(cam.product().numpy(), THRESHOLD))
-    return found is not None and overlaps(found, expression.boxes)
+    return map_box_correct(cam, hot(cam.product().numpy(), THRESHOLD), expression.boxes)
+
+
+def map_box_correct(cam: ResizedMap, pixels: np.ndarray, boxes: np.ndarray) -> bool:
+    """The best box around chosen pixels of a map overlaps any of (n, 4); without a pixel it is wrong."""
+    found = ranked_boxes(cam, pixels)
+    return bool(found) and overlaps(found[0].box, boxes)
 
 
 def point_correct(cam: ResizedMap, boxes: np.ndarray) -> bool:
@@ -102,30 +104,24 @@ def point_correct(cam: ResizedMap, boxes: np.ndarray) -> bool:
 
 
 def best_detection(cam: ResizedMap, detections: np.ndarray) -> int | None:
-    """The index of the first best-scored of (k, 4) detections.
+    """The first best-scored of (k, 4) detections; None when none scores above 0.
 
-    None when none scores above 0; the release would take the previous expression's box there.
+    The release would take the previous expression's box there.
     """
     scores = box_scores(cam, detections)
     best = scores.max(initial=0.0)
     if best <= 0:
         return None
     close = np.flatnonzero(scores >= best * (1 - ROUNDING)).tolist()
-    return (
-        close[0] if len(close) == 1 else max(close, key=lambda k: _published_score(cam.pixels, *detections[k].tolist()))
-    )
+    if len(close) == 1:
+        return close[0]
+    return max(close, key=lambda k: _published_score(cam.pixels, *detections[k].tolist()))
 
 
 def _published_score(pixels: Tensor, x: float, y: float, w: float, h: float) -> float:
     """`box_scores` of one box with an area, rounded as the published evaluation rounds."""
     rows, columns = (slice(max(int(v), 0), max(int(v + length), 0)) for v, length in ((y, h), (x, w)))
     return float(pixels[rows, columns].sum() / (w * h) ** AREA_EXPONENT)
-
-
-def box_correct(cam: ResizedMap, detections: np.ndarray, box: np.ndarray) -> bool:
-    """The best of (k, 4) detections overlaps the box (4,); without a best one it is wrong."""
-    index = best_detection(cam, detections)
-    return index is not None and overlaps(detections[index].tolist(), box[None])
 
 
 def overlaps(box: Sequence[float], boxes: np.ndarray) -> bool:
@@ -146,7 +142,7 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
 
 
 def box_chance(detections: np.ndarray, box: np.ndarray) -> float:
-    """The share of (k, 4) detections that `box_correct` would count as right, in 0..1."""
+    """The share of (k, 4) detections that the metric `box` would count as right, in 0..1."""
     right = [overlaps(detection, box[None]) for detection in detections.tolist()]
     return sum(right) / len(right) if right else 0.0
 
@@ -155,15 +151,16 @@ def box_chance(detections: np.ndarray, box: np.ndarray) -> float:
 
 
 def accuracy(correct: Sequence[float]) -> float | None:
-    """The mean of values in 0..1; None for a split without expressions."""
-    return sum(correct) / len(correct) if len(correct) else None
+    """The mean of values in 0..1 without those that are NaN; None when there are no others."""
+    known = [value for value in correct if not math.isnan(value)]
+    return sum(known) / len(known) if known else None
 
 
 def split_accuracies(correct: Sequence[float], splits: Sequence[str], names: dict[str, str]) -> dict[str, float | None]:
     """Accuracy of each split that is reported.
 
     Args:
-        correct, splits: one value an expression, in the same order; `correct` is a bool, or a chance in 0..1.
+        correct, splits: one value an expression, in the same order; `correct` is in 0..1, or NaN, which does not count.
         names: split -> the name it is reported under, in the order of the report; e.g. {"val": "val_d"}.
     """
     pairs = list(zip(correct, splits, strict=True))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 import files
 import utils
+from dataset.expressions import Expression
 from grounding import identity
 from grounding.identity import Origin
 from runs import read_log
@@ -45,28 +46,28 @@ class ResultFolder:
         files = sorted(path.stem.removeprefix("epoch") for path in self.folder.glob("epoch*.pth"))
         return list(dict.fromkeys([*files, *(str(row.get("epoch", "?")) for row in read_log(self.log))]))
 
-    def check_origins(self, wanted: Mapping[str, Origin | None], shared: Origin, skip_broken: bool) -> None:
+    def check_origins(self, origins: Mapping[str, Origin | None], skip_broken: bool) -> None:
         """Raise `ResultError` unless all results of the folder were computed from what is asked for now.
 
         Args:
-            wanted: what the result of each epoch that is asked for is computed from now; None where it is deleted.
-            shared: what is common to all results of the folder, whatever their checkpoint.
+            origins: what the result of each epoch is computed from now; None where there is none.
             skip_broken: whether images may be left out.
         """
         problems = {}
-        for epoch in self.epochs():
-            before, now = self.origin(epoch), wanted.get(epoch, shared)
+        for epoch, now in origins.items():
             if now is None:
                 continue
-            if not identity.known(before, now):
+            before = self.origin(epoch)
+            if identity.lacks_parts(before, now):
                 problems[epoch] = "of an unknown origin: no record beside it says what it was computed from"
                 continue
-            changed = identity.differences(before, now)
+            changed = identity.changed_parts(before, now)
             if (left_out := len(before.get("skipped", []))) and not skip_broken:
                 changed.append(f"--skip_broken, {left_out} expressions left out (asked for now: without)")
             if changed:
                 problems[epoch] = f"the result of {', '.join(changed)}"
-        for epoch, problem in problems.items():
+        if problems:
+            epoch, problem = next(iter(problems.items()))
             more = f"; {len(problems) - 1} more of that folder differ as well" if len(problems) > 1 else ""
             which = "that file" if not more and self.path(epoch).exists() else f"the folder {self.folder}"
             raise ResultError(f"{self.path(epoch)} is {problem}{more}; choose another --output_dir, or delete {which}")
@@ -75,8 +76,8 @@ class ResultFolder:
         """Update where a result's checkpoint and images lie, and print what has changed since it was computed."""
         before = self.origin(epoch)
         renewed = {**before, **now, "torch": before.get("torch")}
-        if told := identity.told(before, now):
-            print(f"{self.path(epoch)}: when it was computed, {' and '.join(told)}")
+        if changed := identity.harmless_changes(before, now):
+            print(f"{self.path(epoch)}: when it was computed, {' and '.join(changed)}")
         if renewed != before:
             self._write_origin(epoch, renewed)
 
@@ -84,19 +85,19 @@ class ResultFolder:
         """Raise `ResultError` when a result is of other expressions or images than those of this run."""
         before = self.origin(epoch)
         data: Origin = {key: now[key] for key in ("benchmark", "expressions", "images") if key in before}
-        if changed := identity.differences(before, data):
+        if changed := identity.changed_parts(before, data):
             raise ResultError(
                 f"{self.path(epoch)} cannot be compared: it is the result of {', '.join(changed)}; evaluate it again, "
                 "on the same data"
             )
 
-    def read(self, epoch: str, ref_ids: Sequence[int]) -> tuple[list[Row], list[int]] | None:
-        """The complete records of an epoch, and the positions of expressions that were left out of them.
+    def read(self, epoch: str, expressions: Sequence[Expression]) -> list[Tensor | None] | None:
+        """The map (h, w) of each expression, None where its image could not be read.
 
-        Returns None, and prints why, when there are none that can be used.
+        Returns None, and prints why, when there is no result that can be used.
 
         Raises:
-            ResultError: they are of other expressions than those of `ref_ids`.
+            ResultError: it is of other expressions.
         """
         path = self.path(epoch)
         if not path.exists():
@@ -108,31 +109,33 @@ class ResultFolder:
         if not isinstance(records, list) or not all(map(_is_record, records)):
             print(f"{path} cannot be read, perhaps because its run was interrupted: evaluating again")
             return None
-        found = [record["ref_id"] for record in records]
-        skipped = self.origin(epoch).get("skipped", [])
-        left_out = set(skipped)
-        if found != [ref_id for position, ref_id in enumerate(ref_ids) if position not in left_out]:
+        left_out = set(self.origin(epoch).get("skipped", []))
+        kept = [item.ref_id for position, item in enumerate(expressions) if position not in left_out]
+        if [record["ref_id"] for record in records] != kept:
             raise ResultError(
-                f"{path} holds {len(found)} records, not those of the {len(ref_ids)} expressions of this config; "
+                f"{path} holds {len(records)} records, not those of the {len(expressions)} expressions of this config; "
                 "choose another --output_dir, or delete that file"
             )
-        return records, skipped
+        maps = (record["pred"] for record in records)
+        return [None if position in left_out else next(maps) for position in range(len(expressions))]
 
-    def write(self, epoch: str, records: list[Row], skipped: list[int], origin: Row) -> None:
-        """Store the records; `skipped` are the positions of expressions that they leave out."""
+    def write(
+        self, epoch: str, expressions: Sequence[Expression], maps: Sequence[Tensor | None], origin: Origin
+    ) -> None:
+        """Store the map (h, w) of each expression; one without is left out of the records and noted as skipped."""
+        pairs = list(zip(expressions, maps, strict=True))
+        records = [{"ref_id": item.ref_id, "pred": cam, **item.record} for item, cam in pairs if cam is not None]
+        skipped = [position for position, cam in enumerate(maps) if cam is None]
         self._write_origin(epoch, {**origin, "skipped": skipped})
         files.save_tensors(self.path(epoch), records)
 
-    def _write_origin(self, epoch: str, origin: Row) -> None:
-        utils.write_text(self._origin_path(epoch), json.dumps(origin, indent=2) + "\n")
+    def _write_origin(self, epoch: str, origin: Origin) -> None:
+        utils.write_text(self.path(epoch).with_suffix(".json"), json.dumps(origin, indent=2) + "\n")
 
-    def _origin_path(self, epoch: str) -> Path:
-        return self.folder / f"epoch{epoch}.json"
-
-    def origin(self, epoch: str) -> Row:
+    def origin(self, epoch: str) -> Origin:
         """What an epoch's result was computed from; {} where that is not known."""
         with contextlib.suppress(OSError, ValueError):
-            found = json.loads(self._origin_path(epoch).read_text(encoding="utf-8"))
+            found = json.loads(self.path(epoch).with_suffix(".json").read_text(encoding="utf-8"))
             return found if isinstance(found, dict) else {}
         return {}
 

@@ -147,10 +147,14 @@ def make_world(folder: Path) -> World:
     steps = [{"epoch": 0, "step": n, "loss_mlm": 1.0 / (n + 1)} for n in range(3)]
     (folder / "run/steps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in steps))
     (folder / "result").mkdir()
-    records = [{"ref_id": 0, "pred": torch.rand(3, 3), "image_path": "x.jpg"}]
-    ResultFolder(folder / "result").write("00", records, [], {"gradcam_mode": "itm"})
+    ResultFolder(folder / "result").write("00", [asked()], [torch.rand(3, 3)], {"gradcam_mode": "itm"})
     (folder / "result/log.txt").write_text('{"val_d": 0.5, "epoch": "00"}\n')
     return world
+
+
+def asked() -> Expression:
+    """What the result file of the seeds is about."""
+    return Expression(Path("x.jpg"), "x", 0, "val", np.ones((1, 4)), {"image_path": "x.jpg"})
 
 
 def _write_raw(folder: Path) -> None:
@@ -271,7 +275,7 @@ def read_results(world: World, path: Path) -> None:
     folder = ResultFolder(path.parent)
     folder.origin("00")
     with contextlib.redirect_stdout(io.StringIO()):
-        folder.read("00", [0])
+        folder.read("00", [asked()])
     folder.table(["point"], ("point", "val_d"))
 
 

@@ -2,8 +2,8 @@
 
 import io
 import textwrap
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from grounding.pictures.panels import SAME_SVG
 from grounding.pictures.render import data_uri
+from grounding.report.page import Chart
 
 # Okabe and Ito's colours, told apart by the colour-blind; the marks tell them apart in black and white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -21,21 +22,21 @@ MARKS = "os^Dv<>"
 LETTERS = 44  # that fit under a panel at 8 pt; longer names are drawn aslant
 
 
-class Panel(NamedTuple):
-    """Accuracies in 0..1: `grid` holds `Interval`s, a row for each place on the x axis and a column for each line."""
+def chart(title: str, panels: Mapping[str, pd.DataFrame], joined: bool = True) -> Chart:
+    """Panels one under the other, of accuracies in 0..1 with their intervals.
 
-    title: str
-    grid: pd.DataFrame
-
-
-def chart(panels: Sequence[Panel], joined: bool = True) -> str:
-    """The panels, of the same lines, one under the other, as a data URI; `joined`: connect the points of a line."""
+    Args:
+        title: of the chart, for those who cannot see it.
+        panels: a panel's title -> `Interval`s, a row for each place on the x axis and a column for each line.
+        joined: whether the points of a line are connected.
+    """
     figure = Figure(figsize=(4.5, 2.6 * len(panels) + 0.4), layout="constrained")
     all_axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    for axes, panel in zip(all_axes, panels, strict=True):
-        _draw(axes, panel, joined)
+    for axes, name in zip(all_axes, panels, strict=True):
+        axes.set_title(name, fontsize=10, parse_math=False)
+        _draw(axes, panels[name], joined)
     _legend(figure, *all_axes[0].get_legend_handles_labels())
-    return svg_uri(figure)
+    return Chart(title, svg_uri(figure))
 
 
 def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
@@ -50,13 +51,13 @@ def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> 
         legend.remove()
 
 
-def _draw(axes: Axes, panel: Panel, joined: bool) -> None:
-    places, lines = panel.grid.index.tolist(), panel.grid.columns
+def _draw(axes: Axes, grid: pd.DataFrame, joined: bool) -> None:
+    places, lines = grid.index.tolist(), grid.columns
     x = np.arange(len(places))
     spread = 0.5 / max(1, len(lines))
     line = "-" if joined and len(x) > 1 else "none"
     for index, name in enumerate(lines):
-        mean, low, high = 100 * np.array(panel.grid[name].tolist(), float).reshape(-1, 3).T
+        mean, low, high = 100 * np.array(grid[name].tolist(), float).reshape(-1, 3).T
         shift = (index - (len(lines) - 1) / 2) * spread
         style: dict[str, Any] = {"color": COLOURS[index % len(COLOURS)], "marker": MARKS[index % len(MARKS)], "ms": 5}
         error = np.nan_to_num([mean - low, high - mean]).clip(0)
@@ -65,7 +66,6 @@ def _draw(axes: Axes, panel: Panel, joined: bool) -> None:
     turn: dict[str, Any] = {"rotation": 35, "ha": "right", "rotation_mode": "anchor"} if aslant else {}
     axes.set_xticks(x, places, fontsize=8, parse_math=False, **turn)
     axes.set_xlim(-0.6, len(x) - 0.4)
-    axes.set_title(panel.title, fontsize=10, parse_math=False)
     axes.set_ylabel("%")
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)

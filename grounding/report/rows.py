@@ -9,10 +9,9 @@ from torch import Tensor
 
 import utils
 from dataset.expressions import Expression
-from grounding import maps
 from grounding.benchmarks import Benchmark
-from grounding.maps import ResizedMap
-from grounding.metrics import overlaps, score
+from grounding.maps import ResizedMap, hot, inside
+from grounding.metrics import map_box_correct, score
 from grounding.report.statistics import Interval, intervals
 from grounding.results import Source
 from runs import shortest_ends
@@ -50,20 +49,18 @@ def read_maps(source: Source, expressions: Sequence[Expression]) -> list[Tensor 
         ReportError: the result file is missing or cannot be read.
         ResultError: it is of other expressions.
     """
-    stored = source.folder.read(source.epoch, [expression.ref_id for expression in expressions])
-    if stored is None:
-        raise ReportError(
-            f"{source.folder.path(source.epoch)}: no result to report; evaluate that checkpoint first (again)"
-        )
-    records, left_out = iter(stored[0]), set(stored[1])
-    return [None if position in left_out else next(records)["pred"] for position in range(len(expressions))]
+    found = source.folder.read(source.epoch, expressions)
+    if found is None:
+        path = source.folder.path(source.epoch)
+        raise ReportError(f"{path}: no result to report; evaluate that checkpoint first (again)")
+    return found
 
 
 class Results(NamedTuple):
     """What the report of a benchmark is made of; checkpoints go by the names of their sources.
 
     Args:
-        table: one row an expression, in the order of the result files. Columns of `describe`; and for each metric a
+        table: one row an expression, in the order of the result files. Columns of `facts_of`; and for each metric a
             column a checkpoint, for each of `MEASURES` a column a shown checkpoint: `table["point"]` has a column a
             checkpoint, `table["point", "AMC"]` is one of them. NaN where there is no map.
         maps: shown checkpoint -> the map (h, w) of each expression.
@@ -108,7 +105,7 @@ class Results(NamedTuple):
 def collect(
     benchmark: Benchmark, expressions: Sequence[Expression], sources: Sequence[Source], others: int = 0
 ) -> Results:
-    """Read the result files one after the other; keeps the small maps of the checkpoints that are shown.
+    """Read and score the result files one after the other; keeps the maps of the checkpoints that are shown.
 
     Args:
         expressions: all of the benchmark's, in the order of the result files.
@@ -128,7 +125,7 @@ def collect(
         if len(sources) <= MOST_SHOWN:
             maps_of[name] = found
     table = pd.concat(scores, axis=1)
-    facts = describe(expressions, readable=table.notna().any(axis=1))
+    facts = facts_of(expressions, readable=table.notna().any(axis=1))
     decisive = table.loc[facts["split"] == next(iter(benchmark.splits)), benchmark.metrics[-1]].mean().fillna(0)
     best = decisive.idxmax()
     subject = decisive.iloc[others:].idxmax()
@@ -152,7 +149,7 @@ def _columns(values: Sequence[Sequence[float]] | np.ndarray, measures: Iterable[
     return pd.DataFrame(values, columns=pd.MultiIndex.from_product([list(measures), [name]]))
 
 
-def describe(expressions: Sequence[Expression], readable: Iterable[bool]) -> pd.DataFrame:
+def facts_of(expressions: Sequence[Expression], readable: Iterable[bool]) -> pd.DataFrame:
     """The columns that no model changes: what is asked, and sizes.
 
     The area of the boxes is the part of the image inside them, in 0..1: the accuracy of a random point. Sizes of an
@@ -164,7 +161,7 @@ def describe(expressions: Sequence[Expression], readable: Iterable[bool]) -> pd.
         sizes: tuple[float, ...] = (np.nan, np.nan, np.nan)
         if known:
             height, width = item.size
-            sizes = height, width, maps.inside(item.boxes, height, width).mean()
+            sizes = height, width, inside(item.boxes, height, width).mean()
         rows.append((image, item.text, item.ref_id, item.split, item.categories, len(item.text.split()), *sizes))
     names = ["image", "phrase", "ref_id", "split", "category", "words"]
     names += ["image height", "image width", "area of boxes"]
@@ -176,13 +173,23 @@ def measure_map(pred: Tensor, expression: Expression) -> list[float]:
     boxes = expression.boxes
     resized = ResizedMap(pred, *expression.size)
     cam = resized.product().numpy()
-    mask = maps.inside(boxes, *cam.shape)
-    energy = maps.energy_inside(cam, mask)
-    regions = [maps.hot(cam, threshold) for threshold in THRESHOLDS]
-    map_boxes = [maps.map_box(resized, region) for region in regions]
+    mask = inside(boxes, *cam.shape)
+    chance = float(mask.mean())
+    energy = share_inside(cam.clip(0), mask)
+    regions = [hot(cam, threshold) for threshold in THRESHOLDS]
     return [
         energy,
-        maps.above_chance(energy, float(mask.mean())),
-        *(maps.hot_inside(region, mask) for region in regions),
-        *(float(box is not None and overlaps(box, boxes)) for box in map_boxes),
+        (energy - chance) / (1 - chance) if chance < 1 else 0.0,
+        *(share_inside(region, mask) for region in regions),
+        *(float(map_box_correct(resized, region, boxes)) for region in regions),
     ]
+
+
+def share_inside(values: np.ndarray, mask: np.ndarray) -> float:
+    """The part of the sum of values, none below 0, that lies in a mask, in 0..1; 0 where the sum is 0.
+
+    Of a map it is its energy inside: the energy-based pointing game of Score-CAM (Wang et al., CVPR Workshops 2020). Of
+    the pixels of a region it is the pointing game with a random one of them.
+    """
+    total = float(values.sum(dtype=np.float64))
+    return float(values[mask].sum(dtype=np.float64)) / total if total > 0 else 0.0

@@ -11,8 +11,8 @@ from grounding.maps import ResizedMap
 from grounding.metrics import point_correct
 from grounding.pictures.panels import panel
 from grounding.pictures.render import data_uri
-from grounding.report.charts import Panel, chart
-from grounding.report.page import Block, Chart, Part, Shot, ShownCase
+from grounding.report.charts import chart
+from grounding.report.page import Block, Part, Shot, ShownCase
 from grounding.report.rows import MAP_BOX, MEASURES, POINTING, THRESHOLDS, Results
 from grounding.report.statistics import by_category, by_length, by_size
 from grounding.results import percent
@@ -30,7 +30,7 @@ MEASURES_NOTE = (
 )
 
 
-def accuracy(found: Results) -> Part:
+def accuracies(found: Results) -> Part:
     """All checkpoints by metric and split, and what else their log lines hold."""
     names = found.benchmark.splits
     splits = found.table["split"].map(names).astype(pd.CategoricalDtype(list(names.values())))
@@ -41,8 +41,7 @@ def accuracy(found: Results) -> Part:
         note += f" In bold the best by {found.benchmark.metrics[-1]} {splits.cat.categories[0]}."
         for metric, grid in grids.items():
             title = f"{metric.capitalize()} accuracy"
-            drawn = chart([Panel(title, grid)], joined=one_run)
-            charts.append(Chart(f"{title} of the checkpoints, with 95% intervals.", drawn))
+            charts.append(chart(f"{title} of the checkpoints, with 95% intervals.", {title: grid}, joined=one_run))
     table = pd.concat([grid.add_prefix(f"{metric} ") for metric, grid in grids.items()], axis=1)
     title = " and ".join(grids).capitalize()
     return Part(
@@ -65,11 +64,11 @@ def further_measures(found: Results) -> Part:
     measured = found.table[list(MEASURES)]
     columns = {name: found.intervals(measured.xs(name, axis=1, level=1), found.reported) for name in found.shown}
     grid = pd.DataFrame(columns, list(MEASURES))
-    panels = [
-        Panel(title, grid.loc[list(kind)].set_axis([f"{threshold:g}" for threshold in THRESHOLDS]))
+    panels = {
+        title: grid.loc[list(kind)].set_axis([f"{threshold:g}" for threshold in THRESHOLDS])
         for title, kind in (("Pointing at a part of the maximum", POINTING), ("Box from the map, IoU 0.5", MAP_BOX))
-    ]
-    drawn = Chart("Pointing, and boxes from the map, at several thresholds; with 95% intervals.", chart(panels))
+    }
+    drawn = chart("Pointing, and boxes from the map, at several thresholds; with 95% intervals.", panels)
     area = percent(found.table.loc[found.reported, "area of boxes"].mean() if found.reported.any() else None)
     note = f"{INTERVAL_NOTE} All reported splits together. {MEASURES_NOTE} The boxes cover {area}% of the images."
     return Part("Further measures", note, [Block("Maps and boxes", "", grid.rename(MEASURES), [drawn])])
@@ -93,11 +92,11 @@ def groups(found: Results) -> Part:
             if labels.nunique() > 1:
                 grid = found.grid(table[metric][found.shown], labels).T
                 title = f"{metric.capitalize()} accuracy {kind}"
-                drawn = chart([Panel(title, grid)], joined=kind != "by category")
+                drawn = chart(f"{title}, with 95% intervals.", {title: grid}, joined=kind != "by category")
                 areas = table.loc[labels.index, "area of boxes"].groupby(labels.array, observed=True)
                 grid.insert(0, "phrases", areas.size())
                 grid.insert(1, "area of boxes", areas.mean().map(percent))
-                blocks.append(Block(title, note, grid, [Chart(f"{title}, with 95% intervals.", drawn)]))
+                blocks.append(Block(title, note, grid, [drawn]))
     note = f"{INTERVAL_NOTE} All reported splits together. The area of the boxes is what a random point would get."
     return Part("By size, length and category", note, blocks)
 

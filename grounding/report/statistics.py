@@ -10,7 +10,6 @@ from grounding.results import percent
 
 RESAMPLES = 2000
 LEVEL = 0.95
-DRAWN_AT_ONCE = 4_000_000  # image indices; 32 MB of them
 
 SIZE_EDGES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5)  # of the image's area
 SIZES = ("under 1%", "1 to 2%", "2 to 5%", "5 to 10%", "10 to 20%", "20 to 50%", "50% and more")
@@ -53,27 +52,14 @@ def intervals(values: np.ndarray, images: np.ndarray, resamples: int = RESAMPLES
     ends = np.full((2, values.shape[1]), np.nan)
     usable = (counts > 0).sum(axis=0) > 1
     if usable.any():
-        drawn = _resampled_means(sums, counts, resamples, np.random.default_rng(seed))
+        rng, count = np.random.default_rng(seed), len(sums)
+        drawn = np.empty((resamples, values.shape[1]))
+        for row in drawn:
+            times = np.bincount(rng.integers(count, size=count), minlength=count).astype(np.float64)
+            with np.errstate(invalid="ignore"):  # NaN where no drawn image has a value
+                row[:] = (times @ sums) / (times @ counts)
         ends[:, usable] = np.nanquantile(drawn[:, usable], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return [Interval(*row) for row in np.stack([means, *ends], axis=1).tolist()]
-
-
-def _resampled_means(sums: np.ndarray, counts: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means (resamples, m) over images drawn with replacement, NaN where none of them has a value.
-
-    Args:
-        sums, counts: (images, m).
-    """
-    images = len(sums)
-    at_once = max(1, DRAWN_AT_ONCE // images)
-    means = []
-    for start in range(0, resamples, at_once):
-        rows = min(at_once, resamples - start)
-        drawn = rng.integers(images, size=(rows, images)) + images * np.arange(rows)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=rows * images).reshape(rows, images).astype(np.float64)
-        with np.errstate(invalid="ignore"):
-            means.append((weights @ sums) / (weights @ counts))
-    return np.concatenate(means)
 
 
 # ---- groups: a label for each expression, categorical in the order of the groups

@@ -26,8 +26,6 @@ from grounding.evaluate import EvaluationError, find_checkpoints
 from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef
 from models.checkpoint import CheckpointError
-from models.interface import LayerError
-from models.losses import hard_negatives
 from tests.data_keys import data_keys
 from tests.small_model import BERT, SIZES
 from utils import UserError
@@ -296,17 +294,6 @@ def test_an_interruption_leaves_no_half_file(place: Path, tmp_path: Path, monkey
     assert len(log(tmp_path)) == 1
 
 
-def test_results_of_something_else_are_not_taken_for_these(place: Path, tmp_path: Path) -> None:
-    evaluate(REFCLEF, place, tmp_path, checkpoint=ONE)
-    with pytest.raises(ResultError, match=r"epoch00\.pth is the result of checkpoint .*checkpoint_01\.pth \(asked for"):
-        evaluate(REFCLEF, place, tmp_path, checkpoint="ckpt/checkpoint_02.pth")
-    with pytest.raises(ResultError, match=r"block_num 2 \(asked for now: 1\); choose another --output_dir"):
-        evaluate(REFCLEF, place, tmp_path, "--block_num", "1", checkpoint=ONE)
-    val = str(place / "data" / "refer" / "refclef" / "refclef_val.json")
-    with pytest.raises(ResultError, match=r"expressions \d+, sha256 \w+ \(asked for now: \d+, sha256"):
-        evaluate(REFCLEF, place, tmp_path, "--set", f"test_file=[{val}]", checkpoint=ONE)
-
-
 def test_an_absent_split_is_null(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     val = str(place / "data" / "refer" / "refcoco+" / "refcoco+_val.json")
     evaluate(REFCOCO_PLUS, place, tmp_path, "--set", f"test_file=[{val}]", checkpoint=ONE)
@@ -461,10 +448,6 @@ def test_clear_messages_before_anything_is_computed(place: Path, tmp_path: Path)
         (tmp_path / "empty" / name).touch()
     with pytest.raises(EvaluationError, match=r"a_00\.pth and b_00\.pth end alike"):
         find_checkpoints(str(tmp_path / "empty"))
-    with pytest.raises(LayerError, match="the fusion layers are 1 to 2"):
-        evaluate(REFCOCO_PLUS, place, tmp_path, "--block_num", "8", checkpoint=ONE)
-    with pytest.raises(LayerError, match="image encoder's blocks are 0 to 1"):
-        evaluate(REFCOCO_PLUS, place, tmp_path, "--block_num", "2", "--gradcam_mode", "itc", checkpoint=ONE)
     with pytest.raises(CheckpointError, match=r"does not fit.*\n.*vision_proj\.weight is \[8, 16\]"):
         evaluate(REFCOCO_PLUS, place, tmp_path, "--set", "embed_dim=4", checkpoint=ONE)
     with pytest.raises(Exception, match="lacks 'det_file'"):
@@ -589,15 +572,6 @@ def test_the_table_marks_the_best_epoch(tmp_path: Path) -> None:
     header, *rows, _ = folder.table(["point"], ("point", "val_d")).splitlines()
     assert header.split() == ["epoch", "point", "val_d", "point", "test"]
     assert [row.split() for row in rows] == [["00", "25.00", "12.50"], ["02", "-", "12.50"], ["01*", "75.00", "12.50"]]
-
-
-def test_sharpness_of_negatives() -> None:
-    torch.manual_seed(0)
-    similarity = torch.tensor([[9.0, 3.0, 0.0]] * 3)
-    drawn = torch.stack([hard_negatives(similarity, 0.0) for _ in range(2000)])
-    assert drawn[:, 2].eq(0).float().mean() == pytest.approx(0.5, abs=0.05)  # 0: every column alike
-    drawn = torch.stack([hard_negatives(similarity, 0.5) for _ in range(2000)])
-    assert drawn[:, 0].eq(1).float().mean() == pytest.approx(1 / (1 + np.exp(-1.5)), abs=0.05)
 
 
 def test_an_expression_without_annotated_size_uses_the_file(place: Path, tmp_path: Path) -> None:

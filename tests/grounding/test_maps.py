@@ -1,4 +1,4 @@
-"""Energy, hot pixels and boxes from a map, on maps small enough to count."""
+"""Hot pixels and boxes from a map, on maps small enough to count."""
 
 from pathlib import Path
 
@@ -41,36 +41,12 @@ def test_inside_agrees_with_the_pointing_game(box: list[float]) -> None:
             assert mask[y, x] == metrics.point_correct(maps.ResizedMap(cam, 5, 7), boxes)
 
 
-def test_energy_inside() -> None:
-    cam = cam_of("1.2", "3..")
-    mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
-    assert maps.energy_inside(cam, mask) == pytest.approx(4 / 6)
-    assert maps.energy_inside(7 * cam, mask) == pytest.approx(4 / 6)
-    cam[0, 1] = -1  # what bicubic leaves beside a peak takes nothing away, inside or outside
-    assert maps.energy_inside(cam, mask) == pytest.approx(4 / 6)
-    assert maps.energy_inside(np.zeros((2, 3), np.float32), mask) == 0
-
-
-def test_above_chance() -> None:
-    assert maps.above_chance(0.25, 0.25) == 0
-    assert maps.above_chance(1, 0.25) == 1
-    assert maps.above_chance(0, 0.25) == pytest.approx(-1 / 3)
-    assert maps.above_chance(1, 1) == 0  # a box that is the whole image
-
-
 def test_hot_pixels() -> None:
     cam = cam_of("864", "2..")
     assert maps.hot(cam, 0.5).astype(int).tolist() == [[1, 1, 1], [0, 0, 0]]
     assert maps.hot(cam, 0.51).astype(int).tolist() == [[1, 1, 0], [0, 0, 0]]
     assert maps.hot(cam, 1.0).astype(int).tolist() == [[1, 0, 0], [0, 0, 0]]
     assert not maps.hot(np.zeros((2, 2)), 0.5).any()
-
-
-def test_hot_inside() -> None:
-    region = np.array([[1, 1, 1], [0, 1, 0]], bool)
-    mask = np.array([[1, 0, 0], [1, 1, 1]], bool)
-    assert maps.hot_inside(region, mask) == 2 / 4
-    assert maps.hot_inside(np.zeros((2, 3), bool), mask) == 0
 
 
 # ---- regions and boxes
@@ -153,16 +129,16 @@ def test_the_best_box_of_a_map_is_the_same_for_the_metric_the_report_and_the_dem
     """By score, not by energy: the 9s have less of the map than the 5s, and a higher sum per root of their area."""
     values = cam_of("99.....", "99.5555", "...5555")
     cam = unresized(values)
-    assert maps.map_box(cam, maps.hot(values, 0.5)) == (0, 0, 2, 2)
+    assert maps.ranked_boxes(cam, maps.hot(values, 0.5))[0].box == (0, 0, 2, 2)
     assert map_boxes(cam, share_of_maximum(cam), 0.5)[0].box == (0, 0, 2, 2)
     for box, right in ([0, 0, 2, 2], 1), ([3, 1, 4, 2], 0), ([0, 0, 2, 4], 1), ([0, 0, 2, 5], 0):
         expression = Expression(Path("x"), "x", 0, "val", np.array([[9.0, 9, 9, 9], box]), annotated_size=(3, 7))
         assert metrics.score([cam.pred], [expression], ["map_box"]).tolist() == [[right]], box
     values = cam_of("77.....", "77.5555", "...5555")  # 28 / 2 is less than 40 / sqrt(8)
-    assert maps.map_box(unresized(values), maps.hot(values, 0.5)) == (3, 1, 4, 2)
+    assert maps.ranked_boxes(unresized(values), maps.hot(values, 0.5))[0].box == (3, 1, 4, 2)
     equal = cam_of("4.4")
-    assert maps.map_box(unresized(equal), maps.hot(equal, 0.5)) == (0, 0, 1, 1)  # the first of equals
-    assert maps.map_box(cam, values > 9) is None
+    assert maps.ranked_boxes(unresized(equal), maps.hot(equal, 0.5))[0].box == (0, 0, 1, 1)  # the first of equals
+    assert maps.ranked_boxes(cam, values > 9) == []
 
 
 def test_shares_are_of_the_maximum() -> None:

@@ -59,9 +59,8 @@ def test_golden_cases_of_refcoco(golden_data: Path, golden_fixture: ModuleType, 
     box, point = [], []
     for ref_id, pred in golden_fixture.metric_cases(1):
         expression = by_ref[ref_id]
-        assert expression.detections is not None
         cam = cam_of(pred, expression)
-        box.append(metrics.box_correct(cam, expression.detections, expression.boxes[0]))
+        box.append(metrics.box(cam, expression))
         point.append(metrics.point_correct(cam, expression.boxes))
     assert box == golden_metrics["box_correct"]
     assert point == golden_metrics["point_correct"]
@@ -102,9 +101,7 @@ def test_golden_maps_give_the_golden_report(golden_data: Path, name: str) -> Non
     pairs = list(zip(cams, expressions, strict=True))
     lines = [[metrics.point_correct(cam, e.boxes) for cam, e in pairs]]
     if names is REFCOCO:
-        boxed = [(cam, e.detections, e.boxes[0]) for cam, e in pairs if e.detections is not None]
-        assert len(boxed) == len(pairs)
-        lines.insert(0, [metrics.box_correct(*case) for case in boxed])
+        lines.insert(0, [metrics.box(cam, e) for cam, e in pairs])
     splits = [expression.split for expression in expressions]
     report = [metrics.split_accuracies(line, splits, names) for line in lines]
     expected = json.loads((GOLDEN / "eval_metrics.json").read_text())[name]
@@ -210,9 +207,15 @@ def test_box_is_correct_from_half_overlap_on() -> None:
     cam = torch.zeros(20, 20)
     cam[0:10, 0:10] = 1.0
     detections = np.array([[0.0, 0.0, 10.0, 10.0]])
-    assert metrics.box_correct(unresized(cam), detections, np.array([0, 0, 10, 20]))  # exactly 0.5
-    assert not metrics.box_correct(unresized(cam), detections, np.array([0, 0, 10, 20.1]))
-    assert not metrics.box_correct(unresized(torch.zeros(20, 20)), detections, np.array([0, 0, 10, 10]))
+
+    def correct(cam: torch.Tensor, *boxes: list[float]) -> bool:
+        expression = Expression(Path("x"), "x", 0, "val", np.array(boxes), detections=detections)
+        return bool(metrics.box(unresized(cam), expression))
+
+    assert correct(cam, [0, 0, 10, 20])  # exactly 0.5
+    assert not correct(cam, [0, 0, 10, 20.1])
+    assert not correct(cam, [0, 0, 10, 20.1], [0, 0, 10, 10])  # the first box is the true one
+    assert not correct(torch.zeros(20, 20), [0, 0, 10, 10])
 
 
 @pytest.mark.parametrize(
@@ -235,6 +238,8 @@ def test_accuracy_of_an_absent_split_is_none() -> None:
     assert metrics.accuracy([True, False, False, True]) == 0.5
     report = metrics.split_accuracies([True, False, True], ["val", "val", "train"], {"val": "val_d", "test": "test"})
     assert report == {"val_d": 0.5, "test": None}
+    assert metrics.accuracy([1.0, float("nan"), 0.0]) == 0.5  # what has no map does not count
+    assert metrics.accuracy([float("nan")]) is None
     assert list(report) == ["val_d", "test"]
 
 

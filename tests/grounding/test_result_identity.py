@@ -357,11 +357,11 @@ def test_run_json_is_of_the_run_that_computed(place: Path, tmp_path: Path) -> No
 
 
 def test_a_checkpoint_replaced_meanwhile(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def predict(*_: object) -> tuple[list[Any], list[int]]:
+    def maps(*_: object) -> list[Any]:
         shutil.copyfile(own / "ckpt" / "checkpoint_02.pth", own / ONE)
-        return [], []
+        return []
 
-    monkeypatch.setattr(program.Evaluation, "predict", predict)
+    monkeypatch.setattr(program.Evaluation, "maps", maps)
     with pytest.raises(UserError, match=r"checkpoint_01\.pth was replaced while it was evaluated"):
         evaluate(REFCLEF, own, tmp_path / "out", checkpoint=ONE)
     assert not (tmp_path / "out" / "result").exists()

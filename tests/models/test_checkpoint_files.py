@@ -23,6 +23,7 @@ from torch import nn
 
 import files
 import utils
+from dataset.expressions import Expression
 from grounding.load import ready
 from grounding.results import ResultFolder
 from models.albef import ALBEF
@@ -523,12 +524,14 @@ def test_a_loaded_model_does_not_hold_on_to_its_file(
 
 def test_results_are_no_mapping(tmp_path: Path) -> None:
     folder = ResultFolder(tmp_path)
-    folder.write("00", [{"ref_id": 0, "pred": torch.arange(4.0)[None]}], [], {})
-    found = folder.read("00", [0])
+    expressions = [Expression(Path("x.jpg"), "x", 0, "val", np.ones((1, 4)))]
+    folder.write("00", expressions, [torch.arange(4.0)[None]], {})
+    found = folder.read("00", expressions)
     assert str(tmp_path) not in mapped_files()
     folder.path("00").write_bytes(b"")
     assert found is not None
-    assert found[0][0]["pred"].tolist() == [[0, 1, 2, 3]]
+    assert found[0] is not None
+    assert found[0].tolist() == [[0, 1, 2, 3]]
 
 
 # ---- equal bytes

@@ -1,6 +1,7 @@
 """The pictures of a phrase: what is where in the pixels, nothing cut, on images of any size."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib.text
@@ -28,7 +29,7 @@ def grounding(small: Sequence[Sequence[float]], size: tuple[int, int], text: str
     cam = ResizedMap(pred, size[1], size[0])
     shares = share_of_maximum(cam)
     words = tuple(WordMap(word, (word,), pred.numpy(), 0.25) for word in ("[CLS]", *text.split()))
-    return Grounding(text, text, 0.875, pred.numpy(), shares, cam.point(), map_boxes(cam, shares, 0.5), words)
+    return Grounding(text, text, 0.875, pred.numpy(), words, shares, cam.point(), map_boxes(cam, shares, 0.5))
 
 
 HOT = [[0.0] * 8 for _ in range(4)]
@@ -156,7 +157,7 @@ def test_the_strip_has_a_panel_for_each_word() -> None:
     image = Image.new("RGB", (8, 4), "black")
     found = grounding(HOT, (8, 4), "the red $x_$ one on the left")
     cold = found.words[1]._replace(small=np.fliplr(np.array(HOT, np.float32)).copy())
-    figure = word_strip(image, found._replace(words=(found.words[0], cold, *found.words[2:])))
+    figure = word_strip(image, replace(found, words=(found.words[0], cold, *found.words[2:])))
     pixels = drawn(figure)
     titles = [axes.get_title() for axes in figure.axes]
     words = ["[CLS]", "the", "red", "$x_$", "one", "on", "the", "left"]
@@ -166,7 +167,7 @@ def test_the_strip_has_a_panel_for_each_word() -> None:
     assert at(figure.axes[2], pixels, 6, 2) == pytest.approx((190, 173, 28), abs=3)
     rows = sorted({round(axes.get_window_extent().y0) for axes in figure.axes}, reverse=True)
     assert [[round(axes.get_window_extent().y0) for axes in figure.axes].count(row) for row in rows] == [6, 3]
-    alone = word_strip(image, found._replace(words=()))
+    alone = word_strip(image, replace(found, words=()))
     assert len(alone.axes) == 1
     assert alone.texts[-1].get_text() == "mode itc: no maps of words"
 

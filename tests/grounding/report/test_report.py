@@ -19,19 +19,20 @@ from torch import Tensor
 
 from dataset.expressions import Expression
 from grounding.benchmarks import FLICKR, REFCOCO_PLUS, Benchmark
-from grounding.metrics import score
+from grounding.metrics import overlaps, score
 from grounding.report import charts, rows, sections
-from grounding.report.charts import Panel, chart
+from grounding.report.charts import chart
 from grounding.report.page import Block
 from grounding.report.rows import (
     MEASURES,
     ReportError,
     Results,
     collect,
-    describe,
+    facts_of,
     measure_map,
     named_apart,
     read_maps,
+    share_inside,
 )
 from grounding.report.sections import extremes, one_an_image
 from grounding.report.statistics import Interval
@@ -76,13 +77,8 @@ def store(folder: Path, expressions: list[Expression], epochs: dict[str, list[Te
     """An --output_dir with the results of some checkpoints, and the log lines that the evaluation would write."""
     results = ResultFolder(folder / "result")
     for epoch, maps in epochs.items():
-        records = [
-            {"ref_id": expression.ref_id, "pred": cam}
-            for expression, cam in zip(expressions, maps, strict=True)
-            if cam is not None
-        ]
-        skipped = [position for position, cam in enumerate(maps) if cam is None]
-        results.write(epoch, records, skipped, {"checkpoint": f"/some/where/ck_{epoch}.pth", "block_num": 8, **origin})
+        now = {"checkpoint": f"/some/where/ck_{epoch}.pth", "block_num": 8, **origin}
+        results.write(epoch, expressions, maps, now)
         results.write_lines(epoch, [{"val_d": 0.5}, {"val_d": 0.5}])
     return folder
 
@@ -118,6 +114,7 @@ def test_maps_are_read_in_order_with_gaps(expressions: list[Expression], tmp_pat
     (source,) = sources_of([store(tmp_path / "out", expressions, {"00": maps})], 2)
     found = read_maps(source, expressions)
     assert [cam is None for cam in found] == [False, True, False, False, True]
+    assert found[2] is not None
     assert torch.equal(found[2], WRONG)
     with pytest.raises(ResultError, match="holds 3 records, not those of the 3 expressions"):
         read_maps(source, expressions[:3])
@@ -132,12 +129,21 @@ def test_scores_are_the_benchmarks(expressions: list[Expression]) -> None:
     assert np.isnan(found[2]).all()
 
 
+def test_share_inside() -> None:
+    cam = np.array([[1, 0, 2], [3, 0, 0]], np.float32)
+    mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
+    assert share_inside(cam, mask) == share_inside(7 * cam, mask) == pytest.approx(4 / 6)
+    assert share_inside(cam > 0, mask) == pytest.approx(2 / 3)
+    assert share_inside(np.zeros((2, 3), np.float32), mask) == share_inside(cam > 3, mask) == 0
+
+
 def test_measures_of_a_map(expressions: list[Expression]) -> None:
     def measures(cam: Tensor) -> dict[str, float]:
         return dict(zip(MEASURES, measure_map(cam, expressions[0]), strict=True))
 
     cam = peak(2, 1, 10.0)
     cam[0, 5] = 6.0  # outside; hot at 0.3 and 0.5
+    cam[1, 3], cam[3, 0] = -1.0, -2.0  # what bicubic leaves beside a peak takes nothing away, inside or outside
     found = measures(cam)
     assert found["energy inside"] == pytest.approx(10 / 16)
     assert found["energy above chance"] == pytest.approx((10 / 16 - 1 / 6) / (5 / 6))
@@ -146,17 +152,20 @@ def test_measures_of_a_map(expressions: list[Expression]) -> None:
     full = torch.zeros(HEIGHT, WIDTH)
     full[0:3, 1:4] = 1
     assert measures(full)["map box at 0.5"] == 1
+    assert measures(peak(5, 3))["energy above chance"] == pytest.approx(-1 / 5)
+    whole = replace(expressions[0], boxes=np.array([[-1.0, -1, 9, 9]]))  # nothing is above chance where all is inside
+    assert measure_map(cam, whole)[:2] == [1, 0]
 
 
 def test_any_box_is_right(expressions: list[Expression]) -> None:
     boxes = np.array([[50.0, 50, 9, 9], BOX])
-    assert rows.overlaps((1, 0, 3, 3), boxes)
-    assert rows.overlaps((1, 0, 3, 2), boxes)
-    assert not rows.overlaps((1, 0, 2, 2), boxes)
+    assert overlaps((1, 0, 3, 3), boxes)
+    assert overlaps((1, 0, 3, 2), boxes)
+    assert not overlaps((1, 0, 2, 2), boxes)
 
 
 def test_what_is_known_of_an_expression(expressions: list[Expression], tmp_path: Path) -> None:
-    found = describe(expressions[:2], [True, False])
+    found = facts_of(expressions[:2], [True, False])
     facts = [str(tmp_path / "0.png"), "the cat on it", 11, "val", ("animal", "other"), 4]
     assert found.iloc[1].tolist()[:6] == facts
     assert found.iloc[0].tolist()[6:] == [HEIGHT, WIDTH, pytest.approx(1 / 6)]
@@ -214,7 +223,7 @@ def test_what_is_compared_and_shown(expressions: list[Expression], tmp_path: Pat
 
 
 def test_the_accuracy_table(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    block = sections.accuracy(collected(expressions, two)).blocks[0]
+    block = sections.accuracies(collected(expressions, two)).blocks[0]
     assert list(block.table.columns) == [f"{m} {s}" for m in ("box", "point") for s in ("val_d", "testA_d", "testB_d")]
     assert words(block) == [
         ["old", "66.67", "0.00", "-", "66.67", "0.00", "-"],
@@ -228,7 +237,7 @@ def test_the_accuracy_table(expressions: list[Expression], two: tuple[Path, Path
 def test_the_log_lines_beyond_the_metrics(expressions: list[Expression], two: tuple[Path, Path]) -> None:
     folder = ResultFolder(two[1] / "result")
     folder.write_lines("00", [*folder.lines("00"), {"matching_val": 0.75, "matching_val_phrase": None}])
-    block = sections.accuracy(collected(expressions, two)).blocks[1]
+    block = sections.accuracies(collected(expressions, two)).blocks[1]
     assert list(block.table.columns) == ["matching val", "matching val phrase"]
     assert words(block) == [["old", "-", "-"], ["new", "75.00", "-"]]
 
@@ -278,7 +287,7 @@ def test_a_map_that_is_lacking_changes_nothing(expressions: list[Expression], tw
     found = collected(expressions, two)
     outcome = sections.comparison(found, "old", "new").blocks[0]
     assert words(outcome)[3] == ["point val_d", "1", "1", "0", "0", "-50.00"]
-    assert words(sections.accuracy(found).blocks[0])[1][4] == "50.00"
+    assert words(sections.accuracies(found).blocks[0])[1][4] == "50.00"
     assert words(sections.origins(found).blocks[0]) == [
         ["old", "/a/old.pth", "-", "8", "-", "0"],
         ["new", "/b/new.pth", "-", "8", "-", "1"],
@@ -460,7 +469,7 @@ def test_flickrs_size_is_the_annotated_one(expressions: list[Expression], tmp_pa
     box = np.array([[10.0, 10.0, 11.0, 11.0]])
     item = Expression(expressions[0].image, "cat", 0, "val", box, annotated_size=(40, 30), categories=("animals",))
     out = store(tmp_path / "flickr", [item], {"00": [RIGHT]})
-    assert describe([item], [True])["area of boxes"].tolist() == [pytest.approx(100 / 1200)]
+    assert facts_of([item], [True])["area of boxes"].tolist() == [pytest.approx(100 / 1200)]
     html = report_folders(FLICKR, [item], [out]).read_text(encoding="utf-8")
     jpegs = [a["src"] or "" for tag, a in Page(html).tags if tag == "img" and "jpeg" in (a["src"] or "")]
     sizes = {Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size for source in jpegs}
@@ -470,7 +479,7 @@ def test_flickrs_size_is_the_annotated_one(expressions: list[Expression], tmp_pa
 def test_names_that_look_like_formulas_are_drawn_as_they_are() -> None:
     interval, nothing = Interval(0.5, 0.4, 0.6), Interval(*[float("nan")] * 3)
     grid = pd.DataFrame({"$d_{$": [interval] * 2, "e": [nothing] * 2}, ["$b_{$", "c"])
-    assert chart([Panel("$a_{$", grid)]).startswith("data:image/svg+xml;base64,")
+    assert chart("x", {"$a_{$": grid}).uri.startswith("data:image/svg+xml;base64,")
 
 
 # ---- expressions.csv
