@@ -143,7 +143,7 @@ def start_of(args: argparse.Namespace) -> str | Path:
     return path or ""
 
 
-def differences(before: Row, config: PretrainConfig, settings: Row) -> list[str]:
+def changes_since(before: Row, config: PretrainConfig, settings: Row) -> list[str]:
     """How a run differs from the one whose checkpoint it continues, in lines "key: old -> new".
 
     Args:

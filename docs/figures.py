@@ -37,8 +37,7 @@ from grounding import maps, metrics
 from grounding.explain import Explainer, Grounding, encode, ground, ground_all
 from grounding.load import open_model
 from grounding.pictures.overlay import SMALL, word_strip, wrap
-from grounding.pictures.render import COLORMAP, DPI, RIGHT, WRONG, draw, pixels
-from grounding.pictures.render import Box as DrawnBox
+from grounding.pictures.render import COLORMAP, DPI, RIGHT, WRONG, DrawnBox, draw, pixels
 
 Box = Sequence[float]  # [x, y, w, h] in pixels of the image
 

@@ -64,7 +64,7 @@ def training_view(
     pixels, mask, _ = augment_for_amc(np.asarray(image), covered, phrase, AS_IT_IS, side, config.mask_size, rng)
     encoded = encode(explainer, Image.fromarray(pixels), resize_bilinear_image)
     cam = look(explainer._replace(block=config.amc.layer), encoded, phrase).maps.cpu()
-    return Training(pixels, amc.resize(amc.normalise(cam), config.mask_size)[0], torch.from_numpy(mask).float())
+    return Training(pixels, amc.resize(amc.normalise_map(cam), config.mask_size)[0], torch.from_numpy(mask).float())
 
 
 class Terms(NamedTuple):

@@ -175,7 +175,7 @@ class Evaluation:
         self.block = config.block_num if args.block_num is None else args.block_num
         benchmark = benchmark_of(config, benchmark)
         self.expressions = benchmark.load(config, args.skip_broken)
-        metrics.check(benchmark.metrics, self.expressions)
+        metrics.check_metrics(benchmark.metrics, self.expressions)
         self.benchmark = benchmark = with_splits(benchmark, self.expressions)
         self.pairs = {
             Path(file).stem: load_pairs(file, config.image_root, args.skip_broken) for file in config.matching_file

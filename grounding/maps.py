@@ -139,7 +139,7 @@ def map_boxes(cam: ResizedMap, shares: np.ndarray, threshold: float) -> tuple[Sc
     )
 
 
-def map_box(cam: ResizedMap, pixels: np.ndarray) -> Box | None:
+def box_around(cam: ResizedMap, pixels: np.ndarray) -> Box | None:
     """The one best box of a map: the first of `ranked_boxes`; None where no pixel is chosen."""
     boxes, _ = ranked_boxes(cam, pixels)
     return tuple(boxes[0].tolist()) if len(boxes) else None

@@ -39,7 +39,7 @@ def metric(*needs: str) -> Callable[[Metric], Metric]:
     return add
 
 
-def check(names: Sequence[str], expressions: Sequence[Expression]) -> None:
+def check_metrics(names: Sequence[str], expressions: Sequence[Expression]) -> None:
     """Raise `MetricError` for a metric that is unknown, or that needs what some of the expressions lack."""
     for name in names:
         if name not in METRICS:
@@ -61,9 +61,9 @@ def score(found: Sequence[Tensor | None], expressions: Sequence[Expression], nam
         names: of `METRICS`.
 
     Raises:
-        MetricError: as `check`.
+        MetricError: as `check_metrics`.
     """
-    check(names, expressions)
+    check_metrics(names, expressions)
     scores = np.full((len(expressions), len(names)), np.nan)
     for row, pred, expression in zip(scores, found, expressions, strict=True):
         if pred is not None:
@@ -78,7 +78,7 @@ def score(found: Sequence[Tensor | None], expressions: Sequence[Expression], nam
 @metric("detections")
 def box(cam: ResizedMap, expression: Expression) -> bool:
     """The detection that the map scores best overlaps the true box."""
-    assert expression.detections is not None  # `check`
+    assert expression.detections is not None  # `check_metrics`
     return box_correct(cam, expression.detections, expression.boxes[0])
 
 
@@ -91,7 +91,7 @@ def point(cam: ResizedMap, expression: Expression) -> bool:
 @metric()
 def map_box(cam: ResizedMap, expression: Expression) -> bool:
     """The best box of the map alone, around the pixels of at least half its maximum, overlaps a true box."""
-    found = maps.map_box(cam, hot(cam.product().numpy(), THRESHOLD))
+    found = maps.box_around(cam, hot(cam.product().numpy(), THRESHOLD))
     return found is not None and overlaps(found, expression.boxes)
 
 

@@ -21,7 +21,7 @@ from PIL import Image
 
 from grounding.explain import Grounding
 from grounding.maps import ResizedMap, share_of_maximum
-from grounding.pictures.render import BEST, COLORMAP, DPI, TRUTH, Box, draw, point_marker, see_through, shown_size
+from grounding.pictures.render import BEST, COLORMAP, DPI, TRUTH, DrawnBox, draw, point_marker, see_through, shown_size
 
 SIDE, WORD_SIDE = 6.5, 1.9  # the longer side of an image
 LEAST_WIDTH, LEAST_BODY = 4.4, 1.5  # of a figure, for its legend; of the colour bar, for its label
@@ -63,7 +63,7 @@ def overlay(
     left = MARGIN + (inner - BAR - width) / 2
     axes = _axes(figure, left, middle - height / 2, width, height)
     best = [box.box for box in found.boxes[:1]]
-    marks = [*(Box(box, BEST, "-") for box in best), *map(Box, truth)]
+    marks = [*(DrawnBox(box, BEST, "-") for box in best), *map(DrawnBox, truth)]
     heat = draw(axes, image, found.map.shape, _reduced(found.map, axes), colours, marks, found.point)
     bar_height = max(height, LEAST_BODY)
     bar = _axes(figure, left + width + GAP, middle - bar_height / 2, 0.16, bar_height)

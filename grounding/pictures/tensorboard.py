@@ -57,10 +57,10 @@ class Board:
 
     def __init__(self, explainer: Explainer, watched: Sequence[Watched], every: int, samples: int) -> None:
         self.writer_class = summary_writer()
-        check_layer(explainer)
+        _check_layer(explainer)
         self.explainer, self.watched, self.every, self.samples = explainer, watched, every, samples
         texts = [clean_phrase(explainer, one.phrase) for one in watched]
-        self.tags = [f"maps/{number:02d}_{slug(text)}" for number, text in enumerate(texts, start=1)]
+        self.tags = [f"maps/{number:02d}_{tag_of(text)}" for number, text in enumerate(texts, start=1)]
         self.step, self.drawn_at = 0, -1
         self.restart_clock(0)
 
@@ -191,7 +191,7 @@ def summary_writer() -> Any:
     return SummaryWriter
 
 
-def check_layer(explainer: Explainer) -> None:
+def _check_layer(explainer: Explainer) -> None:
     """Raise `ConfigError` for a layer without maps, which nobody has checked where AMC is off."""
     known = explainer.model.layers(explainer.mode)
     if explainer.block not in known:
@@ -201,6 +201,6 @@ def check_layer(explainer: Explainer) -> None:
         )
 
 
-def slug(text: str) -> str:
+def tag_of(text: str) -> str:
     """A phrase as a part of a tag: letters, digits and underscores."""
     return re.sub(r"\W+", "_", text)[:LONGEST_TAG].strip("_")

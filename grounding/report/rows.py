@@ -179,7 +179,7 @@ def measure_map(pred: Tensor, expression: Expression) -> list[float]:
     mask = maps.inside(boxes, *cam.shape)
     energy = maps.energy_inside(cam, mask)
     regions = [maps.hot(cam, threshold) for threshold in THRESHOLDS]
-    map_boxes = [maps.map_box(resized, region) for region in regions]
+    map_boxes = [maps.box_around(resized, region) for region in regions]
     return [
         energy,
         maps.above_chance(energy, float(mask.mean())),

@@ -30,7 +30,7 @@ MEASURES_NOTE = (
 )
 
 
-def accuracy(found: Results) -> Part:
+def accuracy_part(found: Results) -> Part:
     """All checkpoints by metric and split, and what else their log lines hold."""
     names = found.benchmark.splits
     splits = found.table["split"].map(names).astype(pd.CategoricalDtype(list(names.values())))

@@ -54,7 +54,7 @@ def section(
 ) -> ReportSection:
     """A benchmark's part of the page; arguments and errors are those of `collect`."""
     found = collect(benchmark, expressions, sources, others)
-    made = [parts.accuracy(found), parts.further_measures(found), parts.groups(found), parts.cases(found)]
+    made = [parts.accuracy_part(found), parts.further_measures(found), parts.groups(found), parts.cases(found)]
     if found.baseline is not None:
         made.append(parts.comparison(found, found.baseline, found.subject))
     made.append(parts.origins(found))

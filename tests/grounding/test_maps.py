@@ -153,16 +153,16 @@ def test_the_best_box_of_a_map_is_the_same_for_the_metric_the_report_and_the_dem
     """By score, not by energy: the 9s have less of the map than the 5s, and a higher sum per root of their area."""
     values = cam_of("99.....", "99.5555", "...5555")
     cam = unresized(values)
-    assert maps.map_box(cam, maps.hot(values, 0.5)) == (0, 0, 2, 2)
+    assert maps.box_around(cam, maps.hot(values, 0.5)) == (0, 0, 2, 2)
     assert map_boxes(cam, share_of_maximum(cam), 0.5)[0].box == (0, 0, 2, 2)
     for box, right in ([0, 0, 2, 2], 1), ([3, 1, 4, 2], 0), ([0, 0, 2, 4], 1), ([0, 0, 2, 5], 0):
         expression = Expression(Path("x"), "x", 0, "val", np.array([[9.0, 9, 9, 9], box]), annotated_size=(3, 7))
         assert metrics.score([cam.pred], [expression], ["map_box"]).tolist() == [[right]], box
     values = cam_of("77.....", "77.5555", "...5555")  # 28 / 2 is less than 40 / sqrt(8)
-    assert maps.map_box(unresized(values), maps.hot(values, 0.5)) == (3, 1, 4, 2)
+    assert maps.box_around(unresized(values), maps.hot(values, 0.5)) == (3, 1, 4, 2)
     equal = cam_of("4.4")
-    assert maps.map_box(unresized(equal), maps.hot(equal, 0.5)) == (0, 0, 1, 1)  # the first of equals
-    assert maps.map_box(cam, values > 9) is None
+    assert maps.box_around(unresized(equal), maps.hot(equal, 0.5)) == (0, 0, 1, 1)  # the first of equals
+    assert maps.box_around(cam, values > 9) is None
 
 
 def test_shares_are_of_the_maximum() -> None:

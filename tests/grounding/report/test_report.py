@@ -214,7 +214,7 @@ def test_what_is_compared_and_shown(expressions: list[Expression], tmp_path: Pat
 
 
 def test_the_accuracy_table(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    block = sections.accuracy(collected(expressions, two)).blocks[0]
+    block = sections.accuracy_part(collected(expressions, two)).blocks[0]
     assert list(block.table.columns) == [f"{m} {s}" for m in ("box", "point") for s in ("val_d", "testA_d", "testB_d")]
     assert words(block) == [
         ["old", "66.67", "0.00", "-", "66.67", "0.00", "-"],
@@ -228,7 +228,7 @@ def test_the_accuracy_table(expressions: list[Expression], two: tuple[Path, Path
 def test_the_log_lines_beyond_the_metrics(expressions: list[Expression], two: tuple[Path, Path]) -> None:
     folder = ResultFolder(two[1] / "result")
     folder.write_lines("00", [*folder.lines("00"), {"matching_val": 0.75, "matching_val_phrase": None}])
-    block = sections.accuracy(collected(expressions, two)).blocks[1]
+    block = sections.accuracy_part(collected(expressions, two)).blocks[1]
     assert list(block.table.columns) == ["matching val", "matching val phrase"]
     assert words(block) == [["old", "-", "-"], ["new", "75.00", "-"]]
 
@@ -278,7 +278,7 @@ def test_a_map_that_is_lacking_changes_nothing(expressions: list[Expression], tw
     found = collected(expressions, two)
     outcome = sections.comparison(found, "old", "new").blocks[0]
     assert words(outcome)[3] == ["point val_d", "1", "1", "0", "0", "-50.00"]
-    assert words(sections.accuracy(found).blocks[0])[1][4] == "50.00"
+    assert words(sections.accuracy_part(found).blocks[0])[1][4] == "50.00"
     assert words(sections.origins(found).blocks[0]) == [
         ["old", "/a/old.pth", "-", "8", "-", "0"],
         ["new", "/b/new.pth", "-", "8", "-", "1"],
