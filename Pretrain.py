@@ -226,7 +226,7 @@ class Run:
                 self.scaler.load_state_dict(scale)
             except (KeyError, TypeError) as error:
                 raise CheckpointError(f"{path}: its 'scaler' is no loss scale of fp16") from error
-        if changed := runs.differences(checkpoint, self.config, self.settings()):
+        if changed := runs.changes_since(checkpoint, self.config, self.settings()):
             utils.log("\n  ".join([f"{path}: this run differs from the one that it goes on with", *changed]))
         return int(checkpoint["epoch"]) + 1
 

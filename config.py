@@ -44,15 +44,12 @@ def expand_path(text: str) -> str:
         PydanticCustomError: a variable is not defined; pydantic says at which key.
     """
 
-    def value(match: re.Match[str]) -> str:
-        name = match.group(1).strip("{}")
-        if name not in os.environ:
-            raise PydanticCustomError(
-                "undefined_variable", "the environment variable {name} is not defined", {"name": name}
-            )
-        return os.environ[name]
-
-    return os.path.expanduser(re.sub(r"\$(\w+|\{[^}]*\}?)", value, text, flags=re.ASCII))
+    try:
+        text = re.sub(r"\$(\w+|\{[^}]*\}?)", lambda found: os.environ[found[1].strip("{}")], text, flags=re.ASCII)
+    except KeyError as error:
+        message, name = "the environment variable {name} is not defined", {"name": error.args[0]}
+        raise PydanticCustomError("undefined_variable", message, name) from None
+    return os.path.expanduser(text)
 
 
 PathText = Annotated[str, AfterValidator(expand_path)]  # the type of every key that names a file or folder
@@ -295,9 +292,9 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Pre
     _lay_over(values, overrides)
     for keys in (own, set(values)):
         training, evaluation = (len(keys & kind.model_fields.keys()) for kind in (PretrainConfig, GroundingConfig))
-        if training != evaluation:
-            if training > evaluation:
-                return parse_config(path, PretrainConfig, values)
+        if training > evaluation:
+            return parse_config(path, PretrainConfig, values)
+        if training < evaluation:
             return parse_config(path, GroundingConfig, values)
     raise ConfigError(
         f"{path}: cannot tell whether it is of training (train_file) or of evaluation (test_file and refcoco_data, "
@@ -306,11 +303,15 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Pre
 
 
 def parse_config(
-    source: str | Path, kind: type[AnyConfig], values: dict[str, Any], overrides: list[str] | None = None
+    source: str | Path, kind: type[AnyConfig], values: Any, overrides: list[str] | None = None
 ) -> AnyConfig:
     """`load_config` of values that were read already; `source` is what messages name. Raises `ConfigError`."""
     _lay_over(values, overrides)
-    return _validate(source, kind, values)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        lines = [_explain(kind, detail["loc"], detail["type"], detail["msg"]) for detail in error.errors()]
+        raise ConfigError("\n".join(f"{source}: {line}" for line in lines)) from None
 
 
 def load_bert_config(path: str | Path) -> BertConfig:
@@ -318,11 +319,10 @@ def load_bert_config(path: str | Path) -> BertConfig:
     text = _read_text(path, "bert_config")
     try:
         values = parse_json(text)
-    except json.JSONDecodeError as error:
-        raise ConfigError(f"{path}: not valid JSON: {error}") from error
     except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from error
-    return _validate(path, BertConfig, values)
+        what = "not valid JSON: " if isinstance(error, json.JSONDecodeError) else ""
+        raise ConfigError(f"{path}: {what}{error}") from error
+    return parse_config(path, BertConfig, values)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
@@ -358,16 +358,13 @@ def width_problems(what: str, width: int, bert: BertConfig) -> list[str]:
 def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
     """What of the sizes would keep the model from being built, each with the keys to change; empty if nothing."""
     problems = []
-    parts = [("bert_config's hidden_size", "num_attention_heads", bert.hidden_size, bert.num_attention_heads)]
+    parts = [("bert_config's hidden_size", bert.hidden_size, "num_attention_heads", bert.num_attention_heads)]
     plain = config.vision_model is None  # another's sizes are known when it is built: models/vit.py
     if plain:
         problems += width_problems("vision_width", config.vision_width, bert)
-        parts = [
-            ("image_res", "patch_size", config.image_res, config.patch_size),
-            ("vision_width", "vision_heads", config.vision_width, config.vision_heads),
-            *parts,
-        ]
-    for key, of, size, divisor in parts:
+        parts.insert(0, ("vision_width", config.vision_width, "vision_heads", config.vision_heads))
+        parts.insert(0, ("image_res", config.image_res, "patch_size", config.patch_size))
+    for key, size, of, divisor in parts:
         if size % divisor:
             problems.append(f"{key} is {size}, which its {of} of {divisor} does not divide")
     if plain and int(config.vision_width * config.vision_mlp_ratio) < 1:
@@ -420,32 +417,22 @@ def _lay_over(values: dict[str, Any], overrides: list[str] | None) -> None:
             raise ConfigError(f"--set {item}: not a valid YAML value ({str(error).partition(chr(10))[0]})") from error
 
 
-def _validate(path: str | Path, kind: type[AnyConfig], values: Any) -> AnyConfig:
-    try:
-        return kind.model_validate(values)
-    except ValidationError as error:
-        lines = [_explain(kind, detail["loc"], detail["type"], detail["msg"]) for detail in error.errors()]
-        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from None
-
-
 def _explain(kind: type[BaseModel], location: tuple[int | str, ...], error: str, message: str) -> str:
     key = ".".join(map(str, location))
     if error == "missing":
         return f"key '{key}' is missing"
     if error != "extra_forbidden":
         return f"key '{key}': {message}"
-    known = _known_keys(kind)
+    known = list(_known_keys(kind))
     nearest = difflib.get_close_matches(key, known, n=1) or difflib.get_close_matches(
         str(location[-1]), [name.rpartition(".")[2] for name in known], n=1
     )
     return f"unknown key '{key}'" + (f"; did you mean '{nearest[0]}'?" if nearest else "")
 
 
-def _known_keys(kind: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
+def _known_keys(kind: type[BaseModel]) -> Iterator[str]:
     for name, field in kind.model_fields.items():
-        keys.append(prefix + name)
+        yield name
         section = field.annotation
         if isinstance(section, type(BaseModel)):  # on Python 3.10, list[str] passes for a class but not as one
-            keys += _known_keys(section, f"{prefix}{name}.")
-    return keys
+            yield from (f"{name}.{key}" for key in _known_keys(section))

@@ -171,16 +171,13 @@ def _check_names(path: str | Path) -> None:
 
     PyTorch would refuse them as well, but search its own message about a name of megabytes for hours.
     """
-    longest = 0
     try:
         with open(path, "rb") as file:
             for _ in range(4):  # magic number, version, system, content
-                for code, name, _ in pickletools.genops(file):
-                    longest = max(longest, len(name) if code.name == "GLOBAL" and name else 0)
-    except ValueError:  # no pickle
-        longest = sys.maxsize
-    if longest > 1000:
-        raise UnreadableFile("not a file that PyTorch writes")
+                if any(code.name == "GLOBAL" and len(name or "") > 1000 for code, name, _ in pickletools.genops(file)):
+                    raise ValueError("a name without end")
+    except ValueError as error:
+        raise UnreadableFile("not a file that PyTorch writes") from error
 
 
 def why_unreadable(error: BaseException) -> str:

@@ -143,7 +143,7 @@ def start_of(args: argparse.Namespace) -> str | Path:
     return path or ""
 
 
-def differences(before: Row, config: PretrainConfig, settings: Row) -> list[str]:
+def changes_since(before: Row, config: PretrainConfig, settings: Row) -> list[str]:
     """How a run differs from the one whose checkpoint it continues, in lines "key: old -> new".
 
     Args:
@@ -164,8 +164,10 @@ def _as_text(values: Any, prefix: str = "") -> dict[str, str]:
     """Dotted keys and their values as JSON; of anything but a dict, nothing."""
     found: dict[str, str] = {}
     for key, value in values.items() if isinstance(values, dict) else ():
-        more = _as_text(value, f"{prefix}{key}.") if isinstance(value, dict) else None
-        found |= {f"{prefix}{key}": json.dumps(value, default=str)} if more is None else more
+        if isinstance(value, dict):
+            found |= _as_text(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = json.dumps(value, default=str)
     return found
 
 
@@ -295,9 +297,8 @@ def run_names(paths: Sequence[Path]) -> dict[str, Path]:
 
 def shortest_ends(paths: Sequence[Path]) -> list[str]:
     """As much of the end of each path as tells all of them apart; all of it where nothing does."""
-    longest = max((len(path.parts) for path in paths), default=0)
     ends: list[str] = []
-    for count in range(1, longest + 1):
+    for count in range(1, max((len(path.parts) for path in paths), default=0) + 1):
         ends = [str(Path(*path.parts[-count:])) for path in paths]
         if len(set(ends)) == len(ends):
             break

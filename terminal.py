@@ -31,12 +31,10 @@ class Escaping:
 def aligned(rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """Rows of cells as lines of columns: the first `left` of a row flush left, the others right; rows may be short."""
     widths = [max(map(len, column)) for column in itertools.zip_longest(*rows, fillvalue="")]
-    lines = []
-    for row in rows:
-        cells = zip(row, widths, strict=False)
-        padded = (cell.ljust(width) if i < left else cell.rjust(width) for i, (cell, width) in enumerate(cells))
-        lines.append("  ".join(padded).rstrip())
-    return "\n".join(lines)
+    padded = (
+        [cell.ljust(widths[i]) if i < left else cell.rjust(widths[i]) for i, cell in enumerate(row)] for row in rows
+    )
+    return "\n".join("  ".join(cells).rstrip() for cells in padded)
 
 
 def boolean(text: str) -> bool:

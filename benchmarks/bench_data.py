@@ -12,7 +12,7 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -39,24 +39,22 @@ def write_images(folder: Path, count: int) -> None:
     (folder / "train.json").write_text(json.dumps(entries), encoding="utf-8")
 
 
-def by_part(jpeg: bytes, rounds: int) -> Clock:
-    """Time each part for one image."""
-    clock, options = Clock(), AugmentConfig()
-    pixels = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+def parts(jpeg: bytes) -> dict[str, Callable[[], object]]:
+    """What is done to one image, by name."""
+
+    def decode() -> Image.Image:
+        return Image.open(io.BytesIO(jpeg)).convert("RGB")
+
+    rng, options, image = np.random.default_rng(0), AugmentConfig(), decode()
+    pixels, resized = np.asarray(image), resize_bicubic(image, 384)
     mask = np.zeros(pixels.shape[:2], np.uint8)
-    for i in range(rounds):
-        rng = np.random.default_rng(i)
-        with clock.measure("decode"):
-            image = Image.open(io.BytesIO(jpeg)).convert("RGB")
-        with clock.measure("augment for AMC, 256 px"):
-            augment_for_amc(pixels, mask, "a word", options, 256, 256, rng)
-        with clock.measure("augment for ALBEF, 256 px"):
-            augment_for_albef(pixels, "a word", options, 256, rng)
-        with clock.measure("resize for evaluation, 384 px"):
-            resized = resize_bicubic(image, 384)
-        with clock.measure("normalise, 384 px"):
-            normalise(resized)
-    return clock
+    return {
+        "decode": decode,
+        "augment for AMC, 256 px": lambda: augment_for_amc(pixels, mask, "a word", options, 256, 256, rng),
+        "augment for ALBEF, 256 px": lambda: augment_for_albef(pixels, "a word", options, 256, rng),
+        "resize for evaluation, 384 px": lambda: resize_bicubic(image, 384),
+        "normalise, 384 px": lambda: normalise(resized),
+    }
 
 
 def rate(batches: Iterable, size: int) -> str:
@@ -87,7 +85,8 @@ def main(quick: bool) -> None:
         folder = Path(name)
         write_images(folder, count)
         print(describe_machine() + "\n")
-        clock = by_part((folder / "0.jpg").read_bytes(), rounds)
+        clock = Clock()
+        clock.in_turns(parts((folder / "0.jpg").read_bytes()), rounds)
         print_table(["part", "ms"], ([label, f"{1000 * clock.median(label):.2f}"] for label in clock.seconds))
         print()
         heads = ["AMC samples a second", "ALBEF samples a second", "evaluation images a second"]

@@ -9,6 +9,7 @@ images to chosen points and boxes. Decoding is timed apart. Rounds of the two al
 """
 
 import argparse
+import functools
 import io
 import sys
 from pathlib import Path
@@ -30,8 +31,18 @@ from grounding import maps, metrics
 from grounding.explain import Explainer
 from models.albef import ALBEF, build_albef
 
-MIXES = {"refcoco": (384, 7), "flickr": (256, 14)}  # image_res, expressions per image
-DISTINCT = {"flickr": 11}  # equal strings among an image's phrases; an assumption, of every 14 three are repetitions
+
+class Mix(NamedTuple):
+    """What a benchmark asks: side of the images in pixels, texts an image, how many of them are distinct, the layer."""
+
+    image_res: int
+    texts: int
+    distinct: int
+    layer: int = 8
+
+
+# Of the phrases of an image of Flickr30k, three in 14 repeat another: an assumption.
+MIXES = {"refcoco": Mix(384, 7, 7), "flickr": Mix(256, 14, 11)}
 PUBLISHED_BATCH = 8
 
 
@@ -44,14 +55,14 @@ class Photo(NamedTuple):
     detections: np.ndarray
 
 
-def make_photos(images: int, texts: int, distinct: int, image_res: int) -> list[Photo]:
-    """Scenes with `texts` phrases each, of which so many are distinct, and 20 random detections."""
+def make_photos(mix: Mix, images: int) -> list[Photo]:
+    """Scenes with the phrases of a mix and 20 random detections each."""
     photos = []
     for i in range(images):
-        jpeg, found, rng = scene([7, i], distinct)
-        found += [found[int(rng.integers(distinct))] for _ in range(texts - distinct)]
+        jpeg, found, rng = scene([7, i], mix.distinct)
+        found += [found[int(rng.integers(mix.distinct))] for _ in range(mix.texts - mix.distinct)]
         boxes = np.concatenate([rng.uniform(0, 300, (20, 2)), rng.uniform(20, 300, (20, 2))], axis=1)
-        photos.append(Photo(jpeg, decode_pixels(jpeg, image_res), found, boxes))
+        photos.append(Photo(jpeg, decode_pixels(jpeg, mix.image_res), found, boxes))
     return photos
 
 
@@ -96,28 +107,25 @@ def run_ours(explainer: Explainer, photos: list[Photo], batch: int) -> list[Any]
 # ---- measurements
 
 
-def compare(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+def compare(mix: Mix, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Rounds of the published procedure, ours in float32 and ours in bfloat16; prints a table."""
-    image_res, layer = sizes(name, args)
-    texts = MIXES[name][1]
-    photos = make_photos(args.images, texts, DISTINCT.get(name, texts), image_res)
+    layer, photos = mix.layer, make_photos(mix, args.images)
     fast, device = published.with_onednn(model), torch.device("cpu")
-    explainers = {
-        label: Explainer(fast, tokenizer, device, "itm", layer, precision)
-        for label, precision in {"ours, fp32": torch.float32, "ours, bf16 image encoder": torch.bfloat16}.items()
-    }
-    for explainer in explainers.values():
-        run_ours(explainer, photos[:1], 1)  # the first call of a library is slow
-    clock, answers = Clock(), {}
-    for _ in range(args.rounds):
+
+    def baseline() -> list[Any]:
         model.requires_grad_(True)
-        with clock.measure("published"):
-            answers["published"] = run_published(model, tokenizer, layer, photos, PUBLISHED_BATCH)
+        chosen = run_published(model, tokenizer, layer, photos, PUBLISHED_BATCH)
         model.zero_grad(set_to_none=True)
         model.requires_grad_(False)
-        for label, explainer in explainers.items():
-            with clock.measure(label):
-                answers[label] = run_ours(explainer, photos, args.batch)
+        return chosen
+
+    calls = {"published": baseline}
+    for label, precision in {"ours, fp32": torch.float32, "ours, bf16 image encoder": torch.bfloat16}.items():
+        explainer = Explainer(fast, tokenizer, device, "itm", layer, precision)
+        run_ours(explainer, photos[:1], 1)  # the first call of a library is slow
+        calls[label] = functools.partial(run_ours, explainer, photos, args.batch)
+    clock = Clock()
+    answers = clock.in_turns(calls, args.rounds)
     each = {label: clock.median(label) / len(chosen) for label, chosen in answers.items()}
 
     def row(label: str) -> list[str]:
@@ -126,25 +134,21 @@ def compare(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
         ratio = each["published"] / each[label]
         return [label, f"{each[label]:.3f}", f"{ratio:.1f}", f"{clock.memory[label]:.1f}", *same]
 
-    print(f"\n{name}: {image_res} px, {texts} expressions an image, {args.images} images, {args.rounds} rounds\n")
+    print(f"{mix.image_res} px, {mix.texts} expressions an image, {args.images} images, {args.rounds} rounds\n")
     print_table(["", "s per expression", "ratio", "peak memory, GB", "same points", "same boxes"], map(row, answers))
 
 
-def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+def profile(mix: Mix, model: ALBEF, tokenizer: Tokenizer, rounds: int) -> None:
     """Each part of ours, one image at a time; prints a table of medians."""
-    image_res, layer = sizes(name, args)
-    texts = MIXES[name][1]
-    photos = make_photos(args.rounds + 1, texts, DISTINCT.get(name, texts), image_res)
-    model = published.with_onednn(model)
-    clock = Clock()
-    for photo in photos:
+    model, clock = published.with_onednn(model), Clock()
+    for photo in make_photos(mix, rounds + 1):
         tokens = tokenizer(list(dict.fromkeys(photo.texts)))
         with clock.measure("loading"):
-            pixels = decode_pixels(photo.jpeg, image_res)
+            pixels = decode_pixels(photo.jpeg, mix.image_res)
         with clock.measure("image encoder, keys and values"):
-            encoded = model.encode(pixels[None], only=("itm", layer))
+            encoded = model.encode(pixels[None], only=("itm", mix.layer))
         with clock.measure("text, fusion and gradient"):
-            found = model.explain(encoded, None, tokens, "itm", layer)
+            found = model.explain(encoded, None, tokens, "itm", mix.layer)
         with clock.measure("map, point and box"):
             for cam in found.maps:
                 resized = maps.ResizedMap(cam, HEIGHT, WIDTH)
@@ -152,17 +156,10 @@ def profile(name: str, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namesp
                 metrics.best_detection(resized, photo.detections)
     medians = {label: clock.median(label, skip=1) for label in clock.seconds}
     total = sum(medians.values()) - medians["loading"]
-    print(f"\n{name}, by part: one image of {texts} expressions at a time; loading runs beside, in other processes\n")
+    print(f"by part: one image of {mix.texts} expressions at a time; loading runs beside, in other processes\n")
     shares = {label: f"{100 * value / total:.1f}%" for label, value in medians.items()} | {"loading": "-"}
-    print_table(
-        ["part", "ms per image", "share"],
-        ([label, f"{1000 * value:.1f}", shares[label]] for label, value in medians.items()),
-    )
-
-
-def sizes(name: str, args: argparse.Namespace) -> tuple[int, int]:
-    """Side of the images, and the GradCAM layer."""
-    return (96, 3) if args.quick else (MIXES[name][0], 8)
+    rows = ([label, f"{1000 * value:.1f}", shares[label]] for label, value in medians.items())
+    print_table(["part", "ms per image", "share"], rows)
 
 
 def main() -> None:
@@ -180,8 +177,11 @@ def main() -> None:
     for name in args.mixes:
         config = load_config(folder / ("scenes" if args.quick else "") / f"Grounding_{name}.yaml", GroundingConfig)
         model = build_albef(config).eval().requires_grad_(False)
-        compare(name, model, tokenizer, args)
-        profile(name, model, tokenizer, args)
+        mix = MIXES[name]._replace(image_res=96, layer=3) if args.quick else MIXES[name]
+        print(f"\n{name}: ", end="")
+        compare(mix, model, tokenizer, args)
+        print(f"\n{name}, ", end="")
+        profile(mix, model, tokenizer, args.rounds)
 
 
 if __name__ == "__main__":

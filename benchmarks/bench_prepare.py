@@ -10,7 +10,6 @@ any other, while names and attributes are few, so that an image's objects share 
 
 import json
 import resource
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -40,23 +39,16 @@ FORMS = (
 
 
 def main(images: int, regions: int, objects: int, out: Path | None) -> None:
-    folder = Path(tempfile.mkdtemp(dir=out and out.resolve()))
-    try:
-        write_raw(folder / "raw", images, regions, objects)
-        run_prepare(folder)
-    finally:
-        shutil.rmtree(folder)
-
-
-def run_prepare(folder: Path) -> None:
     """Run the program in a process of its own, whose peak of memory the system keeps."""
-    print(describe_machine(), flush=True)
-    show_sizes(folder / "raw")
-    started, load = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-    command = [sys.executable, "prepare.py", "vg", str(folder / "raw"), "--out", str(folder / "out")]
-    subprocess.run(command, check=True, cwd=ROOT)
-    seconds, usage = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
-    show_sizes(folder / "out")
+    with tempfile.TemporaryDirectory(dir=out and out.resolve()) as name:
+        raw, made = Path(name, "raw"), Path(name, "out")
+        write_raw(raw, images, regions, objects)
+        print(describe_machine(), flush=True)
+        show_sizes(raw)
+        started, load = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "prepare.py", "vg", str(raw), "--out", str(made)], check=True, cwd=ROOT)
+        seconds, usage = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN)
+        show_sizes(made)
     busy = usage.ru_utime + usage.ru_stime - load.ru_utime - load.ru_stime
     peak = usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
     print(f"{seconds / 60:.1f} minutes ({busy / 60:.1f} of one core), {peak:.2f} GB of memory at most")
@@ -73,7 +65,7 @@ def write_raw(folder: Path, images: int, regions: int, objects: int) -> None:
     makers: dict[str, Callable[[int, Generator], dict[str, Any]]] = {
         "image_data": image_row,
         "region_descriptions": lambda i, rng: {"id": i, "regions": region_rows(i, regions, rng)},
-        "attributes": lambda i, rng: {"image_id": i, "attributes": object_rows(i, objects, rng, attributes=True)},
+        "attributes": lambda i, rng: {"image_id": i, "attributes": object_rows(i, objects, rng)},
         "objects": lambda i, rng: {"image_id": i, "objects": object_rows(i, objects, rng, attributes=False)},
     }
     for index, (name, make) in enumerate(makers.items()):
@@ -105,14 +97,13 @@ def boxed_rows(image_id: int, mean: int, rng: Generator) -> Iterator[tuple[dict[
 def region_rows(image_id: int, mean: int, rng: Generator) -> list[dict[str, Any]]:
     rows = []
     for row, (form, a, n, m) in boxed_rows(image_id, mean, rng):
-        words = {"a": ADJECTIVES[a % len(ADJECTIVES)], "n": THINGS[n % len(THINGS)], "m": m}
-        box = {"x": row["x"], "y": row["y"], "width": row["w"], "height": row["h"]}
-        phrase = FORMS[form % len(FORMS)].format(**words)
-        rows.append({"region_id": row["id"], "image_id": image_id, "phrase": phrase, **box})
+        phrase = FORMS[form % len(FORMS)].format(a=ADJECTIVES[a % len(ADJECTIVES)], n=THINGS[n % len(THINGS)], m=m)
+        row |= {"region_id": row.pop("id"), "width": row.pop("w"), "height": row.pop("h")}
+        rows.append(row | {"image_id": image_id, "phrase": phrase})
     return rows
 
 
-def object_rows(image_id: int, mean: int, rng: Generator, *, attributes: bool) -> list[dict[str, Any]]:
+def object_rows(image_id: int, mean: int, rng: Generator, *, attributes: bool = True) -> list[dict[str, Any]]:
     rows = []
     for row, (name, first, second, kind) in boxed_rows(image_id, mean, rng):
         noun = THINGS[name % len(THINGS)]

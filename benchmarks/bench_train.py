@@ -9,6 +9,7 @@ Peak memory is that of a process of its own, which does two steps.
 """
 
 import argparse
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -65,29 +66,24 @@ class Trainer:
     """The model with its batch and optimizers, ready to make a step of any variant."""
 
     def __init__(self, args: argparse.Namespace) -> None:
-        config = load_config(
-            Path(__file__).parents[1] / "configs" / ("scenes" if args.quick else "") / "Pretrain.yaml", PretrainConfig
-        )
+        folder = Path(__file__).parents[1] / "configs" / ("scenes" if args.quick else "")
+        config = load_config(folder / "Pretrain.yaml", PretrainConfig)
         self.config = config.model_copy(update={"negative_sharpness": 1.0})
         self.model = build_model(self.config)
         self.fast = published.with_onednn(self.model)
-        self.batch = make_batch(
-            args.batch, args.tokens, self.config, load_bert_config(self.config.bert_config).vocab_size
-        )
+        self.batch = make_batch(args.batch, args.tokens, self.config, load_bert_config(config.bert_config).vocab_size)
         groups = parameter_groups(self.model, 0.0)
         self.plain = torch.optim.AdamW(groups, lr=1e-30, foreach=False, fused=False)
         self.ours = create_optimizer(OptimizerConfig(opt="adamW", lr=1e-30, weight_decay=0.0), self.model)
         self.ours.state = self.plain.state  # one set of moments
-        self.queues: dict[str, Tensor] = {}
+        self.queues = {name: buffer.clone() for name, buffer in self.model.named_buffers() if "queue" in name}
 
     def reset(self) -> None:
-        """The queues as they were at first, and the random state that draws the negatives."""
-        if not self.queues:
-            self.queues = {name: buffer.clone() for name, buffer in self.model.named_buffers() if "queue" in name}
-        with torch.no_grad():
-            for name, buffer in self.queues.items():
-                self.model.get_buffer(name).copy_(buffer)
+        """The queues as they were at first, the random state that draws the negatives, and glibc's setting."""
+        for name, buffer in self.queues.items():
+            self.model.get_buffer(name).copy_(buffer)
         torch.manual_seed(2)
+        utils.return_freed_memory(GLIBC_KEEPS)
 
     def step(self, label: str) -> dict[str, float]:
         """Forward, backward and AdamW; returns the losses."""
@@ -129,15 +125,11 @@ def main() -> None:
             trainer.step(args.memory_of)
         print(peak_memory())
         return
-    clock, found = Clock(), {}
-    for _ in range(args.rounds + 1):
-        for label in STEP_VARIANTS:
-            trainer.reset()
-            with clock.measure(label):
-                found[label] = trainer.step(label)
-            utils.return_freed_memory(GLIBC_KEEPS)
+    clock = Clock()
+    calls = {label: functools.partial(trainer.step, label) for label in STEP_VARIANTS}
+    found = clock.in_turns(calls, args.rounds + 1, before=trainer.reset)
     image_res = trainer.config.image_res
-    del trainer
+    del trainer, calls
 
     print(describe_machine())
     print(f"batch {args.batch}, {image_res} px, {args.tokens} tokens, {args.rounds} rounds after a first one\n")

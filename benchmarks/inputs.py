@@ -10,7 +10,7 @@ from numpy.random import Generator
 from PIL import Image
 
 from dataset.scenes.files import vocabulary
-from dataset.scenes.language import KINDS, describe, text
+from dataset.scenes.language import KINDS, find_phrase, text
 from dataset.scenes.world import draw_scene, render
 from dataset.text import Tokenizer, load_tokenizer
 
@@ -23,7 +23,7 @@ def scene(seed: Sequence[int], phrases: int) -> tuple[bytes, list[str], Generato
     drawn = draw_scene(rng, 560)
     found: list[str] = []
     while len(found) < phrases:
-        spec = describe(drawn, int(rng.integers(len(drawn.things))), KINDS[len(found) % 4], rng)
+        spec = find_phrase(drawn, int(rng.integers(len(drawn.things))), KINDS[len(found) % 4], rng)
         phrase = text(spec, rng) if spec else f"the thing {len(found)}"
         found += [phrase] if phrase not in found else []
     jpeg = io.BytesIO()

@@ -3,17 +3,20 @@
 import argparse
 import os
 import platform
+import re
 import resource
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
+T = TypeVar("T")
 
 
 class Clock:
@@ -32,6 +35,22 @@ class Clock:
         self.seconds.setdefault(label, []).append(time.perf_counter() - started)
         self.memory[label] = max(self.memory.get(label, 0.0), peak_memory())
 
+    def in_turns(
+        self, calls: Mapping[str, Callable[[], T]], rounds: int, before: Callable[[], object] = lambda: None
+    ) -> dict[str, T]:
+        """Measure each call once a round, so that a busy minute of the machine meets all; returns the last results.
+
+        Args:
+            before: done before each call, not measured.
+        """
+        results = {}
+        for _ in range(rounds):
+            for label, call in calls.items():
+                before()
+                with self.measure(label):
+                    results[label] = call()
+        return results
+
     def median(self, label: str, skip: int = 0) -> float:
         """The median of all times but the first `skip`."""
         return statistics.median(self.seconds[label][skip:])
@@ -39,20 +58,18 @@ class Clock:
 
 def peak_memory() -> float:
     """The most memory in GB that this process has held, on Linux since `Clock.measure` began."""
-    if STATUS.exists():
-        for line in STATUS.read_text().splitlines():
-            if line.startswith("VmHWM"):
-                return int(line.split()[1]) * 1024 / 1e9
+    if STATUS.exists() and (found := re.search(r"VmHWM:\s*(\d+)", STATUS.read_text())):
+        return int(found[1]) * 1024 / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
 def describe_machine() -> str:
     """Processor, cores, threads and PyTorch's version, as one line."""
     model = platform.processor() or "unknown processor"
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        names = [line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-        model = names[0] if names else model
+    if (cpuinfo := Path("/proc/cpuinfo")).exists() and (
+        found := re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text())
+    ):
+        model = found[1].strip()
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 

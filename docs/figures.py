@@ -39,8 +39,7 @@ from grounding import maps, metrics
 from grounding.explain import EncodedImage, Explainer, Grounding, clean_phrase, encode, ground, ground_all
 from grounding.load import open_model
 from grounding.pictures.overlay import SMALL, word_strip, wrap
-from grounding.pictures.render import COLORMAP, DPI, RIGHT, WRONG, draw, pixels
-from grounding.pictures.render import Box as DrawnBox
+from grounding.pictures.render import COLORMAP, DPI, RIGHT, WRONG, DrawnBox, draw, pixels
 from models import amc
 from models.interface import Explanation
 
@@ -119,7 +118,7 @@ def training_view(
     pixels, mask, _ = augment_for_amc(np.asarray(image), covered, phrase, AS_IT_IS, side, config.mask_size, rng)
     encoded = encode(explainer, Image.fromarray(pixels), resize_bilinear_image)
     cam = look(explainer._replace(block=config.amc.layer), encoded, phrase).maps.cpu()
-    return Training(pixels, amc.resize(amc.normalise(cam), config.mask_size)[0], torch.from_numpy(mask).float())
+    return Training(pixels, amc.resize(amc.normalise_map(cam), config.mask_size)[0], torch.from_numpy(mask).float())
 
 
 class Term(NamedTuple):

@@ -60,7 +60,7 @@ def _attention_times_gradient(attention: Tensor, gradient: Tensor, token_mask: T
     return patches_attention * patches_gradient
 
 
-def normalise(cam: Tensor) -> Tensor:
+def normalise_map(cam: Tensor) -> Tensor:
     """Scale each map (B, h, w) to [0, 1): ReLU, minus its minimum, over (its maximum + 1e-7), differentiably."""
     cam = cam.relu()
     cam = cam - cam.amin(dim=(1, 2), keepdim=True)
@@ -144,7 +144,7 @@ def map_losses(cam: Tensor, mask: Tensor, has_box: Tensor, options: AMCConfig) -
         mask: (B, s, s) in [0, 1]; the map is normalised and resized to it.
         has_box: (B,) of 1 and 0.
     """
-    cam, mask = resize(normalise(cam), mask.shape[-1]), mask.float()
+    cam, mask = resize(normalise_map(cam), mask.shape[-1]), mask.float()
     return {f"loss_{name}": loss(cam, mask, has_box, options) for name, loss in MAP_LOSSES.items()}
 
 

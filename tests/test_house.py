@@ -54,28 +54,41 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), str(path))
 
 
+@functools.cache
+def import_statements(name: str) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """The imports of a module, and whether each is inside a function; without those for type checking alone."""
+    found: list[tuple[ast.Import | ast.ImportFrom, bool]] = []
+    todo: list[tuple[ast.AST, bool]] = [(tree(modules()[name]), False)]
+    while todo:
+        node, lazy = todo.pop()
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found.append((node, lazy))
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            todo += [(each, lazy) for each in node.orelse]
+        elif not isinstance(node, ast.expr):
+            lazy |= isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+            todo += [(each, lazy) for each in ast.iter_child_nodes(node)]
+    return found
+
+
 def imports(name: str, lazy: bool = True) -> Iterator[tuple[str, int]]:
-    """(module imported, line) of a module, ours and others', without those for type checking alone.
+    """(module imported, line) of a module, ours and others'.
 
     Args:
         lazy: those inside functions as well.
     """
-    todo: list[ast.AST] = [tree(modules()[name])]
-    while todo:
-        node = todo.pop()
+    for node, inside in import_statements(name):
+        if inside and not lazy:
+            continue
         if isinstance(node, ast.Import):
             yield from ((alias.name, node.lineno) for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
+        else:
             package = name if modules()[name].name == "__init__.py" else name.rpartition(".")[0]
             above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
             source = ".".join([*above, *filter(None, [node.module])])
             for alias in node.names:
                 whole = f"{source}.{alias.name}"
                 yield whole if whole in modules() else source, node.lineno
-        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-            todo += node.orelse
-        elif lazy or not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
-            todo += ast.iter_child_nodes(node)
 
 
 def ours(name: str, lazy: bool = True) -> list[tuple[str, int]]:
@@ -195,7 +208,7 @@ def _is_defined(dotted: str) -> bool:
     if count in (0, len(parts)) or f".{parts[count]}" in (*TEXTS, ".json", ".pth"):  # a file of that name
         return True
     module = ".".join(parts[:count])
-    imported = {alias.name for node in ast.walk(tree(modules()[module])) for alias in _aliases(node)}
+    imported = {alias.name for node, _ in import_statements(module) for alias in node.names}
     return parts[count] in defined(module) | imported
 
 
@@ -240,18 +253,14 @@ def homes() -> dict[str, list[str]]:
 
     A constant is public where another module imports it.
     """
-    nodes = (node for path in modules().values() for node in ast.walk(tree(path)))
-    taken = {(node.module, alias.name) for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    nodes = (node for module in modules() for node, _ in import_statements(module) if isinstance(node, ast.ImportFrom))
+    taken = {(node.module, alias.name) for node in nodes for alias in node.names}
     found: dict[str, list[str]] = {}
     for module in modules():
         for name in defined(module) if floor(module) < len(FLOORS) - 1 else ():
             if not name.startswith("_") and (not name.isupper() or (module, name) in taken):
                 found.setdefault(name, []).append(module)
     return {name: places for name, places in sorted(found.items()) if len(places) > 1}
-
-
-def _aliases(node: ast.AST) -> list[ast.alias]:
-    return node.names if isinstance(node, ast.Import | ast.ImportFrom) else []
 
 
 @pytest.mark.parametrize("name", homes())

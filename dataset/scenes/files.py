@@ -18,9 +18,19 @@ from PIL import Image
 
 from dataset.scenes import language as phrases
 from dataset.scenes import world
-from dataset.scenes.language import CAPTION_STYLES, KINDS, Spec, compose, compose_part, describe, matches, nouns, text
+from dataset.scenes.language import (
+    CAPTION_STYLES,
+    KINDS,
+    Spec,
+    compose,
+    compose_part,
+    find_phrase,
+    matches,
+    nouns,
+    text,
+)
 from dataset.scenes.world import Scene, draw_scene, pick, shuffled
-from utils import atomic_path
+from utils import atomic_path, write_text
 
 VERSION = 2
 SPLITS = ("train", "val", "testA", "testB")
@@ -91,37 +101,32 @@ def generate(
         )
     (out / MANIFEST).unlink(missing_ok=True)
     (out / "images").mkdir(parents=True, exist_ok=True)
-    caption_rows: list[Row] = []
-    phrase_rows: list[Row] = []
-    drawn: dict[str, list[Drawn]] = {split: [] for split in SPLITS[1:]}
+    drawn: dict[str, list[Drawn]] = {split: [] for split in SPLITS}
     for index, split in enumerate(SPLITS):
         for i in range(train if split == "train" else evaluation):
             rng = np.random.default_rng([seed, index, i])
             one = Drawn(IDS_PER_SPLIT * index + i, split, draw_scene(rng, size, split == "testB"), rng)
             image = Image.fromarray(world.render(one.scene, rng))
             image.save(out / "images" / one.name, quality=95, subsampling=0)
-            if split == "train":
-                caption_rows.append(_caption_row(one))
-                if i < annotated:
-                    phrase_rows += _phrase_rows(one)
-            else:
-                drawn[split].append(one)
+            drawn[split].append(one)
             progress(1)
 
-    evaluated = [one for split in SPLITS[1:] for one in drawn[split]]
-    counts = {"train_captions.json": len(caption_rows), "train_phrases.json": len(phrase_rows)}
-    _write_json(out / "train_captions.json", caption_rows)
-    _write_json(out / "train_phrases.json", phrase_rows)
+    rows = {"train_captions.json": [_caption_row(one) for one in drawn["train"]]}
+    rows["train_phrases.json"] = [row for one in drawn["train"][:annotated] for row in _phrase_rows(one)]
+    counts = {name: len(found) for name, found in rows.items()}
     # RefCOCO+ has no words of location.
+    evaluated = drawn["val"] + drawn["testA"] + drawn["testB"]
     counts["refcoco+"] = _write_refer(out / "refer", "refcoco+", evaluated, ("attribute", "size"))
     counts["refclef"] = _write_refer(out / "refer", "refclef", evaluated, KINDS)
     for split, ones in (("val", drawn["val"]), ("test", drawn["testA"] + drawn["testB"])):
         counts[f"flickr {split}"] = _write_flickr(out / "flickr", split, ones)
     for index, split in ((1, "val"), (3, "testB")):
-        rows = _matching_rows(drawn[split], np.random.default_rng([seed, index, evaluation, 1]))
-        counts[f"matching_{split}.json"] = len(rows)
-        _write_json(out / f"matching_{split}.json", rows)
-    _write_bytes(out / "text_encoder" / "vocab.txt", ("\n".join(vocabulary()) + "\n").encode())
+        found = _matching_rows(drawn[split], np.random.default_rng([seed, index, evaluation, 1]))
+        name = f"matching_{split}.json"
+        rows[name], counts[name] = found, len(found)
+    for name, found in rows.items():
+        _write_json(out / name, found)
+    write_text(out / "text_encoder" / "vocab.txt", "\n".join(vocabulary()) + "\n")
     manifest = {"parameters": parameters(seed, train, annotated, evaluation, size), "counts": counts}
     _write_json(out / MANIFEST, manifest, indent=2)
     return counts
@@ -130,7 +135,7 @@ def generate(
 def vocabulary() -> list[str]:
     """The WordPiece vocabulary: BERT's special tokens, all words of the scenes, letters and digits for other words."""
     characters = string.ascii_lowercase + string.digits
-    known = set(phrases.words()) | set(ENDING.split()) | set(characters)
+    known = set(phrases.known_words()) | set(ENDING.split()) | set(characters)
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(known), *("##" + c for c in characters)]
 
 
@@ -166,7 +171,7 @@ def _phrase_rows(one: Drawn) -> list[Row]:
 
 def _paraphrases(scene: Scene, target: int, rng: Generator, count: int, kinds: Sequence[str] = KINDS) -> list[Spec]:
     """Up to `count` phrases for one object, each of another kind."""
-    found = (describe(scene, target, kind, rng) for kind in shuffled(rng, kinds))
+    found = (find_phrase(scene, target, kind, rng) for kind in shuffled(rng, kinds))
     return list(itertools.islice((spec for spec in found if spec), count))
 
 
@@ -175,9 +180,10 @@ def _boxes(spec: Spec, scene: Scene) -> list[list[int]]:
     return [list(scene.things[i].box) for i in matches(spec, scene)]
 
 
-def _xywh(box: world.Box) -> list[int]:
-    """[x1, y1, x2, y2] as [x, y, width, height]."""
-    return [box[0], box[1], box[2] - box[0], box[3] - box[1]]
+def _xywh(thing: world.Thing) -> list[int]:
+    """The box of an object as [x, y, width, height]."""
+    x1, y1, x2, y2 = thing.box
+    return [x1, y1, x2 - x1, y2 - y1]
 
 
 def _targets(one: Drawn) -> list[int]:
@@ -192,33 +198,43 @@ def _targets(one: Drawn) -> list[int]:
 
 def _write_refer(root: Path, dataset: str, drawn: list[Drawn], kinds: Sequence[str]) -> int:
     """Write REFER's files and the test lists: two targets a scene, two sentences a target. Returns how many targets."""
-    folder = root / dataset
     refs: list[Row] = []
     tests: dict[str, list[Row]] = {"val": [], "test": []}
     images: list[Row] = []
     annotations: list[Row] = []
-    sent_id = 0
+    sent_ids = itertools.count()
     for one in drawn:
         images.append({"id": one.image_id, "width": one.scene.width, "height": one.scene.height, "file_name": one.name})
         first = len(annotations)
         annotations += [_annotation(first + k, one.image_id, thing) for k, thing in enumerate(one.scene.things)]
         for target in _targets(one)[:2]:
-            specs = _paraphrases(one.scene, target, one.rng, 2, kinds)
             sentences = []
-            for sentence in (text(spec, one.rng) for spec in specs):
-                row: Row = {"image": one.name, "text": sentence, "ref_id": len(refs)}
-                tests["val" if one.split == "val" else "test"].append(
-                    row | ({"split": one.split} if dataset == "refclef" else {})
-                )
-                tokens = sentence.split()
-                sentences.append({"sent_id": sent_id, "sent": sentence, "raw": sentence, "tokens": tokens})
-                sent_id += 1
+            for spec in _paraphrases(one.scene, target, one.rng, 2, kinds):
+                sent = text(spec, one.rng)
+                row: Row = {"image": one.name, "text": sent, "ref_id": len(refs)}
+                row |= {"split": one.split} if dataset == "refclef" else {}
+                tests["val" if one.split == "val" else "test"].append(row)
+                sentences.append({"sent_id": next(sent_ids), "sent": sent, "raw": sent, "tokens": sent.split()})
             if sentences:
-                refs.append(_ref(len(refs), annotations[first + target], one, sentences))
+                annotation = annotations[first + target]
+                refs.append(
+                    {
+                        "ref_id": len(refs),
+                        "ann_id": annotation["id"],
+                        "image_id": one.image_id,
+                        "category_id": annotation["category_id"],
+                        "file_name": one.name,
+                        "split": one.split,
+                        "sent_ids": [sentence["sent_id"] for sentence in sentences],
+                        "sentences": sentences,
+                    }
+                )
+    folder = root / dataset
     categories = [{"id": k, "name": shape} for k, shape in enumerate(world.SHAPES, 1)]
     instances = {"images": images, "annotations": annotations, "categories": categories}
     _write_json(folder / "instances.json", instances)
-    _write_bytes(folder / "refs(unc).p", pickle.dumps(refs, protocol=2))
+    with atomic_path(folder / "refs(unc).p") as temporary:
+        temporary.write_bytes(pickle.dumps(refs, protocol=2))
     if dataset == "refcoco+":
         _write_json(folder / "dets.json", {str(one.image_id): _detections(one) for one in drawn})
     for part, rows in tests.items():
@@ -227,32 +243,22 @@ def _write_refer(root: Path, dataset: str, drawn: list[Drawn], kinds: Sequence[s
 
 
 def _annotation(index: int, image_id: int, thing: world.Thing) -> Row:
-    x, y, w, h = _xywh(thing.box)
+    x, y, w, h = _xywh(thing)
     category = world.SHAPES.index(thing.shape) + 1
     outline = [[x, y, x + w, y, x + w, y + h, x, y + h]]
     row = {"id": index, "image_id": image_id, "bbox": [x, y, w, h], "category_id": category}
     return row | {"segmentation": outline, "area": w * h, "iscrowd": 0}
 
 
-def _ref(ref_id: int, annotation: Row, one: Drawn, sentences: list[Row]) -> Row:
-    return {
-        "ref_id": ref_id,
-        "ann_id": annotation["id"],
-        "image_id": one.image_id,
-        "category_id": annotation["category_id"],
-        "file_name": one.name,
-        "split": one.split,
-        "sent_ids": [sentence["sent_id"] for sentence in sentences],
-        "sentences": sentences,
-    }
-
-
 def _detections(one: Drawn) -> list[list[float]]:
-    """Simulated detections [x, y, w, h, score], best score first: each object's box, a shifted copy, random boxes."""
+    """Simulated detections [x, y, w, h, score] inside the image, best score first.
+
+    Each object has its own box and a shifted one; four boxes are random.
+    """
     scene, rng = one.scene, one.rng
     found = []
     for thing in scene.things:
-        x, y, w, h = _xywh(thing.box)
+        x, y, w, h = _xywh(thing)
         dx, dy = rng.uniform(-0.3, 0.3, 2) * (w, h)
         sw, sh = rng.uniform(0.8, 1.25, 2) * (w, h)
         found += [[x, y, w, h, rng.uniform(0.9, 1)], [x + dx, y + dy, sw, sh, rng.uniform(0.5, 0.9)]]
@@ -260,15 +266,12 @@ def _detections(one: Drawn) -> list[list[float]]:
         w, h = rng.uniform(0.15, 0.6, 2) * (scene.width, scene.height)
         x, y = rng.uniform(0, 1, 2) * (scene.width - w, scene.height - h)
         found.append([x, y, w, h, rng.uniform(0.1, 0.5)])
-    return [_inside(box, scene) for box in sorted(found, key=lambda box: -box[4])]
-
-
-def _inside(detection: Sequence[float], scene: Scene) -> list[float]:
-    """A detection [x, y, w, h, score], clipped to the image and rounded."""
-    x, y, w, h, score = detection
-    x1, y1 = max(x, 0), max(y, 0)
-    x2, y2 = min(x + w, scene.width), min(y + h, scene.height)
-    return [*(round(float(v), 2) for v in (x1, y1, x2 - x1, y2 - y1)), round(float(score), 4)]
+    rows = []
+    for x, y, w, h, score in sorted(found, key=lambda row: -row[4]):
+        x1, y1 = max(x, 0), max(y, 0)
+        box = (x1, y1, min(x + w, scene.width) - x1, min(y + h, scene.height) - y1)
+        rows.append([*(round(float(value), 2) for value in box), round(float(score), 4)])
+    return rows
 
 
 # ---- Flickr30k Entities, in info-ground's format
@@ -279,17 +282,17 @@ def _write_flickr(folder: Path, split: str, drawn: list[Drawn]) -> int:
 
     Returns the number of phrases with boxes.
     """
-    boxes: dict[str, Row] = {}
-    sentences: dict[str, list[Row]] = {}
-    count = 0
-    for one in drawn:
-        key = Path(one.name).stem
-        boxes[key], sentences[key] = _flickr_image(one)
-        count += sum(phrase["phrase_id"] in boxes[key]["boxes"] for row in sentences[key] for phrase in row["phrases"])
-    _write_bytes(folder / f"{split}.txt", "".join(f"{Path(one.name).stem}\n" for one in drawn).encode())
-    _write_json(folder / f"bounding_boxes_{split}.json", boxes, sort_keys=True, indent=4)
-    _write_json(folder / f"sentences_{split}.json", sentences, sort_keys=True, indent=4)
-    return count
+    images = {Path(one.name).stem: _flickr_image(one) for one in drawn}
+    write_text(folder / f"{split}.txt", "".join(f"{name}\n" for name in images))
+    for name, part in (("bounding_boxes", 0), ("sentences", 1)):
+        content = {key: image[part] for key, image in images.items()}
+        _write_json(folder / f"{name}_{split}.json", content, sort_keys=True, indent=4)
+    return sum(
+        phrase["phrase_id"] in image["boxes"]
+        for image, sentences in images.values()
+        for row in sentences
+        for phrase in row["phrases"]
+    )
 
 
 def _flickr_image(one: Drawn) -> tuple[Row, list[Row]]:
@@ -332,20 +335,15 @@ class Statement(NamedTuple):
     """A text that is true of a scene.
 
     Args:
-        scene: index of the scene.
         form: texts of the same form differ in their words only.
         claims: what the text says of each object.
     """
 
-    scene: int
+    one: Drawn
     kind: str
     form: tuple[object, ...]
     text: str
     claims: list[Spec]
-
-    def is_false(self, scene: Scene) -> bool:
-        """Whether some claim is clearly false of every object of the scene."""
-        return any(not matches(spec, scene, lenient=True) for spec in self.claims)
 
 
 def _matching_rows(drawn: list[Drawn], rng: Generator) -> list[Row]:
@@ -353,44 +351,37 @@ def _matching_rows(drawn: list[Drawn], rng: Generator) -> list[Row]:
 
     Both texts have the same form, so that only the image tells which is true.
     """
-    statements = [statement for index, one in enumerate(drawn) for statement in _statements(index, one)]
+    statements = [statement for one in drawn for statement in _statements(one)]
     by_form: dict[tuple[object, ...], list[Statement]] = {}
     for statement in statements:
         by_form.setdefault(statement.form, []).append(statement)
     rows: list[Row] = []
     used: set[tuple[str, str]] = set()
     for statement in statements:
-        one = drawn[statement.scene]
+        scene, name = statement.one.scene, statement.one.name
         for other in shuffled(rng, by_form[statement.form]):
-            if (one.name, other.text) not in used and other.is_false(one.scene):
-                used.add((one.name, other.text))
+            clearly_false = any(not matches(spec, scene, lenient=True) for spec in other.claims)
+            if clearly_false and (name, other.text) not in used:
+                used.add((name, other.text))
                 for words, match in ((statement.text, 1), (other.text, 0)):
-                    rows.append({"image": one.name, "text": words, "match": match, "kind": statement.kind})
+                    rows.append({"image": name, "text": words, "match": match, "kind": statement.kind})
                 break
     return rows
 
 
-def _statements(index: int, one: Drawn) -> list[Statement]:
+def _statements(one: Drawn) -> list[Statement]:
     """Two phrases of different kinds and two captions of different styles, all true of a scene."""
     scene, rng = one.scene, one.rng
     targets = itertools.cycle(_targets(one))
-    specs = ((kind, describe(scene, next(targets), kind, rng)) for kind in shuffled(rng, KINDS))
-    true = list(itertools.islice(((kind, spec) for kind, spec in specs if spec), 2))
-    found = [Statement(index, "phrase", (kind, *spec.form), text(spec, rng), [spec]) for kind, spec in true]
+    phrases = ((kind, find_phrase(scene, next(targets), kind, rng)) for kind in shuffled(rng, KINDS))
+    true = list(itertools.islice(((kind, spec) for kind, spec in phrases if spec), 2))
+    found = [Statement(one, "phrase", (kind, *spec.form), text(spec, rng), [spec]) for kind, spec in true]
     for style in shuffled(rng, CAPTION_STYLES)[:2]:
         caption = compose(scene, rng, style)
         claims = [mention.spec for mention in caption.mentions]
-        found.append(Statement(index, "caption", (style,), caption.text, claims))
+        found.append(Statement(one, "caption", (style,), caption.text, claims))
     return found
 
 
-# ---- writing
-
-
 def _write_json(path: Path, value: Any, **options: Any) -> None:
-    _write_bytes(path, (json.dumps(value, **options) + "\n").encode())
-
-
-def _write_bytes(path: Path, content: bytes) -> None:
-    with atomic_path(path) as temporary:
-        temporary.write_bytes(content)
+    write_text(path, json.dumps(value, **options) + "\n")

@@ -4,6 +4,7 @@ A phrase is a `Spec` first: `matches` computes from the scene which objects it i
 all from the tables below. Only "left", "right", "leftmost" and "rightmost" become false in a mirrored image.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -47,7 +48,7 @@ OPENINGS = ("a picture of", "an image with")
 FUNCTION_WORDS = "a an another and the"
 
 
-def words() -> list[str]:
+def known_words() -> list[str]:
     """All words of phrases and captions, sorted."""
     tables = (NOUNS, SIZES, PLACES, EXTREMES, RELATIONS)
     templates = [template for table in tables for row in table.values() for template in row]
@@ -87,24 +88,17 @@ def matches(spec: Spec, scene: Scene, lenient: bool = False) -> list[int]:
         lenient: include unclear cases: an object between left and middle, or hardly further left than another.
     """
     things = scene.things
-    colour, shape, size, place, extreme, relation, anchor = spec
     found = [
         i
         for i, thing in enumerate(things)
-        if (colour is None or colour == thing.colour)
-        and (shape is None or shape == thing.shape)
-        and (size is None or size == thing.size)
+        if spec.colour in (None, thing.colour) and spec.shape in (None, thing.shape) and spec.size in (None, thing.size)
     ]
-    if place:
-        found = [i for i in found if in_place(place, things[i], scene, lenient)]
-    if relation and anchor:
-        anchors = matches(anchor, scene, lenient)
-        pairs = [(i, j) for i in found for j in anchors if i != j]
-        true_of = {i for i, j in pairs if related(relation, things[i], things[j], lenient)}
-        found = [i for i in found if i in true_of]
-    if extreme:
-        found = _extreme(extreme, found, scene, lenient)
-    return found
+    if spec.place:
+        found = [i for i in found if in_place(spec.place, things[i], scene, lenient)]
+    if spec.relation and spec.anchor:
+        relation, anchors = spec.relation, matches(spec.anchor, scene, lenient)
+        found = [i for i in found if any(related(relation, things[i], things[j], lenient) for j in anchors if i != j)]
+    return _extreme(spec.extreme, found, scene, lenient) if spec.extreme else found
 
 
 def is_unique(spec: Spec, scene: Scene, target: int) -> bool:
@@ -125,6 +119,10 @@ def in_place(place: str, thing: Thing, scene: Scene, lenient: bool = False) -> b
         and ("top" not in place or y <= limit)
         and ("bottom" not in place or y >= 1 - limit)
     )
+
+
+def _places(thing: Thing, scene: Scene) -> list[str]:
+    return [place for place in PLACES if in_place(place, thing, scene)]
 
 
 def related(relation: str, thing: Thing, anchor: Thing, lenient: bool = False) -> bool:
@@ -159,7 +157,7 @@ def _extreme(extreme: str, among: list[int], scene: Scene, lenient: bool) -> lis
 # ---- phrases for an object
 
 
-def describe(scene: Scene, target: int, kind: str, rng: Generator) -> Spec | None:
+def find_phrase(scene: Scene, target: int, kind: str, rng: Generator) -> Spec | None:
     """A random phrase of one of `KINDS` that is true of the target alone; None if there is none.
 
     In most phrases the size, place or relation is needed: without it, they would be true of other objects too.
@@ -171,9 +169,11 @@ def describe(scene: Scene, target: int, kind: str, rng: Generator) -> Spec | Non
         heads.append(Spec())
     if rng.random() < 0.8:
         heads.sort(key=lambda head: len(matches(head, scene)) == 1)
-    further = {"size": _by_size, "position": _by_position, "relation": _by_relation}[kind]
-    specs = (spec for head in heads for spec in further(head, scene, target, rng))
-    return next((spec for spec in specs if is_unique(spec, scene, target)), None)
+    for head in heads:
+        for spec in _further(head, scene, target, kind, rng):
+            if is_unique(spec, scene, target):
+                return spec
+    return None
 
 
 def nouns(thing: Thing) -> list[Spec]:
@@ -181,38 +181,32 @@ def nouns(thing: Thing) -> list[Spec]:
     return [Spec(thing.colour, thing.shape), Spec(shape=thing.shape), Spec(colour=thing.colour)]
 
 
-def _by_size(head: Spec, scene: Scene, target: int, rng: Generator) -> list[Spec]:
-    return shuffled(rng, [head._replace(size=scene.things[target].size), *_superlatives(head, scene, target, "size")])
-
-
-def _by_position(head: Spec, scene: Scene, target: int, rng: Generator) -> list[Spec]:
-    places = [place for place in PLACES if in_place(place, scene.things[target], scene)]
-    specs = [head._replace(place=place) for place in places]
-    return shuffled(rng, specs + _superlatives(head, scene, target, "position"))
-
-
-def _superlatives(head: Spec, scene: Scene, target: int, kind: str) -> list[Spec]:
-    """Phrases with an extreme that is true of the target; none if the noun alone singles it out."""
+def _further(head: Spec, scene: Scene, target: int, kind: str, rng: Generator) -> Iterator[Spec]:
+    """The noun with what is true of the target besides, in random order: size, places, extremes or relations."""
+    things = scene.things
+    if kind == "relation":
+        for j in shuffled(rng, range(len(things))):
+            relation = direction(things[target], things[j]) if j != target else None
+            for anchor in shuffled(rng, nouns(things[j])) if relation else []:
+                if is_unique(anchor, scene, j):
+                    yield head._replace(relation=relation, anchor=anchor)
+        return
+    if kind == "size":
+        specs, extremes = [head._replace(size=things[target].size)], ("biggest", "smallest")
+    else:
+        specs = [head._replace(place=place) for place in _places(things[target], scene)]
+        extremes = ("leftmost", "rightmost")
     among = matches(head, scene)
-    extremes = ("biggest", "smallest") if kind == "size" else ("leftmost", "rightmost")
-    if len(among) == 1:
-        return []
-    return [head._replace(extreme=extreme) for extreme in extremes if target in _extreme(extreme, among, scene, False)]
-
-
-def _by_relation(head: Spec, scene: Scene, target: int, rng: Generator) -> Iterator[Spec]:
-    for j in shuffled(rng, range(len(scene.things))):
-        relation = direction(scene.things[target], scene.things[j]) if j != target else None
-        for anchor in shuffled(rng, nouns(scene.things[j])) if relation else []:
-            if is_unique(anchor, scene, j):
-                yield head._replace(relation=relation, anchor=anchor)
+    if len(among) > 1:  # otherwise the noun alone singles it out
+        true = [extreme for extreme in extremes if target in _extreme(extreme, among, scene, False)]
+        specs += [head._replace(extreme=extreme) for extreme in true]
+    yield from shuffled(rng, specs)
 
 
 def text(spec: Spec, rng: Generator, articles: Sequence[str] = ("the ", "")) -> str:
     """The words of a phrase, with random templates, synonyms and one of the articles."""
-    parts = [pick(rng, SIZES[spec.size])] if spec.size else []
-    parts += [spec.colour] if spec.colour else []
-    phrase = " ".join([*parts, pick(rng, NOUNS[spec.shape])])
+    size = pick(rng, SIZES[spec.size]) if spec.size else None
+    phrase = " ".join(filter(None, (size, spec.colour, pick(rng, NOUNS[spec.shape]))))
     if spec.place:
         phrase = pick(rng, PLACES[spec.place]).format(phrase)
     if spec.extreme:
@@ -271,7 +265,7 @@ def compose(scene: Scene, rng: Generator, style: str, limit: int = CAPTION_WORDS
             specs[k] = specs[k]._replace(size=scene.things[i].size)
             spare -= 1
         if style == "place" and rng.random() < 0.7:
-            places = [place for place in PLACES if in_place(place, scene.things[i], scene)]
+            places = _places(scene.things[i], scene)
             place = pick(rng, places) if places else None
             cost = len(PLACES[place][0].split()) - 1 if place else 0
             if cost <= spare:
@@ -299,7 +293,7 @@ def compose_part(scene: Scene, rng: Generator, limit: int = CAPTION_WORDS) -> Ca
             spare -= 1
     for k, i in enumerate(order):
         related_here = specs[k].relation or (k and specs[k - 1].relation)
-        places = [place for place in PLACES if in_place(place, scene.things[i], scene)]
+        places = _places(scene.things[i], scene)
         cost = max(len(PLACES[place][0].split()) - 1 for place in places) if places else limit
         if cost <= spare and not related_here and (len(order) == 1 or rng.random() < 0.7):
             specs[k] = specs[k]._replace(place=pick(rng, places))
@@ -309,9 +303,8 @@ def compose_part(scene: Scene, rng: Generator, limit: int = CAPTION_WORDS) -> Ca
 
 def _relate(specs: list[Spec], order: list[int], scene: Scene) -> None:
     """Relate the first object that has a clear direction from the next one in the list to it."""
-    for k in range(len(order) - 1):
-        relation = direction(scene.things[order[k]], scene.things[order[k + 1]])
-        if relation:
+    for k, (i, j) in enumerate(itertools.pairwise(order)):
+        if relation := direction(scene.things[i], scene.things[j]):
             specs[k] = specs[k]._replace(relation=relation, anchor=specs[k + 1])
             return
 

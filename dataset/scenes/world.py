@@ -14,7 +14,7 @@ from numpy.random import Generator
 from PIL import Image, ImageDraw
 
 T = TypeVar("T")
-Box = tuple[int, int, int, int]
+_Box = tuple[int, int, int, int]
 
 COLOURS = {
     "red": (214, 36, 36),
@@ -53,7 +53,7 @@ class Thing(NamedTuple):
     side: int
     angle: int
     rgb: tuple[float, float, float]
-    box: Box
+    box: _Box
 
     @property
     def centre(self) -> tuple[float, float]:
@@ -123,8 +123,7 @@ def _place(rng: Generator, looks: list[tuple[str, str]], width: int, height: int
     margin = max(1, round(2 * scale))
     things: list[Thing] = []
     for colour, shape in looks:
-        size = pick(rng, tuple(SIDES))
-        low, high = SIDES[size]
+        size, (low, high) = pick(rng, tuple(SIDES.items()))
         side = round((low + (high - low) * rng.random()) * scale)
         angle = pick(rng, ANGLES)
         h, w = shape_mask(shape, side, angle).shape
@@ -141,7 +140,7 @@ def _place(rng: Generator, looks: list[tuple[str, str]], width: int, height: int
     return things
 
 
-def _gap(a: Box, b: Box) -> int:
+def _gap(a: _Box, b: _Box) -> int:
     """Pixels between two boxes, the larger of the horizontal and the vertical gap; negative when they overlap."""
     return max(a[0] - b[2], b[0] - a[2], a[1] - b[3], b[1] - a[3])
 
@@ -155,7 +154,8 @@ def shape_mask(shape: str, side: int, angle: int) -> np.ndarray:
 
     Rows and columns without a pixel that is covered by at least a quarter are cut off.
     """
-    corners = np.array(_outline(shape)) @ _rotation(0 if shape == "circle" else angle)
+    c, s = (f(math.radians(0 if shape == "circle" else angle)) for f in (math.cos, math.sin))
+    corners = np.array(_outline(shape)) @ np.array([[c, s], [-s, c]])
     corners -= corners.min(0)
     corners *= side * SUPERSAMPLING / corners.max()
     width, height = (math.ceil(v / SUPERSAMPLING) for v in corners.max(0))
@@ -165,11 +165,6 @@ def shape_mask(shape: str, side: int, angle: int) -> np.ndarray:
     coverage = np.asarray(canvas.reduce(SUPERSAMPLING), np.float32) / 255
     rows, columns = (np.flatnonzero((coverage >= 0.25).any(axis)) for axis in (1, 0))
     return coverage[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
-
-
-def _rotation(degrees: float) -> np.ndarray:
-    c, s = math.cos(math.radians(degrees)), math.sin(math.radians(degrees))
-    return np.array([[c, s], [-s, c]])
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
@@ -192,14 +187,9 @@ def pattern(shape: str, height: int, width: int, stripe: float) -> np.ndarray:
         stripe: width in pixels of a stripe, or of a cell of a checkerboard.
     """
     across, along = (np.sin((np.arange(length) + 0.5) * (math.pi / stripe)) for length in (width, height))
-    waves = {
-        "circle": np.full((1, 1), -1.0),
-        "square": across[None],
-        "triangle": along[:, None],
-        "star": 2 * along[:, None] * across,
-        "cross": 2 * along[:, None] * across,
-    }
-    covered = (0.5 + 1.5 * waves[shape]).clip(0, 1)  # soft edges
+    checks = 2 * along[:, None] * across
+    waves = {"circle": -1.0, "square": across, "triangle": along[:, None], "star": checks, "cross": checks}
+    covered = np.clip(0.5 + 1.5 * waves[shape], 0, 1)  # soft edges
     sign = -1 if shape in ("square", "cross") else 1
     return np.broadcast_to(sign * CONTRAST * covered, (height, width)).astype(np.float32)
 

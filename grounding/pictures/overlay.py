@@ -20,7 +20,7 @@ from PIL import Image
 
 from grounding.explain import Grounding
 from grounding.maps import ResizedMap, share_of_maximum
-from grounding.pictures.render import BEST, COLORMAP, DPI, TRUTH, Box, draw, point_marker, see_through, shown_size
+from grounding.pictures.render import BEST, COLORMAP, DPI, TRUTH, DrawnBox, draw, point_marker, see_through, shown_size
 
 SIDE, WORD_SIDE = 6.5, 1.9  # the longer side of an image
 LEAST_WIDTH, LEAST_BODY = 4.4, 1.5  # of a figure, for its legend; of the colour bar, for its label
@@ -57,10 +57,10 @@ def overlay(
     _write(figure, [f"match probability {found.match:.3f}"], PLAIN, skip=len(title))
     left = MARGIN + (inner - BAR - width) / 2
     axes = _axes(figure, left, foot + (body - height) / 2, width, height)
-    best = [Box(box.box, BEST, "-") for box in found.boxes[:1]]
+    best = [DrawnBox(box.box, BEST, "-") for box in found.boxes[:1]]
     rows, columns = shown_size(found.map.shape[::-1], axes)
     shown = cv2.resize(found.map, (columns, rows), interpolation=cv2.INTER_AREA)
-    heat = draw(axes, image, found.map.shape, shown, colours, [*best, *map(Box, truth)], found.point)
+    heat = draw(axes, image, found.map.shape, shown, colours, [*best, *map(DrawnBox, truth)], found.point)
     assert heat is not None
     bar = _axes(figure, left + width + GAP, foot, 0.16, body)
     figure.colorbar(heat, cax=bar, ticks=[0, 0.5, 1]).set_label("share of the maximum", fontsize=9)

@@ -19,7 +19,7 @@ from torch import Tensor
 from dataset.expressions import Expression
 from dataset.reading import read_image
 from grounding import maps, metrics
-from grounding.pictures.render import RIGHT, WRONG, Box, draw, pixels, see_through
+from grounding.pictures.render import RIGHT, WRONG, DrawnBox, draw, pixels, see_through
 from models.amc import MAP_LOSSES
 from utils import atomic_path
 
@@ -76,7 +76,7 @@ def panel(
         spread = float(np.ptp(cam))
         heat = (cam - cam.min()) / spread if spread > maps.ROUNDING * cam.max() else np.zeros_like(cam)
         point = maps.ResizedMap(pred, *size).point()
-    truth = [Box(box, style="-") for box in boxes.tolist()]
+    truth = [DrawnBox(box, style="-") for box in boxes.tolist()]
     draw(axes, image, size, heat, see_through("turbo", 0.6, 1), truth, point, RIGHT if right else WRONG, 1.1)
     return Image.fromarray(pixels(figure))
 

@@ -31,7 +31,7 @@ BEST, TRUTH, POINT = "#ff3b30", "white", "white"
 RIGHT, WRONG = "#22c55e", "#ef4444"  # a point inside and outside of the true boxes
 
 
-class Box(NamedTuple):
+class DrawnBox(NamedTuple):
     """A box [x, y, w, h] in pixels of the image, and how it is drawn; `style` is "-" or "--"."""
 
     box: Sequence[float]
@@ -45,7 +45,7 @@ def draw(
     size: tuple[int, int],
     heat: np.ndarray | None = None,
     colours: str | Colormap = COLORMAP,
-    boxes: Iterable[Box] = (),
+    boxes: Iterable[DrawnBox] = (),
     point: tuple[int, int] | None = None,
     point_colour: str = POINT,
     scale: float = 1.0,

@@ -500,7 +500,7 @@ def test_amc_terms_and_their_gradients_equal_plain_autograd(
     tokens, attention = plain_layers(encoder, text, MASK, model.visual_encoder(batch.image), range(1, 3), layer)
     assert attention is not None
     (gradient,) = torch.autograd.grad(model.itm_head(tokens[:, 0])[:, 1].sum(), attention, create_graph=True)
-    cam = amc.resize(amc.normalise(plain_gradcam(attention, gradient, MASK)), 8)
+    cam = amc.resize(amc.normalise_map(plain_gradcam(attention, gradient, MASK)), 8)
     mean_term = amc.mean_margin_loss(cam, batch.box_mask, batch.has_box, 2.0)
     max_term = amc.max_margin_loss(cam, batch.box_mask, batch.has_box, 2.0)
     expected = gradients(model, 0.2 * mean_term + 0.8 * max_term)
@@ -629,11 +629,11 @@ def test_temperature_is_clamped(tiny_config: TinyConfig, start: float, clamped: 
 def test_autocast_leaves_the_amc_terms_in_float32(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
     matrix_products: list[torch.dtype] = []
-    normalise, fuse = amc.normalise, TextEncoder.fuse
+    normalise_map, fuse = amc.normalise_map, TextEncoder.fuse
 
     def spy(cam: Tensor) -> Tensor:
         seen.append(cam.dtype)
-        return normalise(cam)
+        return normalise_map(cam)
 
     def spy_fuse(self: TextEncoder, text: Tensor, mask: Tensor, pictures: list[KeyValue], *args: Any, **kw: Any) -> Any:
         out = fuse(self, text, mask, pictures, *args, **kw)
@@ -643,7 +643,7 @@ def test_autocast_leaves_the_amc_terms_in_float32(tiny_config: TinyConfig, monke
 
     model, batch = make_model(tiny_config()), make_batch()
     exact = model(batch, alpha=0.4, update_teacher=False)
-    monkeypatch.setattr(amc, "normalise", spy)
+    monkeypatch.setattr(amc, "normalise_map", spy)
     monkeypatch.setattr(TextEncoder, "fuse", spy_fuse)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.encode_text(IDS, MASK).dtype == torch.float32  # LayerNorm ends it

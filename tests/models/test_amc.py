@@ -114,18 +114,18 @@ def test_normalise_by_hand() -> None:
     cam = torch.tensor([[[-1.0, 1.0], [3.0, 5.0]], [[2.0, 3.0], [4.0, 6.0]]])
     before = cam.clone()
     expected = torch.tensor([[[0.0, 0.2], [0.6, 1.0]], [[0.0, 0.25], [0.5, 1.0]]])
-    torch.testing.assert_close(amc.normalise(cam), expected)
+    torch.testing.assert_close(amc.normalise_map(cam), expected)
     assert torch.equal(cam, before)
 
 
 def test_normalise_adds_the_constant_to_the_maximum() -> None:
     # A highest value of 1e-7 is divided by twice itself.
-    assert amc.normalise(torch.tensor([[[0.0, 1e-7]]]))[0, 0].tolist() == pytest.approx([0, 0.5])
+    assert amc.normalise_map(torch.tensor([[[0.0, 1e-7]]]))[0, 0].tolist() == pytest.approx([0, 0.5])
 
 
 def test_normalise_of_a_flat_map_is_zero_with_finite_gradients() -> None:
     cam = torch.full((1, 2, 2), 3.0, requires_grad=True)
-    out = amc.normalise(cam)
+    out = amc.normalise_map(cam)
     assert not out.any()
     out.sum().backward()
     assert cam.grad is not None
@@ -135,7 +135,7 @@ def test_normalise_of_a_flat_map_is_zero_with_finite_gradients() -> None:
 def test_gradients_flow_through_minimum_and_maximum() -> None:
     # The middle of (a, b, c) becomes (b - a) / (c - a); its derivatives at (1, 2, 4) are -2/9, 1/3 and -1/9.
     cam = torch.tensor([[[1.0, 2.0, 4.0]]], requires_grad=True)
-    amc.normalise(cam)[0, 0, 1].backward()
+    amc.normalise_map(cam)[0, 0, 1].backward()
     assert cam.grad is not None
     assert cam.grad[0, 0].tolist() == pytest.approx([-2 / 9, 1 / 3, -1 / 9], rel=1e-5)
 
@@ -148,7 +148,7 @@ def random_maps() -> Tensor:
 
 def test_normalise_and_resize_have_correct_first_and_second_derivatives() -> None:
     def scaled(cam: Tensor) -> Tensor:
-        return amc.resize(amc.normalise(cam), 5)
+        return amc.resize(amc.normalise_map(cam), 5)
 
     assert torch.autograd.gradcheck(scaled, random_maps())
     assert torch.autograd.gradgradcheck(scaled, random_maps())
@@ -287,7 +287,7 @@ def test_derivatives_through_the_whole_chain(loss: Loss) -> None:
     mask[0, 1:3, 2:6] = mask[1, 3:6, 0:2] = 1
 
     def chain(cam: Tensor) -> Tensor:
-        return loss(amc.resize(amc.normalise(cam), 6), mask, BOTH, 2.0)
+        return loss(amc.resize(amc.normalise_map(cam), 6), mask, BOTH, 2.0)
 
     assert torch.autograd.gradcheck(chain, random_maps())
     assert torch.autograd.gradgradcheck(chain, random_maps())

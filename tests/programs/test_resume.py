@@ -148,7 +148,7 @@ def test_changes_are_listed(
 
 def test_other_data_and_processes_are_listed(begun: Path, place: Path) -> None:
     content, config = saved(begun, 1), load_config(begun / "config.yaml", Pretrain.PretrainConfig)
-    assert runs.differences(content, config, content["run"] | {"world_size": 8, "entries": 9}) == [
+    assert runs.changes_since(content, config, content["run"] | {"world_size": 8, "entries": 9}) == [
         "world_size: 1 -> 8",
         f"entries: {content['run']['entries']} -> 9",
     ]
@@ -159,7 +159,7 @@ def test_what_a_checkpoint_does_not_say(config: Any, begun: Path) -> None:
     """The release's have a config and no settings; others have less."""
     ours = load_config(begun / "config.yaml", Pretrain.PretrainConfig)
     content = {"config": ours.model_dump(mode="json") if config is None else config}
-    *changes, unknown = runs.differences(content, ours, {"seed": 1, "precision": "fp32"})
+    *changes, unknown = runs.changes_since(content, ours, {"seed": 1, "precision": "fp32"})
     assert unknown.startswith("the checkpoint does not say its ")
     assert unknown.endswith("seed, precision")
     assert ("batch_size" in unknown) == (config is not None)
@@ -170,7 +170,7 @@ def test_the_releases_spelling_of_numbers(begun: Path) -> None:
     ours = load_config(begun / "config.yaml", Pretrain.PretrainConfig)
     values = ours.model_dump(mode="json")
     values["optimizer"] = {"opt": "adamW", "lr": "1e-3"}  # YAML 1.1 reads it so; weight_decay is the default
-    assert runs.differences({"config": values, "run": {}}, ours, {}) == []
+    assert runs.changes_since({"config": values, "run": {}}, ours, {}) == []
 
 
 # ---- what it refuses

@@ -18,7 +18,7 @@ from dataset import vg
 from dataset.scenes import files as scenes_files
 from dataset.scenes import language as phrases
 from dataset.scenes import world
-from dataset.scenes.language import KINDS, Spec, compose, describe, matches
+from dataset.scenes.language import KINDS, Spec, compose, find_phrase, matches
 from dataset.scenes.world import HELD_OUT, Scene, Thing, draw_scene, render, shape_mask
 from dataset.text import clean_caption, load_tokenizer, swap_left_right
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS
@@ -281,7 +281,7 @@ def test_what_is_clearly_true_is_not_false() -> None:
     a_scene, *others = some_scenes(40)
     for scene in others:
         for kind in KINDS:
-            spec = describe(a_scene, 0, kind, np.random.default_rng(0))
+            spec = find_phrase(a_scene, 0, kind, np.random.default_rng(0))
             if spec:
                 assert set(matches(spec, scene)) <= set(matches(spec, scene, lenient=True))
 
@@ -292,7 +292,7 @@ def test_described_objects_are_the_only_match(kind: str) -> None:
     for i, scene in enumerate(some_scenes(40)):
         for target in range(len(scene.things)):
             rng = np.random.default_rng([i, target])
-            spec = describe(scene, target, kind, rng)
+            spec = find_phrase(scene, target, kind, rng)
             if spec:
                 described += 1
                 assert matches(spec, scene) == [target]
@@ -313,7 +313,7 @@ def test_a_mirrored_scene_makes_the_swapped_words_true() -> None:
     for i, scene in enumerate(some_scenes(40)):
         for kind in ("position", "relation"):
             rng = np.random.default_rng(i)
-            spec = describe(scene, 0, kind, rng)
+            spec = find_phrase(scene, 0, kind, rng)
             if spec:
                 words = phrases.text(spec, rng)
                 swapped = parse(swap_left_right(words))

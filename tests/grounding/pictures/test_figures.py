@@ -123,7 +123,7 @@ def test_a_pair_as_the_loss_sees_it(size: tuple[int, int], explainer: Explainer,
     pixels = normalise(cv2.resize(np.asarray(image), (48, 48), interpolation=cv2.INTER_LINEAR))[None]
     model = explainer.model
     cam = model.explain(model.encode(pixels), None, explainer.tokenizer([PHRASE]), "itm", 2).maps
-    cam = amc.resize(amc.normalise(cam), 24)
+    cam = amc.resize(amc.normalise_map(cam), 24)
     torch.testing.assert_close(view.cam, cam[0])
     (mean, largest), one = terms(view.cam, view.mask, config.amc), torch.ones(1)
     assert mean.loss == float(amc.mean_margin_loss(cam, expected[None], one, 0.4, "sample"))
