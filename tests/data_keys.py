@@ -17,7 +17,7 @@ def flickr_keys(folder: Path) -> Keys:
 
 
 def data_keys(name: str, data: Path) -> Keys:
-    """Of configs/Grounding_NAME.yaml: refcoco, with detections, refclef or flickr."""
+    """The data keys of an evaluation config: of refcoco (with detections), refclef or flickr."""
     if name == "flickr":
         keys = flickr_keys(data / "flickr")
     else:
