@@ -74,9 +74,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
     parser.add_argument("--num_workers", default=4, type=integer(0), help="loader processes per process")
     parser.add_argument("--max_steps", type=integer(1), help="stop after this many optimizer steps in all")
-    parser.add_argument(
-        "--skip_broken", action="store_true", help="replace missing and unreadable images and count them"
-    )
+    parser.add_argument("--skip_broken", action="store_true", help="replace missing or unreadable images; count them")
     watch = parser.add_argument_group("watching", "what TensorBoard shows of the run; its numbers stay the same")
     watch.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/tensorboard: losses and heat maps")
     watch.add_argument(
@@ -136,10 +134,11 @@ class Run:
         self.data = TrainingData(config, args.seed, args.skip_broken)
         self.loader = build_loader(self.data, tokenizer, config, args)
         self.epoch_steps = len(self.loader) // args.accum_steps
-        self.model = build_model(config, args, tokenizer)
+        utils.seed_everything(args.seed)  # it decides the random weights
+        self.model = PretrainModel(config)
+        check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
         resumed = load_start(self.model, config, args, start := runs.start_of(args))
-        make_efficient(self.model, args, device)
-        self.parallel = average_gradients(self.model, device)
+        self.parallel = prepare_model(self.model, args, device)
         self.optimizer = create_optimizer(config.optimizer, self.model)
         self.schedule = create_scheduler(config.schedular, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
@@ -297,14 +296,6 @@ def build_loader(
     return loader
 
 
-def build_model(config: PretrainConfig, args: argparse.Namespace, tokenizer: Tokenizer) -> PretrainModel:
-    """The model with random weights, which the seed decides."""
-    utils.seed_everything(args.seed)
-    model = PretrainModel(config)
-    check_vocabulary(tokenizer, model.text_encoder.config.vocab_size)
-    return model
-
-
 def load_start(
     model: PretrainModel, config: PretrainConfig, args: argparse.Namespace, path: str | Path
 ) -> dict[str, Any] | None:
@@ -323,8 +314,12 @@ def load_start(
     return checkpoint
 
 
-def make_efficient(model: PretrainModel, args: argparse.Namespace, device: torch.device) -> None:
-    """Move the model to its device, and apply what saves memory or time there."""
+def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.device) -> nn.Module:
+    """Move the model to its device, and apply what saves memory or time there.
+
+    Returns:
+        the model itself, or with several processes, its wrapper that averages their gradients.
+    """
     model.checkpoint_activations(args.grad_checkpointing)
     if args.grad_checkpointing:
         utils.return_freed_memory()
@@ -332,10 +327,6 @@ def make_efficient(model: PretrainModel, args: argparse.Namespace, device: torch
     use_onednn(model)
     if args.compile:
         model.compile_image_encoders()
-
-
-def average_gradients(model: PretrainModel, device: torch.device) -> nn.Module:
-    """The model itself, or with several processes, its wrapper that averages their gradients."""
     if utils.world_size() == 1:
         return model
     # The queues are equal on all processes by construction: nothing to broadcast at each step. Newer versions of

@@ -45,7 +45,8 @@ class Explanation(NamedTuple):
     @property
     def maps(self) -> Tensor:
         """GradCAM maps, float32 (B, h, w), at least 0; the mean over T includes padding."""
-        return amc.gradcam(self.attention, self.gradient, self._mask(), self.grid, prefix_tokens=0)
+        mask = torch.ones_like(self.attention[:, 0, :, 0]) if self.token_mask is None else self.token_mask
+        return amc.gradcam(self.attention, self.gradient, mask, self.grid, prefix_tokens=0)
 
     @property
     def token_maps(self) -> Tensor | None:
@@ -53,9 +54,6 @@ class Explanation(NamedTuple):
         if self.token_mask is None:
             return None
         return amc.token_gradcam(self.attention, self.gradient, self.token_mask, self.grid, prefix_tokens=0)
-
-    def _mask(self) -> Tensor:
-        return torch.ones_like(self.attention[:, 0, :, 0]) if self.token_mask is None else self.token_mask
 
 
 class ExplainableModel(Protocol):

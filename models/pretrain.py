@@ -165,7 +165,7 @@ class PretrainModel(ALBEF):
             fused = self.text_encoder.fuse(
                 text_tokens.float(),
                 batch.attention_mask,
-                [image.to(torch.float32) for image in images],
+                [KeyValue(image.key.float(), image.value.float()) for image in images],
                 attention_layer=self.config.amc.layer,
                 twice_differentiable=True,
                 cls_only=True,

@@ -30,13 +30,6 @@ class KeyValue(NamedTuple):
     key: Tensor
     value: Tensor
 
-    def select(self, index: Tensor) -> "KeyValue":
-        """Row b holds image `index[b]`."""
-        return KeyValue(self.key[index], self.value[index])
-
-    def to(self, dtype: torch.dtype) -> "KeyValue":
-        return KeyValue(self.key.to(dtype), self.value.to(dtype))
-
 
 class FusionOutput(NamedTuple):
     """tokens: (B, T, W), CLS first, or (B, 1, W); attention: (B, H, T, S) of the layer asked for, before dropout."""
@@ -146,7 +139,7 @@ class Layer(nn.Module):
         hidden, _ = self.attention(hidden[:, :1] if cls_only else hidden, source, text_bias, explicit_self)
         attention = None
         if image is not None:
-            image = image if image_index is None else image.select(image_index)
+            image = image if image_index is None else KeyValue(image.key[image_index], image.value[image_index])
             hidden, attention = self.crossattention(hidden, image, explicit=explicit_cross)
         return self.output(F.gelu(self.intermediate.dense(hidden)), hidden), attention
 

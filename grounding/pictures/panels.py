@@ -117,8 +117,10 @@ def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps", colu
 
 def _title(loss: str) -> str:
     """A loss's name in the log; of one on the map, also what its docstring begins with."""
-    text = getattr(MAP_LOSSES.get(loss.removeprefix("loss_")), "__doc__", None) or ""
-    return textwrap.fill(": ".join(filter(None, [loss, re.split(r":|\.?\n|\.$", text)[0]])), 40)
+    function = MAP_LOSSES.get(loss.removeprefix("loss_"))
+    text = (function.__doc__ or "") if function else ""
+    begins = re.split(r"[:\n]", text)[0].rstrip(".")
+    return textwrap.fill(f"{loss}: {begins}" if begins else loss, width=40)
 
 
 def _steps(rows: list[dict[str, Any]]) -> list[int]:
