@@ -25,7 +25,7 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[str]]]:
     def run_step(name: str, words: list[str], logs: Path) -> None:
         if name == "scenes":
             return
-        assert words[0] == "grounding_eval_singlegpu.py"
+        assert words[0] == "grounding_eval.py"
         folder = Path(words[words.index("--output_dir") + 1])
         assert words[words.index("--checkpoint") + 1] == str(folder.parent / "checkpoint_02.pth")
         value = len(asked) / 100
