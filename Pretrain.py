@@ -86,7 +86,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar=("IMAGE", "PHRASE"),
-        help="draw this phrase's map, not those of some training entries; may be repeated",
+        help="draw maps of this phrase instead of training entries; may be repeated",
     )
     launch = parser.add_argument_group("process group", "read from the launcher's environment")
     launch.add_argument("--world_size", default=1, type=int)

@@ -117,7 +117,7 @@ def object_rows(image_id: int, mean: int, rng: Generator, *, attributes: bool = 
 if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=100_000)
-    options.add_argument("--regions", type=int, default=50, help="an image, on average")
-    options.add_argument("--objects", type=int, default=30, help="an image, on average")
+    options.add_argument("--regions", type=int, default=50, help="per image, on average")
+    options.add_argument("--objects", type=int, default=30, help="per image, on average")
     options.add_argument("--out", type=Path, help="folder for the temporary folder (default: the system's)")
     main(**vars(options.parse_args()))

@@ -64,7 +64,7 @@ def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = 
     parser.add_argument(
         "--skip_broken", action="store_true", help="leave out missing and unreadable images and count them"
     )
-    parser.add_argument("--report", action="store_true", help="write OUTPUT_DIR/report.html: tables, charts, pictures")
+    parser.add_argument("--report", action="store_true", help="write report.html and expressions.csv to OUTPUT_DIR")
     parser.add_argument(
         "--compare", action="append", default=[], metavar="FOLDER", help="another --output_dir, to put into the report"
     )
