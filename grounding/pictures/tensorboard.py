@@ -68,7 +68,7 @@ class Board:
         self.writer_class = SummaryWriter
         self.explainer, self.watched, self.every, self.samples = explainer, watched, every, samples
         texts = [clean_phrase(explainer, one.phrase) for one in watched]
-        self.tags = [f"maps/{number:02d}_{slug(text)}" for number, text in enumerate(texts, start=1)]
+        self.tags = [f"maps/{number:02d}_{tag_name(text)}" for number, text in enumerate(texts, start=1)]
         self.step, self.drawn_at = 0, -1
         self.restart_clock(0)
 
@@ -185,6 +185,6 @@ def undisturbed(explainer: Explainer) -> Iterator[None]:
             module.training = training
 
 
-def slug(text: str) -> str:
+def tag_name(text: str) -> str:
     """A phrase as a part of a tag: letters, digits and underscores."""
     return re.sub(r"\W+", "_", text)[:LONGEST_TAG].strip("_")

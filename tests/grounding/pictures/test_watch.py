@@ -276,7 +276,9 @@ def test_what_is_watched_when_nothing_is_named(place: Path) -> None:
     boxed = [entry for entry in entries if entry.boxes]
     chosen = [boxed[len(boxed) * number // 4].captions[0] for number in range(4)]
     assert [one.phrase for one in board.watched] == chosen
-    assert board.tags == [f"maps/{number:02d}_{tensorboard.slug(text)}" for number, text in enumerate(chosen, start=1)]
+    assert board.tags == [
+        f"maps/{number:02d}_{tensorboard.tag_name(text)}" for number, text in enumerate(chosen, start=1)
+    ]
 
 
 def test_entries_to_watch(tmp_path: Path) -> None:
@@ -436,5 +438,5 @@ def test_tensorboard_is_optional(place: Path, tmp_path: Path, monkeypatch: pytes
 
 
 def test_tags() -> None:
-    assert tensorboard.slug("a dog's bone / left-hand é") == "a_dog_s_bone_left_hand_é"
-    assert len(tensorboard.slug("x" * 200)) == 60
+    assert tensorboard.tag_name("a dog's bone / left-hand é") == "a_dog_s_bone_left_hand_é"
+    assert len(tensorboard.tag_name("x" * 200)) == 60
