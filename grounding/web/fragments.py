@@ -47,7 +47,7 @@ def shown_picture(picture: Picture, credit: str = "") -> str:
     return HTML.module.shown_picture(_plain(picture, credit))
 
 
-def words(replies: Sequence[Reply], number: int) -> list[str]:
+def map_names(replies: Sequence[Reply], number: int) -> list[str]:
     """The names of the maps that a phrase has: the whole phrase, then the words that the first model read."""
     answers = (reply.answers[number] for reply in replies)
     found = next((answer.words for answer in answers if isinstance(answer, Answer)), ())
@@ -61,9 +61,9 @@ def row(
 
     Args:
         number: of the phrase among those asked.
-        choice: an index of `words`.
+        choice: an index of `map_names`.
     """
-    names, figures = words(replies, number), []
+    names, figures = map_names(replies, number), []
     for reply in replies:
         figures.append({"model": reply.model, "error": ""})
         try:

@@ -184,6 +184,6 @@ class Events:
         self, question: Question, picture: Picture, replies: Sequence[Reply], number: int, phrase: str, word: Any
     ) -> tuple[int, Any]:
         """The index of the word that a row shows, 0 where the given one is none, and the row's update."""
-        choice = word if isinstance(word, int) and word in range(len(fragments.words(replies, number))) else 0
+        choice = word if isinstance(word, int) and word in range(len(fragments.map_names(replies, number))) else 0
         html = fragments.row(picture, phrase, replies, number, choice, question.threshold, question.colormap)
         return choice, gr.update(value=html, visible=True)

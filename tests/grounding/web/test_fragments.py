@@ -40,8 +40,8 @@ def test_words_are_those_of_the_first_model_that_answers() -> None:
     shown = chosen("a.b.png", SCENE)
     failed = Reply("broken", ["cannot be opened"], [], {})
     replies = [failed, made_up("one", ("[CLS]", "red")), made_up("two", ("[CLS]", "blue"))]
-    assert fragments.words(replies, 0) == ["whole phrase", "[CLS]", "red"]
-    assert fragments.words([failed], 0) == ["whole phrase"]
+    assert fragments.map_names(replies, 0) == ["whole phrase", "[CLS]", "red"]
+    assert fragments.map_names([failed], 0) == ["whole phrase"]
     html = fragments.row(shown, "p", replies, 0, 2, 0.5, "viridis")
     assert html.count("data:image/png") == 2  # the picture and one map
     assert "50% of the phrase&#39;s map" in html
