@@ -28,7 +28,7 @@ class HasImage(Protocol):
     def image(self) -> Path: ...
 
 
-AnyItem = TypeVar("AnyItem", bound=HasImage)
+Pictured = TypeVar("Pictured", bound=HasImage)
 SHOWN_PROBLEMS = 5  # of each kind
 SURROGATE = "holds half of a surrogate pair, which is no character; correct the entry"
 SHORT = reprlib.Repr()  # ends soon, however large or nested the value is
@@ -233,7 +233,7 @@ def check_images(images: Iterable[tuple[Path, str]], problems: Problems) -> None
             problems.add(where, kind, str(image))
 
 
-def usable(found: list[tuple[str, AnyItem]], problems: Problems, skip_missing: bool, otherwise: str) -> list[AnyItem]:
+def usable(found: list[tuple[str, Pictured]], problems: Problems, skip_missing: bool, otherwise: str) -> list[Pictured]:
     """The items of a benchmark, given with where they stand, once none of them nor of their images has a problem.
 
     Args:
