@@ -293,7 +293,9 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Pre
     for keys in (own, set(values)):
         training, evaluation = (len(keys & kind.model_fields.keys()) for kind in (PretrainConfig, GroundingConfig))
         if training != evaluation:
-            return parse_config(path, PretrainConfig if training > evaluation else GroundingConfig, values)
+            if training > evaluation:
+                return parse_config(path, PretrainConfig, values)
+            return parse_config(path, GroundingConfig, values)
     raise ConfigError(
         f"{path}: cannot tell whether it is of training (train_file) or of evaluation (test_file and refcoco_data, "
         "or image_ids_file, phrase_box_file and sentences_file)"
