@@ -292,9 +292,9 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Pre
     _lay_over(values, overrides)
     for keys in (own, set(values)):
         training, evaluation = (len(keys & kind.model_fields.keys()) for kind in (PretrainConfig, GroundingConfig))
-        if training > evaluation:
-            return parse_config(path, PretrainConfig, values)
-        if training < evaluation:
+        if training != evaluation:
+            if training > evaluation:
+                return parse_config(path, PretrainConfig, values)
             return parse_config(path, GroundingConfig, values)
     raise ConfigError(
         f"{path}: cannot tell whether it is of training (train_file) or of evaluation (test_file and refcoco_data, "

@@ -69,7 +69,8 @@ def describe_os_error(error: OSError, path: str | Path | None = None, needed: in
         remedy = REMEDIES.get(error.errno or 0)
         return f"{what}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
     sizes = [f"{megabytes(needed)} are needed"] if needed is not None else []
-    if name and (folder := _existing(Path(name))):
+    above = Path(name).absolute().parents if name else ()
+    if folder := next((folder for folder in above if folder.is_dir()), None):  # the nearest that exists
         sizes.append(f"{megabytes(shutil.disk_usage(folder).free)} are free in {folder}")
     return (
         f"{what}cannot be written, {FULL[error.errno]} ({', '.join(sizes) or error.strerror}); make room and try again"
@@ -79,11 +80,6 @@ def describe_os_error(error: OSError, path: str | Path | None = None, needed: in
 def megabytes(count: int) -> str:
     """A number of bytes, for people."""
     return f"{count / 1e9:,.2f} GB" if count >= 1e9 else f"{count / 1e6:,.2f} MB"
-
-
-def _existing(path: Path) -> Path | None:
-    """The nearest folder above a file that exists."""
-    return next((folder for folder in path.absolute().parents if folder.is_dir()), None)
 
 
 def _out_of_memory(error: BaseException, options: Mapping[str, Any]) -> str:

@@ -65,11 +65,9 @@ def peak_memory() -> float:
 
 def describe_machine() -> str:
     """Processor, cores, threads and PyTorch's version, as one line."""
-    model = platform.processor() or "unknown processor"
-    if (cpuinfo := Path("/proc/cpuinfo")).exists() and (
-        found := re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text())
-    ):
-        model = found[1].strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.*)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    model = found[1].strip() if found else platform.processor() or "unknown processor"
     return f"{model}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, PyTorch {torch.__version__}"
 
 
