@@ -79,7 +79,7 @@ def train(axis: str, steps: int, names: list[str], batch: Batch, checkpoint: Pat
     load_weights(model, read_checkpoint(checkpoint)["model"], checkpoint)
     model.eval()  # which switches off dropout, and nothing else
     optimizer = create_optimizer(config.optimizer, model)
-    maps: dict[str, list[Tensor]] = {"normalise": [], "resize": []}
+    maps: dict[str, list[Tensor]] = {"normalise_map": [], "resize": []}
     with pytest.MonkeyPatch.context() as patch:
         for name, kept in maps.items():
             patch.setattr(amc, name, recorded(getattr(amc, name), kept))
@@ -94,7 +94,7 @@ def train(axis: str, steps: int, names: list[str], batch: Batch, checkpoint: Pat
             optimizer.zero_grad(set_to_none=True)
     weight_sum = {name: model.get_parameter(name).detach().double().sum().item() for name in names}
     assert first is not None
-    return Step(losses, cam=maps["normalise"][0], cam_up=maps["resize"][0], weight_sum=weight_sum, **first)
+    return Step(losses, cam=maps["normalise_map"][0], cam_up=maps["resize"][0], weight_sum=weight_sum, **first)
 
 
 def recorded(function: Any, kept: list[Tensor]) -> Any:
