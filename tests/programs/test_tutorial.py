@@ -176,7 +176,7 @@ def test_the_table_of_amcs_settings() -> None:
 
 def test_names_of_code_that_the_page_mentions() -> None:
     text = page("gradcam.md")
-    for name in ("gradcam", "token_gradcam", "normalise", "resize", "mean_margin_loss", "max_margin_loss"):
+    for name in ("gradcam", "token_gradcam", "normalise_map", "resize", "mean_margin_loss", "max_margin_loss"):
         assert f"`{name}`" in text
         assert callable(getattr(amc, name))
     assert "fusion_layers" in vars(TextEncoder)
