@@ -16,7 +16,7 @@ demo-full: $(READY)  ## the same from the first step on: the whole table of docs
 web: $(READY)  ## a page to try images and phrases on
 	$(PYTHON) demo.py --web
 
-quick: $(READY)  ## the tests of a minute and a half: no full-size checkpoint, browser or long training
+quick: $(READY)  ## the quick tests: no full-size checkpoint, browser or long training
 	$(PYTHON) -m pytest -m "not golden and not browser and not slow"
 
 test: check  ## format, lint, types and all tests

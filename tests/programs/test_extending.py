@@ -14,6 +14,8 @@ import pytest
 from dataset.scenes import files as scenes_files
 from tests.training_runs import REPOSITORY, log_rows, step_rows
 
+pytestmark = pytest.mark.slow
+
 PAGE = (REPOSITORY / "docs" / "extending.md").read_text(encoding="utf-8")
 DIFFS = dict(re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```diff\n(.*?)```", PAGE, flags=re.DOTALL | re.MULTILINE))
 SHORT = ("--max_steps", "1", "--num_workers", "0", "--device", "cpu", "--set", "batch_size=4")
