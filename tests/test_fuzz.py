@@ -10,7 +10,7 @@ from utils import UserError
 
 TRIES_A_KIND = 15
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def test_damaged_files_of_every_kind_end_in_a_result_or_one_message(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from tests.grounding.test_evaluate import ONE, evaluate, log, results, write_con
 from utils import UserError
 
 place = base.place
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 Change = Callable[[Path], list[str]]  # of a place; returns the options of the second evaluation
 
 

@@ -20,7 +20,7 @@ from utils import UserError
 
 Change = Callable[[dict[str, Any]], object]
 SHORT = ("batch_size=24",)  # three steps an epoch
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

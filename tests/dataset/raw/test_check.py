@@ -40,6 +40,8 @@ from tests.dataset.raw.check_damage import (
 )
 from tests.dataset.raw.raw_layouts import write_refer
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted(f"configs/scenes/{path.name}" for path in (ROOT / "configs" / "scenes").glob("*.yaml"))
 TRAIN, EVALUATION = 8, 4  # scenes

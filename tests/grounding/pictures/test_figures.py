@@ -28,7 +28,7 @@ from tests.small_model import BERT, SIZES
 from utils import UserError
 
 PHRASE = "the small red star"
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(scope="module")

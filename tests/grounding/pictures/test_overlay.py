@@ -19,6 +19,8 @@ from grounding.pictures.overlay import LEAST_WIDTH, SIDE, TITLE, break_lines, ov
 from grounding.pictures.render import DPI, save, see_through
 from utils import UserError
 
+pytestmark = pytest.mark.slow
+
 RED, WHITE = (255, 59, 48), (255, 255, 255)
 LONG = "a very small " * 9 + "w" * 120
 

@@ -39,6 +39,8 @@ from grounding.report.statistics import Interval
 from grounding.report.write import no_formula, report_folders
 from grounding.results import ResultError, ResultFolder, sources_of
 
+pytestmark = pytest.mark.slow
+
 EVIL = '<script>alert("x")</script> & "two"'
 HEIGHT, WIDTH = 4, 6
 BOX = [1.0, 0.0, 3.0, 3.0]  # strictly inside: x 2 and 3, y 1 and 2; a sixth of the image

@@ -24,7 +24,7 @@ from utils import UserError
 pytest.importorskip("gradio", reason="the page needs requirements-web.txt")
 httpx = pytest.importorskip("httpx", reason="comes with Gradio")
 PATIENCE = 120  # seconds to wait for what will come; a machine may be slow, and it is no test of speed
-pytestmark = pytest.mark.filterwarnings("ignore::Warning:gradio")  # of what it uses
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::Warning:gradio")]  # of what it uses
 
 
 def test_the_environment_is_left_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
