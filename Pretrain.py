@@ -5,16 +5,17 @@
     python -m torch.distributed.launch --nproc_per_node=8 --use_env Pretrain.py ...
 
 Leaves in OUT: checkpoint_%02d.pth and a line of log.txt per epoch, a line of steps.jsonl every 20 steps, config.yaml
-and run.json (options, versions, git commit, seed). `--resume` continues from the newest checkpoint of OUT, or from
-`--checkpoint`, with the rates and the schedule of the config; each epoch is seeded by (seed, rank, epoch), so that a
-resumed run repeats an uninterrupted one.
-`--tensorboard` adds OUT/tensorboard (docs/watching.md).
+and run.json (options, versions, git commit, seed); within an epoch, checkpoint_%02d_step_%06d.pth every `--save_every`.
+A run that was killed goes on, as if it had not been, with `--resume auto`; SIGTERM and Ctrl-C save and end a run,
+SIGUSR1 saves (docs/long_runs.md). `--tensorboard` adds OUT/tensorboard (docs/watching.md).
 """
 
 import argparse
 import contextlib
 import inspect
 import math
+import shlex
+import signal
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -23,17 +24,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, DistributedSampler
+from torch.utils.data import DataLoader
 
 import runs
 import utils
 from config import PretrainConfig, load_config, naming, save_config
 from dataset.expressions import SHOWN_PROBLEMS
+from dataset.order import EpochOrder
 from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
 from dataset.workers import check_shared_memory, killed_workers_explained
-from files import save_tensors
 from models.checkpoint import (
     CheckpointError,
     check_resumable,
@@ -46,7 +47,19 @@ from models.checkpoint import (
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from optim import create_optimizer, moments, restore_optimizer
+from runs import Position
+from saving import (
+    Interval,
+    Saver,
+    check_agreement,
+    choose_start,
+    interval,
+    progress_of,
+    random_state,
+    restore_random_state,
+)
 from scheduler import create_scheduler, epoch_time, iteration_time
+from signals import Requests, Stopped, ignore_in_worker
 from terminal import boolean, integer
 from training_log import TrainingLog
 
@@ -58,12 +71,18 @@ class TrainingError(utils.UserError):
     """Training that cannot go on."""
 
 
+def resume_mode(text: str) -> bool | str:
+    """An argparse type: a truth value, or "auto"."""
+    return "auto" if text.lower() == "auto" else boolean(text)
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train ALBEF with Attention Mask Consistency.")
     parser.add_argument("--config", default="./configs/Pretrain.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     parser.add_argument("--checkpoint", default="", help="weights to start from, for instance ALBEF.pth")
-    parser.add_argument("--resume", type=boolean, nargs="?", const=True, default=False, help="continue a run")
+    resume = "continue a run: the newest checkpoint of --output_dir, or --checkpoint; auto: if there is one, else begin"
+    parser.add_argument("--resume", type=resume_mode, nargs="?", const=True, default=False, help=resume)
     parser.add_argument("--output_dir", default="Pretrain/")
     parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
@@ -75,6 +94,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_workers", default=4, type=integer(0), help="loader processes per process")
     parser.add_argument("--max_steps", type=integer(1), help="stop after this many optimizer steps in all")
     parser.add_argument("--skip_broken", action="store_true", help="replace missing or unreadable images; count them")
+    save = parser.add_argument_group("checkpoints", "written at the end of each epoch, and in between")
+    every = "how often within an epoch: 30m, 2h, 90s, or a number of optimizer steps; 0: never (default: 30m)"
+    save.add_argument("--save_every", default=Interval(0, 1800), type=interval, metavar="EVERY", help=every)
+    last = "checkpoints within epochs to keep (default: 2)"
+    save.add_argument("--keep_last", default=2, type=integer(1), metavar="N", help=last)
+    epochs = "checkpoints of whole epochs to keep (default: all)"
+    save.add_argument("--keep_epochs", type=integer(1), metavar="N", help=epochs)
     watch = parser.add_argument_group("watching", "what TensorBoard shows of the run; its numbers stay the same")
     watch.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/tensorboard: losses and heat maps")
     watch.add_argument(
@@ -102,14 +128,16 @@ def main(args: argparse.Namespace) -> None:
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
     with runs.claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
-        train(Run(args, config, device))
+        run = Run(args, config, device)
+        with run.requests:
+            train(run)
     utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
 
 
 def train(run: "Run") -> None:
     """Train the epochs that are left; each ends with a line of log.txt and a checkpoint."""
     step_limit = run.args.max_steps or sys.maxsize
-    for epoch in range(run.start_epoch, run.config.schedular.epochs):
+    for epoch in range(run.start.epoch, run.config.schedular.epochs):
         steps = min(run.epoch_steps, step_limit - epoch * run.epoch_steps)
         if steps <= 0:
             break
@@ -117,7 +145,9 @@ def train(run: "Run") -> None:
         run.check_weights(epoch)
         # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
         run.log.end_epoch(broken_images=len(run.data.replaced()))
-        run.save(epoch)
+        run.save(Position(epoch + 1))
+        run.end_if_asked()
+    run.saver.finish()
     run.log.close()
     if broken := run.data.replaced():
         shown = ", ".join(broken[:SHOWN_PROBLEMS]) + (", ..." if len(broken) > SHOWN_PROBLEMS else "")
@@ -132,30 +162,36 @@ class Run:
         self.args, self.config, self.device, self.output = args, config, device, Path(args.output_dir)
         tokenizer = load_tokenizer(args.text_encoder)
         self.data = TrainingData(config, args.seed, args.skip_broken)
-        self.loader = build_loader(self.data, tokenizer, config, args)
+        self.order = EpochOrder(len(self.data), utils.world_size(), utils.rank(), args.seed)
+        self.loader = build_loader(self.data, self.order, tokenizer, config, args)
         self.epoch_steps = len(self.loader) // args.accum_steps
         utils.seed_everything(args.seed)  # it decides the random weights
         self.model = PretrainModel(config)
         check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
-        resumed = load_start(self.model, config, args, start := runs.start_of(args))
+        path, goes_on = choose_start(args)
+        checkpoint = load_start(self.model, config, args, path)
         self.parallel = prepare_model(self.model, args, device)
         self.optimizer = create_optimizer(config.optimizer, self.model)
         self.schedule = create_scheduler(config.schedular, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        self.start_epoch = self.restore(resumed, start) if resumed else 0
+        self.start, self.processes = runs.BEGINNING, list[dict[str, Any]]()
+        self.requests = Requests()
+        if goes_on:
+            check_resumable(checkpoint, path)
+            self.restore(checkpoint, path)
+        check_agreement(self.model, str(path), self.start)
+        self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every)
         self.log = TrainingLog(self.output, self.epoch_steps, self.open_board(tokenizer))
-        here = Path(start).resolve().parent == self.output.resolve()
-        self.open_output(resumed.get("log") if resumed and here else None)
+        here = Path(path).resolve().parent == self.output.resolve()
+        self.open_output(checkpoint.get("log") if goes_on and here else None)
 
     def train_epoch(self, epoch: int, steps: int) -> None:
-        """Train for `steps` optimizer steps; raises `TrainingError` when a loss is no longer a number."""
-        utils.seed_everything(self.args.seed, utils.rank(), epoch)
-        self.data.epoch = epoch
-        self.loader.sampler.set_epoch(epoch)  # type: ignore[attr-defined]
-        self.parallel.train()
+        """Train the steps of an epoch that are left; raises `TrainingError` when a loss is no longer a number."""
+        self.begin_epoch(epoch, steps)
         batches = iter(self.loader)
-        self.schedule.step(epoch_time(self.config.schedular, epoch))
-        for step in self.log.steps(epoch, steps):
+        if self.processes:
+            self.restore_processes()
+        for step in self.log.steps():
             self.log.add({"lr": torch.tensor(self.optimizer.param_groups[0]["lr"], dtype=torch.float64)})
             alpha = self.config.alpha * (1.0 if epoch > 0 else min(1.0, step / self.epoch_steps))
             for micro in range(self.args.accum_steps):
@@ -164,13 +200,29 @@ class Run:
             self.scaler.step(self.optimizer)
             self.scaler.update()
             self.optimizer.zero_grad(set_to_none=True)
-            if (time := iteration_time(self.config.schedular, epoch, step, self.epoch_steps)) is not None:
-                self.schedule.step(time)  # type: ignore[arg-type]  # timm counts in fractions of epochs as well
-            if step == 0:
-                first = self.log.recent.means()  # losses of the very weights that the last checkpoint holds
+            self.set_rate(epoch, step)
             if self.log.is_due(step):
-                self.check_losses(epoch, step, first)
+                self.check_losses(epoch, step)
             self.log.end_step(step)
+            if step < steps - 1:
+                self.save_if_asked(Position(epoch, step + 1))
+
+    def begin_epoch(self, epoch: int, steps: int) -> None:
+        """Set what decides an epoch: seeds, order of the data, rates; at the start, where it goes on."""
+        begin = self.start.step if epoch == self.start.epoch else 0
+        utils.seed_everything(self.args.seed, utils.rank(), epoch, *([begin] if begin else []))
+        self.data.epoch = self.order.epoch = epoch
+        self.order.begin = begin * self.args.accum_steps * self.config.batch_size
+        self.parallel.train()
+        self.schedule.step(epoch_time(self.config.schedular, epoch))
+        for step in range(begin):
+            self.set_rate(epoch, step)
+        self.log.begin_epoch(epoch, steps, begin)
+
+    def set_rate(self, epoch: int, step: int) -> None:
+        """Set the learning rate after a step."""
+        if (time := iteration_time(self.config.schedular, epoch, step, self.epoch_steps)) is not None:
+            self.schedule.step(time)  # type: ignore[arg-type]  # timm counts in fractions of epochs as well
 
     def backward(self, batch: Batch, alpha: float, micro: int) -> dict[str, Tensor]:
         """Forward and backward of one batch, the `micro`-th of its optimizer step; returns the named losses."""
@@ -184,38 +236,68 @@ class Run:
             self.scaler.scale(self.model.total(losses) / self.args.accum_steps).backward()
         return losses
 
-    def check_losses(self, epoch: int, step: int, first: dict[str, float]) -> None:
-        """Raise `TrainingError` naming a loss that has become NaN or infinite; `first`: the losses of step 0."""
+    def check_losses(self, epoch: int, step: int) -> None:
+        """Raise `TrainingError` naming a loss that has become NaN or infinite since the last line of steps.jsonl."""
         if broken := [name for name, mean in self.log.recent.means().items() if not math.isfinite(mean)]:
             what = f"{' and '.join(broken)} became NaN or infinite in epoch {epoch}, at or shortly before step {step}"
-            began_finite = all(map(math.isfinite, first.values()))
-            raise TrainingError(f"{what}; {way_back(self.output, epoch if began_finite else epoch - 1)}")
+            # The first step's losses are of the very weights that a checkpoint of that position holds.
+            began_finite = all(map(math.isfinite, self.log.opening.values()))
+            raise TrainingError(f"{what}; {way_back(self.output, Position(epoch, self.log.window), began_finite)}")
 
     def check_weights(self, epoch: int) -> None:
         """Raise `TrainingError` instead of saving what no run can go on from: losses tell of it one step too late."""
         if problem := diverged(self.model.state_dict()) or diverged(moments(self.optimizer), math.inf):
             raise TrainingError(
-                f"the weights diverged in epoch {epoch} ({problem}), and are not saved; {way_back(self.output, epoch)}"
+                f"the weights diverged in epoch {epoch} ({problem}), and are not saved; "
+                f"{way_back(self.output, Position(epoch, self.log.window), True)}"
             )
 
-    def save(self, epoch: int) -> None:
-        """Write the checkpoint of an epoch that is done; rank 0 writes, the others wait for it."""
+    # ---- checkpoints
+
+    def save_if_asked(self, at: Position) -> None:
+        """Between two steps: save if it is time or a signal asks for it, and end if one asks for that."""
+        save, stop = self.requests.agreed(self.saver.is_due(at.epoch * self.epoch_steps + at.step))
+        if save or stop:
+            self.save(at)
+        self.end_if_asked(stop)
+
+    def end_if_asked(self, stop: int | None = None) -> None:
+        """End the run if a signal asks for it, once its checkpoint is written; raises `Stopped`."""
+        stop = self.requests.agreed(False)[1] if stop is None else stop
+        if not stop:
+            return
+        self.saver.finish()
+        self.log.close()
+        command = f"{shlex.join(sys.argv)} --resume auto"
+        utils.log(f"{signal.Signals(stop).name}: saved {self.saver.path}\n  to go on: {command}")
+        raise Stopped(stop)
+
+    def save(self, at: Position) -> None:
+        """Begin to write the checkpoint of a position; rank 0 writes while all go on (a collective call)."""
+        states = utils.gather_objects(self.process_state() if at.step else {})
+        broken = self.data.broken_anywhere()
         if utils.rank() == 0:
+            samples = at.step * self.step_samples
+            progress = {"epoch": at.epoch, "step": at.step, "samples": samples, "broken": broken, "processes": states}
             content = {
                 "model": self.model.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "lr_scheduler": self.schedule.state_dict(),
                 "scaler": self.scaler.state_dict(),
                 "config": self.config.model_dump(mode="json"),
-                "epoch": epoch,
+                "epoch": at.epoch - 1,  # the last one that is done
+                "progress": progress,
                 "run": self.settings(),
                 "log": runs.timeless_log(self.output),
             }
-            save_tensors(runs.checkpoint_path(self.output, epoch), content)
-        utils.barrier()
+            self.saver.save(at, content)
 
-    def restore(self, checkpoint: dict[str, Any], path: str | Path) -> int:
-        """Put moments and loss scale back, and say what else differs; returns the epoch to go on with.
+    def process_state(self) -> dict[str, Any]:
+        """What the next step depends on in this process alone: random numbers, and what the log has counted."""
+        return {"random": random_state(self.device), "log": self.log.state()}
+
+    def restore(self, checkpoint: dict[str, Any], path: str | Path) -> None:
+        """Put moments, loss scale and position back, and say what else differs.
 
         Rates and schedule are the config's: the schedule's time follows from epoch and step.
         """
@@ -227,7 +309,32 @@ class Run:
                 raise CheckpointError(f"{path}: its 'scaler' is no loss scale of fp16") from error
         if changed := runs.changes_since(checkpoint, self.config, self.settings()):
             utils.log("\n  ".join([f"{path}: this run differs from the one that it goes on with", *changed]))
-        return int(checkpoint["epoch"]) + 1
+        progress = progress_of(checkpoint, path)
+        # By the samples that are done: another number of processes, or of samples a step, goes on after all of them.
+        step = min(-(-progress["samples"] // self.step_samples), self.epoch_steps)
+        self.start, self.processes = Position(progress["epoch"], step), progress["processes"] if step else []
+        if all(index < len(self.data) for index in progress["broken"]):
+            self.data.broken[progress["broken"]] = True
+
+    def restore_processes(self) -> None:
+        """Go on with the random numbers and the counts of the log, in the epoch that the run goes on in."""
+        states, self.processes = self.processes, []
+        try:
+            if len(states) == utils.world_size():
+                own = states[utils.rank()]
+                self.log.restore([own["log"]], 1.0)
+                restore_random_state(own["random"], self.device)
+            else:
+                self.log.restore([state["log"] for state in states], 1 / utils.world_size())
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise CheckpointError(
+                f"the checkpoint's 'progress' is damaged ({error}); resume from the one before"
+            ) from error
+
+    @property
+    def step_samples(self) -> int:
+        """Samples of one optimizer step, over all processes."""
+        return self.config.batch_size * self.args.accum_steps * utils.world_size()
 
     def settings(self) -> dict[str, Any]:
         """What decides a run's numbers, beside its config."""
@@ -259,15 +366,16 @@ class Run:
         """Make the output folder ready, leave config and provenance in it, and say what is about to run."""
         if utils.rank() != 0:
             return
-        runs.prepare_output(self.output, self.start_epoch, earlier_log)
+        runs.prepare_output(self.output, self.start, earlier_log)
         save_config(self.config, self.output / "config.yaml")
         runs.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
         samples = f"{self.config.batch_size * self.args.accum_steps} x {utils.world_size()}"
         utils.log(f"{len(self.data)} entries, {self.epoch_steps} steps of {samples} samples an epoch, {self.device}")
-        utils.log(f"epochs {self.start_epoch} to {self.config.schedular.epochs - 1}, {self.args.precision}")
+        begin = f"epochs {self.start.epoch} to {self.config.schedular.epochs - 1}, {self.args.precision}"
+        utils.log(begin + (f", from step {self.start.step} of the first" if self.start.step else ""))
         if board := self.log.board:
             config_text = (self.output / "config.yaml").read_text(encoding="utf-8")
-            board.start(self.output / runs.BOARD, self.start_epoch * self.epoch_steps, config_text)
+            board.start(self.output / runs.BOARD, self.start.epoch * self.epoch_steps + self.start.step, config_text)
             utils.log(f"watch it: tensorboard --logdir {self.output}")
 
 
@@ -275,18 +383,18 @@ class Run:
 
 
 def build_loader(
-    data: TrainingData, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
+    data: TrainingData, order: EpochOrder, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
-    """This process's batches, shuffled; raises `DataError` where they do not fill a step."""
+    """This process's batches; raises `DataError` where they do not fill a step."""
     batch_bytes = 4 * config.batch_size * (3 * config.image_res**2 + config.mask_size**2)
     check_shared_memory(args.num_workers, len(data) // config.batch_size, batch_bytes)
-    sampler: DistributedSampler[Any] = DistributedSampler(data, utils.world_size(), utils.rank(), seed=args.seed)
     loader = DataLoader(
         data,
         batch_size=config.batch_size,
-        sampler=sampler,
+        sampler=order,
         num_workers=args.num_workers,
         collate_fn=Collate(tokenizer, config),
+        worker_init_fn=ignore_in_worker,
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )
@@ -298,19 +406,16 @@ def build_loader(
 
 def load_start(
     model: PretrainModel, config: PretrainConfig, args: argparse.Namespace, path: str | Path
-) -> dict[str, Any] | None:
-    """Load the weights to start from; returns the checkpoint when its run is to be continued."""
+) -> dict[str, Any]:
+    """Load the weights to start from, a checkpoint's or those of other models; returns the checkpoint, {} for none."""
     if not path:
         if config.vit_init:
             utils.log(str(init_image_encoder(model.visual_encoder, config.vit_init)))
         utils.log(str(init_text_encoder(model.text_encoder, args.text_encoder)))
         model.copy_teacher()
-        return None
+        return {}
     checkpoint = read_checkpoint(path)
     utils.log(str(load_weights(model, checkpoint["model"], path)))
-    if not args.resume:
-        return None
-    check_resumable(checkpoint, path)
     return checkpoint
 
 
@@ -337,11 +442,11 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
 
 
-def way_back(output: Path, before: int) -> str:
-    """Advice for a run that has diverged: the last checkpoint of an epoch before `before` whose weights are sound."""
-    for epoch, path in reversed(runs.checkpoints(output).items()):
+def way_back(output: Path, before: Position, inclusive: bool) -> str:
+    """Advice for a run that has diverged: the last checkpoint before a position, or of it, whose weights are sound."""
+    for at, path in reversed(runs.checkpoints(output).items()):
         with contextlib.suppress(CheckpointError):
-            if epoch < before and not diverged(read_checkpoint(path)["model"]):
+            if (at < before or (inclusive and at == before)) and not diverged(read_checkpoint(path)["model"]):
                 return f"{path} is intact: --resume --checkpoint {path} with a lower optimizer.lr, or --precision fp32"
     return f"{output} holds no sound checkpoint: start anew with a lower optimizer.lr, or --precision fp32"
 

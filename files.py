@@ -112,6 +112,8 @@ def save_tensors(path: str | Path, content: Any) -> None:
         try:
             # Given a path, it would write the file's name into the archive.
             torch.save(_one_object_each(content), file)
+            file.flush()
+            os.fsync(file.fileno())  # before the name is given: a crash of the machine must not leave a half file
         except RuntimeError as error:  # of its own, raised while that of the file system is on its way
             cause = error.__context__
             if isinstance(cause, OSError):

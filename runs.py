@@ -1,11 +1,11 @@
 """What a run leaves, and reading it back: the lock on its folder, file names, newest checkpoint, logs, provenance."""
 
-import argparse
 import contextlib
 import datetime
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -26,7 +26,7 @@ try:
 except ImportError:  # not a Unix
     fcntl = None  # type: ignore[assignment]
 
-EPOCHS_LOG, STEPS_LOG, BOARD, LOCK = "log.txt", "steps.jsonl", "tensorboard", ".lock"
+EPOCHS_LOG, STEPS_LOG, BOARD, LOCK, BEST = "log.txt", "steps.jsonl", "tensorboard", ".lock", "best.pth"
 Row = dict[str, Any]
 Rows = list[Row]
 
@@ -118,29 +118,49 @@ def _lock(path: Path) -> int | None:
 # ---- checkpoints
 
 
-def checkpoint_path(folder: Path, epoch: int) -> Path:
-    return folder / f"checkpoint_{epoch:02d}.pth"
+class Position(NamedTuple):
+    """Where a run stands: `step` optimizer steps of `epoch` are done. Of an epoch that is done, the next one's 0."""
+
+    epoch: int
+    step: int = 0
 
 
-def checkpoints(folder: Path) -> dict[int, Path]:
-    """Epoch -> checkpoint of a training run's folder, in order; not a user's copies such as checkpoint_best.pth."""
-    found = [(re.fullmatch(r"checkpoint_([0-9]+)\.pth", path.name), path) for path in folder.glob("checkpoint_*.pth")]
-    return dict(sorted((int(name[1]), path) for name, path in found if name and path.is_file()))
+BEGINNING = Position(0)
+NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?\.pth")
+
+
+def checkpoint_path(folder: Path, at: Position) -> Path:
+    """checkpoint_01.pth at the end of epoch 1, checkpoint_01_step_000200.pth after 200 steps of it."""
+    if at.step:
+        return folder / f"checkpoint_{at.epoch:02d}_step_{at.step:06d}.pth"
+    return folder / f"checkpoint_{at.epoch - 1:02d}.pth"
+
+
+def checkpoints(folder: Path) -> dict[Position, Path]:
+    """The checkpoints in a training run's folder, in order; not a user's copies such as checkpoint_best.pth."""
+    found = {}
+    for path in folder.glob("checkpoint_*.pth"):
+        if (name := NAME.fullmatch(path.name)) and path.is_file():
+            epoch, step = int(name[1]), int(name[2] or 0)
+            found[Position(epoch, step) if name[2] else Position(epoch + 1)] = path
+    return dict(sorted(found.items()))
+
+
+def is_within_epoch(path: Path) -> bool:
+    """Whether a checkpoint's name says that it was saved within an epoch."""
+    name = NAME.fullmatch(path.name)
+    return name is not None and name[2] is not None
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint of the last epoch in a training run's folder, if there is any."""
+    """The last checkpoint in a training run's folder, if there is any."""
     return next(reversed(checkpoints(folder).values()), None)
 
 
-def start_of(args: argparse.Namespace) -> str | Path:
-    """The checkpoint to start from: what --checkpoint names, or with --resume the newest of the run; "" for none."""
-    if args.checkpoint or not args.resume:
-        return args.checkpoint
-    path = newest_checkpoint(Path(args.output_dir))
-    if not path:
-        utils.log(f"--resume: {args.output_dir} holds no checkpoint yet, starting from the beginning")
-    return path or ""
+def best_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that best.pth is a link to."""
+    link = folder / BEST
+    return folder / os.readlink(link) if link.is_symlink() else None
 
 
 def changes_since(before: Row, config: PretrainConfig, settings: Row) -> list[str]:
@@ -174,35 +194,36 @@ def _as_text(values: Any, prefix: str = "") -> dict[str, str]:
 # ---- the folder of a training run
 
 
-def prepare_output(output: Path, start_epoch: int, known: Any = None) -> None:
-    """Make the folder ready for a run that begins with `start_epoch`.
+def prepare_output(output: Path, start: Position, known: Any = None) -> None:
+    """Make the folder ready for a run that begins at `start`.
 
-    Logs lose the lines of epochs to come. Files of an earlier run, and checkpoints of epochs to come, move to
+    Logs lose the lines of what is to come. Files of an earlier run, and checkpoints of later positions, move to
     `earlier_N/`.
 
     Args:
         known: rows of log.txt that the checkpoint to go on from holds; those that the file lacks are written back.
     """
     output.mkdir(parents=True, exist_ok=True)
-    if start_epoch == 0:
-        own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, "config.yaml", "run.json")
+    if start == BEGINNING:
+        own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, BEST, "config.yaml", "run.json")
         earlier = [path for pattern in own for path in output.glob(pattern)]
     else:
-        earlier = [path for epoch, path in checkpoints(output).items() if epoch >= start_epoch]
+        earlier = [path for at, path in checkpoints(output).items() if at > start]
     if earlier:
         taken = [re.fullmatch(r"earlier_([0-9]+)", path.name) for path in output.glob("earlier_*")]
         aside = output / f"earlier_{max((int(name[1]) for name in taken if name), default=0) + 1}"
         aside.mkdir()
         for path in earlier:
             path.rename(aside / path.name)
-        what = "an earlier run" if start_epoch == 0 else f"checkpoints of epoch {start_epoch} and later"
-        utils.log(f"{output} holds {what}, which {'is' if start_epoch == 0 else 'are'} now in {aside}")
+        later = f"checkpoints from after epoch {start.epoch}, step {start.step}"
+        what = "an earlier run" if start == BEGINNING else later
+        utils.log(f"{output} holds {what}, which {'is' if start == BEGINNING else 'are'} now in {aside}")
     for path in (output / EPOCHS_LOG, output / STEPS_LOG):
-        kept = [row for row in read_log(path, _with_epoch) if row.get("epoch", start_epoch) < start_epoch]
+        kept = [row for row in read_log(path, _with_place) if _is_before(row, start)]
         if path.name == EPOCHS_LOG and path.is_file() and isinstance(known, list):
             for row in known:
                 wanted = row.get("epoch") if isinstance(row, dict) else None
-                if wanted in range(start_epoch) and all(other["epoch"] != wanted for other in kept):
+                if wanted in range(start.epoch) and all(other["epoch"] != wanted for other in kept):
                     utils.log(f"{path}: the line of epoch {wanted} was lost; restored from the checkpoint")
                     kept.append(row)
             kept.sort(key=lambda row: row["epoch"])
@@ -219,8 +240,15 @@ def append_row(path: Path, row: Row) -> None:
         file.write(json.dumps(row) + "\n")
 
 
-def _with_epoch(row: Row) -> Row:
-    return row | _whole(row, "epoch") if "epoch" in row else row
+def _with_place(row: Row) -> Row:
+    return row | _whole(row, *(key for key in ("epoch", "step") if key in row))
+
+
+def _is_before(row: Row, start: Position) -> bool:
+    """Whether a line of a log, of an epoch or up to a step of it, tells only of what was done before `start`."""
+    if "epoch" not in row:
+        return False
+    return row["epoch"] < start.epoch or (row["epoch"] == start.epoch and row.get("step", math.inf) < start.step)
 
 
 # ---- logs

@@ -1,7 +1,7 @@
 """What a training run says while it goes on: progress bar, steps.jsonl, log.txt, printed lines and TensorBoard."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ class Meters:
 
     def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
-        self.counts: dict[str, int] = {}
+        self.counts: dict[str, float] = {}
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
@@ -46,6 +46,19 @@ class Meters:
             means = dict(zip(means, (packed / utils.world_size()).tolist(), strict=True))
         return means
 
+    def state(self) -> dict[str, Any]:
+        """Sums and counts, as plain values."""
+        return {"sums": {name: float(total) for name, total in self.sums.items()}, "counts": dict(self.counts)}
+
+    def restore(self, states: Sequence[Mapping[str, Any]], share: float = 1.0) -> None:
+        """Go on from `share` of the sums and counts in states, so that all processes together have all of them."""
+        for state in states:
+            for name, total in state["sums"].items():
+                device = self.sums[name].device if name in self.sums else None
+                old = self.sums.get(name, torch.zeros((), dtype=torch.float64, device=device))
+                self.sums[name] = old + share * total
+                self.counts[name] = self.counts.get(name, 0) + share * state["counts"][name]
+
 
 class TrainingLog:
     """The log of one run. All processes call it alike; rank 0 alone writes.
@@ -59,16 +72,23 @@ class TrainingLog:
     def __init__(self, folder: Path, epoch_steps: int, board: "Board | None" = None) -> None:
         self.folder, self.epoch_steps, self.board = folder, epoch_steps, board
 
-    def steps(self, epoch: int, count: int) -> Iterator[int]:
-        """Begin an epoch: its steps 0 to count - 1, with a progress bar."""
-        self.epoch, self.begun, self.count = epoch, epoch * self.epoch_steps, count
+    def begin_epoch(self, epoch: int, count: int, begin: int) -> None:
+        """Begin an epoch of `count` steps, of which `begin` are done."""
+        self.epoch, self.begun, self.count, self.begin = epoch, epoch * self.epoch_steps, count, begin
         self.of_epoch, self.recent = Meters(), Meters()
+        self.window, self.seconds = begin, 0.0
+        self.opening: dict[str, float] = {}
         if self.board:
-            self.board.restart_clock(self.begun)
-        started = time.monotonic()
-        self.bar = tqdm(range(count), desc=f"epoch {epoch}", unit="step", disable=None if utils.rank() == 0 else True)
+            self.board.restart_clock(self.begun + begin)
+
+    def steps(self) -> Iterator[int]:
+        """The steps of the epoch that are left, with a progress bar."""
+        self.started = time.monotonic() - self.seconds
+        quiet = None if utils.rank() == 0 else True
+        steps = range(self.begin, self.count)
+        self.bar = tqdm(steps, f"epoch {self.epoch}", self.count, initial=self.begin, unit="step", disable=quiet)
         yield from self.bar
-        self.seconds = time.monotonic() - started
+        self.seconds = time.monotonic() - self.started
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         """Count named scalars of the current step: its losses, its learning rate."""
@@ -82,8 +102,10 @@ class TrainingLog:
     def end_step(self, step: int) -> None:
         """Show and write the means since the last line if that is due, and heat maps if they are."""
         done = self.begun + step + 1
+        if step == self.window:
+            self.opening = self.recent.means()
         if self.is_due(step):
-            means, self.recent = self.recent.means(), Meters()
+            means, self.recent, self.window = self.recent.means(), Meters(), step + 1
             self.bar.set_postfix({name: f"{value:.3g}" for name, value in means.items()})
             self._write(runs.STEPS_LOG, {"epoch": self.epoch, "step": step, **means})
             if self.board:
@@ -101,6 +123,18 @@ class TrainingLog:
         utils.log(f"epoch {self.epoch}: {shown}")
         if self.board:
             self.board.write_epoch(self.begun + self.count, means)
+
+    def state(self) -> dict[str, Any]:
+        """What this process has counted since the epoch began and since the last line, as plain values."""
+        meters = {"of_epoch": self.of_epoch.state(), "recent": self.recent.state()}
+        return {**meters, "window": self.window, "opening": self.opening, "seconds": time.monotonic() - self.started}
+
+    def restore(self, states: Sequence[Mapping[str, Any]], share: float) -> None:
+        """Go on from what processes had counted; see `Meters.restore`."""
+        for name, meters in (("of_epoch", self.of_epoch), ("recent", self.recent)):
+            meters.restore([state[name] for state in states], share)
+        self.window, self.opening = states[0]["window"], dict(states[0]["opening"])
+        self.seconds = float(states[0]["seconds"])
 
     def close(self) -> None:
         if self.board:

@@ -10,19 +10,24 @@ import random
 import re
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from failures import Watch, end
 from system_errors import describe_os_error, explain
 from terminal import Escaping, printable
 
 T = TypeVar("T")
+
+# What PyTorch says when another process of the group is gone.
+LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|gloo|Gloo|NCCL|ProcessGroup")
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their names on command lines
 
@@ -34,20 +39,26 @@ class UserError(ValueError):
 def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
     """Run a program. What the user can put right becomes one message and exit status 1; a fault of ours is raised.
 
-    What files hold reaches the terminal escaped (`Escaping`). NCCL's process group is shut down at the end.
+    What files hold reaches the terminal escaped (`Escaping`). Of several processes, one that fails prints its message
+    first, and then all end (failures.py).
     """
     plain = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = Escaping(sys.stdout), Escaping(sys.stderr)
     try:
         main(args)
+        leave_group(0)
+    except SystemExit as status:
+        leave_group(status.code if isinstance(status.code, int) else 1)
+        raise
     except Exception as error:
         message = _own_words(error) if isinstance(error, UserError) else explain(error, vars(args))
+        if dist.is_initialized():
+            fail(f"error: {message}" if message else traceback.format_exc(), error)
         if message is None:
             raise
         sys.exit(printable(f"error: {message}", plain[1]))
     finally:
         sys.stdout, sys.stderr = plain
-        shutdown_distributed()
 
 
 def _own_words(error: UserError) -> str:
@@ -91,6 +102,22 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> None:
             "torchrun, or pass --distributed false to run one process"
         ) from error
 
+    if backend == "nccl":
+        control: Any = dist.new_group(backend="gloo")
+        _group.control = control
+    with contextlib.suppress(ValueError):
+        _group.watch = Watch(dist_url)
+
+
+class _Group:
+    """What belongs to this process's group: `control` carries small things on the CPU; None: the group itself does."""
+
+    control: dist.ProcessGroup | None = None
+    watch: Watch | None = None
+
+
+_group = _Group()
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -102,16 +129,46 @@ def world_size() -> int:
 
 def barrier() -> None:
     if dist.is_initialized():
-        dist.barrier()
+        dist.barrier(_group.control)
 
 
-def shutdown_distributed() -> None:
-    """Leave the process group at a program's end, as NCCL asks for; Gloo's connections end with the process.
+def leave_group(status: int) -> None:
+    """End this process of a group, once all have come to their ends; without a group, do nothing.
 
-    PyTorch 2.4 now and then never returns from destroying a Gloo group while the other process does the same.
+    NCCL's group is destroyed, as NCCL asks for. The process ends without Python's own clearing up: there, a thread of
+    Gloo that is still at work can abort it, and PyTorch 2.4 now and then never returns from destroying a Gloo group.
     """
-    if dist.is_initialized() and dist.get_backend() == "nccl":
+    if not dist.is_initialized():
+        return
+    barrier()
+    if _group.watch:
+        _group.watch.close()
+    if dist.get_backend() == "nccl":
         dist.destroy_process_group()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    os._exit(status)
+
+
+def fail(message: str, error: Exception) -> NoReturn:
+    """End all processes of the group because this one failed; its message comes first."""
+    own = f"process {rank()} of {world_size()} on {platform.node()}"
+    lost = isinstance(error, RuntimeError) and LOST.search(str(error))
+    first_line = str(error).strip().partition("\n")[0][:300]
+    summary = f"{own} failed: {first_line or type(error).__name__}"
+    if lost:  # what the failure of another looks like from here
+        summary = message = f"{own} lost the connection to another one, which was killed or failed ({first_line})"
+    else:
+        print(f"{own}: {message}", file=sys.stderr, flush=True)
+    first = summary
+    if _group.watch:
+        with contextlib.suppress(RuntimeError):  # the store is gone
+            first = _group.watch.tell(summary)
+    if first != summary:
+        end(f"{own} ends: {first}")
+    if lost:
+        end(f"{message}; --resume auto goes on from the last checkpoint")
+    end("")
 
 
 def all_gather(tensor: Tensor) -> Tensor:
@@ -123,12 +180,21 @@ def all_gather(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
+def largest_of_all(values: list[int]) -> list[int]:
+    """The largest of each value over all processes."""
+    if world_size() == 1:
+        return values
+    packed = torch.tensor(values)
+    dist.all_reduce(packed, dist.ReduceOp.MAX, _group.control)
+    return packed.tolist()
+
+
 def gather_objects(item: T) -> list[T]:
     """Each process's item, in rank order, on all of them; for small things on the CPU."""
     if world_size() == 1:
         return [item]
     items: list[Any] = [None] * world_size()
-    dist.all_gather_object(items, item)
+    dist.all_gather_object(items, item, _group.control)
     return items
 
 

@@ -68,10 +68,14 @@ class TrainingData(Dataset[Sample]):
     def __len__(self) -> int:
         return len(self.entries)
 
+    def broken_anywhere(self) -> list[int]:
+        """The indices of all entries whose images could not be read, on any process (a collective call)."""
+        own = self.broken.nonzero().flatten().tolist()
+        return sorted({index for indices in gather_objects(own) for index in indices})
+
     def replaced(self) -> list[str]:
         """The sources of all entries whose images could not be read, on any process (a collective call)."""
-        broken = torch.stack(gather_objects(self.broken)).any(dim=0)
-        return [self.entries[index].source for index in broken.nonzero().flatten().tolist()]
+        return [self.entries[index].source for index in self.broken_anywhere()]
 
     def __getitem__(self, index: int) -> Sample:
         rng = np.random.default_rng([self.seed, self.epoch, index])

@@ -24,7 +24,7 @@ from grounding.load import check_config, ready
 from grounding.results import ResultFolder, percent, sources_of
 from models.albef import build_albef
 from models.checkpoint import read_checkpoint
-from runs import claim, write_provenance
+from runs import claim, is_within_epoch, write_provenance
 from terminal import boolean, integer
 
 EVALUATION_PRECISIONS = ("fp32", "bf16")  # of utils.PRECISIONS
@@ -110,6 +110,8 @@ def find_checkpoints(checkpoint: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for file in sorted(path.glob("*.pth")):
         if file.name.startswith(".") or not file.is_file():  # such as macOS's ._checkpoint_00.pth
+            continue
+        if file.is_symlink() or is_within_epoch(file):  # best.pth, and what training saves in between
             continue
         epoch = file.stem[-2:]
         if epoch in found:

@@ -186,7 +186,7 @@ def check_resumable(content: dict[str, Any], path: str | Path) -> None:
             raise CheckpointError(
                 f"{path}: cannot resume, its {key!r} is of type {found.__name__}, not {kind.__name__}; {advice}"
             )
-    if content["epoch"] < 0:
+    if content["epoch"] < (-1 if "progress" in content else 0):  # -1: within the first epoch
         raise CheckpointError(f"{path}: cannot resume, its 'epoch' is {content['epoch']}; {advice}")
 
 

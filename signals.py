@@ -1,0 +1,66 @@
+"""What a run is asked from outside: SIGTERM and SIGINT end it, SIGUSR1 saves; all processes act after the same step."""
+
+import os
+import signal
+import sys
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+import utils
+
+# Asked to end: a scheduler's SIGTERM, a terminal's Ctrl-C. SIGUSR1 asks to save and go on; not all systems have it.
+STOPS = (signal.SIGTERM, signal.SIGINT)
+SAVE = getattr(signal, "SIGUSR1", None)
+ECHO = 1.0  # seconds in which torchrun passes on a Ctrl-C that the terminal sent to its processes as well
+
+
+class Stopped(SystemExit):
+    """A run that ends because a signal asked for it; the exit status is that of a program which the signal ended."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+
+
+class Requests:
+    """Signals while a block runs: each is noted, to be acted upon between two steps. A second SIGINT ends at once."""
+
+    def __init__(self) -> None:
+        self.stop, self.save, self.interrupted = 0, False, 0.0
+
+    def __enter__(self) -> "Requests":
+        wanted = [number for number in (*STOPS, SAVE) if number is not None]
+        self.before: dict[int, Any] = {number: signal.signal(number, self._note) for number in wanted}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == SAVE:
+            self.save = True
+            return
+        if number == signal.SIGINT:
+            echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.interrupted < ECHO
+            if self.stop == signal.SIGINT and not echo:
+                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"stopped at once, without a checkpoint\n")
+                os._exit(128 + number)
+            self.interrupted = time.monotonic()
+        self.stop = max(self.stop, number)
+
+    def agreed(self, due: bool) -> tuple[bool, int]:
+        """Whether any process wants a checkpoint (`due`, or by a signal), and the signal that ends the run, or 0.
+
+        All processes get the same answer (a collective call).
+        """
+        save, stop = utils.largest_of_all([int(due or self.save), self.stop])
+        self.save = False
+        return bool(save), stop
+
+
+def ignore_in_worker(worker: int = 0) -> None:
+    """In a loader's process: signals to the whole group of processes must not end it before the run has saved."""
+    for number in (*STOPS, SAVE):
+        if number is not None:
+            signal.signal(number, signal.SIG_IGN)
