@@ -94,6 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num_workers", default=4, type=integer(0), help="loader processes per process")
     parser.add_argument("--max_steps", type=integer(1), help="stop after this many optimizer steps in all")
     parser.add_argument("--skip_broken", action="store_true", help="replace missing or unreadable images; count them")
+    cache = "folder for the packed entries of large training files (default: beside them)"
+    parser.add_argument("--cache_dir", metavar="DIR", help=cache)
     save = parser.add_argument_group("checkpoints", "written at the end of each epoch, and in between")
     every = "how often within an epoch: 30m, 2h, 90s, or a number of optimizer steps; 0: never (default: 30m)"
     save.add_argument("--save_every", default=Interval(0, 1800), type=interval, metavar="EVERY", help=every)
@@ -161,7 +163,7 @@ class Run:
         """Make each part from those above it. The output folder comes last: an error leaves it as it was."""
         self.args, self.config, self.device, self.output = args, config, device, Path(args.output_dir)
         tokenizer = load_tokenizer(args.text_encoder)
-        self.data = TrainingData(config, args.seed, args.skip_broken)
+        self.data = TrainingData(config, args.seed, args.skip_broken, args.cache_dir)
         self.order = EpochOrder(len(self.data), utils.world_size(), utils.rank(), args.seed)
         self.loader = build_loader(self.data, self.order, tokenizer, config, args)
         self.epoch_steps = len(self.loader) // args.accum_steps
@@ -211,6 +213,7 @@ class Run:
         """Set what decides an epoch: seeds, order of the data, rates; at the start, where it goes on."""
         begin = self.start.step if epoch == self.start.epoch else 0
         utils.seed_everything(self.args.seed, utils.rank(), epoch, *([begin] if begin else []))
+        torch.empty((), dtype=torch.int64).random_()  # loaders used to draw it: later numbers stay what they were
         self.data.epoch = self.order.epoch = epoch
         self.order.begin = begin * self.args.accum_steps * self.config.batch_size
         self.parallel.train()
@@ -386,7 +389,7 @@ def build_loader(
     data: TrainingData, order: EpochOrder, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
     """This process's batches; raises `DataError` where they do not fill a step."""
-    batch_bytes = 4 * config.batch_size * (3 * config.image_res**2 + config.mask_size**2)
+    batch_bytes = config.batch_size * (3 * config.image_res**2 + config.mask_size**2)
     check_shared_memory(args.num_workers, len(data) // config.batch_size, batch_bytes)
     loader = DataLoader(
         data,
@@ -395,6 +398,8 @@ def build_loader(
         num_workers=args.num_workers,
         collate_fn=Collate(tokenizer, config),
         worker_init_fn=ignore_in_worker,
+        persistent_workers=args.num_workers > 0,
+        generator=torch.Generator(),  # not the one that `begin_epoch` seeds
         pin_memory=torch.cuda.is_available(),
         drop_last=True,
     )

@@ -43,6 +43,11 @@ def load_json(path: str | Path, kind: type) -> Any:
     return value
 
 
+def read_list(path: str | Path) -> Iterator[Any]:
+    """The items of a JSON file that holds a list; raises `DataError`."""
+    yield from load_json(path, list)
+
+
 def read_image(path: str | Path, source: str) -> Image.Image:
     """Decode an image of a data set, as RGB and not turned; raises `DataError` naming it and its entry (`source`)."""
     with _named(f"{source}: image {path}"):

@@ -1,31 +1,38 @@
 """AMC training data: JSON entries {"image", "caption", "bbox"} -> samples -> batches (Visual Genome in the paper)."""
 
+import contextlib
 import difflib
+import hashlib
+import io
+import json
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.random import Generator
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import ConcatDataset, Dataset
 
 from config import PretrainConfig
+from dataset.entries import FORM, PackedEntries, RawEntry, TrainingEntry, pack
 from dataset.expressions import SURROGATE, EntryProblem, Problems, first_of, is_box, is_text, locate, require, shown
-from dataset.reading import DataError, load_json, read_image
+from dataset.reading import DataError, read_image, read_list
 from dataset.text import Tokenizer, clean_caption, has_content
-from dataset.transforms import augment_for_albef, augment_for_amc, normalise
-from utils import gather_objects, log
+from dataset.transforms import augment_for_albef, augment_for_amc
+from files import file_digest
+from utils import UserError, atomic_path, barrier, gather_objects, log, rank
 
 KEYS = ("image", "caption", "bbox")  # of an entry
+LARGE = 64 << 20  # bytes of a JSON file whose entries are worth a packed file
 NO_BOXES = "add_gcam is True, but no entry has boxes for AMC to learn from; is their key spelled 'bbox'?"
 
 
 class Sample(NamedTuple):
-    """image: (3, r, r) float32; mask: (s, s) float32 in {0, 1}; rng: where the sample's later draws come from."""
+    """image: (3, r, r) uint8; mask: (s, s) uint8 of 0 and 1; rng: where the sample's later draws come from."""
 
     image: Tensor
     caption: str
@@ -34,39 +41,47 @@ class Sample(NamedTuple):
     rng: Generator
 
 
-class TrainingEntry(NamedTuple):
-    """One training entry; `source` names its file and index in messages. Boxes are [x1, y1, x2, y2] in pixels."""
-
-    image: Path
-    captions: list[str]
-    boxes: list[list[float]]
-    source: str
-
-
 class TrainingData(Dataset[Sample]):
     """Entries of the config's train files, drawn and augmented anew each epoch from (seed, epoch, index) alone.
 
     Args:
         skip_broken: replace a missing or unreadable image by another sample and count it in `broken`; else stop.
+        cache_dir: where the packed entries of large files lie; None: beside each file.
 
     Raises:
         DataError: a file or entry that cannot be used; all entries are checked here, before training starts.
     """
 
-    def __init__(self, config: PretrainConfig, seed: int, skip_broken: bool = False) -> None:
+    def __init__(
+        self, config: PretrainConfig, seed: int, skip_broken: bool = False, cache_dir: str | None = None
+    ) -> None:
         self.config = config
         self.seed = seed
-        self.epoch = 0
+        self._epoch = torch.zeros(1, dtype=torch.int64).share_memory_()  # loader processes live on over epochs
         self.skip_broken = skip_broken
-        self.entries = [entry for file in config.train_file for entry in load_entries(file, config)]
-        if config.add_gcam and not any(entry.boxes for entry in self.entries):
+        if not config.train_file:
+            raise DataError("train_file lists no files")
+        files = [packed_entries(file, config, cache_dir) for file in config.train_file]
+        self.entries = ConcatDataset[TrainingEntry](files)
+        self.boxed = np.concatenate([file.boxed for file in files]).astype(bool)
+        if config.add_gcam and not self.boxed.any():
             log(f"warning: {NO_BOXES}")
-        _check_images(self.entries, skip_broken)
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            _check_images((image for file in files for image in file.images()), skip_broken)
         # One flag an entry, in shared memory: the loader's workers set them, the training process counts them.
         self.broken = torch.zeros(len(self.entries), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
         return len(self.entries)
+
+    @property
+    def epoch(self) -> int:
+        """The epoch whose samples are drawn, in this process and in loader processes."""
+        return int(self._epoch)
+
+    @epoch.setter
+    def epoch(self, epoch: int) -> None:
+        self._epoch.fill_(epoch)
 
     def broken_anywhere(self) -> list[int]:
         """The indices of all entries whose images could not be read, on any process (a collective call)."""
@@ -97,10 +112,10 @@ class TrainingData(Dataset[Sample]):
         size = config.mask_size
         if not config.add_gcam:
             image, caption = augment_for_albef(image, caption, config.augment, config.image_res, rng)
-            return Sample(normalise(image), caption, torch.zeros(size, size), False, rng)
+            return Sample(_as_tensor(image), caption, torch.zeros(size, size, dtype=torch.uint8), False, rng)
         mask, has_box = self._mask(entry, image.shape[0], image.shape[1], rng)
         image, mask, caption = augment_for_amc(image, mask, caption, config.augment, config.image_res, size, rng)
-        return Sample(normalise(image), caption, torch.from_numpy(mask.astype(np.float32)), has_box, rng)
+        return Sample(_as_tensor(image), caption, torch.from_numpy(mask.copy()), has_box, rng)
 
     def _mask(self, entry: TrainingEntry, height: int, width: int, rng: Generator) -> tuple[np.ndarray, bool]:
         """The mask (h, w) of a drawn box, or of all boxes, and whether there is one."""
@@ -118,6 +133,11 @@ class TrainingData(Dataset[Sample]):
         return mask, True
 
 
+def _as_tensor(image: np.ndarray) -> Tensor:
+    """(h, w, 3) uint8 -> (3, h, w) uint8, to travel between processes; `models.pretrain.Batch.to` normalises it."""
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
 def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, int, int] | None:
     """Clip [x1, y1, x2, y2] to the image and truncate to int; None when nothing is left of it."""
     x1, x2 = (int(min(max(x, 0), width)) for x in (box[0], box[2]))
@@ -125,43 +145,86 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def load_entries(file: str | Path, config: PretrainConfig) -> list[TrainingEntry]:
+def load_entries(file: str | Path, config: PretrainConfig) -> PackedEntries:
     """Read and check one training JSON; captions come back cleaned. Raises `DataError` with all problems."""
+    content = io.BytesIO()
+    _pack(file, config, content)
+    return PackedEntries(np.frombuffer(content.getbuffer(), np.uint8), file, config.image_root)
+
+
+def packed_entries(file: str, config: PretrainConfig, cache_dir: str | None = None) -> PackedEntries:
+    """`load_entries` for all processes together: of a large file, one makes packed entries that the others map.
+
+    They lie beside the file or in `cache_dir`, under a name that depends on the file's content and on how it is read.
+    """
+    try:
+        large = cache_dir is not None or os.path.getsize(file) >= LARGE
+    except OSError:
+        large = False  # `load_entries` says what is wrong with it
+    if not large:
+        return load_entries(file, config)
+    options = [config.image_root, config.max_words, config.empty_captions, FORM.decode()]
+    key = hashlib.sha256(json.dumps([file_digest(file), *options]).encode()).hexdigest()[:16]
+    path = Path(cache_dir or Path(file).parent, f"{Path(file).name}.{key}.packed")
+    if rank() == 0:
+        _make_packed(file, config, path)
+    barrier()
+    _make_packed(file, config, path)  # nothing to do, but where another machine has another folder
+    return PackedEntries(np.memmap(path, np.uint8, "r"), file, config.image_root)
+
+
+def _make_packed(file: str, config: PretrainConfig, path: Path) -> None:
+    with contextlib.suppress(OSError, ValueError):  # not there, or damaged
+        PackedEntries(np.memmap(path, np.uint8, "r"), file, config.image_root)
+        return
+    log(f"{file}: packing its entries into {path}, once")
+    try:
+        with atomic_path(path) as temporary, temporary.open("wb") as out:
+            _pack(file, config, out)
+    except DataError:
+        raise
+    except UserError as error:
+        raise DataError(f"{error}; name a folder by --cache_dir for the packed entries of {file}") from error
+
+
+def _pack(file: str | Path, config: PretrainConfig, out: IO[bytes]) -> None:
     with Problems() as problems:
-        return read_entries(file, config.image_root, config.max_words, problems, config.empty_captions)
+        pack(read_entries(file, config.image_root, config.max_words, problems, config.empty_captions), out)
 
 
 def read_entries(
     file: str | Path, image_root: str, max_words: int, problems: Problems, empty_captions: str = "keep"
-) -> list[TrainingEntry]:
+) -> Iterator[RawEntry]:
     """The entries of one training JSON that can be used; notes the others, and captions of which nothing is left.
 
     Raises `DataError` for the file itself, or when it has no entries.
     """
-    rows = load_json(file, list)
-    entries = []
     remedy = {"keep": "they stay, and the model reads [CLS] alone", "drop": "they are left out"}[empty_captions]
     empty = f"{file}: captions of which nothing is left once cleaned; as empty_captions says, {remedy}"
-    for index, row in enumerate(rows):
+    rows = found = 0
+    for index, row in enumerate(read_list(file)):
+        rows += 1
         image = row.get("image") if isinstance(row, dict) else None
         source = f"{file}: entry {index}" + (f" ({image})" if is_text(image) else "")
+        entry = None
         with problems.at(source):
-            entry = _entry(row, source, image_root, max_words)
+            entry = _entry(index, row, image_root, max_words)
             for text, cleaned in zip(_texts(row), entry.captions, strict=True):
                 if not has_content(cleaned):
                     problems.warnings.add(source, empty, shown(text))
             if empty_captions == "drop":
                 entry = entry._replace(captions=list(filter(has_content, entry.captions)))
-            if entry.captions:
-                entries.append(entry)
-    if not entries and not problems.kinds:
+        if entry and entry.captions:
+            found += 1
+            yield entry
+    if not found and not problems.kinds:
         raise DataError(f"{file}: holds no entries" + (" that have a caption" if rows else ""))
-    return entries
 
 
-def _entry(row: Any, source: str, image_root: str, max_words: int) -> TrainingEntry:
+def _entry(index: int, row: Any, image_root: str, max_words: int) -> RawEntry:
     _check_spelling(row)
-    image = locate(image_root, require(row, "image", str))
+    name = require(row, "image", str)
+    locate(image_root, name)
     if "caption" not in row:
         raise EntryProblem("key 'caption' is missing")
     texts = _texts(row)
@@ -172,7 +235,7 @@ def _entry(row: Any, source: str, image_root: str, max_words: int) -> TrainingEn
     boxes = row.get("bbox", [])
     if not isinstance(boxes, list) or not all(map(is_box, boxes)):
         raise EntryProblem("key 'bbox' must be a list of [x1, y1, x2, y2]", f"found {shown(boxes)}")
-    return TrainingEntry(image, [clean_caption(text, max_words) for text in texts], boxes, source)
+    return RawEntry(index, name, [clean_caption(text, max_words) for text in texts], boxes)
 
 
 def _texts(row: dict[str, Any]) -> list[Any]:
@@ -189,8 +252,8 @@ def _check_spelling(row: Any) -> None:
             raise EntryProblem(f"unknown key {shown(others[close[0]])}; did you mean '{key}'?")
 
 
-def _check_images(entries: list[TrainingEntry], skip_broken: bool) -> None:
-    first = first_of((entry.image, entry.source) for entry in entries)
+def _check_images(images: Iterable[tuple[Path, str]], skip_broken: bool) -> None:
+    first = first_of(images)
     missing = [source for image, source in first.items() if not os.path.isfile(image)]
     if not missing:
         return

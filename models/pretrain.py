@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import PretrainConfig
+from dataset.transforms import normalise_batch
 from models import amc, losses
 from models.albef import ALBEF, build_encoders
 from models.vit import ViT
@@ -35,7 +36,11 @@ class Batch(NamedTuple):
     has_box: Tensor
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        """On a device; images and masks that travelled as uint8 become the numbers described above there."""
+        moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        if moved.image.dtype == torch.uint8:
+            moved = moved._replace(image=normalise_batch(moved.image), box_mask=moved.box_mask.float())
+        return moved
 
 
 STUDENT_AND_TEACHER = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
