@@ -36,17 +36,15 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
 
     What files hold reaches the terminal escaped (`Escaping`). NCCL's process group is shut down at the end.
     """
-    plain = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Escaping(sys.stdout), Escaping(sys.stderr)
     try:
-        main(args)
+        with contextlib.redirect_stdout(Escaping(sys.stdout)), contextlib.redirect_stderr(Escaping(sys.stderr)):
+            main(args)
     except Exception as error:
         message = _own_words(error) if isinstance(error, UserError) else explain(error, vars(args))
         if message is None:
             raise
-        sys.exit(printable(f"error: {message}", plain[1]))
+        sys.exit(printable(f"error: {message}", sys.stderr))
     finally:
-        sys.stdout, sys.stderr = plain
         shutdown_distributed()
 
 
@@ -69,14 +67,8 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> None:
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return
-    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if lacking and dist_url == "env://":
-        if os.environ["WORLD_SIZE"] == "1":
-            return  # a job's environment, and no launcher
-        raise UserError(
-            f"RANK and WORLD_SIZE are set, but not {' and '.join(lacking)}: start the program by torchrun, which sets "
-            "all of them, or pass --distributed false to run one process"
-        )
+    if dist_url == "env://" and "MASTER_ADDR" not in os.environ and os.environ["WORLD_SIZE"] == "1":
+        return  # a cluster job's environment, and no launcher
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -175,21 +167,16 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(int(state))
 
 
-def return_freed_memory(least: int = 2**19) -> bool:
+def return_freed_memory(least: int = 2**19) -> None:
     """Let freed blocks of `least` bytes or more go back to the system at once, where the C library is glibc.
 
     glibc keeps freed blocks of up to 32 MB for itself, and the tensors of a training step come in so many sizes that
     much of what it keeps fits nothing. Asking the system anew for every block takes time: worth it where memory is
     scarce.
-
-    Returns:
-        whether the C library took the setting.
     """
     mmap_threshold = -3  # mallopt's number for it
-    try:
-        return bool(ctypes.CDLL(None).mallopt(mmap_threshold, least))
-    except (AttributeError, OSError, TypeError):  # another C library
-        return False
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(mmap_threshold, least)
 
 
 # ---- files
@@ -229,12 +216,11 @@ def sweep(folder: Path) -> None:
     A file of another host is removed once it is a day old.
     """
     for path in list(folder.glob(".*.tmp")):
-        name = re.fullmatch(r"\..+\.([0-9]+)(@.*)?\.tmp", path.name)
+        name = re.fullmatch(r"\..+\.([0-9]{1,9})@(.+)\.tmp", path.name)
         if name is None or not path.is_file():
             continue
         known = path.stat()
-        here = name[2] in (None, f"@{platform.node()}")
-        if time.time() - known.st_mtime > 86400 or (here and _is_gone(int(name[1]))):
+        if time.time() - known.st_mtime > 86400 or (name[2] == platform.node() and _is_gone(int(name[1]))):
             path.unlink(missing_ok=True)
             log(f"{path}: removed, {known.st_size / 1e6:.1f} MB that a killed process left half written")
 
@@ -244,7 +230,7 @@ def _is_gone(process: int) -> bool:
         return True  # another one had the number before: this one is just beginning to write
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+    except ProcessLookupError:
         return True
     except PermissionError:
         pass
