@@ -166,6 +166,13 @@ def test_a_gpu_that_is_not_there(name: str, local: str, monkeypatch: pytest.Monk
     assert f"GPU {max(int(local), 2)} is asked for, and PyTorch sees 2" in message(lambda: utils.choose_device(name))
 
 
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.choose_device(None) == torch.device("cpu")
+    assert capsys.readouterr().out == "No GPU found: running on the CPU.\n"
+    assert "--device cuda: this machine has no CUDA device" in message(lambda: utils.choose_device("cuda"))
+
+
 # ---- messages of loader processes
 
 
