@@ -257,17 +257,17 @@ def read_runs(paths: Sequence[Path], by_epoch: bool = False) -> tuple[dict[str, 
         RunError: a run has none of the two files, or none that is needed.
     """
     names = run_names(paths)
-    found = {}
-    for name, path in names.items():
-        found[name] = ([] if by_epoch else _step_rows(path)) or _epoch_rows(path, in_steps=True)
-    if all(found.values()):
-        return found, "steps"
-    rows = {name: _epoch_rows(path, in_steps=False) for name, path in names.items()}
-    for name, path in names.items():
-        if not rows[name]:
-            wanted = EPOCHS_LOG if _step_rows(path) else f"{STEPS_LOG} or {EPOCHS_LOG}"
-            raise RunError(f"{path}: no {wanted} of a training run with losses in it; give --output_dir of Pretrain.py")
-    return rows, "epochs"
+    for unit in ("steps", "epochs"):
+        in_steps = unit == "steps"
+        found = {
+            name: (_step_rows(path) if in_steps and not by_epoch else []) or _epoch_rows(path, in_steps)
+            for name, path in names.items()
+        }
+        if all(found.values()):
+            return found, unit
+    bad = next(path for name, path in names.items() if not found[name])
+    wanted = EPOCHS_LOG if _step_rows(bad) else f"{STEPS_LOG} or {EPOCHS_LOG}"
+    raise RunError(f"{bad}: no {wanted} of a training run with losses in it; give --output_dir of Pretrain.py")
 
 
 def run_names(paths: Sequence[Path]) -> dict[str, Path]:

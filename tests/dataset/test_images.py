@@ -133,15 +133,6 @@ def test_the_first_picture_counts(name: str, tmp_path: Path) -> None:
     assert np.abs(pixels(tmp_path / name) - np.array([255, 0, 0])).max() < 4
 
 
-def test_exif_turns_photographs_alone(tmp_path: Path) -> None:
-    exif = Image.Exif()
-    exif[274] = 6
-    scene().save(tmp_path / "a.png", exif=exif)
-    assert read_photo(tmp_path / "a.png").size == (16, 24)
-    assert read_image(tmp_path / "a.png", "").size == (24, 16)
-    assert image_size(tmp_path / "a.png") == (16, 24)
-
-
 # ---- formats
 
 
