@@ -170,12 +170,6 @@ def test_what_a_checkpoint_does_not_say(config: Any, begun: Path) -> None:
 # ---- what it refuses
 
 
-def test_another_kind_of_optimizer(place: Path, run: Path) -> None:
-    for kind in ("sgd", "lion", "adafactor"):
-        with pytest.raises(UserError, match=rf"checkpoint_01\.pth: its optimizer state does not fit {kind} .*exp_avg"):
-            resumed(place, run, f"optimizer.opt={kind}")
-
-
 @pytest.mark.parametrize("kind", ["sgd", "lamb"])
 def test_any_optimizer_can_be_resumed(place: Path, tmp_path: Path, kind: str) -> None:
     words = ["batch_size=72", f"optimizer.opt={kind}"]  # one step an epoch
@@ -183,7 +177,7 @@ def test_any_optimizer_can_be_resumed(place: Path, tmp_path: Path, kind: str) ->
     train(place, tmp_path / "parts", *words, "--max_steps", "1")
     train(place, tmp_path / "parts", *words, "--max_steps", "2", "--resume")
     assert same_weights(saved(tmp_path / "parts", 1)["model"], saved(tmp_path / "whole", 1)["model"])
-    with pytest.raises(UserError, match=r"checkpoint_01\.pth: its optimizer state does not fit adamW"):
+    with pytest.raises(UserError, match=r"checkpoint_01\.pth: its optimizer state does not fit adamW .*exp_avg"):
         resumed(place, tmp_path / "parts")
 
 
