@@ -185,23 +185,20 @@ def test_compiling_changes_no_loss(
 # ---- interruption
 
 
-@pytest.mark.parametrize("where", ["within epoch 2", "before the checkpoint of epoch 1", "writing the log of epoch 1"])
+@pytest.mark.parametrize(
+    ("owner", "name", "calls", "kept"),
+    [(Pretrain.Run, "backward", 2 * 9 + 3, 2), (Pretrain, "save_tensors", 1, 1)],
+    ids=["within epoch 2", "before the checkpoint of epoch 1"],
+)
 def test_a_resumed_run_repeats_an_uninterrupted_one(
-    place: Path, finished: Path, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+    owner: object, name: str, calls: int, kept: int, place: Path, finished: Path, tmp_path: Path
 ) -> None:
-    steps = log_rows(finished)[0]["steps"]
-    with monkeypatch.context() as patch:
-        if where == "within epoch 2":
-            interrupt(patch, where, Pretrain.Run, "backward", after=2 * steps + 3)
-        else:
-            interrupt(patch, where, Pretrain, "save_tensors", after=1)
+    assert log_rows(finished)[0]["steps"] == 9
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, name, owner, name, after=calls)
         with pytest.raises(Interruption):
             train(place, tmp_path)
-    epochs_kept = 2 if where == "within epoch 2" else 1
-    assert len(list(tmp_path.glob("checkpoint_*.pth"))) == epochs_kept
-    if where == "writing the log of epoch 1":
-        log = (tmp_path / "log.txt").read_text()
-        (tmp_path / "log.txt").write_text(log[: len(log) - 30])
+    assert len(list(tmp_path.glob("checkpoint_*.pth"))) == kept
 
     assert train(place, tmp_path, "--resume", "True") == log_rows(finished)
     assert step_rows(tmp_path) == step_rows(finished)
@@ -225,19 +222,13 @@ def test_a_new_run_sets_an_earlier_one_aside(place: Path, tmp_path: Path, capsys
     assert all(len(text.splitlines()) == 1 for text in logs)
 
 
-def test_resume_does_not_take_an_earlier_runs_checkpoint(
-    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resume_does_not_take_an_earlier_runs_checkpoint(place: Path, finished: Path, tmp_path: Path) -> None:
     """A new run that stops before its first checkpoint leaves none to resume, though the folder had three."""
     for path in finished.iterdir():
         (tmp_path / path.name).write_bytes(path.read_bytes())
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Pretrain.Run, "train_epoch", stop)
-        with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt(patch, "in step 0", Pretrain.Run, "train_epoch", after=0)
+        with pytest.raises(Interruption):
             train(place, tmp_path)
     rows = train(place, tmp_path, "--resume", "--max_steps", "1")
     assert [row["epoch"] for row in rows] == [0]
