@@ -478,9 +478,9 @@ def test_matching_accuracy(place: Path, tmp_path: Path) -> None:
     right: dict[str, list[bool]] = {"caption": [], "phrase": []}
     for row in json.loads(file.read_text()):
         image = read_image(place / "data" / "images" / row["image"], "")
-        tokens = model.encode_image(normalise(resize_bilinear_image(image, 48))[None])
+        tokens = model.visual_encoder(normalise(resize_bilinear_image(image, 48))[None])
         ids, mask = tokenizer([row["text"].replace(",", "")])
-        text = model.encode_text(ids, mask)
+        text = model.text_encoder(ids, mask)
         fused = model.text_encoder.fuse(text, mask, model.text_encoder.image_keys_values(tokens))
         no, yes = model.match_logits(fused.tokens)[0].tolist()
         right[row["kind"]].append((yes > no) == bool(row["match"]))

@@ -385,7 +385,7 @@ def test_names_that_collide_are_an_error(tmp_path: Path, evaluation: ALBEF, one:
         del state["temp"]
     torch.save({"model": state}, tmp_path / "both.pth")
     with pytest.raises(CheckpointError, match=r"both\.pth: its keys \S+ and \S+ are both \S+, by their prefixes$"):
-        read_checkpoint(tmp_path / "both.pth")
+        load(evaluation, tmp_path / "both.pth")
 
 
 def test_our_own_files_need_no_conversion(tmp_path: Path, training: PretrainModel) -> None:
