@@ -66,23 +66,6 @@ def test_golden_cases_of_refcoco(golden_data: Path, golden_fixture: ModuleType, 
     assert point == golden_metrics["point_correct"]
 
 
-def test_golden_cases_of_flickr(golden_data: Path, golden_fixture: ModuleType, golden_metrics: dict[str, Any]) -> None:
-    phrases = []
-    for part in ("val", "test"):
-        rows = json.loads((golden_data / "flickr" / f"bounding_boxes_{part}.json").read_text())
-        for image_id, row in rows.items():
-            phrases += [(image_id, phrase_id, row) for phrase_id in row["boxes"]]
-    phrases.sort(key=lambda phrase: phrase[:2])
-    correct = []
-    for k, (_, pred) in enumerate(golden_fixture.metric_cases(1, size=16)):
-        _, phrase_id, row = phrases[k % len(phrases)]
-        boxes = np.array(row["boxes"][phrase_id])
-        boxes[:, 2:] -= boxes[:, :2]
-        cam = maps.ResizedMap(torch.from_numpy(pred), row["height"], row["width"])
-        correct.append(metrics.point_correct(cam, boxes))
-    assert correct == golden_metrics["flickr_point_correct"]
-
-
 def test_golden_iou(golden_fixture: ModuleType, golden_metrics: dict[str, Any]) -> None:
     assert [metrics.iou(a, b) for a, b in golden_fixture.iou_cases(1)] == golden_metrics["iou"]
 

@@ -246,32 +246,23 @@ def test_temperature_is_clamped(tiny_config: TinyConfig, start: float, clamped: 
 
 
 def test_autocast_leaves_the_amc_terms_in_float32(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[torch.dtype] = []
-    matrix_products: list[torch.dtype] = []
-    normalise_map, fuse = amc.normalise_map, TextEncoder.fuse
+    explained: list[torch.dtype] = []
+    fuse = TextEncoder.fuse
 
-    def spy(cam: Tensor) -> Tensor:
-        seen.append(cam.dtype)
-        return normalise_map(cam)
-
-    def spy_fuse(self: TextEncoder, text: Tensor, mask: Tensor, pictures: list[KeyValue], *args: Any, **kw: Any) -> Any:
+    def spy(self: TextEncoder, text: Tensor, mask: Tensor, pictures: list[KeyValue], *args: Any, **kw: Any) -> Any:
         out = fuse(self, text, mask, pictures, *args, **kw)
         if kw.get("twice_differentiable"):
-            matrix_products.extend(tensor.dtype for tensor in (out.tokens, out.attention, pictures[0].key))
+            explained.extend(tensor.dtype for tensor in (out.tokens, out.attention, pictures[0].key))
         return out
 
     model, batch = make_model(tiny_config()), make_batch()
     exact = model(batch, alpha=0.4, update_teacher=False)
-    monkeypatch.setattr(amc, "normalise_map", spy)
-    monkeypatch.setattr(TextEncoder, "fuse", spy_fuse)
+    monkeypatch.setattr(TextEncoder, "fuse", spy)
     with torch.autocast("cpu", torch.bfloat16):
-        assert model.text_encoder(IDS, MASK).dtype == torch.float32  # LayerNorm ends it
         assert model.vision_proj(torch.ones(1, 8)).dtype == torch.bfloat16  # autocast is at work
         losses = model(batch, alpha=0.4, update_teacher=False)
-    assert seen == [torch.float32]
-    assert matrix_products == [torch.float32] * 3
+    assert explained == [torch.float32] * 3
     for name in ("loss_cam1", "loss_cam2"):
         assert losses[name].dtype == torch.float32
         assert losses[name].item() == pytest.approx(exact[name].item(), abs=0.1)
-    assert all(loss.isfinite() for loss in losses.values())
     assert all(gradient.isfinite().all() for gradient in gradients(model, total(model, losses)).values())
