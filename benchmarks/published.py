@@ -71,13 +71,13 @@ def maps(model: ALBEF, images: Tensor, ids: Tensor, mask: Tensor, layer: int) ->
     """GradCAM maps (B, h, w) of B pairs, by a backward pass through the whole model."""
     with plain_attention(model):
         text = encode_text(model.text_encoder, ids, mask)
-        fused, attention = fuse(model.text_encoder, text, mask, model.encode_image(images), layer)
+        fused, attention = fuse(model.text_encoder, text, mask, model.visual_encoder(images), layer)
         assert attention is not None
         attention.retain_grad()
         model.zero_grad()
         model.match_logits(fused)[:, 1].sum().backward()
     assert attention.grad is not None
-    return amc.gradcam(attention.detach(), attention.grad, mask, model.grid)
+    return amc.gradcam(attention.detach()[..., 1:], attention.grad[..., 1:], mask, model.grid)
 
 
 def training_losses(model: PretrainModel, batch: Batch, alpha: float) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ def training_losses(model: PretrainModel, batch: Batch, alpha: float) -> dict[st
             pairs = zip(getattr(model, name).parameters(), getattr(model, f"{name}_m").parameters(), strict=True)
             for own, slow in pairs:
                 slow.copy_(slow * config.momentum + own * (1 - config.momentum))
-    image, text = model.encode_image(batch.image), encode_text(encoder, batch.input_ids, mask)
+    image, text = model.visual_encoder(batch.image), encode_text(encoder, batch.input_ids, mask)
     with torch.no_grad():
         image_m, text_m = model.visual_encoder_m(batch.image), encode_text(teacher, batch.input_ids, mask)
         image_feature_m = F.normalize(model.vision_proj_m(image_m[:, 0]), dim=-1)

@@ -118,7 +118,6 @@ def test_a_metric_and_a_benchmark_in_a_few_lines(
 ) -> None:
     """Both are logged, printed, in the table, in the report and in its charts, by nothing but what stands here."""
     monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
-    monkeypatch.setattr(metrics, "NEEDS", dict(metrics.NEEDS))
 
     @metrics.metric()
     def near(cam: ResizedMap, expression: Expression) -> float:
