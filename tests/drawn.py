@@ -22,8 +22,8 @@ def at(axes: Axes, drawn: np.ndarray, x: float, y: float) -> tuple[int, ...]:
     return tuple(drawn[round(len(drawn) - 1 - up), round(across)].tolist())
 
 
-def assert_texts_are_apart(figure: Figure) -> None:
-    """No text lies on another or on a panel but its own."""
+def assert_texts_are_apart(figure: Figure, whole: bool = False) -> None:
+    """No text lies on another or on a panel but its own; `whole`: none leaves the figure."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     off = [axis for axes in figure.axes if not axes.axison for axis in (axes.xaxis, axes.yaxis)]
@@ -35,14 +35,6 @@ def assert_texts_are_apart(figure: Figure) -> None:
         panels = [axes.get_window_extent() for axes in figure.axes if text not in axes.texts]
         for other in (*boxes[:number], *panels):
             assert not box.padded(-1).overlaps(other.padded(-1)), text
-
-
-def assert_texts_are_whole(figure: Figure) -> None:
-    """No text leaves the figure."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    for text in figure.findobj(matplotlib.text.Text):
-        if text.get_text() and text.axes is None:
-            box = text.get_window_extent(canvas.get_renderer())
+        if whole:
             assert figure.bbox.x0 <= box.x0 <= box.x1 <= figure.bbox.x1, text
             assert figure.bbox.y0 <= box.y0 <= box.y1 <= figure.bbox.y1, text

@@ -1,19 +1,16 @@
 """Charts of the report as data URIs of SVG, so that the page needs no other file. Names are drawn as they are."""
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grounding.pictures.panels import SAME_SVG
-from grounding.pictures.render import data_uri
+from grounding.pictures.render import data_uri, svg
 from grounding.report.page import Chart
 
 # Okabe and Ito's colours, told apart by the colour-blind; the marks tell them apart in black and white.
@@ -73,7 +70,4 @@ def _draw(axes: Axes, grid: pd.DataFrame, joined: bool) -> None:
 
 def svg_uri(figure: Figure) -> str:
     """A figure as data:image/svg+xml; equal figures give equal texts."""
-    content = io.BytesIO()
-    with matplotlib.rc_context(SAME_SVG):
-        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
-    return data_uri("image/svg+xml", content.getvalue())
+    return data_uri("image/svg+xml", svg(figure))
