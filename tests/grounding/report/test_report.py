@@ -14,14 +14,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from dataset.expressions import Expression
 from grounding.benchmarks import FLICKR, REFCOCO_PLUS, Benchmark
-from grounding.report import charts, rows, sections
-from grounding.report.charts import chart
+from grounding.report import rows, sections
 from grounding.report.rows import (
     MEASURES,
     Results,
@@ -29,9 +27,8 @@ from grounding.report.rows import (
     facts_of,
     measure_map,
     named_apart,
-    share_inside,
 )
-from grounding.report.sections import Block, extremes, one_an_image
+from grounding.report.sections import Block
 from grounding.report.statistics import Interval
 from grounding.report.write import no_formula, report_folders
 from grounding.results import ResultError, ResultFolder, sources_of
@@ -106,14 +103,6 @@ def words(block: Block) -> list[list[str]]:
 
 
 # ---- from result files to arrays
-
-
-def test_share_inside() -> None:
-    cam = np.array([[1, 0, 2], [3, 0, 0]], np.float32)
-    mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
-    assert share_inside(cam, mask) == share_inside(7 * cam, mask) == pytest.approx(4 / 6)
-    assert share_inside(cam > 0, mask) == pytest.approx(2 / 3)
-    assert share_inside(np.zeros((2, 3), np.float32), mask) == share_inside(cam > 3, mask) == 0
 
 
 def test_measures_of_a_map(expressions: list[Expression]) -> None:
@@ -242,17 +231,6 @@ def test_a_map_that_is_lacking_changes_nothing(expressions: list[Expression], tw
 
 
 # ---- cases
-
-
-def test_extremes() -> None:
-    values = pd.Series([0.5, 0.9, np.nan, 0.9, 0.1, 0.2, 0.4])
-    images = pd.Series(list("abcdefg"))
-    assert extremes(values, images, 2) == ([1, 3], [0, 6], [4, 5])
-    assert extremes(values[:2], images, 2) == ([1], [], [0])
-    assert extremes(values, pd.Series(["a"] * 7), 2) == ([1], [], [])  # one of an image
-    assert extremes(values[2:3], images, 2) == ([], [], [])
-    assert one_an_image(pd.Series([3, 2, 2, 1]), pd.Series(list("abcc")), 3) == [3, 1, 0]
-    assert one_an_image(pd.Series([3, 2, 2, 1]), pd.Series(list("abcc")), 3, taken=[2]) == [1, 0]
 
 
 def test_cases_are_of_the_subject(expressions: list[Expression], two: tuple[Path, Path]) -> None:
@@ -420,12 +398,6 @@ def test_flickrs_size_is_the_annotated_one(expressions: list[Expression], tmp_pa
     assert Page(html).pictures()[1] == {(210, 280)}
 
 
-def test_names_that_look_like_formulas_are_drawn_as_they_are() -> None:
-    interval, nothing = Interval(0.5, 0.4, 0.6), Interval(*[float("nan")] * 3)
-    grid = pd.DataFrame({"$d_{$": [interval] * 2, "e": [nothing] * 2}, ["$b_{$", "c"])
-    assert chart({"$a_{$": grid}).startswith("data:image/svg+xml;base64,")
-
-
 # ---- expressions.csv
 
 
@@ -462,26 +434,3 @@ def test_no_cell_is_a_formula(expressions: list[Expression], tmp_path: Path) -> 
     assert found["category"][0] == "'=cmd()"
     assert "point: =evil" in found.columns  # does not begin with "="
     assert no_formula("") == ""
-
-
-@pytest.mark.parametrize(
-    ("names", "columns"),
-    [
-        (["AMC", "control"], 2),
-        (["checkpoint_00", "output/refcoco/amc/epoch 02", "output/refcoco/amc/epoch 04"], 2),
-        ([f"/home/someone/experiments/{'long' * 30} epoch {number}" for number in range(4)], 1),
-    ],
-)
-def test_long_names_stay_within_a_chart(names: list[str], columns: int) -> None:
-    figure = Figure(figsize=(4.5, 3), layout="constrained")
-    axes = figure.subplots()
-    lines = [axes.plot([0, 1])[0] for _ in names]
-    charts._legend(figure, lines, names)
-    (legend,) = figure.legends
-    shown = legend.get_window_extent()
-    assert shown.width <= figure.bbox.width
-    figure.draw_without_rendering()
-    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
-    assert ["".join(text.get_text().split()) for text in legend.get_texts()] == [
-        "".join(name.split()) for name in names
-    ]
