@@ -75,17 +75,12 @@ def test_a_true_box_that_is_the_best_box_shows_both() -> None:
     assert lower.count(RED) > 20
 
 
-def test_the_title_is_the_phrase_and_its_match() -> None:
-    figure = overlay(Image.new("RGB", (8, 4)), grounding(HOT, (8, 4), r"the $\frac thing"))
+def test_what_is_written_beside_a_map_without_a_box() -> None:
+    figure = overlay(Image.new("RGB", (8, 4)), grounding([[0.0, 0.0]], (8, 4), r"the $\frac thing"))
     assert [text.get_text() for text in figure.texts] == [r"the $\frac thing", "match probability 0.875"]
-    pixels(figure)  # a formula that is none would stop here
     assert figure.axes[1].get_ylabel() == "share of the maximum"
-
-
-def test_a_map_without_a_box() -> None:
-    figure = overlay(Image.new("RGB", (8, 4)), grounding([[0.0, 0.0]], (8, 4)))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["point"]
-    assert not (pixels(figure) == RED).all(axis=2).any()
+    assert not (pixels(figure) == RED).all(axis=2).any()  # a formula that is none would stop here
 
 
 @pytest.mark.parametrize("size", [(8, 8), (1, 1), (300, 9), (9, 300), (40, 30)])
