@@ -23,7 +23,7 @@ def at(axes: Axes, drawn: np.ndarray, x: float, y: float) -> tuple[int, ...]:
 
 
 def assert_texts_are_apart(figure: Figure, whole: bool = False) -> None:
-    """No text lies on another or on a panel but its own; `whole`: none leaves the figure."""
+    """No text lies on another or on a panel, but in a chart of its own; `whole`: none leaves the figure."""
     canvas = FigureCanvasAgg(figure)
     canvas.draw()
     off = [axis for axes in figure.axes if not axes.axison for axis in (axes.xaxis, axes.yaxis)]
@@ -32,7 +32,7 @@ def assert_texts_are_apart(figure: Figure, whole: bool = False) -> None:
     boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
     assert len(texts) >= 4
     for number, (text, box) in enumerate(zip(texts, boxes, strict=True)):
-        panels = [axes.get_window_extent() for axes in figure.axes if text not in axes.texts]
+        panels = [axes.get_window_extent() for axes in figure.axes if not (axes.axison and text in axes.texts)]
         for other in (*boxes[:number], *panels):
             assert not box.padded(-1).overlaps(other.padded(-1)), text
         if whole:
