@@ -37,6 +37,7 @@ from dataset.raw.vg_phrases import GROUPINGS, POSITIONS, Rules
 from dataset.raw.visual_genome import OUTPUTS
 from dataset.refer import SPLITS
 from dataset.scenes import files as scenes_files
+from grounding.benchmarks import benchmark_of
 from terminal import integer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -114,7 +115,7 @@ def prepare_detections(args: argparse.Namespace) -> None:
 
 def check_configs(args: argparse.Namespace) -> None:
     """Check everything that configs name; exit status 1 if there are errors."""
-    report = check(args.configs, args.set, args.sample, args.workers, args.show)
+    report = check(args.configs, args.set, args.sample, args.workers, args.show, benchmark_of)
     print(report.json() if args.json else report.text())
     if report.total("error"):
         sys.exit(1)

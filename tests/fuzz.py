@@ -51,7 +51,7 @@ from dataset.reading import read_image
 from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.vg import Collate, TrainingData
-from grounding.benchmarks import FLICKR, OWN, REFCLEF, REFCOCO_PLUS
+from grounding.benchmarks import FLICKR, OWN, REFCLEF, REFCOCO_PLUS, benchmark_of
 from grounding.load import config_of
 from grounding.results import ResultFolder
 from models.albef import build_albef
@@ -190,7 +190,7 @@ def read_training(world: World, path: Path) -> None:
 
 def check_config(world: World, name: str) -> None:
     """`prepare.py check` never stops, and prints what it found."""
-    report = check([str(world.folder / f"{name}.yaml")], [], sample=0, workers=1, shown=2)
+    report = check([str(world.folder / f"{name}.yaml")], [], sample=0, workers=1, shown=2, find=benchmark_of)
     assert report.text()
     json.loads(report.json())
 

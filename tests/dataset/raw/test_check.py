@@ -6,17 +6,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import prepare
 from config import GroundingConfig
-from dataset.expressions import Expression, Problems
+from dataset.expressions import DataFile
 from dataset.raw import check_images
-from dataset.raw.check import TEST_FILE_READERS, is_refclef
+from dataset.raw.check import benchmarks_of
 from dataset.raw.check_images import Seen, evenly, inspect_image, note_images
-from dataset.raw.check_report import CheckReport
 from tests.dataset.raw.check_damage import (
     CAPTIONS,
     DAMAGE,
@@ -44,6 +42,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[3]
 CONFIGS = sorted(f"configs/scenes/{path.name}" for path in (ROOT / "configs" / "scenes").glob("*.yaml"))
+REFCOCO_CONFIG, FLICKR_CONFIG = "configs/scenes/Grounding_refcoco.yaml", "configs/scenes/Grounding_flickr.yaml"
 TRAIN, EVALUATION = 8, 4  # scenes
 
 
@@ -112,7 +111,7 @@ def test_scenes_as_generated_are_fine(place: Path, check: Callable[..., Outcome]
 
 
 def test_splits_of_other_sizes_are_noted(place: Path, check: Callable[..., Outcome]) -> None:
-    out = check("configs/scenes/Grounding_refcoco.yaml", "configs/scenes/Grounding_flickr.yaml").out
+    out = check(REFCOCO_CONFIG, FLICKR_CONFIG).out
     config = "  configs/scenes/Grounding_refcoco.yaml: RefCOCO+ (unc)"
     expressions = len(load(f"{REFCOCO}/refcoco+_val.json"))
     assert f"{config} val: {expressions} expressions; published: 10,758\n{config} testA: " in out
@@ -126,7 +125,7 @@ def test_splits_of_the_published_size_are_not(
     place: Path, check: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dataset.raw.check.PUBLISHED", {"Flickr30k": {"val": 4, "test": 8}})
-    assert "notes" not in check(*CONFIGS).out
+    assert "notes" not in check(FLICKR_CONFIG).out
 
 
 BERKELEY = {"val": 1_000, "test": 10_000}
@@ -143,7 +142,6 @@ OF_BERKELEY = (
         ("berkeley", {"val": 1_000, "test": 9_999}, []),  # without an image that REFER's archive lacks
         ("unc", UNC, []),
         ("unc", BERKELEY, [OF_BERKELEY]),  # the released files and config
-        ("berkeley", UNC, [OF_BERKELEY.replace("berkeley", "unc").replace("refs(unc)", "refs(berkeley)")]),
         (
             "berkeley",
             {"val": 1_001, "test": 9_000},
@@ -229,26 +227,20 @@ def test_shipped_configs_without_data(
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     status, out = check("configs/Pretrain.yaml", "configs/Grounding_refcoco.yaml")
-    assert status == 1
+    errors = out.split("\n\n")[1].splitlines()[1:]
     missing = "cannot be read (No such file or directory); check"
-    assert out.split("\n\n")[1].splitlines() == [
-        "errors",
-        f"  data/vg_descriptions.json: {missing} the path in the config [train_file of configs/Pretrain.yaml]",
-        f"  data/vg_attributes_spatial.json: {missing} the path in the config [train_file of configs/Pretrain.yaml]",
-        f"  data/vg_attributes.json: {missing} the path in the config [train_file of configs/Pretrain.yaml]",
-        *(
-            f"  data/{file}: {missing} {what} in the config [{key} of configs/Grounding_refcoco.yaml]"
-            for file, what, key in (
-                ("refer/refcoco+/refs(unc).p", "refcoco_data", "refcoco_data"),
-                ("refer/refcoco+/instances.json", "the path", "refcoco_data"),
-                ("refcoco+/dets.json", "the path", "det_file"),
-                ("refcoco+/refcoco+_val.json", "the path", "test_file"),
-                ("refcoco+/refcoco+_test.json", "the path", "test_file"),
-            )
-        ),
-        "  data/vg/: no such folder [image_root of configs/Pretrain.yaml]",
-        "  data/coco/train2014: no such folder [image_root of configs/Grounding_refcoco.yaml]",
+    of_refcoco = "of configs/Grounding_refcoco.yaml]"
+    assert status == 1
+    assert [line.split(":")[0] for line in errors] == [
+        *(f"  data/vg_{name}.json" for name in ("descriptions", "attributes_spatial", "attributes")),
+        *(f"  data/refer/refcoco+/{name}" for name in ("refs(unc).p", "instances.json")),
+        *(f"  data/refcoco+/{name}.json" for name in ("dets", "refcoco+_val", "refcoco+_test")),
+        *("  data/vg/", "  data/coco/train2014"),
     ]
+    assert errors[0].endswith(f": {missing} the path in the config [train_file of configs/Pretrain.yaml]")
+    assert errors[3].endswith(f": {missing} refcoco_data in the config [refcoco_data {of_refcoco}")
+    assert errors[5].endswith(f": {missing} the path in the config [det_file {of_refcoco}")
+    assert errors[9].endswith(f": no such folder [image_root {of_refcoco}")
     last = "10 errors and no warnings in 13 files; docs/data.md says where each file comes from and what it must hold"
     assert out.splitlines()[-1] == last
 
@@ -365,50 +357,34 @@ def test_the_lists_of_problems(small: Path, check: Callable[..., Outcome]) -> No
 
 
 def test_json(small: Path, check: Callable[..., Outcome]) -> None:
-    edit(
-        "train.json",
-        lambda rows: rows.append({"image": "a.png", "caption": "dog", "bbox": [[0, 0, 30, 5], [0, 0, 9, 9]]}),
-    )
+    edit("train.json", lambda rows: rows.append({**rows[0], "caption": "dog", "bbox": [[0, 0, 30, 5], [0, 0, 9, 9]]}))
     Path("images/b.png").unlink()
     Path("bert.json").unlink()
     status, out = check("some.yaml", "--json")
     assert status == 1
 
-    def row(file: str, checked: str, key: str, count: int | None, errors: int = 0, warnings: int = 0) -> dict[str, Any]:
-        named_by = f"{key} of some.yaml" if key else ""
-        problems = {"errors": errors, "warnings": warnings}
-        return {"file": file, "checked": checked, "named_by": named_by, "count": count, **problems}
-
-    missing = "bert.json: cannot read bert_config (No such file or directory)"
-    gone = "the image file does not exist; check image_root"
-    out_of_image = "a box reaches out of its image, or covers no pixel of it"
+    files = [
+        ("some.yaml", "training config", "", None, 0, 0),
+        ("bert.json", "BERT config", "bert_config of some.yaml", None, 1, 0),
+        ("train.json", "training entries", "train_file of some.yaml", 4, 0, 1),
+        ("images", "images, all decoded", "image_root of some.yaml", 2, 1, 0),
+    ]
+    no_file = "bert.json: cannot read bert_config (No such file or directory)"
+    gone, at_b = "the image file does not exist; check image_root", "train.json: entry 1 (b.png) (images/b.png)"
+    outside = "a box reaches out of its image, or covers no pixel of it"
+    at_a = "train.json: entry 3 (a.png) ([0, 0, 30, 5] in 20x10)"
+    problems = [
+        ("error", "bert.json", no_file, 1, []),
+        ("error", "images", gone, 1, [at_b]),
+        ("warning", "train.json", outside, 1, [at_a]),
+    ]
+    keys_of_files = ("file", "checked", "named_by", "count", "errors", "warnings")
     assert json.loads(out) == {
         "ok": False,
         "errors": 2,
         "warnings": 1,
-        "files": [
-            row("some.yaml", "training config", "", None),
-            row("bert.json", "BERT config", "bert_config", None, 1),
-            row("train.json", "training entries", "train_file", 4, 0, 1),
-            row("images", "images, all decoded", "image_root", 2, 1),
-        ],
-        "problems": [
-            {"level": "error", "file": "bert.json", "kind": missing, "count": 1, "first": []},
-            {
-                "level": "error",
-                "file": "images",
-                "kind": gone,
-                "count": 1,
-                "first": ["train.json: entry 1 (b.png) (images/b.png)"],
-            },
-            {
-                "level": "warning",
-                "file": "train.json",
-                "kind": out_of_image,
-                "count": 1,
-                "first": ["train.json: entry 3 (a.png) ([0, 0, 30, 5] in 20x10)"],
-            },
-        ],
+        "files": [dict(zip(keys_of_files, row, strict=True)) for row in files],
+        "problems": [dict(zip(("level", "file", "kind", "count", "first"), row, strict=True)) for row in problems],
         "notes": [],
     }
 
@@ -418,7 +394,7 @@ def test_json_alone_is_on_standard_output(place: Path, check: Callable[..., Outc
     shutil.copytree(FLICKR, "eval")
     keys = ("image_ids_file=[eval/test.txt]", "phrase_box_file=[eval/bounding_boxes_test.json]")
     words = [word for key in (*keys, "sentences_file=[eval/sentences_test.json]") for word in ("--set", key)]
-    status, out = check("configs/scenes/Grounding_flickr.yaml", *words, "--json")
+    status, out = check(FLICKR_CONFIG, *words, "--json")
     assert status == 0
     notes = json.loads(out)["notes"]
     assert [note["file"] for note in notes] == ["configs/scenes/Grounding_flickr.yaml"] * 2 + ["eval/test.txt"]
@@ -438,20 +414,6 @@ def test_set_reaches_every_config(small: Path, check: Callable[..., Outcome]) ->
     assert "  other.yaml: unknown key 'amc'" in refused
     assert "  some.yaml: " not in refused
     assert "  some.yaml: --set amc: write key=value" in check("some.yaml", "--set", "amc").out
-
-
-def test_variables_and_home(small: Path, check: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AMC_DATA", raising=False)
-    words = ["some.yaml", "--set", "image_root=$AMC_DATA/images", "--set", "train_file=[~/train.json]"]
-    status, out = check(*words)
-    assert status == 1
-    assert "  some.yaml: key 'image_root': the environment variable AMC_DATA is not defined\n" in out
-    monkeypatch.setenv("AMC_DATA", str(small))
-    monkeypatch.setenv("HOME", str(small))
-    status, out = check(*words, "--json")
-    assert status == 0
-    files = ["some.yaml", "bert.json", f"{small}/train.json", f"{small}/images"]
-    assert [row["file"] for row in json.loads(out)["files"]] == files
 
 
 @pytest.mark.parametrize(
@@ -533,10 +495,10 @@ def test_processes_change_nothing(place: Path, check: Callable[..., Outcome], mo
     ],
 )
 def test_names_and_formats(name: str, kind: str, warned: bool) -> None:
-    row = CheckReport(5).add("images", "images", "")
-    note_images(row, {Path(name): "here"}, {Path(name): Seen((1, 1), kind)})
-    assert [cases for _, cases in row.found("warning")] == ([[f"here ({name}: {kind})"]] if warned else [])
-    assert row.total("error") == 0
+    file = DataFile("images", "images", "")
+    note_images(file, {Path(name): "here"}, {Path(name): Seen((1, 1), kind)})
+    assert list(file.remarks.kinds.values()) == ([[f"here ({name}: {kind})"]] if warned else [])
+    assert not file.problems.kinds
 
 
 def test_whatever_a_broken_image_raises_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -557,22 +519,20 @@ def test_whatever_a_broken_image_raises_is_one_error(tmp_path: Path, monkeypatch
 
 def test_what_entries_hold_is_checked_without_the_tables(place: Path, check: Callable[..., Outcome]) -> None:
     """No refs, no detections: the other table, the entries' own keys and their images are still checked."""
+    Path(f"{REFCOCO}/dets.json").rename("dets.json")
+    problems = json.loads(check(REFCOCO_CONFIG, "--json").out)["problems"]
+    assert [row["file"] for row in problems] == [f"{REFCOCO}/dets.json"]
+    Path("dets.json").rename(f"{REFCOCO}/dets.json")
     refs, detections = f"{REFCOCO}/refs(unc).p", f"{REFCOCO}/dets.json"
     write_cut(refs)
     write_cut(detections)
     edit(f"{REFCOCO}/instances.json", lambda tables: tables["annotations"][0].pop("id"))
     edit(REFCOCO_TEST, lambda rows: rows[0].pop("text"))
     Path(f"{SCENES}/images/{load(REFCOCO_TEST)[-1]['image']}").unlink()
-    content = json.loads(check("configs/scenes/Grounding_refcoco.yaml", "--json").out)
+    content = json.loads(check(REFCOCO_CONFIG, "--json").out)
     errors = {row["file"]: row["errors"] for row in content["files"] if row["errors"]}
     assert errors == {refs: 1, detections: 1, f"{REFCOCO}/instances.json": 1, REFCOCO_TEST: 1, f"{SCENES}/images": 1}
     assert content["notes"] == []
-
-
-def test_without_detections_they_are_missed_once(place: Path, check: Callable[..., Outcome]) -> None:
-    Path(f"{REFCOCO}/dets.json").unlink()
-    content = json.loads(check("configs/scenes/Grounding_refcoco.yaml", "--json").out)
-    assert [row["file"] for row in content["problems"]] == [f"{REFCOCO}/dets.json"]
 
 
 def test_phrases_that_stand_for_nothing_need_no_boxes(place: Path, check: Callable[..., Outcome]) -> None:
@@ -596,7 +556,7 @@ def test_the_other_files_of_a_split_are_still_checked(
     phrase_box_outside()
     sentence_without_phrases()
     Path(f"{FLICKR}/{broken}").write_bytes(b"\xff")
-    status, out = check("configs/scenes/Grounding_flickr.yaml", "--json")
+    status, out = check(FLICKR_CONFIG, "--json")
     assert status == 1
     content = json.loads(out)
     assert {row["file"] for row in content["files"] if row["errors"]} == {
@@ -610,7 +570,7 @@ def test_the_other_files_of_a_split_are_still_checked(
     ("files", "content", "said"),
     [
         ([f"{REFCOCO}/refcoco+_val.json"], "[]", "holds no entries"),
-        ([f"{SCENES}/matching_val.json"], "[]", "holds no pairs"),
+        ([f"{SCENES}/matching_val.json"], "[]", "holds no entries"),
         ([PHRASES], "[]", "holds no entries"),
         ([f"{FLICKR}/val.txt"], "\n", "lists no image ids"),
         ([f"{FLICKR}/sentences_val.json"], None, "no phrase has boxes; do the files match?"),
@@ -680,8 +640,7 @@ def test_amc_needs_boxes(small: Path, check: Callable[..., Outcome]) -> None:
     assert [row["file"] for row in json.loads(check("some.yaml", "--json", *words).out)["problems"]] == ["absent.json"]
 
 
-REFCOCO_CONFIG, FLICKR_CONFIG = "configs/scenes/Grounding_refcoco.yaml", "configs/scenes/Grounding_flickr.yaml"
-NO_DATA = ["image_ids_file=[]", "phrase_box_file=[]", "sentences_file=[]"]
+NO_DATA = ["benchmark=", "test_file=[]", "refcoco_data=", "det_file="]
 
 
 @pytest.mark.parametrize(
@@ -700,8 +659,13 @@ NO_DATA = ["image_ids_file=[]", "phrase_box_file=[]", "sentences_file=[]"]
         ),
         (FLICKR_CONFIG, ["sentences_file=[a]"], f"{FLICKR_CONFIG}: image_ids_file, phrase_box_file and sentences_file"),
         (FLICKR_CONFIG, ["sentences_file=[]"], f"{FLICKR_CONFIG}: the config lacks 'sentences_file'"),
-        (FLICKR_CONFIG, NO_DATA, f"{FLICKR_CONFIG}: names no data; it needs test_file and refcoco_data, or image_ids"),
-        (FLICKR_CONFIG, [*NO_DATA, f"matching_file=[{SCENES}/matching_val.json]"], None),
+        (
+            REFCOCO_CONFIG,
+            [*NO_DATA, "matching_file=[]"],
+            f"{REFCOCO_CONFIG}: names no data; it needs test_file and ref",
+        ),
+        (REFCOCO_CONFIG, NO_DATA, None),
+        (REFCOCO_CONFIG, ["benchmark=mine"], f"{REFCOCO_CONFIG}: benchmark is 'mine', which is none of refcoco+, "),
     ],
 )
 def test_evaluation_configs(
@@ -733,49 +697,25 @@ def test_the_config_s_refer_dataset_and_split(
 
 
 @pytest.mark.parametrize(
-    ("path", "test_file", "det_file", "refclef"),
+    ("path", "test_file", "det_file", "benchmark"),
     [
-        ("configs/mine.yaml", "data/refclef_test.json", "unused.json", True),
-        ("configs/Grounding_RefCLEF.yaml", "data/test.json", "unused.json", True),
-        ("refclef/Grounding_refcoco.yaml", "refclef/test.json", None, False),
-        ("configs/mine.yaml", "data/test.json", None, True),
-        ("configs/mine.yaml", "data/test.json", "dets.json", False),
+        ("configs/mine.yaml", "data/refclef_test.json", "unused.json", "refclef"),
+        ("configs/Grounding_RefCLEF.yaml", "data/test.json", "unused.json", "refclef"),
+        ("refclef/Grounding_refcoco.yaml", "refclef/test.json", None, "refcocog"),
+        ("configs/mine.yaml", "data/test.json", None, "refclef"),
+        ("configs/mine.yaml", "data/test.json", "dets.json", "refcocog"),
     ],
 )
-def test_refclef_is_told_from_refcoco(path: str, test_file: str, det_file: str | None, refclef: bool) -> None:
-    config = GroundingConfig(image_root="x", test_file=[test_file], det_file=det_file)
-    assert is_refclef(path, config) == refclef
+def test_the_benchmark_of_a_config_that_does_not_name_it(
+    path: str, test_file: str, det_file: str | None, benchmark: str
+) -> None:
+    config = GroundingConfig(image_root="x", test_file=[test_file], det_file=det_file, refer_dataset="refcocog")
+    assert benchmarks_of(path, config) == [benchmark]
+    assert benchmarks_of(path, config.model_copy(update={"sentences_file": ["x"]})) == [benchmark, "flickr"]
+    assert benchmarks_of(path, config.model_copy(update={"benchmark": "own"})) == ["own"]
 
 
 def test_a_released_refclef_config_names_detections_that_are_not_read(
     place: Path, check: Callable[..., Outcome]
 ) -> None:
     assert check("configs/scenes/Grounding_refclef.yaml", "--set", "det_file=nowhere.json").status == 0
-
-
-@pytest.mark.parametrize(("benchmark", "checked"), [("mine", True), ("another", False)])
-def test_a_benchmark_s_reader_is_one_line(
-    benchmark: str, checked: bool, small: Path, check: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def read(file: str, image_root: str, problems: Problems) -> list[tuple[str, Expression]]:
-        boxes = [np.array([[0.0, 0, 5, 5]]), np.array([[30.0, 0, 5, 5]])]
-        problems.add(f"{file}: entry 2", "odd")
-        found = [Expression(Path(image_root, "a.png"), "a dog", i, "test", box) for i, box in enumerate(boxes)]
-        return [(f"{file}: entry {i}", one) for i, one in enumerate(found)]
-
-    keys = {"image_res": 8, "patch_size": 4, "vision_width": 8, "vision_heads": 2, "block_num": 1}
-    keys |= {"bert_config": "bert.json", "image_root": "images", "test_file": ["mine.json"], "benchmark": benchmark}
-    monkeypatch.setattr("dataset.raw.check.load_any_config", lambda *_: GroundingConfig.model_validate(keys))
-    monkeypatch.setitem(TEST_FILE_READERS, "mine", read)
-    content = json.loads(check("some.yaml", "--json").out)
-    assert content["files"][0]["checked"] == f"evaluation config, {benchmark}"
-    first = {row["kind"].split(":")[0]: row["first"][0] for row in content["problems"]}
-    if checked:
-        assert first == {
-            "odd": "mine.json: entry 2",
-            "no box covers a pixel of the image": "mine.json: entry 1 ([30, 0, 35, 5] in 20x10)",
-            "image and text are those of an earlier entry": "mine.json: entry 1 (as entry 0)",
-        }
-    else:
-        assert first == {}
-        assert "'another' reads is not checked" in content["notes"][0]["note"]

@@ -11,10 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare
+from config import GroundingConfig
 from dataset import flickr
 from dataset.raw import archives, flickr_entities
 from dataset.raw.flickr_entities import parse_annotation, parse_sentence, parse_sentences
 from dataset.reading import DataError
+from grounding.benchmarks import FLICKR
+from tests.data_keys import flickr_keys
 from tests.dataset.raw.raw_layouts import write_entities, zip_entities
 
 HEAD = "<filename>1.jpg</filename><size><width>64</width><height>48</height><depth>3</depth></size>"
@@ -204,12 +207,7 @@ def test_evaluation_reads_the_files(raw: Path, tmp_path: Path) -> None:
     run(raw, "--out", tmp_path, "--ids", raw / "val.txt")
     for name in ("11", "5"):
         (tmp_path / f"{name}.jpg").touch()
-    expressions = flickr.load_expressions(
-        image_ids_file=[str(tmp_path / "val.txt")],
-        phrase_box_file=[str(tmp_path / "bounding_boxes_val.json")],
-        sentences_file=[str(tmp_path / "sentences_val.json")],
-        image_root=str(tmp_path),
-    )
+    expressions = FLICKR.load(GroundingConfig(**flickr_keys(tmp_path, ["val"]), image_root=str(tmp_path)))
     assert [(found.text, found.split) for found in expressions] == [
         ("two men", "val"),
         ("caf\u00e9 coloured hats", "val"),
