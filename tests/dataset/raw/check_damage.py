@@ -4,13 +4,27 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from PIL import Image
 
+ROOT = Path(__file__).parents[3]
+CONFIGS = sorted(f"configs/scenes/{path.name}" for path in (ROOT / "configs" / "scenes").glob("*.yaml"))
+REFCOCO_CONFIG, FLICKR_CONFIG = "configs/scenes/Grounding_refcoco.yaml", "configs/scenes/Grounding_flickr.yaml"
 SCENES = "data/scenes"
+TRAIN, EVALUATION = 8, 4  # scenes
 PHRASES, CAPTIONS = f"{SCENES}/train_phrases.json", f"{SCENES}/train_captions.json"
 REFCOCO, REFCLEF, FLICKR = f"{SCENES}/refer/refcoco+", f"{SCENES}/refer/refclef", f"{SCENES}/flickr"
+
+
+class Outcome(NamedTuple):
+    """Exit status of `prepare.py check`, and what it prints."""
+
+    status: int
+    out: str
+
+
+Check: TypeAlias = "Callable[..., Outcome]"
 
 
 def load(path: str) -> Any:
