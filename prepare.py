@@ -37,6 +37,7 @@ from dataset.raw.vg_phrases import GROUPINGS, POSITIONS, Rules
 from dataset.raw.visual_genome import OUTPUTS
 from dataset.refer import SPLITS
 from dataset.scenes import files as scenes_files
+from grounding.benchmarks import benchmark_of
 from terminal import integer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -117,7 +118,7 @@ def check_configs(args: argparse.Namespace) -> None:
 
     The exit status is 1 if there are errors, else 0; warnings and notes do not count.
     """
-    report = check(args.configs, args.set, args.sample, args.workers, args.show)
+    report = check(args.configs, args.set, args.sample, args.workers, args.show, benchmark_of)
     print(report.json() if args.json else report.text())
     if report.total("error"):
         sys.exit(1)

@@ -51,7 +51,7 @@ from dataset.reading import image_size, read_image
 from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.vg import Collate, TrainingData
-from grounding.benchmarks import FLICKR, OWN, REFCLEF, REFCOCO_PLUS, Benchmark
+from grounding.benchmarks import FLICKR, OWN, REFCLEF, REFCOCO_PLUS, Benchmark, benchmark_of
 from grounding.load import config_of
 from grounding.results import ResultFolder
 from models.albef import build_albef
@@ -178,7 +178,7 @@ def read_config(folder: Path, path: Path) -> None:
 
 def check_config(folder: Path, name: str) -> None:
     """`prepare.py check` never stops, and prints what it found."""
-    report = check([str(folder / f"{name}.yaml")], [], sample=0, workers=1, shown=2)
+    report = check([str(folder / f"{name}.yaml")], [], sample=0, workers=1, shown=2, find=benchmark_of)
     assert report.text()
     json.loads(report.json())
 

@@ -23,7 +23,6 @@ from dataset.photos import read_photo
 from dataset.raw.check_images import inspect_image
 from dataset.raw.flickr_entities import load_splits
 from dataset.reading import DataError, image_size, read_image
-from dataset.refer import read_items
 from dataset.vg import load_entries
 
 
@@ -262,17 +261,13 @@ def test_an_empty_image_root_takes_all_names() -> None:
 @pytest.mark.parametrize("name", ["/abs/a", "../a", "b/../../a"])
 def test_no_reader_leaves_image_root(name: str, tmp_path: Path) -> None:
     file = tmp_path / "file.json"
-    rows = [{"image": name, "caption": "cat", "text": "cat", "ref_id": 1, "match": 1}]
+    rows = [{"image": name, "caption": "cat", "text": "cat", "match": 1}]
     file.write_text(json.dumps(rows))
 
     def train(root: str) -> object:
         return load_entries(file, PretrainConfig(train_file=[], image_root=root))
 
-    def refer(root: str) -> list[Any]:
-        with Problems() as problems:
-            return read_items(str(file), root, problems, None)
-
-    for read in (train, refer, lambda root: load_pairs(str(file), root, skip_missing=True)):
+    for read in (train, lambda root: load_pairs(str(file), root, skip_missing=True)):
         with pytest.raises(DataError, match=rf"(?s)(is absolute|leads out of).*file\.json: entry 0.*{name}"):
             read("images")
         assert read("")

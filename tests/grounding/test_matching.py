@@ -78,7 +78,7 @@ def test_matching_is_decided_at_one_half(
         ([{"image": "a.jpg", "text": "a", "match": 1, "kind": "\ud800"}], r"key 'kind' holds half of a surrogate pair"),
         ([{"image": "x" * 300, "text": "a", "match": 1}], r"does not exist; check image_root"),
         ([{"image": "b.jpg", "text": "cat", "match": 1}], r"does not exist; check image_root"),
-        ([], r"holds no pairs"),
+        ([], r"holds no entries"),
     ],
 )
 def test_broken_pairs(rows: list[Any], message: str, tmp_path: Path) -> None:

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from dataset import flickr, refer
+from config import GroundingConfig
 from dataset.expressions import Expression
 from grounding import maps, metrics
+from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS
+from tests.data_keys import data_keys
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 REFCOCO = {"val": "val_d", "testA": "testA_d", "testB": "testB_d"}
@@ -21,25 +23,12 @@ TWO_SPLITS = {"val": "val_d", "test": "test"}
 
 
 def refer_expressions(data: Path, dataset: str) -> list[Expression]:
-    folder = data / "refer" / dataset
-    return refer.load_expressions(
-        test_file=[str(folder / f"{dataset}_{part}.json") for part in ("val", "test")],
-        image_root=str(data / "images"),
-        refer_root=str(data / "refer"),
-        dataset=dataset,
-        det_file=str(folder / "dets.json") if dataset == "refcoco+" else None,
-        entry_split=dataset == "refclef",
-    )
+    benchmark = REFCLEF if dataset == "refclef" else REFCOCO_PLUS
+    return benchmark.load(GroundingConfig(**data_keys(dataset.rstrip("+"), data)))
 
 
-def flickr_expressions(data: Path, parts: tuple[str, ...] = ("val", "test")) -> list[Expression]:
-    folder = data / "flickr"
-    return flickr.load_expressions(
-        image_ids_file=[str(folder / f"{part}.txt") for part in parts],
-        phrase_box_file=[str(folder / f"bounding_boxes_{part}.json") for part in parts],
-        sentences_file=[str(folder / f"sentences_{part}.json") for part in parts],
-        image_root=str(data / "images"),
-    )
+def flickr_expressions(data: Path) -> list[Expression]:
+    return FLICKR.load(GroundingConfig(**data_keys("flickr", data)))
 
 
 def unresized(cam: torch.Tensor) -> maps.ResizedMap:

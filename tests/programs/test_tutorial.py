@@ -16,11 +16,10 @@ import prepare
 import Pretrain
 from config import GroundingConfig, PretrainConfig, load_any_config, load_config
 from dataset import vg
-from dataset.own import load_expressions
 from dataset.scenes.world import Scene, draw_scene
 from docs import figures
 from grounding import evaluate
-from grounding.benchmarks import REFCOCO_PLUS, benchmark_of
+from grounding.benchmarks import OWN, REFCOCO_PLUS, benchmark_of
 from models import amc
 from models.xbert import TextEncoder
 
@@ -77,7 +76,7 @@ def test_the_training_file(own: Path) -> None:
 
 
 def test_the_file_of_evaluation(own: Path) -> None:
-    expressions = load_expressions(test_file=[str(own / "expressions.json")], image_root=str(own / "images"))
+    expressions = OWN.load(GroundingConfig(test_file=[str(own / "expressions.json")], image_root=str(own / "images")))
     assert [one.split for one in expressions] == ["test"] * 4
     for one in expressions:
         scene = scene_of(one.image.name)

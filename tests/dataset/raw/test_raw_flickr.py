@@ -10,9 +10,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from config import GroundingConfig
 from dataset import flickr
 from dataset.raw import flickr_entities
 from dataset.reading import DataError
+from grounding.benchmarks import FLICKR
+from tests.data_keys import flickr_keys
 from tests.dataset.raw.raw_layouts import contents, run, write_entities, zip_entities
 
 HEAD = "<filename>1.jpg</filename><size><width>64</width><height>48</height><depth>3</depth></size>"
@@ -155,14 +158,12 @@ def test_evaluation_reads_the_files(raw: Path, tmp_path: Path) -> None:
     make(raw, raw / "val.txt")
     for name in ("11", "5"):
         (tmp_path / f"{name}.jpg").touch()
-    expressions = flickr.load_expressions(
-        image_ids_file=[str(tmp_path / "out" / "val.txt")],
-        phrase_box_file=[str(tmp_path / "out" / "bounding_boxes_val.json")],
-        sentences_file=[str(tmp_path / "out" / "sentences_val.json")],
-        image_root=str(tmp_path),
-    )
-    texts = ["two men", "caf\u00e9 coloured hats", "they"]
-    assert [(found.text, found.split) for found in expressions] == [(text, "val") for text in texts]
+    expressions = FLICKR.load(GroundingConfig(**flickr_keys(tmp_path / "out", ["val"]), image_root=str(tmp_path)))
+    assert [(found.text, found.split) for found in expressions] == [
+        ("two men", "val"),
+        ("caf\u00e9 coloured hats", "val"),
+        ("they", "val"),
+    ]
     assert expressions[0].boxes.tolist() == [[0, 1, 20, 30], [29, 9, 34, 38]]
     assert expressions[0].size == (48, 64)
 

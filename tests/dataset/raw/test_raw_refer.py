@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 import prepare
-from dataset import refer
+from config import GroundingConfig
 from dataset.reading import DataError
+from grounding.benchmarks import REFCOCO_PLUS
 from tests.dataset.raw.raw_layouts import contents, run, write, write_refer
 
 
@@ -268,13 +269,16 @@ def test_evaluation_reads_the_lists(root: Path) -> None:
     (root / "images").mkdir()
     for name in COCO.values():
         (root / "images" / name).touch()
-    expressions = refer.load_expressions(
+    (root / "dets.json").write_text(json.dumps({image_id: [] for image_id in COCO}))
+    config = GroundingConfig(
         test_file=[str(root / "out" / f"refcocog_{part}.json") for part in ("val", "test")],
         image_root=str(root / "images"),
-        refer_root=str(root / "refer"),
-        dataset="refcocog",
-        split_by="umd",
+        refcoco_data=str(root / "refer"),
+        det_file=str(root / "dets.json"),
+        refer_dataset="refcocog",
+        refer_split="umd",
     )
+    expressions = REFCOCO_PLUS.load(config)
     found = [(one.text, one.ref_id, one.split) for one in expressions]
     empty = {" ?! ": "", "...": ""}
     texts = [empty.get(row["text"], row["text"].lower()) for row in VAL + TEST]
