@@ -134,9 +134,9 @@ def test_a_truth_that_is_met() -> None:
     assert demo.against_truth(found, []) == {}
     edge = [[2, 1, 3, 3]]
     assert demo.against_truth(found, edge) == {"truth": edge, "point_correct": False, "best_box_iou": 0.0}
-    found.boxes = (ScoredBox((1, 0, 3, 3), 1.0), ScoredBox((5, 3, 1, 1), 0.5))
-    both = demo.against_truth(found, [[1, 0, 3, 2], [0, 0, 5, 4]])
-    assert (both["point_correct"], both["best_box_iou"]) == (True, pytest.approx(6 / 9))  # the other has 9/20
+    found.boxes = (ScoredBox((1, 0, 3, 3), 1.0), ScoredBox((1, 0, 3, 2), 0.5))
+    both = demo.against_truth(found, [[0, 0, 5, 4], [1, 0, 3, 2]])
+    assert (both["point_correct"], both["best_box_iou"]) == (True, pytest.approx(6 / 9))  # the first has 9/20
 
 
 def test_folders_and_lists_of_images(place: Path, tmp_path: Path) -> None:
