@@ -71,7 +71,7 @@ def one_round(answers: Answers, content: bytes, mode: str, clock: Clock) -> None
 
     def draw(phrase: str, threshold: float) -> None:
         reply = answers.ask(picture.key, [phrase], MODEL, mode, None)
-        fragments.row(picture, phrase, {MODEL: reply.answers[0]}, 0, threshold, "viridis")
+        fragments.row(picture, phrase, [reply], 0, threshold, "viridis")
 
     for step, phrase, threshold in (
         ("first phrase", "the red circle on the left", THRESHOLD),

@@ -1,7 +1,7 @@
 """What the page shows of pictures and answers, as the HTML of fragments.html."""
 
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,17 +46,17 @@ HTML: Any = ENVIRONMENT.get_template("fragments.html").module  # its macros
 
 
 def row(
-    picture: Picture, phrase: str, answers: Mapping[str, Answer | str], word: Any, threshold: float, colormap: str
+    picture: Picture, phrase: str, replies: Sequence[Reply], word: Any, threshold: float, colormap: str
 ) -> tuple[int, str]:
     """A phrase's row: its words to choose from, the picture, then each model's map.
 
     Args:
-        answers: by model; a message where there is no answer.
         word: 0 for the whole phrase's map, then the words that the first model read; 0 is taken for anything else.
 
     Returns:
         the word that was taken, and the HTML.
     """
+    answers = {reply.model: reply.answers[phrase] for reply in replies}
     read = next((answer.words for answer in answers.values() if isinstance(answer, Answer)), ())
     names = ["whole phrase", *(each.word for each in read)]
     choice = word if isinstance(word, int) and word in range(len(names)) else 0
@@ -91,7 +91,7 @@ def times(replies: Sequence[Reply], drawing: float) -> str:
     parts = []
     for reply in replies:
         took = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in reply.seconds.items())
-        known = "known already" if any(isinstance(answer, Answer) for answer in reply.answers) else "no answer"
+        known = "known already" if any(isinstance(answer, Answer) for answer in reply.answers.values()) else "no answer"
         parts.append(f"{reply.model}: {took or known}")
     return "; ".join([*parts, f"pictures {drawing:.2f} s"])
 

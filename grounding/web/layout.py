@@ -18,7 +18,6 @@ from grounding.web.session import (
     MOST_PHRASES,
     TOO_LARGE,
     Answers,
-    Picture,
     Reply,
     lacks,
     split_phrases,
@@ -161,32 +160,22 @@ class Events:
             replies = self.ask(question, phrases)
         except UserError as error:
             return [HTML.message(str(error)), {}, *rows]
-        start, asked = time.perf_counter(), {}
+        start, asked, view = time.perf_counter(), {}, (question.threshold, question.colormap)
         for number, phrase in enumerate(phrases):
-            asked[phrase], rows[number] = shown_row(
-                question, picture, phrase, replies, number, question.asked.get(phrase)
-            )
+            asked[phrase], html = fragments.row(picture, phrase, replies, question.asked.get(phrase), *view)
+            rows[number] = gr.update(value=html, visible=True)
         status = HTML.note(fragments.times(replies, time.perf_counter() - start), *fragments.remarks(replies))
         return [status, asked, *rows]
 
     def choose_word(self, event: gr.EventData, *values: Any) -> list[Any]:
         """Take {"phrase": one of those asked, whatever the box holds by now, "word": number}; outputs: asked, row."""
         question, chosen = Question(*values), event._data or {}
-        asked, phrase = dict(question.asked), chosen.get("phrase")
+        asked, phrase, view = dict(question.asked), chosen.get("phrase"), (question.threshold, question.colormap)
         try:
             if phrase not in asked:
                 raise UserError("this phrase was not asked")
             picture, replies = self.answers.picture(question.key), self.ask(question, [phrase])
-            asked[phrase], row = shown_row(question, picture, phrase, replies, 0, chosen.get("word"))
+            asked[phrase], html = fragments.row(picture, phrase, replies, chosen.get("word"), *view)
         except UserError as error:
-            row = gr.update(value=HTML.message(str(error)), visible=True)
-        return [asked, row]
-
-
-def shown_row(
-    question: Question, picture: Picture, phrase: str, replies: Sequence[Reply], number: int, word: Any
-) -> tuple[int, Any]:
-    """The word that a phrase's row shows, the first where the given one is none, and the row's update."""
-    answers = {reply.model: reply.answers[number] for reply in replies}
-    choice, html = fragments.row(picture, phrase, answers, word, question.threshold, question.colormap)
-    return choice, gr.update(value=html, visible=True)
+            html = HTML.message(str(error))
+        return [asked, gr.update(value=html, visible=True)]

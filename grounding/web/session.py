@@ -72,7 +72,7 @@ class Reply(NamedTuple):
     """What one model says of a picture."""
 
     model: str
-    answers: Sequence[Answer | str]  # one a phrase, or the message why there is none
+    answers: dict[str, Answer | str]  # by phrase; or the message why there is none
     notes: list[str]  # on how phrases are read
     seconds: dict[str, float]  # for what was computed ("model", "image", "phrase"); empty when all was known
 
@@ -169,7 +169,7 @@ class Answers:
                 explainer = opened.explainer(mode, layer, **self.explain)
                 image = self.encodings.get((key, model), encoded)
             except UserError as error:
-                return Reply(model, [str(error)] * len(phrases), [], seconds)
+                return Reply(model, dict.fromkeys(phrases, str(error)), [], seconds)
             questions = {phrase: (key, model, mode, explainer.block, phrase) for phrase in phrases}
             for phrase, question in questions.items():
                 try:
@@ -185,7 +185,7 @@ class Answers:
                         found[answer.phrase] = self.answers.put(questions[answer.phrase], answer)
                 except UserError as error:  # weights that are not numbers
                     found |= dict.fromkeys(new, str(error))
-        return Reply(model, [answer for answer in found.values() if answer is not None], remarks, seconds)
+        return Reply(model, {phrase: answer for phrase, answer in found.items() if answer}, remarks, seconds)
 
 
 def _timed(seconds: dict[str, float], what: str, function: Callable[..., Any], *given: Any) -> Any:

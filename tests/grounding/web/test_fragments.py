@@ -30,13 +30,17 @@ def chosen(name: str, image: Image.Image = SCENE) -> Picture:
 
 
 def row(answers: dict[str, Answer | str], word: object = 0, colormap: str = "viridis") -> str:
-    return fragments.row(chosen("a.b.png"), "p", answers, word, 0.5, colormap)[1]
+    replies = [Reply(model, {"p": answer}, [], {}) for model, answer in answers.items()]
+    return fragments.row(chosen("a.b.png"), "p", replies, word, 0.5, colormap)[1]
 
 
 def test_markup_is_text() -> None:
     nasty = "<img src=x onerror=alert(1)>\"'"
-    answers = {nasty: made_up("[CLS]", nasty, text=nasty), "other": nasty}
-    parts = [fragments.row(chosen(f"{nasty}.png"), nasty, answers, word, 0.5, "jet")[1] for word in (0, 2)]
+    replies = [
+        Reply(nasty, {nasty: made_up("[CLS]", nasty, text=nasty)}, [], {}),
+        Reply("other", {nasty: nasty}, [], {}),
+    ]
+    parts = [fragments.row(chosen(f"{nasty}.png"), nasty, replies, word, 0.5, "jet")[1] for word in (0, 2)]
     parts += [HTML.shown_picture(chosen(nasty), nasty), HTML.note(nasty), HTML.message(nasty)]
     for part in parts:
         assert "<img src=x" not in part
@@ -85,15 +89,15 @@ def test_a_large_picture_is_shown_reduced() -> None:
 
 
 def test_remarks_are_made_once() -> None:
-    replies = [Reply("one", [], ["a: short", "b: long"], {}), Reply("two", [], ["b: long", "c: cut"], {})]
+    replies = [Reply("one", {}, ["a: short", "b: long"], {}), Reply("two", {}, ["b: long", "c: cut"], {})]
     assert fragments.remarks(replies) == ["one: a: short", "one and two: b: long", "two: c: cut"]
 
 
 def test_times_are_told() -> None:
     replies = [
-        Reply("AMC", [made_up()], [], {"image": 0.8, "phrase": 0.04}),
-        Reply("control", ["no words", made_up()], [], {}),
-        Reply("broken", ["no checkpoint", "no checkpoint"], [], {}),
+        Reply("AMC", {"a": made_up()}, [], {"image": 0.8, "phrase": 0.04}),
+        Reply("control", {"a": "no words", "b": made_up()}, [], {}),
+        Reply("broken", dict.fromkeys("ab", "no checkpoint"), [], {}),
     ]
     took = "AMC: image 0.80 s, phrase 0.04 s; control: known already; broken: no answer; pictures 0.30 s"
     assert fragments.times(replies, 0.3) == took

@@ -43,7 +43,8 @@ def test_an_image_is_encoded_once_and_a_phrase_is_asked_once(counted: Counted, k
     again = counted.answers.ask(key, ["circle", "a red star"], "one", "itm", 1)  # 1 is the config's layer
     assert counted.took() == (0, 0, 0)
     assert again.seconds == {}
-    assert again.answers == [first.answers[1], first.answers[0]]
+    assert again.answers == first.answers
+    assert list(again.answers) == ["circle", "a red star"]
     more = counted.answers.ask(key, ["a red star", "blue"], "one", "itm", 1)
     assert counted.took() == (0, 0, 1)
     assert list(more.seconds) == ["phrase"]
@@ -61,7 +62,7 @@ def test_answers_are_those_of_ground(mode: str, words: list[str], answers: Answe
     assert picture.image.size == (20, 30)  # upright, as EXIF says
     opened = open_model(place / "two.pth", text_encoder=str(place), device="cpu")
     (found,) = ground_all(opened.explainer(mode), picture.image, ["a red star"])
-    (answer,) = answers.ask(picture.key, ["a red star"], "two", mode, None).answers
+    (answer,) = answers.ask(picture.key, ["a red star"], "two", mode, None).answers.values()
     assert isinstance(answer, Answer)
     np.testing.assert_allclose(answer.small, found.small, rtol=1e-5)
     assert answer.match == pytest.approx(found.match)
@@ -76,7 +77,9 @@ def test_settings_reach_the_model(place: Path, monkeypatch: pytest.MonkeyPatch) 
     maps = []
     for options in ({}, {"resize": resize_bilinear_image}, {"precision": torch.bfloat16}):
         answers = Counted(place, monkeypatch, **options).answers
-        (answer,) = answers.ask(answers.add_picture(noise(), "x.jpg").key, ["circle"], "one", "itm", None).answers
+        (answer,) = answers.ask(
+            answers.add_picture(noise(), "x.jpg").key, ["circle"], "one", "itm", None
+        ).answers.values()
         assert isinstance(answer, Answer)
         maps.append(answer.small / answer.small.max())
     for changed in maps[1:]:
@@ -124,8 +127,8 @@ def test_encodings_and_pictures_are_dropped(counted: Counted) -> None:
 
 def test_phrases_that_cannot_be_read_leave_the_others(answers: Answers, key: str) -> None:
     reply = answers.ask(key, ["circle", "...", "a red $", "big " * 31], "one", "itm", None)
-    assert [isinstance(answer, Answer) for answer in reply.answers] == [True, False, True, True]
-    assert "nothing is left of it" in str(reply.answers[1])
+    assert [isinstance(answer, Answer) for answer in reply.answers.values()] == [True, False, True, True]
+    assert "nothing is left of it" in str(reply.answers["..."])
     assert reply.notes == [
         "a red $: the vocabulary lacks $; the model reads [UNK]",
         f"{'big ' * 15}…: cut to 30 words, as in evaluation",
@@ -145,20 +148,20 @@ def test_models_that_cannot_be_asked(
     model: str, layer: int | None, picture: bool, message: str, answers: Answers, key: str
 ) -> None:
     found = answers.ask(key if picture else "gone", ["circle", "star"], model, "itm", layer).answers
-    assert [message in str(answer) for answer in found] == [True, True]
+    assert [message in str(answer) for answer in found.values()] == [True, True]
 
 
 def test_answers_that_are_not_numbers_are_messages(answers: Answers, key: str) -> None:
     """Messages are not kept: the next try is new."""
-    (good,) = answers.ask(key, ["circle"], "one", "itm", None).answers
+    (good,) = answers.ask(key, ["circle"], "one", "itm", None).answers.values()
     weight = answers.opened("one").model.itm_head.weight  # type: ignore[attr-defined]
     before = weight.clone()
     weight.fill_(float("nan"))
-    known, *new = answers.ask(key, ["circle", "star", "blue"], "one", "itm", None).answers
+    known, *new = answers.ask(key, ["circle", "star", "blue"], "one", "itm", None).answers.values()
     assert known is good
     assert all("one.pth, itm_head.weight holds NaN or infinity" in str(message) for message in new)
     weight.copy_(before)
-    assert isinstance(answers.ask(key, ["star"], "one", "itm", None).answers[0], Answer)
+    assert isinstance(answers.ask(key, ["star"], "one", "itm", None).answers["star"], Answer)
 
 
 def png_header(width: int, height: int) -> bytes:
