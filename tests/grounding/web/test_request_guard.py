@@ -300,7 +300,7 @@ def test_what_is_not_answered_yet_is_counted_with_what_arrives(monkeypatch: pyte
         first = asyncio.create_task(behind.ask(b"good", path=PICTURE))
         while not behind.guard.arriving:
             await asyncio.sleep(0)
-        second = await behind.ask(b"too much!", path=PICTURE)
+        second = await asyncio.wait_for(behind.ask(b"too much!", path=PICTURE), PATIENCE)
         late.set()
         return [await first, second]
 
