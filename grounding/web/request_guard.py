@@ -107,10 +107,13 @@ class RequestGuard:
             raise HTTPException(404)
         if "transfer-encoding" in headers:  # a proxy before the page may take such a body to end elsewhere
             raise HTTPException(411)
+        stated = headers.get("content-length", "0")
+        if stated.isdecimal() and int(stated[:20]) > most_bytes(path):
+            raise HTTPException(413)
 
     async def read(self, request: Request, body: bytearray) -> None:
         """Read a body, counting what arrives; raises `HTTPException` where it is too much."""
-        most = MOST_BYTES if request.scope["path"] == PICTURE else LONGEST_CALL
+        most = most_bytes(request.scope["path"])
         async for part in request.stream():
             body += part
             self.arriving += len(part)
@@ -127,6 +130,11 @@ class RequestGuard:
         if path == JOIN and call.fn_index not in self.functions:
             raise ValueError
         return call.model_dump_json(exclude_unset=True).encode()
+
+
+def most_bytes(path: str) -> int:
+    """The longest body that is taken at a path."""
+    return MOST_BYTES if path == PICTURE else LONGEST_CALL
 
 
 def foreign(request: Request) -> bool:

@@ -280,6 +280,7 @@ def test_what_arrives_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     assert behind.status(*[b" " * 6] * 2, path=PICTURE, headers=headers) == 413
     assert behind.status(b" " * 10, path=PICTURE) == 200
     assert behind.status(b"{", end="http.disconnect") == 400
+    assert behind.status(path=PICTURE, headers={"content-length": "11"}) == 413  # at once, as it says so itself
     monkeypatch.setattr(request_guard, "SLOWEST", 0.02)
     assert behind.status(*[b" "] * 1000, pause=0.005) == 408
     assert behind.bodies == [b" " * 10]
