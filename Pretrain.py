@@ -362,7 +362,7 @@ class Run:
 
         explainer = Explainer(self.model, tokenizer, self.device, "itm", config.amc.layer)
         samples = config.batch_size * args.accum_steps * utils.world_size()
-        watched = watched_pairs(args.watch) or watched_entries(self.data.entries, args.skip_broken)
+        watched = watched_pairs(args.watch) or watched_entries(self.data.entries, self.data.boxed, args.skip_broken)
         return Board(explainer, watched, args.heat_maps_every, samples)
 
     def open_output(self, earlier_log: Any) -> None:

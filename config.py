@@ -290,12 +290,11 @@ def load_any_config(path: str | Path, overrides: list[str] | None = None) -> Pre
     values = _read_yaml(path)
     own = set(values)
     _lay_over(values, overrides)
-    for keys in (own, set(values)):
+    for keys in (own, values.keys()):
         training, evaluation = (len(keys & kind.model_fields.keys()) for kind in (PretrainConfig, GroundingConfig))
         if training != evaluation:
-            if training > evaluation:
-                return parse_config(path, PretrainConfig, values)
-            return parse_config(path, GroundingConfig, values)
+            kind: Any = PretrainConfig if training > evaluation else GroundingConfig
+            return parse_config(path, kind, values)
     raise ConfigError(
         f"{path}: cannot tell whether it is of training (train_file) or of evaluation (test_file and refcoco_data, "
         "or image_ids_file, phrase_box_file and sentences_file)"
@@ -326,14 +325,17 @@ def load_bert_config(path: str | Path) -> BertConfig:
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:
-    text = _read_text(path, "the config")
-    try:
-        values = YAML(typ="safe", pure=True).load(text)
-    except Exception as error:  # besides YAMLError: a date that does not exist, deep nesting, an odd tag
-        raise ConfigError(f"{path}: not valid YAML: {error}") from error
+    values = _parse_yaml(_read_text(path, "the config"), path)
     if not isinstance(values, dict):
         raise ConfigError(f"{path}: expected 'key: value' lines, found {type(values).__name__}")
     return values
+
+
+def _parse_yaml(text: str, source: str | Path) -> Any:
+    try:
+        return YAML(typ="safe", pure=True).load(text)
+    except Exception as error:  # ruamel.yaml has no closed list: damaged texts raised seven kinds besides YAMLError
+        raise ConfigError(f"{source}: not valid YAML: {error}") from error
 
 
 def _read_text(path: str | Path, what: str) -> str:
@@ -411,10 +413,7 @@ def _lay_over(values: dict[str, Any], overrides: list[str] | None) -> None:
             section = section.setdefault(name, {})
             if not isinstance(section, dict):
                 raise ConfigError(f"--set {item}: '{name}' is a single value, not a section")
-        try:
-            section[last] = YAML(typ="safe", pure=True).load(text) if text else None
-        except Exception as error:  # as in `_read_yaml`
-            raise ConfigError(f"--set {item}: not a valid YAML value ({str(error).partition(chr(10))[0]})") from error
+        section[last] = _parse_yaml(text, f"--set {item}") if text else None
 
 
 def _explain(kind: type[BaseModel], location: tuple[int | str, ...], error: str, message: str) -> str:

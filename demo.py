@@ -93,12 +93,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(args: argparse.Namespace) -> None:
+    see_through(args.colormap)  # a wrong option is reported before the model is read
+    check_threshold(args.threshold)
     if args.web:
         serve_page(args)
         return
     images, phrases = what_to_ask(args)
-    see_through(args.colormap)  # a wrong option is reported before the model is read
-    check_threshold(args.threshold)
     opened = open_as_asked(args, args.checkpoint or demo_model(), args.config)
     explainer = opened.explainer(args.gradcam_mode, args.block_num, utils.PRECISIONS[args.precision])
     print(opened.report)
@@ -127,8 +127,6 @@ def serve_page(args: argparse.Namespace) -> None:
     """Serve the page of docs/web.md until interrupted; raises `UserError` for a command line that does not fit it."""
     if args.image_and_phrases or args.images or args.phrase or args.box:
         raise utils.UserError("--web: images and phrases are chosen on the page; leave them out of the command")
-    see_through(args.colormap)
-    check_threshold(args.threshold)
     answers = Answers(
         offered([*filter(None, [args.checkpoint]), *args.checkpoints], args.config),
         lambda offer: open_as_asked(args, offer.checkpoint, offer.config),

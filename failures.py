@@ -58,8 +58,8 @@ class Watch:
 
 
 def end(message: str) -> NoReturn:
-    """Print a message and end this process at once: neither destructors nor other threads can hold it up."""
+    """Print a message, if there is one, and end this process at once: no destructor or thread can hold it up."""
     with contextlib.suppress(OSError, ValueError):
-        print(message, file=sys.stderr, flush=True)
+        print(message, end="\n" if message else "", file=sys.stderr, flush=True)
         sys.stdout.flush()
     os._exit(1)

@@ -23,7 +23,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeAlias
 
@@ -37,16 +37,14 @@ from dataset.raw.vg_phrases import GROUPINGS, POSITIONS, Rules
 from dataset.raw.visual_genome import OUTPUTS
 from dataset.refer import SPLITS
 from dataset.scenes import files as scenes_files
+from grounding.benchmarks import benchmark_of
 from terminal import integer
 
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-ABOUT_VG = """Writes vg_descriptions.json, vg_attributes.json and vg_attributes_spatial.json. The defaults keep all that
-training can use. A table at the end tells how many entries each rule dropped; docs/data.md explains the rules."""
-
 
 def prepare_scenes(args: argparse.Namespace) -> None:
-    """Write the synthetic scenes, unless they are there already."""
+    """Draw synthetic scenes and write them in all formats, unless they are there already."""
     args.annotated = min(args.annotated, args.train)
     sizes = args.train, args.annotated, args.eval, args.size
     wanted = scenes_files.parameters(args.seed, *sizes)
@@ -67,21 +65,24 @@ def prepare_scenes(args: argparse.Namespace) -> None:
 
 
 def prepare_vg(args: argparse.Namespace) -> None:
-    """Write the training files from Visual Genome, and print how many entries each rule dropped."""
+    """Write vg_descriptions.json, vg_attributes.json and vg_attributes_spatial.json, the training files.
+
+    The defaults keep all that training can use. A table at the end tells how many entries each rule dropped;
+    docs/data.md explains the rules.
+    """
     if args.min_area > args.max_area or args.min_words > (args.max_words or math.inf):
         sys.exit("error: --min-area must not exceed --max-area, nor --min-words --max-words")
     rules = Rules(**{name: getattr(args, name) for name in Rules._fields})
-    report = visual_genome.prepare(args.raw, args.out, rules, args.only, args.exclude_eval, args.image_root)
-    print(visual_genome.summary(report))
-    print("\nwrote " + ", ".join(str(args.out / OUTPUTS[name]) for name in report.drafts))
+    images, drafts = visual_genome.prepare(args.raw, args.out, rules, args.only, args.exclude_eval, args.image_root)
+    print(visual_genome.summary(images, drafts))
+    print("\nwrote " + ", ".join(str(args.out / OUTPUTS[name]) for name in drafts))
 
 
 def prepare_flickr(args: argparse.Namespace) -> None:
-    """Write info-ground's three files for each split of Flickr30k Entities."""
+    """Write <split>.txt, bounding_boxes_<split>.json and sentences_<split>.json, as info-ground does."""
     folder = args.source if args.source.is_dir() else args.source.parent
     ids_files = args.ids or [folder / name for name in flickr_entities.SPLIT_FILES]
-    with tqdm(desc="flickr", unit="image", disable=None) as bar:
-        splits = flickr_entities.convert(args.source, ids_files, bar.update)
+    splits = flickr_entities.convert(args.source, ids_files)
     flickr_entities.write(args.out, splits)
     for name, split in splits.items():
         print(f"{name}: {split.summary()}")
@@ -89,7 +90,7 @@ def prepare_flickr(args: argparse.Namespace) -> None:
 
 
 def prepare_refer(args: argparse.Namespace) -> None:
-    """Write the lists of expressions of one of REFER's data sets."""
+    """Write <dataset>_{train,val,test}.json. The test file also holds testA, testB and testC."""
     split_by = args.split_by or raw_refer.default_split(args.folder, args.dataset)
     if args.skip_missing and not args.image_root:
         sys.exit("error: --skip-missing needs --image-root, since no images are looked for without it")
@@ -97,7 +98,7 @@ def prepare_refer(args: argparse.Namespace) -> None:
     lists = raw_refer.make_lists(args.folder, args.dataset, split_by, *options)
     raw_refer.write_lists(args.out, args.dataset, lists)
     print(lists.table())
-    usual = raw_refer.usual_split(args.dataset)
+    usual = raw_refer.USUAL_SPLITS[args.dataset]
     if split_by != usual and not args.split_by:
         print(f"note: refs({usual}).p is not there, of which the published numbers are; this is refs({split_by}).p")
     files = ", ".join(f"{args.dataset}_{part}.json: {len(rows)}" for part, rows in lists.parts.items())
@@ -105,7 +106,7 @@ def prepare_refer(args: argparse.Namespace) -> None:
 
 
 def prepare_detections(args: argparse.Namespace) -> None:
-    """Write MAttNet's detections, grouped by image."""
+    """Group MAttNet's list of {image_id, box, ...} by image, and keep the order within an image."""
     grouped = raw_refer.group_detections(args.file, args.instances)
     utils.write_text(args.out, json.dumps(grouped) + "\n")
     count, empty = sum(map(len, grouped.values())), sum(not boxes for boxes in grouped.values())
@@ -113,8 +114,11 @@ def prepare_detections(args: argparse.Namespace) -> None:
 
 
 def check_configs(args: argparse.Namespace) -> None:
-    """Check everything that configs name; exit status 1 if there are errors."""
-    report = check(args.configs, args.set, args.sample, args.workers, args.show)
+    """Check configs of training and evaluation, and every file, entry and image that they name.
+
+    The exit status is 1 if there are errors, else 0; warnings and notes do not count.
+    """
+    report = check(args.configs, args.set, args.sample, args.workers, args.show, benchmark_of)
     print(report.json() if args.json else report.text())
     if report.total("error"):
         sys.exit(1)
@@ -135,11 +139,17 @@ def spatial_form(word: str) -> str:
     return word
 
 
+def add_command(commands: Commands, name: str, run: Callable[[argparse.Namespace], None]) -> argparse.ArgumentParser:
+    """A command that `run` runs, whose docstring describes it."""
+    command = commands.add_parser(name, description=run.__doc__)
+    command.set_defaults(run=run)
+    return command
+
+
 def add_vg(commands: Commands) -> None:
-    """The arguments of `vg`; the defaults are those of `Rules`."""
-    command = commands.add_parser("vg", description=ABOUT_VG)
-    add = command.add_argument
-    rules, count = Rules(), integer(1)
+    command = add_command(commands, "vg", prepare_vg)
+    command.set_defaults(**Rules()._asdict())
+    add, count = command.add_argument, integer(1)
     files = "image_data, region_descriptions and attributes, as .json or .zip; or folders that hold them"
     add("raw", type=Path, nargs="+", help=files)
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write to")
@@ -149,37 +159,30 @@ def add_vg(commands: Commands) -> None:
         "Flickr30k's image ids (.txt)"
     )
     add("--exclude-eval", type=Path, nargs="+", default=[], metavar="FILE", help=splits)
-    on_disk = "leave out images that are not in DIR (default: do not look)"
-    add("--image-root", type=Path, metavar="DIR", help=on_disk)
+    add("--image-root", type=Path, metavar="DIR", help="leave out images that are not in DIR (default: do not look)")
     equal = (
         "join phrases of an image into one entry if they are equal once cleaned as in training, if they are equal but "
         "for white space, or never (default: %(default)s)"
     )
-    add("--group", choices=GROUPINGS, default=rules.group, help=equal)
-    area = "of a box, as a fraction of its image (default: %(default)s)"
-    add("--min-area", type=fraction, default=rules.min_area, help=area)
-    add("--max-area", type=fraction, default=rules.max_area, help=area)
-    most = "leave out entries with more boxes (default: no limit)"
-    add("--max-boxes", type=count, default=rules.max_boxes, metavar="N", help=most)
-    add("--min-words", type=count, default=rules.min_words, metavar="N", help="of a caption (default: %(default)s)")
-    add("--max-words", type=count, default=rules.max_words, metavar="N", help="of a caption (default: no limit)")
-    named = "positions to name in captions (default: all five)"
-    add("--positions", nargs="+", choices=POSITIONS, default=rules.positions, help=named)
+    add("--group", choices=GROUPINGS, help=equal)
+    for name in ("--min-area", "--max-area"):
+        add(name, type=fraction, help="of a box, as a fraction of its image (default: %(default)s)")
+    add("--max-boxes", type=count, metavar="N", help="leave out entries with more boxes (default: no limit)")
+    add("--min-words", type=count, metavar="N", help="of a caption (default: %(default)s)")
+    add("--max-words", type=count, metavar="N", help="of a caption (default: no limit)")
+    add("--positions", nargs="+", choices=POSITIONS, help="positions to name in captions (default: all five)")
     apart = (
         "least distance of an object with a position from the others of its name, centre to centre, as a fraction of "
         "the image's width or height (default: %(default)s)"
     )
-    add("--margin", type=fraction, default=rules.margin, help=apart)
+    add("--margin", type=fraction, help=apart)
     form = "caption made of a position and a phrase (default: '%(default)s')"
-    add("--spatial-form", type=spatial_form, default=rules.spatial_form, help=form)
-    command.set_defaults(run=prepare_vg)
+    add("--spatial-form", type=spatial_form, help=form)
 
 
 def add_scenes(commands: Commands) -> None:
-    command = commands.add_parser("scenes", description="Draws synthetic scenes in all formats.")
-    add = command.add_argument
-    count = integer(1, scenes_files.IDS_PER_SPLIT)
-    side = integer(scenes_files.SMALLEST_SIZE)
+    add = add_command(commands, "scenes", prepare_scenes).add_argument
+    count, side = integer(1, scenes_files.IDS_PER_SPLIT), integer(scenes_files.SMALLEST_SIZE)
     add("out", type=Path, help="folder to write to")
     add("--seed", type=integer(0), default=0, help="equal seeds give equal files (default: 0)")
     add("--train", type=count, default=12000, metavar="N", help="training scenes (default: 12000)")
@@ -187,13 +190,10 @@ def add_scenes(commands: Commands) -> None:
     add("--eval", type=count, default=250, metavar="N", help="scenes in each of val, testA and testB (default: 250)")
     add("--size", type=side, default=96, help="mean side of an image in pixels (default: 96)")
     add("--force", action="store_true", help="replace what is there already")
-    command.set_defaults(run=prepare_scenes)
 
 
 def add_flickr(commands: Commands) -> None:
-    about = "Writes <split>.txt, bounding_boxes_<split>.json and sentences_<split>.json, as info-ground does."
-    command = commands.add_parser("flickr", description=about)
-    add = command.add_argument
+    add = add_command(commands, "flickr", prepare_flickr).add_argument
     add("source", type=Path, help="folder that holds Annotations/ and Sentences/, or annotations.zip; or that archive")
     add("--out", type=Path, required=True, help="folder to write to")
     ids = (
@@ -201,20 +201,17 @@ def add_flickr(commands: Commands) -> None:
         "annotations)"
     )
     add("--ids", type=Path, nargs="+", metavar="FILE", help=ids)
-    command.set_defaults(run=prepare_flickr)
 
 
 def add_refer(commands: Commands) -> None:
-    about = "Writes <dataset>_{train,val,test}.json. The test file also holds testA, testB and testC."
-    command = commands.add_parser("refer", description=about)
-    add = command.add_argument
+    add = add_command(commands, "refer", prepare_refer).add_argument
     owners = sorted({name for names in SPLITS.values() for name in names})
     add("folder", type=Path, help="folder that holds the data sets' folders: refcoco_data in the configs")
+    add("--dataset", choices=SPLITS, required=True)
     whose = (
         "whose split to use (default: umd for refcocog, berkeley for refclef, unc for the others; or another whose "
         "refs(...).p is there)"
     )
-    add("--dataset", choices=SPLITS, required=True)
     add("--split-by", choices=owners, help=whose)
     add("--out", type=Path, required=True, help="folder to write to")
     images = (
@@ -226,37 +223,28 @@ def add_refer(commands: Commands) -> None:
     add("--skip-missing", action="store_true", help=missing)
     repeated = "write equal sentences of a ref as often as they occur, as in the published counts; or once"
     add("--keep-repeated", action=argparse.BooleanOptionalAction, default=True, help=repeated)
-    command.set_defaults(run=prepare_refer)
 
 
 def add_detections(commands: Commands) -> None:
-    about = "Groups MAttNet's list of {image_id, box, ...} by image, and keeps the order within an image."
-    command = commands.add_parser("detections", description=about)
-    add = command.add_argument
+    add = add_command(commands, "detections", prepare_detections).add_argument
     add("file", type=Path, help="MAttNet's file of detections")
     add("--out", type=Path, required=True, metavar="FILE", help="the dets.json to write")
     images = "REFER's instances.json: its images without a detection get an empty list (default: no entry)"
     add("--instances", type=Path, metavar="FILE", help=images)
-    command.set_defaults(run=prepare_detections)
 
 
 def add_check(commands: Commands) -> None:
-    command = commands.add_parser(
-        "check",
-        description="Checks configs of training and evaluation, and every file, entry and image that they name. "
-        "The exit status is 1 if there are errors, else 0; warnings and notes do not count.",
-    )
-    add = command.add_argument
+    add = add_command(commands, "check", check_configs).add_argument
     count, cores = integer(1), os.cpu_count() or 1
     add("configs", nargs="+", metavar="CONFIG", help="a config of training or evaluation")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a key in all the configs")
     some = "decode N images only, and read the headers of the others (default: decode all)"
     add("--sample", type=integer(0), metavar="N", help=some)
     add("--workers", type=count, default=cores, metavar="N", help="processes that read images (default: all cores)")
-    cases = "how many cases to list of each kind of problem (default: 5)"
-    add("--show", type=count, default=5, metavar="N", help=cases)
+    add(
+        "--show", type=count, default=5, metavar="N", help="how many cases to list of each kind of problem (default: 5)"
+    )
     add("--json", action="store_true", help="print JSON instead of text")
-    command.set_defaults(run=check_configs)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

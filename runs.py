@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -21,11 +22,6 @@ from pydantic import ValidationError
 import utils
 from config import PretrainConfig
 
-try:
-    import fcntl
-except ImportError:  # not a Unix
-    fcntl = None  # type: ignore[assignment]
-
 EPOCHS_LOG, STEPS_LOG, BOARD, LOCK, BEST = "log.txt", "steps.jsonl", "tensorboard", ".lock", "best.pth"
 Row = dict[str, Any]
 Rows = list[Row]
@@ -38,30 +34,18 @@ class RunError(utils.UserError):
 # ---- the lock
 
 
-_held: set[int] = set()  # descriptors of the locks that this process holds
-
-
-def _let_go() -> None:
-    """In a forked child: a loader's worker that outlives its killed parent must not keep the parent's lock."""
-    for lock in _held:
-        os.close(lock)
-    _held.clear()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_let_go)
-
-
 @contextlib.contextmanager
 def claim(folder: Path) -> Iterator[None]:
     """Hold a run's folder against other processes for as long as the block, or this process, lives.
 
-    All ranks call it together; rank 0 holds the lock, and removes what killed processes left half written.
+    All ranks call it together; rank 0 holds the lock, and removes what killed processes left half written. A folder
+    that was not there before, and in which nothing is left, goes again.
 
     Raises:
         RunError: another process has the folder, which the message names; or it cannot be written to.
     """
-    lock, refusal, made = None, "", not folder.exists()
+    lock, refusal = None, ""
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     if utils.rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -72,35 +56,37 @@ def claim(folder: Path) -> Iterator[None]:
             refusal = f"--output_dir {folder}: cannot be written to ({error.strerror})"
     if refusal := utils.gather_objects(refusal)[0]:
         raise RunError(refusal)
-    if lock is not None:
-        _held.add(lock)
-        for written in (folder, folder / "result"):
-            utils.sweep(written)
     try:
+        if lock is not None:
+            for written in (folder, folder / "result"):
+                utils.sweep(written)
         yield
     finally:
-        if lock in _held:
+        if lock is not None:
             (folder / LOCK).unlink(missing_ok=True)
-            _held.discard(lock)
             os.close(lock)
-        if made and utils.rank() == 0:
-            with contextlib.suppress(OSError):
-                folder.rmdir()  # where nothing was left in it
+        if utils.rank() == 0:
+            with contextlib.suppress(OSError):  # where something was left in it
+                for each in made:
+                    each.rmdir()
 
 
 def _lock(path: Path) -> int | None:
-    """A descriptor that holds the lock at `path`; None, with a word, where the system cannot lock files."""
-    while fcntl is not None:
+    """A descriptor that holds the lock at `path`; None, with a word, where the file system has no locks.
+
+    It is a lock of the process: a loader's worker that outlives its killed parent does not keep it.
+    """
+    while True:
         lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(lock).st_nlink:
                 owner = f"process {os.getpid()} on {platform.node()} ({shlex.join(sys.argv)[:300]})"
                 os.ftruncate(lock, 0)
                 os.write(lock, owner.encode(errors="replace"))
                 return lock
             os.close(lock)  # its last owner removed the file meanwhile: try the next one
-        except BlockingIOError:
+        except (BlockingIOError, PermissionError):
             text = os.read(lock, 4096).decode(errors="replace") or "another process"
             os.close(lock)
             owner = "".join(letter if letter.isprintable() else "?" for letter in text)
@@ -111,8 +97,6 @@ def _lock(path: Path) -> int | None:
             os.close(lock)
             utils.log(f"{path.parent} cannot be locked ({error.strerror}): start no second run in it")
             return None
-    utils.log(f"this system has no file locks: start no second run in {path.parent}")
-    return None
 
 
 # ---- checkpoints
@@ -301,17 +285,17 @@ def read_runs(paths: Sequence[Path], by_epoch: bool = False) -> tuple[dict[str, 
         RunError: a run has none of the two files, or none that is needed.
     """
     names = run_names(paths)
-    found = {}
-    for name, path in names.items():
-        found[name] = ([] if by_epoch else _step_rows(path)) or _epoch_rows(path, in_steps=True)
-    if all(found.values()):
-        return found, "steps"
-    rows = {name: _epoch_rows(path, in_steps=False) for name, path in names.items()}
-    for name, path in names.items():
-        if not rows[name]:
-            wanted = EPOCHS_LOG if _step_rows(path) else f"{STEPS_LOG} or {EPOCHS_LOG}"
-            raise RunError(f"{path}: no {wanted} of a training run with losses in it; give --output_dir of Pretrain.py")
-    return rows, "epochs"
+    for unit in ("steps", "epochs"):
+        in_steps = unit == "steps"
+        found = {
+            name: (_step_rows(path) if in_steps and not by_epoch else []) or _epoch_rows(path, in_steps)
+            for name, path in names.items()
+        }
+        if all(found.values()):
+            return found, unit
+    bad = next(path for name, path in names.items() if not found[name])
+    wanted = EPOCHS_LOG if _step_rows(bad) else f"{STEPS_LOG} or {EPOCHS_LOG}"
+    raise RunError(f"{bad}: no {wanted} of a training run with losses in it; give --output_dir of Pretrain.py")
 
 
 def run_names(paths: Sequence[Path]) -> dict[str, Path]:

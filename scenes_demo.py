@@ -32,7 +32,7 @@ from grounding.pictures.panels import Case, contact_sheet, loss_curves
 from grounding.report.write import section, write_report
 from grounding.results import ResultFolder, Source, percent
 from models.checkpoint import export_student
-from runs import STEPS_LOG, read_log
+from runs import STEPS_LOG, Position, checkpoint_path, newest_checkpoint, read_log
 from terminal import aligned
 
 COMMON = ["--text_encoder", str(SCENES / "text_encoder"), "--device", "cpu", "--num_workers", "0"]
@@ -140,9 +140,9 @@ def run_side_by_side(steps: dict[str, list[str]], logs: Path) -> None:
 def train(output: Path, config: Path, start: list[str], processes: int = 1, options: Sequence[str] = ()) -> Path:
     """Run Pretrain.py, with `start` or, for what an interrupted run lacks, --resume; returns the last checkpoint."""
     overrides = [value for option, value in itertools.pairwise(options) if option == "--set"]
-    last = output / f"checkpoint_{load_config(config, PretrainConfig, overrides).schedular.epochs - 1:02d}.pth"
+    last = checkpoint_path(output, Position(load_config(config, PretrainConfig, overrides).schedular.epochs))
     if not last.exists():
-        begun = any(output.glob("checkpoint_*.pth"))
+        begun = newest_checkpoint(output)
         words = ["Pretrain.py", "--config", str(config), "--output_dir", str(output), *COMMON, *options]
         run_step(output.name, [*words, *(["--resume"] if begun else start)], output.parent / "logs", processes)
     return last

@@ -42,10 +42,9 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     What files hold reaches the terminal escaped (`Escaping`). Of several processes, one that fails prints its message
     first, and then all end (failures.py).
     """
-    plain = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Escaping(sys.stdout), Escaping(sys.stderr)
     try:
-        main(args)
+        with contextlib.redirect_stdout(Escaping(sys.stdout)), contextlib.redirect_stderr(Escaping(sys.stderr)):
+            main(args)
         leave_group(0)
     except SystemExit as status:
         leave_group(status.code if isinstance(status.code, int) else 1)
@@ -56,9 +55,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
             fail(f"error: {message}" if message else traceback.format_exc(), error)
         if message is None:
             raise
-        sys.exit(printable(f"error: {message}", plain[1]))
-    finally:
-        sys.stdout, sys.stderr = plain
+        sys.exit(printable(f"error: {message}", sys.stderr))
 
 
 def _own_words(error: UserError) -> str:
@@ -80,14 +77,8 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> None:
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return
-    lacking = [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
-    if lacking and dist_url == "env://":
-        if os.environ["WORLD_SIZE"] == "1":
-            return  # a job's environment, and no launcher
-        raise UserError(
-            f"RANK and WORLD_SIZE are set, but not {' and '.join(lacking)}: start the program by torchrun, which sets "
-            "all of them, or pass --distributed false to run one process"
-        )
+    if dist_url == "env://" and "MASTER_ADDR" not in os.environ and os.environ["WORLD_SIZE"] == "1":
+        return  # a cluster job's environment, and no launcher
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
@@ -157,18 +148,18 @@ def fail(message: str, error: Exception) -> NoReturn:
     first_line = str(error).strip().partition("\n")[0][:300]
     summary = f"{own} failed: {first_line or type(error).__name__}"
     if lost:  # what the failure of another looks like from here
-        summary = message = f"{own} lost the connection to another one, which was killed or failed ({first_line})"
+        summary = f"{own} lost the connection to another one, which was killed or failed ({first_line})"
+        message = f"{summary}; --resume auto goes on from the last checkpoint"
     else:
-        print(f"{own}: {message}", file=sys.stderr, flush=True)
+        message = printable(f"{own}: {message}", sys.stderr)
+        print(message, file=sys.stderr, flush=True)
     first = summary
     if _group.watch:
         with contextlib.suppress(RuntimeError):  # the store is gone
             first = _group.watch.tell(summary)
     if first != summary:
-        end(f"{own} ends: {first}")
-    if lost:
-        end(f"{message}; --resume auto goes on from the last checkpoint")
-    end("")
+        end(printable(f"{own} ends: {first}", sys.stderr))
+    end(message if lost else "")
 
 
 def all_gather(tensor: Tensor) -> Tensor:
@@ -241,21 +232,16 @@ def seed_everything(*key: int) -> None:
     torch.manual_seed(int(state))
 
 
-def return_freed_memory(least: int = 2**19) -> bool:
+def return_freed_memory(least: int = 2**19) -> None:
     """Let freed blocks of `least` bytes or more go back to the system at once, where the C library is glibc.
 
     glibc keeps freed blocks of up to 32 MB for itself, and the tensors of a training step come in so many sizes that
     much of what it keeps fits nothing. Asking the system anew for every block takes time: worth it where memory is
     scarce.
-
-    Returns:
-        whether the C library took the setting.
     """
     mmap_threshold = -3  # mallopt's number for it
-    try:
-        return bool(ctypes.CDLL(None).mallopt(mmap_threshold, least))
-    except (AttributeError, OSError, TypeError):  # another C library
-        return False
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library
+        ctypes.CDLL(None).mallopt(mmap_threshold, least)
 
 
 # ---- files
@@ -295,12 +281,11 @@ def sweep(folder: Path) -> None:
     A file of another host is removed once it is a day old.
     """
     for path in list(folder.glob(".*.tmp")):
-        name = re.fullmatch(r"\..+\.([0-9]+)(@.*)?\.tmp", path.name)
+        name = re.fullmatch(r"\..+\.([0-9]{1,9})@(.+)\.tmp", path.name)
         if name is None or not path.is_file():
             continue
         known = path.stat()
-        here = name[2] in (None, f"@{platform.node()}")
-        if time.time() - known.st_mtime > 86400 or (here and _is_gone(int(name[1]))):
+        if time.time() - known.st_mtime > 86400 or (name[2] == platform.node() and _is_gone(int(name[1]))):
             path.unlink(missing_ok=True)
             log(f"{path}: removed, {known.st_size / 1e6:.1f} MB that a killed process left half written")
 
@@ -310,7 +295,7 @@ def _is_gone(process: int) -> bool:
         return True  # another one had the number before: this one is just beginning to write
     try:
         os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
+    except ProcessLookupError:
         return True
     except PermissionError:
         pass

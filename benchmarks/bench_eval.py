@@ -13,7 +13,7 @@ import functools
 import io
 import sys
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ from config import GroundingConfig, load_config
 from dataset.text import Tokenizer
 from dataset.transforms import normalise, resize_bicubic
 from grounding import maps, metrics
+from grounding.batches import Loaded, answer_pairs
 from grounding.explain import Explainer
 from models.albef import ALBEF, build_albef
 
@@ -50,6 +51,7 @@ class Photo(NamedTuple):
     """An image with its texts, and the detections (k, 4) to choose from."""
 
     jpeg: bytes
+    path: Path  # its name alone: there is no such file
     pixels: torch.Tensor
     texts: list[str]
     detections: np.ndarray
@@ -62,7 +64,7 @@ def make_photos(mix: Mix, images: int) -> list[Photo]:
         jpeg, found, rng = scene([7, i], mix.distinct)
         found += [found[int(rng.integers(mix.distinct))] for _ in range(mix.texts - mix.distinct)]
         boxes = np.concatenate([rng.uniform(0, 300, (20, 2)), rng.uniform(20, 300, (20, 2))], axis=1)
-        photos.append(Photo(jpeg, decode_pixels(jpeg, mix.image_res), found, boxes))
+        photos.append(Photo(jpeg, Path(f"{i}.jpg"), decode_pixels(jpeg, mix.image_res), found, boxes))
     return photos
 
 
@@ -70,51 +72,45 @@ def decode_pixels(jpeg: bytes, image_res: int) -> torch.Tensor:
     return normalise(resize_bicubic(Image.open(io.BytesIO(jpeg)).convert("RGB"), image_res))
 
 
-# ---- the two procedures: photos -> (point, index of the chosen box) per expression
+# ---- the two procedures: photos -> (point, index of the chosen box or -1) per expression
+
+Choice = tuple[tuple[int, int], int]
 
 
-def run_published(model: ALBEF, tokenizer: Tokenizer, layer: int, photos: list[Photo], pairs: int) -> list[Any]:
-    """The first `pairs` expressions, in batches of 8."""
-    asked = [(photo, phrase) for photo in photos for phrase in photo.texts][:pairs]
-    chosen = []
-    for start in range(0, len(asked), PUBLISHED_BATCH):
-        batch = asked[start : start + PUBLISHED_BATCH]
-        tokens = tokenizer([phrase for _, phrase in batch])
-        images = torch.stack([photo.pixels for photo, _ in batch])
-        cams = published.maps(model, images, tokens.input_ids, tokens.attention_mask, layer)
-        for cam, (photo, _) in zip(cams, batch, strict=True):
-            chosen.append(published.point_and_box(cam, HEIGHT, WIDTH, photo.detections))
-    return chosen
+def run_published(model: ALBEF, tokenizer: Tokenizer, layer: int, photos: list[Photo]) -> list[Choice]:
+    """The first batch of expressions."""
+    asked = [(photo, phrase) for photo in photos for phrase in photo.texts][:PUBLISHED_BATCH]
+    tokens = tokenizer([phrase for _, phrase in asked])
+    images = torch.stack([photo.pixels for photo, _ in asked])
+    cams = published.maps(model, images, tokens.input_ids, tokens.attention_mask, layer)
+    pairs = zip(cams, asked, strict=True)
+    return [published.point_and_box(cam, HEIGHT, WIDTH, photo.detections) for cam, (photo, _) in pairs]
 
 
-def run_ours(explainer: Explainer, photos: list[Photo], batch: int) -> list[Any]:
-    """All expressions, images in batches."""
-    chosen = []
-    for start in range(0, len(photos), batch):
-        part = photos[start : start + batch]
-        asked = list(dict.fromkeys((row, phrase) for row, photo in enumerate(part) for phrase in photo.texts))
-        images = torch.stack([photo.pixels for photo in part])
-        cams = explainer.maps(images, [row for row, _ in asked], [phrase for _, phrase in asked])
-        cam_of = dict(zip(asked, cams, strict=True))
-        for row, photo in enumerate(part):
-            for phrase in photo.texts:
-                cam = maps.ResizedMap(cam_of[row, phrase], HEIGHT, WIDTH)
-                box = metrics.best_detection(cam, photo.detections)
-                chosen.append((cam.point(), -1 if box is None else box))
-    return chosen
+def run_ours(explainer: Explainer, photos: list[Photo], batch: int) -> list[Choice]:
+    """All expressions, images in batches, as evaluation asks them."""
+    asked = [(photo, phrase) for photo in photos for phrase in photo.texts]
+    images = [Loaded(photo.path, photo.pixels) for photo in photos]
+    batches = [images[start : start + batch] for start in range(0, len(images), batch)]
+    pairs = [(photo.path, phrase) for photo, phrase in asked]
+    chosen = {}
+    for position, pred in answer_pairs(explainer.maps, pairs, batches):
+        cam = maps.ResizedMap(pred, HEIGHT, WIDTH)
+        box = metrics.best_detection(cam, asked[position][0].detections)
+        chosen[position] = cam.point(), -1 if box is None else box
+    return [chosen[position] for position in range(len(asked))]
 
 
 # ---- measurements
 
 
-def compare(mix: Mix, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
+def compare(mix: Mix, model: ALBEF, fast: ALBEF, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
     """Rounds of the published procedure, ours in float32 and ours in bfloat16; prints a table."""
-    layer, photos = mix.layer, make_photos(mix, args.images)
-    fast, device = published.with_onednn(model), torch.device("cpu")
+    layer, photos, device = mix.layer, make_photos(mix, args.images), torch.device("cpu")
 
-    def baseline() -> list[Any]:
+    def baseline() -> list[Choice]:
         model.requires_grad_(True)
-        chosen = run_published(model, tokenizer, layer, photos, PUBLISHED_BATCH)
+        chosen = run_published(model, tokenizer, layer, photos)
         model.zero_grad(set_to_none=True)
         model.requires_grad_(False)
         return chosen
@@ -140,7 +136,7 @@ def compare(mix: Mix, model: ALBEF, tokenizer: Tokenizer, args: argparse.Namespa
 
 def profile(mix: Mix, model: ALBEF, tokenizer: Tokenizer, rounds: int) -> None:
     """Each part of ours, one image at a time; prints a table of medians."""
-    model, clock = published.with_onednn(model), Clock()
+    clock = Clock()
     for photo in make_photos(mix, rounds + 1):
         tokens = tokenizer(list(dict.fromkeys(photo.texts)))
         with clock.measure("loading"):
@@ -177,11 +173,12 @@ def main() -> None:
     for name in args.mixes:
         config = load_config(folder / ("scenes" if args.quick else "") / f"Grounding_{name}.yaml", GroundingConfig)
         model = build_albef(config).eval().requires_grad_(False)
+        fast = published.fast_copy(model)
         mix = MIXES[name]._replace(image_res=96, layer=3) if args.quick else MIXES[name]
         print(f"\n{name}: ", end="")
-        compare(mix, model, tokenizer, args)
+        compare(mix, model, fast, tokenizer, args)
         print(f"\n{name}, ", end="")
-        profile(mix, model, tokenizer, args.rounds)
+        profile(mix, fast, tokenizer, args.rounds)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ python benchmarks/bench_linear.py
 """
 
 import sys
-import time
+import timeit
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -24,15 +24,15 @@ LAYER_ROUNDS = 7
 def gflops(layer: nn.Module, x: Tensor, backward: bool) -> float:
     """GFLOP a second of the fastest round: forward alone, or with the gradients by input and parameters."""
     gradient = torch.ones_like(layer(x))
-    seconds = []
-    for _ in range(LAYER_ROUNDS):
-        started = time.perf_counter()
+
+    def once() -> None:
         with torch.set_grad_enabled(backward):
             y = layer(x)
         if backward:
             torch.autograd.grad(y, (x, *layer.parameters()), gradient)
-        seconds.append(time.perf_counter() - started)
-    return (3 if backward else 1) * 2 * x.numel() * gradient.shape[-1] / min(seconds) / 1e9
+
+    seconds = min(timeit.repeat(once, number=1, repeat=LAYER_ROUNDS))
+    return (3 if backward else 1) * 2 * x.numel() * gradient.shape[-1] / seconds / 1e9
 
 
 def layer_rows() -> Iterator[list[str]]:

@@ -67,11 +67,11 @@ def one_round(answers: Answers, content: bytes, mode: str, clock: Clock) -> None
     """An upload and two phrases, as the page's events ask them."""
     with clock.measure("upload"):
         picture = answers.add_picture(content, "a.jpg")
-        fragments.shown_picture(picture)
+        fragments.HTML.shown_picture(picture)
 
     def draw(phrase: str, threshold: float) -> None:
         reply = answers.ask(picture.key, [phrase], MODEL, mode, None)
-        fragments.row(picture, phrase, [reply], 0, 0, threshold, "viridis")
+        fragments.row(picture, phrase, [reply], 0, threshold, "viridis")
 
     for step, phrase, threshold in (
         ("first phrase", "the red circle on the left", THRESHOLD),

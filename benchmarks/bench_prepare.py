@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.machine import describe_machine, parser
 
 ROOT = Path(__file__).parents[1]
+REGIONS, OBJECTS = 50, 30  # per image, on average
 IMAGE_SIZES = ((800, 600), (500, 375), (1024, 768), (375, 500))
 THINGS = ("man", "woman", "dog", "car", "tree", "building", "window", "shirt", "sign", "table", "chair", "bird")
 ADJECTIVES = ("red", "white", "black", "large", "small", "wooden", "green", "parked", "old", "tall")
@@ -38,11 +39,11 @@ FORMS = (
 )
 
 
-def main(images: int, regions: int, objects: int, out: Path | None) -> None:
+def main(images: int, out: Path | None) -> None:
     """Run the program in a process of its own, whose peak of memory the system keeps."""
     with tempfile.TemporaryDirectory(dir=out and out.resolve()) as name:
         raw, made = Path(name, "raw"), Path(name, "out")
-        write_raw(raw, images, regions, objects)
+        write_raw(raw, images)
         print(describe_machine(), flush=True)
         show_sizes(raw)
         started, load = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
@@ -59,16 +60,10 @@ def show_sizes(folder: Path) -> None:
         print(f"{path.relative_to(folder.parent)}: {path.stat().st_size / 1e6:,.0f} MB", flush=True)
 
 
-def write_raw(folder: Path, images: int, regions: int, objects: int) -> None:
+def write_raw(folder: Path, images: int) -> None:
     """Write image_data.json, region_descriptions.json, attributes.json and objects.json, each in its own order."""
     folder.mkdir()
-    makers: dict[str, Callable[[int, Generator], dict[str, Any]]] = {
-        "image_data": image_row,
-        "region_descriptions": lambda i, rng: {"id": i, "regions": region_rows(i, regions, rng)},
-        "attributes": lambda i, rng: {"image_id": i, "attributes": object_rows(i, objects, rng)},
-        "objects": lambda i, rng: {"image_id": i, "objects": object_rows(i, objects, rng, attributes=False)},
-    }
-    for index, (name, make) in enumerate(makers.items()):
+    for index, (name, make) in enumerate(MAKERS.items()):
         with open(folder / f"{name}.json", "w", encoding="utf-8") as file:
             for place, i in enumerate(np.random.default_rng(index).permutation(images)):
                 # An image's objects are drawn from its own seed, so that attributes.json and objects.json agree.
@@ -94,18 +89,18 @@ def boxed_rows(image_id: int, mean: int, rng: Generator) -> Iterator[tuple[dict[
         yield {"id": 1000 * image_id + k, **dict(zip("xywh", box, strict=True))}, numbers
 
 
-def region_rows(image_id: int, mean: int, rng: Generator) -> list[dict[str, Any]]:
+def region_rows(image_id: int, rng: Generator) -> list[dict[str, Any]]:
     rows = []
-    for row, (form, a, n, m) in boxed_rows(image_id, mean, rng):
+    for row, (form, a, n, m) in boxed_rows(image_id, REGIONS, rng):
         phrase = FORMS[form % len(FORMS)].format(a=ADJECTIVES[a % len(ADJECTIVES)], n=THINGS[n % len(THINGS)], m=m)
         row |= {"region_id": row.pop("id"), "width": row.pop("w"), "height": row.pop("h")}
         rows.append(row | {"image_id": image_id, "phrase": phrase})
     return rows
 
 
-def object_rows(image_id: int, mean: int, rng: Generator, *, attributes: bool = True) -> list[dict[str, Any]]:
+def object_rows(image_id: int, rng: Generator, *, attributes: bool = True) -> list[dict[str, Any]]:
     rows = []
-    for row, (name, first, second, kind) in boxed_rows(image_id, mean, rng):
+    for row, (name, first, second, kind) in boxed_rows(image_id, OBJECTS, rng):
         noun = THINGS[name % len(THINGS)]
         row |= {"object_id": row.pop("id"), "names": [noun], "synsets": [f"{noun}.n.01"]}
         if attributes and kind % 5:  # one in five has no key attributes
@@ -114,10 +109,15 @@ def object_rows(image_id: int, mean: int, rng: Generator, *, attributes: bool = 
     return rows
 
 
+MAKERS = {
+    "image_data": image_row,
+    "region_descriptions": lambda i, rng: {"id": i, "regions": region_rows(i, rng)},
+    "attributes": lambda i, rng: {"image_id": i, "attributes": object_rows(i, rng)},
+    "objects": lambda i, rng: {"image_id": i, "objects": object_rows(i, rng, attributes=False)},
+}
+
 if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--images", type=int, default=100_000)
-    options.add_argument("--regions", type=int, default=50, help="per image, on average")
-    options.add_argument("--objects", type=int, default=30, help="per image, on average")
     options.add_argument("--out", type=Path, help="folder for the temporary folder (default: the system's)")
     main(**vars(options.parse_args()))

@@ -10,7 +10,7 @@ Peak memory is that of a process of its own, which does two steps.
 
 import argparse
 import functools
-import subprocess
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -70,7 +70,7 @@ class Trainer:
         config = load_config(folder / "Pretrain.yaml", PretrainConfig)
         self.config = config.model_copy(update={"negative_sharpness": 1.0})
         self.model = build_model(self.config)
-        self.fast = published.with_onednn(self.model)
+        self.fast = published.fast_copy(self.model)
         self.batch = make_batch(args.batch, args.tokens, self.config, load_bert_config(config.bert_config).vocab_size)
         groups = parameter_groups(self.model, 0.0)
         self.plain = torch.optim.AdamW(groups, lr=1e-30, foreach=False, fused=False)
@@ -88,9 +88,7 @@ class Trainer:
     def step(self, label: str) -> dict[str, float]:
         """Forward, backward and AdamW; returns the losses."""
         if label == "published":
-            with published.plain_attention(self.model):
-                values = published.training_losses(self.model, self.batch, ALPHA)
-                return self.finish(values, self.plain)
+            return self.finish(published.training_losses(self.model, self.batch, ALPHA), self.plain)
         precision, checkpointing = STEP_VARIANTS[label]
         self.fast.checkpoint_activations(checkpointing)
         if checkpointing:
@@ -106,10 +104,12 @@ class Trainer:
         return {name: float(value.detach()) for name, value in values.items()}
 
 
-def memory_of(label: str) -> float:
-    """The most memory, in GB, that a process needs which does two steps of this variant."""
-    words = [sys.executable, *sys.argv, "--memory_of", label]
-    return float(subprocess.run(words, check=True, text=True, stdout=subprocess.PIPE).stdout.split()[-1])
+def memory_of(label: str, args: argparse.Namespace) -> float:
+    """The most memory, in GB, that this process needs for two steps of a variant."""
+    trainer = Trainer(args)
+    for _ in range(2):
+        trainer.step(label)
+    return peak_memory()
 
 
 def main() -> None:
@@ -117,15 +117,8 @@ def main() -> None:
     options.add_argument("--quick", action="store_true")
     for name, default in {"--rounds": 3, "--batch": 8, "--tokens": 12}.items():
         options.add_argument(name, type=int, default=default)
-    options.add_argument("--memory_of", choices=STEP_VARIANTS, help=argparse.SUPPRESS)
     args = options.parse_args()
-    trainer = Trainer(args)
-    if args.memory_of:
-        for _ in range(2):
-            trainer.step(args.memory_of)
-        print(peak_memory())
-        return
-    clock = Clock()
+    trainer, clock = Trainer(args), Clock()
     calls = {label: functools.partial(trainer.step, label) for label in STEP_VARIANTS}
     found = clock.in_turns(calls, args.rounds + 1, before=trainer.reset)
     image_res = trainer.config.image_res
@@ -138,10 +131,12 @@ def main() -> None:
         seconds, losses = clock.median(label, skip=1), found[label]
         error = max(abs(losses[name] - value) for name, value in found["published"].items())
         ratio = clock.median("published", skip=1) / seconds
-        return [label, f"{seconds:.2f}", f"{ratio:.2f}", f"{memory_of(label):.1f}", f"{error:.1e}"]
+        memory = processes.apply(memory_of, (label, args))
+        return [label, f"{seconds:.2f}", f"{ratio:.2f}", f"{memory:.1f}", f"{error:.1e}"]
 
     heads = ["", "s per step", "ratio", "peak memory, GB", "losses differ by at most"]
-    print_table(heads, map(row, STEP_VARIANTS))
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as processes:
+        print_table(heads, map(row, STEP_VARIANTS))
 
 
 if __name__ == "__main__":

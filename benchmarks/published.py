@@ -6,8 +6,6 @@ weight of the model.
 """
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import numpy as np
@@ -24,25 +22,17 @@ from models.xbert import TextEncoder
 Model = TypeVar("Model", bound=ALBEF)
 
 
-def with_onednn(model: Model) -> Model:
-    """The same model, its parameters shared, as the programs here run it on the CPU; `model` stays as it is."""
+def fast_copy(model: Model) -> Model:
+    """The same model, its parameters shared, as the programs here run it on the CPU.
+
+    `model` itself is left to the published procedure: timm's blocks write attention out, without a fused kernel.
+    """
     own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
     use_onednn(own)
-    return own
-
-
-@contextmanager
-def plain_attention(model: ALBEF) -> Iterator[None]:
-    """Let timm's blocks write attention out, without a fused kernel."""
     blocks: list[Any] = list(model.visual_encoder.blocks)
-    before = [block.attn.fused_attn for block in blocks]
     for block in blocks:
         block.attn.fused_attn = False
-    try:
-        yield
-    finally:
-        for block, fused in zip(blocks, before, strict=True):
-            block.attn.fused_attn = fused
+    return own
 
 
 def encode_text(encoder: TextEncoder, ids: Tensor, mask: Tensor) -> Tensor:
@@ -69,15 +59,14 @@ def fuse(
 
 def maps(model: ALBEF, images: Tensor, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
     """GradCAM maps (B, h, w) of B pairs, by a backward pass through the whole model."""
-    with plain_attention(model):
-        text = encode_text(model.text_encoder, ids, mask)
-        fused, attention = fuse(model.text_encoder, text, mask, model.encode_image(images), layer)
-        assert attention is not None
-        attention.retain_grad()
-        model.zero_grad()
-        model.match_logits(fused)[:, 1].sum().backward()
+    text = encode_text(model.text_encoder, ids, mask)
+    fused, attention = fuse(model.text_encoder, text, mask, model.visual_encoder(images), layer)
+    assert attention is not None
+    attention.retain_grad()
+    model.zero_grad()
+    model.match_logits(fused)[:, 1].sum().backward()
     assert attention.grad is not None
-    return amc.gradcam(attention.detach(), attention.grad, mask, model.grid)
+    return amc.gradcam(attention.detach()[..., 1:], attention.grad[..., 1:], mask, model.grid)
 
 
 def training_losses(model: PretrainModel, batch: Batch, alpha: float) -> dict[str, Tensor]:
@@ -89,7 +78,7 @@ def training_losses(model: PretrainModel, batch: Batch, alpha: float) -> dict[st
             pairs = zip(getattr(model, name).parameters(), getattr(model, f"{name}_m").parameters(), strict=True)
             for own, slow in pairs:
                 slow.copy_(slow * config.momentum + own * (1 - config.momentum))
-    image, text = model.encode_image(batch.image), encode_text(encoder, batch.input_ids, mask)
+    image, text = model.visual_encoder(batch.image), encode_text(encoder, batch.input_ids, mask)
     with torch.no_grad():
         image_m, text_m = model.visual_encoder_m(batch.image), encode_text(teacher, batch.input_ids, mask)
         image_feature_m = F.normalize(model.vision_proj_m(image_m[:, 0]), dim=-1)

@@ -1,4 +1,4 @@
-"""The common form of a benchmark's items: an image, an expression, its boxes; and the checks that readers share.
+"""The common form of a benchmark's items: an image, an expression, its boxes; and what all readers of files share.
 
 Boxes are [x, y, w, h] in pixels of the original image everywhere in evaluation, in float64: REFER's own form, whose
 width must not be recovered from x + w (it rounds), while Flickr30k's integer corners lose nothing in x2 - x1.
@@ -8,27 +8,20 @@ import contextlib
 import functools
 import os
 import reprlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol, TypeGuard, TypeVar
+from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 import numpy as np
 
-from dataset.reading import DataError, image_size
+from dataset.reading import DataError, image_size, load_json
 from dataset.text import clean_caption, has_content
-from utils import log
+from utils import UserError, log
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
-
-class HasImage(Protocol):
-    @property
-    def image(self) -> Path: ...
-
-
-Pictured = TypeVar("Pictured", bound=HasImage)
 SHOWN_PROBLEMS = 5  # of each kind
 SURROGATE = "holds half of a surrogate pair, which is no character; correct the entry"
 SHORT = reprlib.Repr()  # ends soon, however large or nested the value is
@@ -105,13 +98,9 @@ class Problems:
     def add(self, where: str, kind: str, detail: str = "") -> None:
         self.kinds.setdefault(kind, []).append(where + (f" ({detail})" if detail else ""))
 
-    @contextlib.contextmanager
-    def at(self, where: str) -> Iterator[None]:
-        """End the block at an `EntryProblem` and note it."""
-        try:
-            yield
-        except EntryProblem as problem:
-            self.add(where, problem.kind, problem.detail)
+    def at(self, where: str) -> "Place":
+        """A context manager that ends its block at an `EntryProblem` and notes it."""
+        return Place(self, where)
 
     def paragraphs(self) -> list[str]:
         """A paragraph a kind, with its count and its first cases."""
@@ -130,6 +119,181 @@ class Problems:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
             self.check()
+
+
+class Place:
+    """Where an entry stands; see `Problems.at`. A class, since a generator takes twice as long, millions of times."""
+
+    def __init__(self, problems: Problems, where: str) -> None:
+        self.problems = problems
+        self.where = where
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> bool:
+        if isinstance(error, EntryProblem):
+            self.problems.add(self.where, error.kind, error.detail)
+            return True
+        return False
+
+
+class Claim(NamedTuple):
+    """What the entry at `where` says of an image: that it is there, and one of the others, or none.
+
+    Args:
+        text: what is asked, or said, of the image.
+        boxes: (n, 4) float64 [x, y, w, h]; they should lie in the image.
+        size: (height, width), of which the boxes are pixels; without boxes, what the image file should have.
+    """
+
+    where: str
+    image: Path
+    text: str | None = None
+    boxes: np.ndarray | None = None
+    size: tuple[int, int] | None = None
+
+
+@dataclass
+class DataFile:
+    """A file or folder that a config names, and what was found in it.
+
+    Args:
+        holds: what is read of it.
+        named_by: the config's key, and the config; "" for a config itself.
+        problems: of its entries.
+        remarks: of its entries, too odd for `prepare.py check` to pass over; training and evaluation do.
+        count: its usable entries; None where nothing is counted.
+        claims: what its entries say of images.
+        failures: errors of the file as a whole.
+        notes: facts worth knowing, which may be intended.
+    """
+
+    name: str
+    holds: str
+    named_by: str
+    problems: Problems = field(default_factory=Problems)
+    remarks: Problems = field(default_factory=Problems)
+    count: int | None = None
+    claims: list[Claim] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def says(self, where: str, image: Path, **what: Any) -> None:
+        """Add a `Claim`."""
+        self.claims.append(Claim(where, image, **what))
+
+    def clean(self, where: str, text: str, max_words: int) -> str:
+        """`clean_caption`; warns when nothing is left of a text, which stays as in the release: [CLS] alone."""
+        cleaned = clean_caption(text, max_words)
+        if not has_content(cleaned):
+            kind = f"{self.name}: nothing is left of a text once cleaned; it stays, and the model reads [CLS] alone"
+            self.problems.warnings.add(where, kind, shown(text))
+        return cleaned
+
+    def fail(self, message: str) -> None:
+        """Add an error of the file as a whole, with its name."""
+        self.failures.append(message if message.startswith(self.name) else f"{self.name}: {message}")
+
+
+class Reading:
+    """Reads the files that a config names, in one of two ways.
+
+    For evaluation (`load`), it stops at a file that cannot be read, and in the end at all problems of entries together.
+    For `prepare.py check` it goes on with the other files, and keeps the problems of each apart.
+
+    Args:
+        goes_on: read as check does.
+
+    Attributes:
+        config: the path of the config that names the files.
+        files: all files in the order of reading.
+        problems: those of all files, unless it goes on.
+    """
+
+    def __init__(self, goes_on: bool = False) -> None:
+        self.goes_on = goes_on
+        self.config = ""
+        self.files: list[DataFile] = []
+        self.problems = Problems()
+        self._done: dict[Hashable, Any] = {}
+
+    def __enter__(self) -> "Reading":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.problems.check()
+            for note in (note for file in self.files for note in file.notes):
+                log(f"warning: {note}")
+
+    def once(self, read: Callable[..., Value], *what: Hashable) -> Value:
+        """`read(self, *what)`, or what it returned when it was asked for before, say by another config."""
+        key = (read, *what)
+        if key not in self._done:
+            self._done[key] = read(self, *what)
+        return self._done[key]
+
+    @contextlib.contextmanager
+    def file(self, name: str | Path, holds: str, key: str = "") -> Iterator[DataFile]:
+        """Read a file in the block. A `UserError` ends the block; whoever goes on finds it among the `failures`."""
+        problems = Problems() if self.goes_on else self.problems
+        file = DataFile(str(name), holds, f"{key} of {self.config}" if key else "", problems)
+        self.files.append(file)
+        try:
+            yield file
+        except UserError as error:
+            if not self.goes_on:
+                raise
+            file.fail(str(error))
+
+    def entries(
+        self,
+        name: str,
+        holds: str,
+        key: str,
+        parse: Callable[[DataFile, str, Any], list[Value]],
+        rows: Callable[[DataFile], Iterable[tuple[str, Any]]] | None = None,
+    ) -> list[Value]:
+        """What `parse(file, where, entry)` makes of each entry of a file; those with an `EntryProblem` are noted.
+
+        Args:
+            rows: yields the entries, each with where it stands; by default, those of a JSON list.
+        """
+        found = []
+        with self.file(name, holds, key) as file:
+            for where, row in (rows or list_rows)(file):
+                with file.problems.at(where):
+                    found += parse(file, where, row)
+            file.count = sum(claim.text is not None for claim in file.claims)
+            if not file.count and not file.problems.kinds:
+                file.fail("holds no entries")
+        return found
+
+
+def list_rows(file: DataFile) -> Iterator[tuple[str, Any]]:
+    """The entries of a JSON list, each with where it stands."""
+    for index, row in enumerate(load_json(file.name, list)):
+        yield f"{file.name}: entry {index}", row
+
+
+def load(read: Callable[[Reading], list[Value]], skip_missing: bool = False) -> list[Value]:
+    """What `read` finds, once neither the files nor their entries nor the images have a problem.
+
+    Args:
+        skip_missing: do not look whether the images are there.
+
+    Raises:
+        DataError: a file that cannot be used, no items; or all problems of the entries in one message.
+    """
+    with Reading() as reading:
+        found = read(reading)
+        if not skip_missing:
+            claims = (claim for file in reading.files for claim in file.claims)
+            check_images(((claim.image, claim.where) for claim in claims), reading.problems)
+    if not found:
+        raise DataError("\n".join(failure for file in reading.files for failure in file.failures) or "no items")
+    return found
 
 
 def list_cases(kind: str, cases: list[str], most: int) -> list[str]:
@@ -167,15 +331,6 @@ def shown(value: Any) -> str:
         return SHORT.repr(value)[:60]
     except ValueError:
         return "an integer of thousands of digits"
-
-
-def clean_text(text: str, max_words: int, file: str, where: str, problems: Problems) -> str:
-    """`clean_caption`; warns, by file, when nothing is left of a text, which stays as in the release: [CLS] alone."""
-    cleaned = clean_caption(text, max_words)
-    if not has_content(cleaned):
-        kind = f"{file}: nothing is left of a text once cleaned; it stays, and the model reads [CLS] alone"
-        problems.warnings.add(where, kind, shown(text))
-    return cleaned
 
 
 def parse_boxes(value: Any, what: str) -> np.ndarray:
@@ -231,21 +386,3 @@ def check_images(images: Iterable[tuple[Path, str]], problems: Problems) -> None
         if not os.path.isfile(image):  # False, too, for a name that the system finds too long
             kind = "the image file does not exist; check image_root and the entry, or pass --skip_broken"
             problems.add(where, kind, str(image))
-
-
-def usable(found: list[tuple[str, Pictured]], problems: Problems, skip_missing: bool, otherwise: str) -> list[Pictured]:
-    """The items of a benchmark, given with where they stand, once none of them nor of their images has a problem.
-
-    Args:
-        skip_missing: do not look whether the images are there.
-        otherwise: the error if there are no items.
-
-    Raises:
-        DataError: all problems in one message.
-    """
-    if not skip_missing:
-        check_images(((item.image, where) for where, item in found), problems)
-    problems.check()
-    if not found:
-        raise DataError(otherwise)
-    return [item for _, item in found]

@@ -5,18 +5,20 @@ Three files a split: image ids, one a line; {image_id: {"boxes": {phrase_id: [[x
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from config import GroundingConfig
 from dataset.expressions import (
+    DataFile,
     EntryProblem,
     Expression,
     Problems,
-    check_images,
-    clean_text,
+    Reading,
     is_text,
     locate,
     parse_boxes,
@@ -24,9 +26,10 @@ from dataset.expressions import (
 )
 from dataset.images import LONGEST_SIDE
 from dataset.reading import DataError, load_json, read_text
-from utils import log
 
 MAX_PHRASE_WORDS = 50  # the release cuts a phrase here
+NOT_VISUAL = "0"  # the phrase id that Flickr30k Entities gives to all phrases that nothing in the image stands for
+UNKNOWN_PHRASE = "the phrase's id has no boxes and is not under 'scene' or 'nobox'; evaluation leaves the phrase out"
 
 
 class ImageBoxes(NamedTuple):
@@ -35,67 +38,65 @@ class ImageBoxes(NamedTuple):
     Args:
         size: (height, width) in pixels.
         by_id: phrase id -> its boxes (n, 4) float64 [x, y, w, h], n >= 1.
-        boxless: the phrase ids that the file lists as a scene or as without a box.
+        boxless: the phrase ids that the file lists as a scene or as without a box, and `NOT_VISUAL`.
     """
 
     size: tuple[int, int]
     by_id: dict[str, np.ndarray]
-    boxless: frozenset[str]
+    boxless: set[str]
 
 
-class FlickrPhrase(NamedTuple):
-    """One (sentence, phrase) and where it stands; `expression` is None where its id has no boxes."""
-
-    where: str
-    image_id: str
-    phrase_id: str
-    expression: Expression | None
-
-
-def load_expressions(
-    *,
-    image_ids_file: list[str],
-    phrase_box_file: list[str],
-    sentences_file: list[str],
-    image_root: str,
-    skip_missing: bool = False,
-) -> list[Expression]:
-    """Read and check every (sentence, phrase) whose phrase id has boxes, in the order of ids, sentences and phrases.
+def read_flickr(config: GroundingConfig, reading: Reading) -> list[Expression]:
+    """Every (sentence, phrase) whose phrase id has boxes, in the order of ids, sentences and phrases.
 
     Each phrase is grounded alone, in `<image_root>/<id>.jpg`. Its ref_id is its index in this order, over all files.
 
-    Args:
-        skip_missing: do not look whether the images are there.
-
     Raises:
-        DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
+        DataError: the lists of files are not of equal length.
     """
-    expressions: list[Expression] = []
-    images: list[tuple[Path, str]] = []
-    with Problems() as problems:
-        for ids_file, box_file, phrases_file in triples(image_ids_file, phrase_box_file, sentences_file):
-            split, ids = split_of(ids_file), read_ids(ids_file, problems, image_root)
-            images += [(image_path(image_root, key), f"{ids_file}: image {key}") for key in ids]
-            boxes = read_boxes(box_file, ids, problems)
-            phrases = read_phrases(phrases_file, ids, boxes, split, image_root, problems, first=len(expressions))
-            expressions += [phrase.expression for phrase in phrases if phrase.expression]
-        if not skip_missing:
-            check_images(images, problems)
-    if not expressions:
-        raise DataError(f"{', '.join(image_ids_file) or 'image_ids_file'}: no phrase has boxes; do the files match?")
-    return expressions
-
-
-def triples(
-    image_ids_file: list[str], phrase_box_file: list[str], sentences_file: list[str]
-) -> list[tuple[str, str, str]]:
-    """The three files of each split; raises `DataError` where the lists are not of equal length."""
-    if not len(image_ids_file) == len(phrase_box_file) == len(sentences_file):
+    keys = "image_ids_file", "phrase_box_file", "sentences_file"
+    config.require(*keys)
+    files = [getattr(config, key) for key in keys]
+    if len(set(map(len, files))) > 1:
         raise DataError(
             "image_ids_file, phrase_box_file and sentences_file must be lists of equal length, one entry a split; they "
-            f"have {len(image_ids_file)}, {len(phrase_box_file)} and {len(sentences_file)} entries"
+            "have {}, {} and {} entries".format(*map(len, files))
         )
-    return list(zip(image_ids_file, phrase_box_file, sentences_file, strict=True))
+    splits = zip(*files, strict=True)
+    found = [one for names in splits for one in reading.once(_read_split, *names, config.image_root)]
+    return [replace(one, ref_id=index) for index, one in enumerate(found)]
+
+
+def _read_split(
+    reading: Reading, ids_file: str, box_file: str, sentences_file: str, image_root: str
+) -> list[Expression]:
+    """The expressions of a split, from its three files."""
+    ids: list[str] = []
+    boxes: dict[str, ImageBoxes] = {}
+    found: list[Expression] = []
+    split = split_of(ids_file)
+    with reading.file(ids_file, "image ids", "image_ids_file") as file:
+        ids = read_ids(ids_file, file.problems, image_root)
+        file.count = len(ids)
+        file.holds = f"image ids ({split})"
+        if split == "test" and "val" in ids_file:
+            counts = "counts as test, by its file name; the release would count it as val"
+            file.notes.append(f"{ids_file} {counts}, because its path contains 'val'")
+        for image_id in ids:
+            file.says(f"{ids_file}: image {image_id}", image_path(image_root, image_id))
+    with reading.file(box_file, "images with boxes", "phrase_box_file") as file:
+        boxes = _read_boxes(file, ids, image_root)
+        file.count = len(boxes)
+    with reading.file(sentences_file, "phrases with boxes", "sentences_file") as file:
+        sentences = load_json(sentences_file, dict)
+        for image_id in ids:
+            for where, row in _phrases(sentences, image_id, file):
+                with file.problems.at(where):
+                    found += _expression(file, where, row, image_path(image_root, image_id), boxes.get(image_id), split)
+        file.count = len(found)
+        if boxes and not found:
+            file.fail("no phrase has boxes; do the files match?")
+    return found
 
 
 def image_path(image_root: str, image_id: str) -> Path:
@@ -103,18 +104,12 @@ def image_path(image_root: str, image_id: str) -> Path:
     return locate(image_root, f"{image_id}.jpg")
 
 
-def split_of(ids_file: str, warn: Callable[[str], object] = lambda text: log(f"warning: {text}")) -> str:
-    """ "val" when the file's own name contains 'val', else "test"; warns where the release decides otherwise.
+def split_of(ids_file: str) -> str:
+    """ "val" when the file's own name contains 'val', else "test".
 
     The release looks for 'val' in the whole path, so that a folder named eval/ makes its test split count as val.
     """
-    split, release = ("val" if "val" in name else "test" for name in (Path(ids_file).name, str(ids_file)))
-    if split != release:
-        warn(
-            f"{ids_file} counts as {split}, by its file name; the release would count it as {release}, "
-            "because its path contains 'val'"
-        )
-    return split
+    return "val" if "val" in Path(ids_file).name else "test"
 
 
 def load_ids(path: str, image_root: str = ".") -> list[str]:
@@ -141,12 +136,16 @@ def read_ids(path: str, problems: Problems, image_root: str = ".") -> list[str]:
     return ids
 
 
-def read_boxes(file: str, ids: list[str], problems: Problems) -> dict[str, ImageBoxes]:
+def _read_boxes(file: DataFile, ids: list[str], image_root: str) -> dict[str, ImageBoxes]:
     """What a box file says of each image; notes what cannot be used. Raises `DataError` for the file itself."""
-    content, found = load_json(file, dict), {}
+    content, found = load_json(file.name, dict), {}
     for image_id in ids:
-        with problems.at(f"{file}: image {image_id}"):
-            found[image_id] = _image_boxes(content, image_id)
+        where, image = f"{file.name}: image {image_id}", image_path(image_root, image_id)
+        with file.problems.at(where):
+            found[image_id] = of = _image_boxes(content, image_id)
+            file.says(where, image, size=of.size)
+            for phrase_id, boxes in of.by_id.items():
+                file.says(f"{where}, phrase id {phrase_id}", image, boxes=boxes, size=of.size)
     return found
 
 
@@ -165,51 +164,37 @@ def _image_boxes(content: dict[str, Any], image_id: str) -> ImageBoxes:
         if len(found):
             by_id[phrase_id] = found
     boxless = [row[key] for key in ("scene", "nobox") if isinstance(row.get(key), list)]
-    return ImageBoxes(size, by_id, frozenset(str(phrase_id) for ids in boxless for phrase_id in ids))
+    return ImageBoxes(size, by_id, {NOT_VISUAL, *(str(phrase_id) for ids in boxless for phrase_id in ids)})
 
 
-def read_phrases(
-    file: str,
-    ids: list[str],
-    boxes: dict[str, ImageBoxes],
-    split: str,
-    image_root: str,
-    problems: Problems,
-    first: int = 0,
-) -> list[FlickrPhrase]:
-    """Read every (sentence, phrase) of a split, with or without boxes, in order; notes those that cannot be used.
-
-    `first` is the ref_id of the first expression. Raises `DataError` for the file itself.
-    """
-    phrases: list[FlickrPhrase] = []
-    sentences, count = load_json(file, dict), first
-    for image_id in ids:
-        image, of = image_path(image_root, image_id), boxes.get(image_id)
-        for where, row in _phrases(sentences, image_id, file, problems):
-            with problems.at(where):
-                expression, phrase_id = None, require(row, "phrase_id", str)
-                if of and phrase_id in of.by_id:
-                    text = clean_text(require(row, "phrase", str), MAX_PHRASE_WORDS, file, where, problems)
-                    record = {"image_height": of.size[0], "image_width": of.size[1], "split": split}
-                    answers, types = of.by_id[phrase_id], _types(row)
-                    expression = Expression(
-                        image, text, count, split, answers, record, annotated_size=of.size, categories=types
-                    )
-                    count += 1
-                phrases.append(FlickrPhrase(where, image_id, phrase_id, expression))
-    return phrases
-
-
-def _phrases(sentences: dict[str, Any], image_id: str, file: str, problems: Problems) -> Iterator[tuple[str, Any]]:
+def _phrases(sentences: dict[str, Any], image_id: str, file: DataFile) -> Iterator[tuple[str, Any]]:
     """Yield each phrase of an image's sentences, with where it stands; notes sentences that cannot be used."""
+    where = f"{file.name}: image {image_id}"
     if type(sentences.get(image_id)) is not list:
         kind = "the image id has no list of sentences; check that sentences_file belongs to image_ids_file"
-        problems.add(f"{file}: image {image_id}", kind)
+        file.problems.add(where, kind)
         return
     for i, sentence in enumerate(sentences[image_id]):
-        where = f"{file}: image {image_id}, sentence {i}"
-        with problems.at(where):
-            yield from ((f"{where}, phrase {j}", row) for j, row in enumerate(require(sentence, "phrases", list)))
+        with file.problems.at(f"{where}, sentence {i}"):
+            for j, row in enumerate(require(sentence, "phrases", list)):
+                yield f"{where}, sentence {i}, phrase {j}", row
+
+
+def _expression(
+    file: DataFile, where: str, row: Any, image: Path, of: ImageBoxes | None, split: str
+) -> list[Expression]:
+    """The expression of a phrase; none where the phrase id has no boxes, or where nothing is known of the image."""
+    phrase_id = require(row, "phrase_id", str)
+    if of is None:
+        return []
+    if phrase_id not in of.by_id:
+        if phrase_id not in of.boxless:
+            file.remarks.add(where, UNKNOWN_PHRASE, f"phrase_id {phrase_id}")
+        return []
+    text = file.clean(where, require(row, "phrase", str), MAX_PHRASE_WORDS)
+    record = {"image_height": of.size[0], "image_width": of.size[1], "split": split}
+    answers, types = of.by_id[phrase_id], _types(row)
+    return [Expression(image, text, 0, split, answers, record, annotated_size=of.size, categories=types)]
 
 
 def _types(phrase: dict[str, Any]) -> tuple[str, ...]:

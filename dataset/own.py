@@ -14,72 +14,70 @@ Other keys are ignored.
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from dataset.expressions import EntryProblem, Expression, Problems, clean_text, is_box, locate, require, shown, usable
-from dataset.reading import load_json, read_text
+from config import GroundingConfig
+from dataset.expressions import (
+    DataFile,
+    EntryProblem,
+    Expression,
+    Reading,
+    is_box,
+    list_rows,
+    locate,
+    require,
+    shown,
+)
+from dataset.reading import read_text
 from files import parse_json
 
 MAX_WORDS = 50  # of a phrase, as for Flickr30k
 SPLIT = "test"  # of an entry that names none
 
 
-def load_expressions(*, test_file: list[str], image_root: str, skip_missing: bool = False) -> list[Expression]:
-    """Read and check the expressions of the files, phrase by phrase; a ref_id is the index in this order.
-
-    With skip_missing, nobody looks whether the images are there.
-
-    Raises:
-        DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
-    """
-    problems = Problems()
-    found: list[tuple[str, Expression]] = []
-    for file in test_file:
-        found += read_expressions(file, image_root, problems, len(found))
-    empty = f"{', '.join(test_file) or 'test_file'}: holds no entries"
-    return usable(found, problems, skip_missing, empty)
+def read_own(config: GroundingConfig, reading: Reading) -> list[Expression]:
+    """The expressions of the test files, phrase by phrase; a ref_id is the index in this order."""
+    config.require("test_file")
+    found = [one for file in config.test_file for one in reading.once(_read_file, file, config.image_root)]
+    return [replace(one, ref_id=index) for index, one in enumerate(found)]
 
 
-def read_expressions(file: str, image_root: str, problems: Problems, first: int = 0) -> list[tuple[str, Expression]]:
-    """The expressions of a file that can be used, each with where it stands; notes the others. `first` is a ref_id.
+def _read_file(reading: Reading, file: str, image_root: str) -> list[Expression]:
+    def parse(file: DataFile, where: str, row: Any) -> list[Expression]:
+        image = locate(image_root, require(row, "image", str))
+        key, phrases = _one_or_more(row, "phrase", "phrases")
+        texts = [require({key: phrase}, key, str) for phrase in phrases]
+        texts = [file.clean(where, text, MAX_WORDS) for text in texts]
+        boxes, split = _boxes(row), _split(row)
+        categories = (require(row, "category", str),) if "category" in row else ()
+        record = {"image_path": row["image"], "split": split}
+        for text in texts:
+            file.says(where, image, text=text)
+        file.says(where, image, boxes=boxes)
+        return [Expression(image, text, 0, split, boxes, record, categories=categories) for text in texts]
 
-    Raises:
-        DataError: the file cannot be read, or is neither a JSON list nor JSON lines.
-    """
-    found: list[tuple[str, Expression]] = []
-    for where, row in _rows(file, problems):
-        with problems.at(where):
-            image = locate(image_root, require(row, "image", str))
-            key, phrases = _one_or_more(row, "phrase", "phrases")
-            texts = [require({key: phrase}, key, str) for phrase in phrases]
-            texts = [clean_text(text, MAX_WORDS, file, where, problems) for text in texts]
-            boxes, split = _boxes(row), _split(row)
-            categories = (require(row, "category", str),) if "category" in row else ()
-            record = {"image_path": row["image"], "split": split}
-            for text in texts:
-                one = Expression(image, text, first + len(found), split, boxes, record, categories=categories)
-                found.append((where, one))
-    return found
+    return reading.entries(file, "expressions", "test_file", parse, _rows)
 
 
-def _rows(file: str, problems: Problems) -> Iterator[tuple[str, Any]]:
-    """The entries of a file, each with where it stands; notes lines that are no JSON."""
-    text = read_text(file, "test_file")
+def _rows(file: DataFile) -> Iterator[tuple[str, Any]]:
+    """The entries of a file, a JSON list or JSON lines, each with where it stands; notes lines that are no JSON."""
+    text = read_text(file.name, "test_file")
     if not text.lstrip().startswith("{"):
-        yield from ((f"{file}: entry {index}", row) for index, row in enumerate(load_json(file, list)))
+        yield from list_rows(file)
         return
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
-            where = f"{file}: line {number}"
+            where = f"{file.name}: line {number}"
             try:
                 yield where, parse_json(line)
             except json.JSONDecodeError as error:
                 kind = "the line is not valid JSON; write one entry {...} a line, or a JSON list of entries"
-                problems.add(where, kind, str(error))
+                file.problems.add(where, kind, str(error))
             except ValueError as error:
-                problems.add(where, str(error))
+                file.problems.add(where, str(error))
 
 
 def _one_or_more(row: dict[str, Any], one: str, many: str) -> tuple[str, list[Any]]:

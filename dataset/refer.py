@@ -8,7 +8,6 @@ annotation, an image id and a split, and instances.json, where an annotation has
 
 import io
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,15 +15,16 @@ import numpy as np
 
 from config import GroundingConfig
 from dataset.expressions import (
+    DataFile,
     EntryProblem,
     Expression,
     Problems,
-    clean_text,
+    Reading,
     is_text,
+    load,
     locate,
     parse_boxes,
     require,
-    usable,
 )
 from dataset.reading import DataError, load_json
 
@@ -36,6 +36,7 @@ SPLITS: dict[str, dict[str, tuple[str, ...]]] = {
     "refcocog": {"umd": ("train", "val", "test"), "google": ("train", "val")},
     "refclef": {"unc": ("train", "val", "testA", "testB", "testC"), "berkeley": ("train", "val", "test")},
 }
+OWN_SPLITS = "refclef"  # the data set whose test files have their own splits
 # The only globals that refs(SPLIT_BY).p may name; Python 2 called the module __builtin__.
 SAFE_GLOBALS = {
     (module, name)
@@ -97,22 +98,21 @@ class Detections(NamedTuple):
     def of(self, image_id: int) -> np.ndarray:
         """The detections (k, 4) [x, y, w, h] of an image; an empty list means that nothing was detected."""
         if str(image_id) not in self.by_image:
-            raise EntryProblem(
-                f"the image has no detections in {self.file}; check that det_file belongs to the test file",
-                f"image_id {image_id}",
-            )
+            kind = f"the image has no detections in {self.file}; check that det_file belongs to the test file"
+            raise EntryProblem(kind, f"image_id {image_id}")
         return parse_boxes(self.by_image[str(image_id)], f"{self.file}: the image's detections")
 
 
-class RefEntry(NamedTuple):
-    """An entry of a test file, where it stands, and the size (height, width) that instances.json states.
+def read_refcoco(config: GroundingConfig, reading: Reading) -> list[Expression]:
+    """The expressions of RefCOCO, RefCOCO+ or RefCOCOg, with detections; their splits are those of refs(SPLIT_BY).p."""
+    config.require("test_file", "refcoco_data", "det_file")
+    return _read_test_files(config, reading, config.refer_dataset, config.det_file)
 
-    Its expression has no boxes, and only the entry's own keys, where its ref cannot be used.
-    """
 
-    where: str
-    expression: Expression
-    stated_size: tuple[int, int] | None = None
+def read_refclef(config: GroundingConfig, reading: Reading) -> list[Expression]:
+    """The expressions of RefCLEF; an entry has its own split, and any that contains 'test' counts as "test"."""
+    config.require("test_file", "refcoco_data")
+    return _read_test_files(config, reading, OWN_SPLITS, None)
 
 
 def load_expressions(
@@ -126,43 +126,42 @@ def load_expressions(
     entry_split: bool = False,
     skip_missing: bool = False,
 ) -> list[Expression]:
-    """Read and check the expressions of the test files, in their order.
-
-    The image is the entry's own `image` under image_root: the file names in refs(SPLIT).p are unreliable.
+    """The expressions of test files, for scripts: without a config, and without detections where there are none.
 
     Args:
         refer_root: the config's refcoco_data, the folder that holds the folder `dataset`.
         dataset, split_by: keys of `SPLITS`.
-        det_file: JSON of {"<image_id>": [[x, y, w, h, ...], ...]}; None: the expressions have no detections.
-        entry_split: RefCLEF: the split is the entry's own key `split`, and any that contains 'test' counts as "test".
-            Otherwise it is that of the ref in refs(SPLIT).p.
+        det_file: JSON of {"<image_id>": [[x, y, w, h, ...], ...]}.
+        entry_split: the entries have their own splits, as those of RefCLEF.
         skip_missing: do not look whether the images are there.
 
     Raises:
-        DataError: files or entries that cannot be used; all kinds of problems of the entries in one message.
+        DataError: as `dataset.expressions.load`.
     """
     splits_of(dataset, split_by)
-    refer = load_refer(Path(refer_root) / dataset, split_by)
-    detections = load_detections(det_file) if det_file else None
-    problems = Problems()
-    items = [
-        (item.where, item.expression)
-        for file in test_file
-        for item in read_items(file, image_root, problems, refer, detections, entry_split)
-    ]
-    empty = f"{', '.join(test_file) or 'test_file'}: holds no entries"
-    return usable(items, problems, skip_missing, empty)
+    options = image_root, Path(refer_root, dataset), split_by, det_file, entry_split
+    files = [(file, *options) for file in test_file]
+    return load(lambda reading: [one for each in files for one in reading.once(_read_test_file, *each)], skip_missing)
 
 
-def refclef_split(config: GroundingConfig) -> str:
-    """Whose split of the refs to look RefCLEF's boxes up in: the config's `refer_split`.
+def _read_test_files(config: GroundingConfig, reading: Reading, dataset: str, det_file: str | None) -> list[Expression]:
+    split_by = split_by_of(config, dataset)
+    splits_of(dataset, split_by)
+    options = config.image_root, Path(str(config.refcoco_data), dataset), split_by, det_file, dataset == OWN_SPLITS
+    return [one for file in config.test_file for one in reading.once(_read_test_file, file, *options)]
 
-    If the config does not say: unc as in the release, or berkeley if only that is there. Both hold the same refs, and
-    an entry's own split decides what it counts for.
+
+def split_by_of(config: GroundingConfig, dataset: str) -> str:
+    """Whose split of the refs to look boxes up in: the config's `refer_split`.
+
+    If the config does not say, for RefCLEF: unc as in the release, or berkeley if only that is there. Both hold the
+    same refs, and an entry's own split decides what it counts for.
     """
-    folder = Path(str(config.refcoco_data)) / "refclef"
-    there = [split for split in SPLITS["refclef"] if refer_files(folder, split)[0].is_file()]
-    return config.refer_split if "refer_split" in config.model_fields_set or not there else there[0]
+    if dataset != "refclef" or "refer_split" in config.model_fields_set:
+        return config.refer_split
+    folder = Path(str(config.refcoco_data)) / dataset
+    there = [split for split in SPLITS[dataset] if refer_files(folder, split)[0].is_file()]
+    return (there or [config.refer_split])[0]
 
 
 def splits_of(dataset: str, split_by: str) -> tuple[str, ...]:
@@ -176,51 +175,58 @@ def splits_of(dataset: str, split_by: str) -> tuple[str, ...]:
     return known[split_by]
 
 
-def read_items(
+def _read_test_file(
+    reading: Reading,
     file: str,
     image_root: str,
-    problems: Problems,
-    refer: Refer | None,
-    detections: Detections | None = None,
-    entry_split: bool = False,
-) -> list[RefEntry]:
-    """The entries of one test file, in order; notes what cannot be used. Raises `DataError` for the file itself.
+    folder: Path,
+    split_by: str,
+    det_file: str | None,
+    entry_split: bool,
+) -> list[Expression]:
+    """The expressions of a test file, in order; before it, what its entries refer to is read.
 
-    Without `refer` no ref is looked up. For entry_split see `load_expressions`.
+    The image is the entry's own `image` under image_root: the file names in refs(SPLIT_BY).p are unreliable.
     """
-    items = []
-    for index, row in enumerate(load_json(file, list)):
-        where = f"{file}: entry {index}"
-        with problems.at(where):
-            name, text, ref_id = require(row, "image", str), require(row, "text", str), require(row, "ref_id", int)
-            image, record = locate(image_root, name), {"image_path": name}
-            if entry_split:
-                record["split"] = require(row, "split", str)
-            text = clean_text(text, MAX_WORDS, file, where, problems)
-            split = record.get("split", "")
-            split = "test" if "test" in split else split
-            found = Expression(image, text, ref_id, split, np.empty((0, 4)), record)
-            items.append(RefEntry(where, found))
-            if refer is None:
-                continue
-            ref = refer.refs.get(ref_id)
-            if ref is None:
-                kind = f"ref_id is not in {refer.refs_file}; check that refcoco_data belongs to the test file"
-                raise EntryProblem(kind, f"ref_id {ref_id}")
-            found = replace(
-                found,
-                split=split if entry_split else ref["split"],
-                boxes=refer.box(ref),
-                detections=detections and detections.of(ref["image_id"]),
-                categories=refer.category(ref),
-            )
-            items[-1] = RefEntry(where, found, refer.stated_size(ref))
-    return items
+    refer = reading.once(read_refer, folder, split_by)
+    detections = reading.once(_read_detections, det_file) if det_file else None
+    boxed: set[int] = set()  # ref_ids
+
+    def parse(file: DataFile, where: str, row: Any) -> list[Expression]:
+        name, text, ref_id = require(row, "image", str), require(row, "text", str), require(row, "ref_id", int)
+        image, record = locate(image_root, name), {"image_path": name}
+        if entry_split:
+            record["split"] = require(row, "split", str)
+        text = file.clean(where, text, MAX_WORDS)
+        file.says(where, image, text=text)
+        if refer is None:
+            return []
+        ref = refer.refs.get(ref_id)
+        if ref is None:
+            kind = f"ref_id is not in {refer.refs_file}; check that refcoco_data belongs to the test file"
+            raise EntryProblem(kind, f"ref_id {ref_id}")
+        split = record["split"] if "split" in record else ref["split"]
+        if "split" in record and "test" in split:
+            split = "test"
+        boxes, size = refer.box(ref), refer.stated_size(ref)
+        detected = detections and detections.of(ref["image_id"])
+        if ref_id not in boxed:
+            boxed.add(ref_id)
+            file.says(where, image, boxes=boxes)
+        if size:
+            file.says(where, image, size=size)
+        return [Expression(image, text, ref_id, split, boxes, record, detected, categories=refer.category(ref))]
+
+    return reading.entries(file, "expressions", "test_file", parse)
 
 
-def load_detections(file: str) -> Detections:
-    """Read a det_file; raises `DataError` for the file itself."""
-    return Detections(file, load_json(file, dict))
+def _read_detections(reading: Reading, det_file: str) -> Detections | None:
+    """None where the file cannot be read."""
+    with reading.file(det_file, "images with detections", "det_file") as file:
+        found = Detections(det_file, load_json(det_file, dict))
+        file.count = len(found.by_image)
+        return found
+    return None
 
 
 def refer_files(folder: Path, split_by: str) -> tuple[Path, Path]:
@@ -229,11 +235,24 @@ def refer_files(folder: Path, split_by: str) -> tuple[Path, Path]:
 
 
 def load_refer(folder: Path, split_by: str) -> Refer:
-    """Read `<folder>/refs(<split_by>).p` and instances.json; raises `DataError` naming the file and the entry."""
+    """Read a data set's two files; raises `DataError` naming the file and the entry."""
+    with Reading() as reading:
+        found = read_refer(reading, folder, split_by)
+    assert found
+    return found
+
+
+def read_refer(reading: Reading, folder: Path, split_by: str) -> Refer | None:
+    """Read `<folder>/refs(<split_by>).p` and instances.json; None where one of them cannot be read."""
     refs_file, instances_file = refer_files(folder, split_by)
-    refs = load_refs(refs_file)
-    with Problems() as problems:
-        return Refer(refs, *read_instances(instances_file, problems), refs_file, instances_file)
+    refs, tables = None, None
+    with reading.file(refs_file, "refs", "refcoco_data") as file:
+        refs = read_refs(refs_file, file.problems)
+        file.count = len(refs)
+    with reading.file(instances_file, "annotations", "refcoco_data") as file:
+        tables = read_instances(instances_file, file.problems)
+        file.count = len(tables[0])
+    return None if refs is None or tables is None else Refer(refs, *tables, refs_file, instances_file)
 
 
 def read_instances(path: Path, problems: Problems) -> tuple[RowsById, RowsById, dict[int, str]]:

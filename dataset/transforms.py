@@ -51,20 +51,15 @@ def resize_bicubic(image: Image.Image, size: int) -> np.ndarray:
 
 
 def resize_bilinear_image(image: Image.Image, size: int) -> np.ndarray:
-    """`resize_bilinear` of a PIL image, as RGB."""
-    return resize_bilinear(np.asarray(image.convert("RGB")), size)
-
-
-def resize_bilinear(image: np.ndarray, size: int) -> np.ndarray:
     """OpenCV's bilinear resize (no antialiasing): AMC training and Flickr30k evaluation."""
-    return cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
+    return cv2.resize(np.asarray(image.convert("RGB")), (size, size), interpolation=cv2.INTER_LINEAR)
 
 
 def augment_for_amc(
     image: np.ndarray, mask: np.ndarray, caption: str, options: AugmentConfig, size: int, mask_size: int, rng: Generator
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Resize to `size` (mask: `mask_size`, nearest), flip both, grayscale, colour jitter: the AMC release's order."""
-    image = resize_bilinear(image, size)
+    image = cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)
     mask = cv2.resize(mask, (mask_size, mask_size), interpolation=cv2.INTER_NEAREST)
     if rng.random() < options.flip_prob:
         image, mask = image[:, ::-1], mask[:, ::-1]

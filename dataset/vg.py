@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -147,9 +147,8 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
 
 def load_entries(file: str | Path, config: PretrainConfig) -> PackedEntries:
     """Read and check one training JSON; captions come back cleaned. Raises `DataError` with all problems."""
-    content = io.BytesIO()
-    _pack(file, config, content)
-    return PackedEntries(np.frombuffer(content.getbuffer(), np.uint8), file, config.image_root)
+    with Problems() as problems:
+        return read_entries(file, config.image_root, config.max_words, problems, config.empty_captions)
 
 
 def packed_entries(file: str, config: PretrainConfig, cache_dir: str | None = None) -> PackedEntries:
@@ -179,26 +178,29 @@ def _make_packed(file: str, config: PretrainConfig, path: Path) -> None:
         return
     log(f"{file}: packing its entries into {path}, once")
     try:
-        with atomic_path(path) as temporary, temporary.open("wb") as out:
-            _pack(file, config, out)
+        with atomic_path(path) as temporary, temporary.open("wb") as out, Problems() as problems:
+            pack(_entries(file, config.image_root, config.max_words, problems, config.empty_captions), out)
     except DataError:
         raise
     except UserError as error:
         raise DataError(f"{error}; name a folder by --cache_dir for the packed entries of {file}") from error
 
 
-def _pack(file: str | Path, config: PretrainConfig, out: IO[bytes]) -> None:
-    with Problems() as problems:
-        pack(read_entries(file, config.image_root, config.max_words, problems, config.empty_captions), out)
-
-
 def read_entries(
     file: str | Path, image_root: str, max_words: int, problems: Problems, empty_captions: str = "keep"
-) -> Iterator[RawEntry]:
+) -> PackedEntries:
     """The entries of one training JSON that can be used; notes the others, and captions of which nothing is left.
 
     Raises `DataError` for the file itself, or when it has no entries.
     """
+    content = io.BytesIO()
+    pack(_entries(file, image_root, max_words, problems, empty_captions), content)
+    return PackedEntries(np.frombuffer(content.getbuffer(), np.uint8), file, image_root)
+
+
+def _entries(
+    file: str | Path, image_root: str, max_words: int, problems: Problems, empty_captions: str
+) -> Iterator[RawEntry]:
     remedy = {"keep": "they stay, and the model reads [CLS] alone", "drop": "they are left out"}[empty_captions]
     empty = f"{file}: captions of which nothing is left once cleaned; as empty_captions says, {remedy}"
     rows = found = 0

@@ -10,6 +10,8 @@ Without --image, the pages' own examples are drawn, by the two models that ship.
 """
 
 import argparse
+import io
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,8 +23,6 @@ import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.transforms import ScaledTranslation
 from PIL import Image
 from torch import Tensor
 
@@ -39,7 +39,7 @@ from grounding import maps, metrics
 from grounding.explain import EncodedImage, Explainer, Grounding, clean_phrase, encode, ground, ground_all
 from grounding.load import open_model
 from grounding.pictures.overlay import SMALL, word_strip, wrap
-from grounding.pictures.render import COLORMAP, DPI, RIGHT, WRONG, DrawnBox, draw, pixels
+from grounding.pictures.render import COLORMAP, DPI, RIGHT, WRONG, DrawnBox, draw
 from models import amc
 from models.interface import Explanation
 
@@ -70,12 +70,12 @@ EXAMPLES = {
     "layers": SCENE_31,
 }
 ONE_PHRASE = ("gradcam", "words", "amc")
-WIDTH, PART, PHRASE, LAYER = 7.6, 2.42, 2.65, 0.93  # inches: of a picture, and of a panel in one
-LINE = 0.17  # inches, of small text
+PART, HALF, PHRASE, LAYER = 2.42, 2.3, 2.65, 0.93  # inches: of a panel in each picture
 LARGEST = 150_000  # bytes
 AS_IT_IS = AugmentConfig(flip_prob=0, grayscale_prob=0, jitter_prob=0)
 MARK: dict[str, Any] = {"ms": 9, "mfc": "white", "mec": "black", "mew": 1.5, "ls": "none", "clip_on": False}
-MISSING: dict[str, Any] = {"color": WRONG, "lw": 5, "solid_capstyle": "butt", "label": "the term: what is missing"}
+MISSING: dict[str, Any] = {"color": WRONG, "lw": 5, "solid_capstyle": "butt", "zorder": 1}
+TEXT: dict[str, Any] = {"fontproperties": SMALL, "pad": 3, "parse_math": False}
 
 
 # ---- numbers
@@ -128,19 +128,18 @@ class Term(NamedTuple):
     inside: float
     outside: float
     margin: float
-    loss: float
+
+    @property
+    def loss(self) -> float:
+        return max(0.0, self.outside - self.inside + self.margin)
 
 
 def terms(cam: Tensor, mask: Tensor, options: AMCConfig) -> tuple[Term, Term]:
-    """L_mean and L_max of one map (s, s) and mask (s, s), by `models.amc`."""
-    pair, outside = (cam[None], mask[None], torch.ones(1)), 1 - mask
-    by_mean = amc.mean_margin_loss(*pair, options.margin_mean, options.mean_over)
-    by_max = amc.max_margin_loss(*pair, options.margin_max)
-    mean_inside, mean_outside = (float((cam * part).sum() / part.sum()) for part in (mask, outside))
-    max_inside, max_outside = (float((cam * part).max()) for part in (mask, outside))
+    """L_mean and L_max of one map (s, s) and mask (s, s)."""
+    inside, outside = cam[mask == 1], cam[mask == 0]
     return (
-        Term("mean", mean_inside, mean_outside, options.margin_mean, float(by_mean)),
-        Term("max", max_inside, max_outside, options.margin_max, float(by_max)),
+        Term("mean", float(inside.mean()), float(outside.mean()), options.margin_mean),
+        Term("max", float(inside.max()), float(outside.max()), options.margin_max),
     )
 
 
@@ -148,170 +147,144 @@ def terms(cam: Tensor, mask: Tensor, options: AMCConfig) -> tuple[Term, Term]:
 
 
 def phrases_figure(models: Models, image: Image.Image, phrases: Sequence[str], boxes: Sequence[Box]) -> Figure:
-    """A row a model: the map of each phrase, with its point and true box; boxes, one a phrase, tell who is right."""
-    answers = {name: ground_all(explainer, encode(explainer, image), phrases) for name, explainer in models.items()}
-    titles = [wrap(f'{name}: "{found.text}"', PHRASE, SMALL) for name, row in answers.items() for found in row]
-    head = 0.08 + LINE * max(map(len, titles))
-    figure, grid = _panels(len(models), len(phrases), image.size, PHRASE, head)
-    found = [(one, boxes[k : k + 1]) for row in answers.values() for k, one in enumerate(row)]
-    for axes, title, (one, box) in zip(grid, titles, found, strict=True):
-        _show(axes, image, "\n".join(title), one, box, judged=True)
-    return figure
+    """A row a model, a column a phrase; boxes, one a phrase, tell who is right."""
+    rows = [ground_all(explainer, encode(explainer, image), phrases) for explainer in models.values()]
+    heads = ["\n".join(wrap(f'"{found.text}"', PHRASE, SMALL)) for found in rows[0]]
+    return _table(image, list(models), heads, [_with_truth(row, boxes) for row in rows], PHRASE)
+
+
+def layers_figure(models: Models, image: Image.Image, phrases: Sequence[str], boxes: Sequence[Box]) -> Figure:
+    """A row a phrase, a column each fusion layer of each model; boxes, one a phrase, tell who is right."""
+    columns = {}
+    for name, explainer in models.items():
+        encoded = encode(explainer, image)
+        for block in explainer.model.layers("itm"):
+            answers = ground_all(explainer._replace(block=block), encoded, phrases)
+            columns[f"{name}\nlayer {block}"] = _with_truth(answers, boxes)
+    names = ["\n".join(wrap(clean_caption(phrase, MAX_WORDS), LAYER, SMALL)) for phrase in phrases]
+    return _table(image, names, list(columns), list(zip(*columns.values(), strict=True)), LAYER)
 
 
 def gradcam_figure(explainer: Explainer, image: Image.Image, phrase: str, boxes: Sequence[Box]) -> Figure:
     """The image, then A, G, max(G, 0), A * max(G, 0) on the grid of patches, then the map at the image's size."""
     encoded = encode(explainer, image)
     made, found = parts(look(explainer, encoded, phrase)), ground(explainer, encoded, phrase)
-    figure, grid = _panels(2, 3, image.size, PART, head=0.42)
-    _show(grid[0], image, f'"{found.text}"')
-    for axes, (title, values) in zip(grid[1:5], made.items(), strict=True):
+    figure, grid = _panels(2, 3, image.size, PART)
+    first, *middle, last = grid.flat
+    first.set_title(f'"{found.text}"', **TEXT)
+    draw(first, image, image.size[::-1])
+    for axes, (title, values) in zip(middle, made.items(), strict=True):
         low, high = float(values.min()), float(values.max())
         spread = max(-low, high)
         colours: dict[str, Any] = (
             {"cmap": "RdBu_r", "vmin": -spread, "vmax": spread} if low < 0 else {"cmap": COLORMAP, "vmin": 0}
         )
-        extent = (-0.5, image.width - 0.5, image.height - 0.5, -0.5)
-        axes.imshow(values.numpy(), extent=extent, aspect="auto", interpolation="nearest", **colours)
-        _title(axes, f"{title}\n{low:.2g} to {high:.2g}")
-    _show(grid[5], image, f"the map at the image's size\nmatch probability {found.match:.3f}", found, boxes)
+        axes.imshow(values.numpy(), aspect="auto", interpolation="nearest", **colours)
+        axes.set_title(f"{title}\n{low:.2g} to {high:.2g}", **TEXT)
+    last.set_title(f"the map at the image's size\nmatch probability {found.match:.3f}", **TEXT)
+    draw(last, image, image.size[::-1], found.map, COLORMAP, map(DrawnBox, boxes), found.point, scale=0.6)
     return figure
 
 
 def amc_figure(models: Models, image: Image.Image, phrase: str, boxes: Sequence[Box], config: PretrainConfig) -> Figure:
     """A row a model: the map in the box, the map outside of it, and both terms as distances on a line."""
-    side, gap, head, foot = 2.15, 0.1, 0.42, 0.5
-    total = len(models) * (side + head + gap) + foot
-    figure = Figure(figsize=(WIDTH, total), dpi=DPI)
-    for row, (name, explainer) in enumerate(models.items()):
+    figure, grid = _panels(len(models), 3, (1, 1), HALF)
+    for (name, explainer), (inside, outside, line) in zip(models.items(), grid, strict=True):
         view = training_view(explainer, image, phrase, boxes, config)
-        found = terms(view.cam, view.mask, config.amc)
-        bottom = (total - (row + 1) * (side + head + gap)) / total
-        for column, (where, part, mark) in enumerate((("inside", view.mask, "o"), ("outside", 1 - view.mask, "X"))):
-            x = gap + column * (side + gap)
-            axes = figure.add_axes((x / WIDTH, bottom, side / WIDTH, side / total))
-            _half(axes, view, part, mark)
-            mean, largest = (getattr(term, where) for term in found)
-            _title(axes, f"{name}: {where}\nmean {mean:.3f}, max {largest:.3f}")
-        x = 2 * (side + gap) + 3 * gap
-        line = figure.add_axes((x / WIDTH, bottom + 0.25 / total, (WIDTH - x - gap) / WIDTH, side / total))
-        handles = _hinges(line, found)
-    figure.legend(handles=handles, loc="lower center", ncols=len(handles), frameon=False, prop=SMALL)
+        mean, largest = terms(view.cam, view.mask, config.amc)
+        _half(inside, view, view.mask, "o")
+        inside.set_title(f"{name}: inside\nmean {mean.inside:.3f}, max {largest.inside:.3f}", **TEXT)
+        _half(outside, view, 1 - view.mask, "X")
+        outside.set_title(f"{name}: outside\nmean {mean.outside:.3f}, max {largest.outside:.3f}", **TEXT)
+        _distances(line, (mean, largest))
+    handles, labels = grid[0, 2].get_legend_handles_labels()
+    figure.legend(handles[:4], labels[:4], loc="outside lower center", ncols=4, frameon=False, prop=SMALL)
     return figure
 
 
 def _half(axes: Axes, view: Training, part: Tensor, mark: str) -> None:
     """The map where `part` is 1, the image in grey where it is not; the mask's border, and a mark at the maximum."""
-    size = (part.shape[1], part.shape[0])
-    axes.imshow(Image.fromarray(view.image).convert("L").resize(size), cmap="gray", vmin=-120, vmax=255)
-    axes.imshow(
-        np.ma.masked_array(view.cam.numpy(), part.numpy() == 0),
-        cmap=COLORMAP,
-        vmin=0,
-        vmax=1,
-        interpolation="nearest",
-    )
+    grey = Image.fromarray(view.image).convert("L").resize((part.shape[1], part.shape[0]))
+    axes.imshow(grey, cmap="gray", vmin=-120, vmax=255)
+    cam = np.ma.masked_array(view.cam.numpy(), part.numpy() == 0)
+    axes.imshow(cam, cmap=COLORMAP, vmin=0, vmax=1, interpolation="nearest")
     axes.contour(view.mask.numpy(), levels=[0.5], colors="white", linewidths=1.5)
     y, x = divmod(int((view.cam * part).argmax()), part.shape[1])
     axes.plot(x, y, mark, **MARK)
-    axes.set_axis_off()
 
 
-def _hinges(axes: Axes, found: Sequence[Term]) -> list[Line2D]:
-    """Terms as distances: the inside, where it should be at least, and what is missing; returns a legend's handles."""
-    least_mark: dict[str, Any] = {"marker": "|", "color": "#555555", "ls": "none", "ms": 16, "mew": 2}
+def _distances(axes: Axes, found: Sequence[Term]) -> None:
+    """Terms as distances: the inside, where it should be at least, and what is missing."""
     arrow = {"arrowstyle": "->", "color": "#555555", "lw": 1.2, "shrinkA": 0, "shrinkB": 0}
-    for y, (name, inside, outside, margin, loss) in zip((1, 0), found, strict=True):
-        least = outside + margin
-        axes.annotate("", (least, y), (outside, y), arrowprops=arrow)
-        missing = axes.plot([inside, least] if loss > 0 else [], [y, y] if loss > 0 else [], **MISSING)
-        wanted = axes.plot(least, y, label="outside + margin", **least_mark)
-        (circle,) = axes.plot(inside, y, "o", label="inside", **MARK)
-        (cross,) = axes.plot(outside, y, "X", label="outside", **MARK)
-        text = f"{name} term\nmax(0, {outside:.3f} - {inside:.3f} + {margin:g}) = {loss:.3f}"
-        axes.text(0, y + 0.2, text, fontproperties=SMALL, va="bottom")
+    for y, term in zip((1, 0), found, strict=True):
+        least = term.outside + term.margin
+        missing = [term.inside, least] if term.loss > 0 else []
+        axes.plot(term.inside, y, "o", label="inside", **MARK)
+        axes.plot(term.outside, y, "X", label="outside", **MARK)
+        axes.plot(least, y, "|", color="#555555", ms=16, mew=2, label="outside + margin")
+        axes.plot(missing, [y] * len(missing), label="the term: what is missing", **MISSING)
+        axes.annotate("", (least, y), (term.outside, y), arrowprops=arrow)
+        sum_of_term = f"max(0, {term.outside:.3f} - {term.inside:.3f} + {term.margin:g}) = {term.loss:.3f}"
+        axes.text(0, y + 0.2, f"{term.name} term\n{sum_of_term}", fontproperties=SMALL, va="bottom")
+    axes.set_axis_on()
     axes.set(xlim=(-0.05, 1.05 + max(term.margin for term in found)), ylim=(-0.3, 1.75), yticks=[])
     axes.tick_params(labelsize=8)
     axes.spines[["left", "right", "top"]].set_visible(False)
-    return [circle, cross, *wanted, *missing]
-
-
-def layers_figure(models: Models, image: Image.Image, phrases: Sequence[str], boxes: Sequence[Box]) -> Figure:
-    """A row a phrase: its map at every fusion layer of every model; boxes, one a phrase, tell who is right."""
-    columns = [(name, asked, block) for name, asked in models.items() for block in asked.model.layers("itm")]
-    encoded = {name: encode(explainer, image) for name, explainer in models.items()}
-    names = [wrap(clean_caption(phrase, MAX_WORDS), len(columns) * LAYER, SMALL) for phrase in phrases]
-    head = 0.08 + LINE * max(map(len, names))
-    figure, grid = _panels(len(phrases), len(columns), image.size, LAYER, head, top=2 * LINE)
-    for column, (name, explainer, block) in enumerate(columns):
-        answers = ground_all(explainer._replace(block=block), encoded[name], phrases)
-        _above(grid[column], f"{name}\nlayer {block}", 0.5, head)
-        for row, found in enumerate(answers):
-            _show(grid[row * len(columns) + column], image, "", found, boxes[row : row + 1], judged=True)
-    for row, lines in enumerate(names):
-        _above(grid[row * len(columns)], "\n".join(lines), 0, 0.04)
-    return figure
 
 
 # ---- parts of pictures
 
 
-def _panels(
-    rows: int, columns: int, size: tuple[int, int], width: float, head: float, top: float = 0.0
-) -> tuple[Figure, list[Axes]]:
-    """Panels `width` inches wide, of an image's proportions, by row; `head` inches above each are for its title."""
-    gap, height = 0.08, width * size[1] / size[0]
-    across, down = gap + columns * (width + gap), top + rows * (head + height + gap) + gap
-    figure = Figure(figsize=(across, down), dpi=DPI)
-    axes = []
-    for row in range(rows):
-        for column in range(columns):
-            x, y = gap + column * (width + gap), down - top - (row + 1) * (head + height + gap)
-            axes.append(figure.add_axes((x / across, y / down, width / across, height / down)))
-            axes[-1].set_axis_off()
-    return figure, axes
+def _panels(rows: int, columns: int, size: tuple[int, int], width: float) -> tuple[Figure, np.ndarray]:
+    """Panels (rows, columns) of an image's proportions, about `width` inches wide; `save_small` cuts off the rest."""
+    height = width * size[1] / size[0]
+    figure = Figure((columns * width + 1.2, rows * (height + 0.6)), dpi=DPI, layout="compressed")
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_box_aspect(height / width)
+        axes.set_axis_off()
+    return figure, grid
 
 
-def _show(
-    axes: Axes,
-    image: Image.Image,
-    title: str,
-    found: Grounding | None = None,
-    boxes: Sequence[Box] = (),
-    judged: bool = False,
-) -> None:
-    """An image and, over it, a map with its point and the true boxes; `judged`: they colour the point green or red."""
-    _title(axes, title)
+Cell = tuple[Grounding, Sequence[Box]]
+
+
+def _with_truth(answers: Sequence[Grounding], boxes: Sequence[Box]) -> list[Cell]:
+    return [(found, boxes[k : k + 1]) for k, found in enumerate(answers)]
+
+
+def _table(
+    image: Image.Image, names: Sequence[str], heads: Sequence[str], rows: Sequence[Sequence[Cell]], width: float
+) -> Figure:
+    """Maps with points, green or red where there is a true box; names beside the rows, heads above the columns."""
+    figure, grid = _panels(len(names), len(heads), image.size, width)
+    beside: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "right", "va": "center"}
+    for axes, head in zip(grid[0], heads, strict=True):
+        axes.set_title(head, **TEXT)
+    for axes, name in zip(grid[:, 0], names, strict=True):
+        axes.annotate(name, (0, 0.5), (-6, 0), fontproperties=SMALL, parse_math=False, **beside)
+    figure.draw_without_rendering()  # the panels have their places, by which `draw` reduces large images
     size = image.size[::-1]
-    if found is None:
-        draw(axes, image, size)
-        return
-    colour = "white"
-    if judged and boxes:
-        cam = maps.ResizedMap(torch.from_numpy(found.small), *size)
-        colour = RIGHT if metrics.point_correct(cam, np.array(boxes)) else WRONG
-    draw(axes, image, size, found.map, COLORMAP, map(DrawnBox, boxes), found.point, colour, scale=0.6)
+    for axes, (found, boxes) in zip(grid.flat, itertools.chain(*rows), strict=True):
+        colour = "white"
+        if boxes:
+            cam = maps.ResizedMap(torch.from_numpy(found.small), *size)
+            colour = RIGHT if metrics.point_correct(cam, np.array(boxes)) else WRONG
+        draw(axes, image, size, found.map, COLORMAP, map(DrawnBox, boxes), found.point, colour, scale=0.6)
+    return figure
 
 
-def _title(axes: Axes, text: str) -> None:
-    axes.set_title(text, fontproperties=SMALL, pad=3, parse_math=False)
-
-
-def _above(axes: Axes, text: str, across: float, up: float) -> None:
-    """Text `up` inches above a panel, at its left end (`across` 0) or in its middle (0.5)."""
-    place = axes.transAxes + ScaledTranslation(0, up, axes.figure.dpi_scale_trans)
-    sides: dict[str, Any] = {"ha": "left" if across == 0 else "center", "va": "bottom", "parse_math": False}
-    axes.text(across, 1, text, transform=place, fontproperties=SMALL, **sides)
-
-
-def save_small(figure: Figure, path: Path) -> None:
-    """Write a figure as a PNG, of 256 colours if it would be larger than `LARGEST` in all of them."""
-    picture = Image.fromarray(pixels(figure))
+def save_small(figure: Figure, path: Path) -> tuple[int, int]:
+    """Write a figure as a PNG, of 256 colours if it would be larger than `LARGEST` in all of them; returns its size."""
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", bbox_inches="tight")
+    picture = Image.open(drawn).convert("RGB")
     with utils.atomic_path(path) as temporary:
         picture.save(temporary, format="PNG", optimize=True)
         if temporary.stat().st_size > LARGEST:
             few = picture.quantize(256, method=Image.Quantize.FASTOCTREE, dither=Image.Dither.NONE)
             few.save(temporary, format="PNG", optimize=True)
+    return picture.size
 
 
 # ---- the program
@@ -336,8 +309,8 @@ def main(args: argparse.Namespace) -> None:
             draw_all = phrases_figure if name == "phrases" else layers_figure
             figure = draw_all(models, image, asked.phrases, asked.boxes)
     path = args.output or Path("docs/images") / f"{name}.png"
-    save_small(figure, path)
-    print(f"{path}: {int(figure.bbox.width)} x {int(figure.bbox.height)} pixels")
+    width, height = save_small(figure, path)
+    print(f"{path}: {width} x {height} pixels")
 
 
 def question(args: argparse.Namespace) -> Question:

@@ -200,16 +200,17 @@ class Evaluation:
         }
         for source in sources_of([Path(folder) for folder in args.compare], len(names)):
             source.folder.check_data(source.epoch, self.origin)
-        origins: dict[str, Origin | None] = dict.fromkeys(results.epochs(), self.origin)
-        for epoch, path in checkpoints.items():
-            exists = results.path(epoch).exists()
-            origins[epoch] = {**identity.of_checkpoint(path, stored), **self.origin} if exists else None
+        kept = [epoch for epoch in checkpoints if results.path(epoch).exists()]
+        deleted = checkpoints.keys() - kept
+        origins = {epoch: self.origin for epoch in results.epochs() if epoch not in deleted}
+        for epoch in kept:
+            origins[epoch] = {**identity.of_checkpoint(checkpoints[epoch], stored), **self.origin}
         results.check_origins(origins, args.skip_broken)
-        for epoch, origin in origins.items():
-            if origin is None or results.origin(epoch).get("metrics", names) != names:
+        for epoch in results.epochs():
+            if epoch in deleted or results.origin(epoch).get("metrics", names) != names:
                 results.write_lines(epoch, [])  # of a deleted result, or of other metrics of the same maps
-            if origin is not None and epoch in checkpoints:
-                results.renew_origin(epoch, origin)
+        for epoch in kept:
+            results.renew_origin(epoch, origins[epoch])
         output = results.folder.parent
         if not all(map(self.complete, checkpoints)) or not (output / "config.yaml").exists():
             save_config(config, output / "config.yaml")

@@ -20,8 +20,8 @@ from utils import UserError
 IOU_THRESHOLD = 0.5
 
 Metric = Callable[[ResizedMap, Expression], float]  # how right the map is, 0 to 1; most are True or False
-METRICS: dict[str, Metric] = {}
-NEEDS: dict[str, tuple[str, ...]] = {}  # metric -> attributes of `Expression` that it reads and that may be None
+# Each with the attributes of `Expression` that it reads and that may be None.
+METRICS: dict[str, tuple[Metric, tuple[str, ...]]] = {}
 
 
 class MetricError(UserError):
@@ -29,11 +29,10 @@ class MetricError(UserError):
 
 
 def metric(*needs: str) -> Callable[[Metric], Metric]:
-    """Add a function to `METRICS` under its own name; `needs` is what `NEEDS` holds of it."""
+    """Add a function to `METRICS` under its own name, with what it needs."""
 
     def add(function: Metric) -> Metric:
-        name = function.__name__
-        METRICS[name], NEEDS[name] = function, needs
+        METRICS[function.__name__] = function, needs
         return function
 
     return add
@@ -44,7 +43,7 @@ def check_metrics(names: Sequence[str], expressions: Sequence[Expression]) -> No
     for name in names:
         if name not in METRICS:
             raise MetricError(f"there is no metric {name!r} in grounding/metrics.py; there are {', '.join(METRICS)}")
-        for key in NEEDS[name]:
+        for key in METRICS[name][1]:
             lacking = [expression for expression in expressions if getattr(expression, key) is None]
             if lacking:
                 raise MetricError(
@@ -64,7 +63,7 @@ def score(found: Sequence[Tensor | None], expressions: Sequence[Expression], nam
     for row, pred, expression in zip(scores, found, expressions, strict=True):
         if pred is not None:
             cam = ResizedMap(pred, *expression.size)
-            row[:] = [METRICS[name](cam, expression) for name in names]
+            row[:] = [METRICS[name][0](cam, expression) for name in names]
     return scores
 
 

@@ -46,17 +46,15 @@ class ResultFolder:
         files = sorted(path.stem.removeprefix("epoch") for path in self.folder.glob("epoch*.pth"))
         return list(dict.fromkeys([*files, *(str(row.get("epoch", "?")) for row in read_log(self.log))]))
 
-    def check_origins(self, origins: Mapping[str, Origin | None], skip_broken: bool) -> None:
-        """Raise `ResultError` unless all results of the folder were computed from what is asked for now.
+    def check_origins(self, origins: Mapping[str, Origin], skip_broken: bool) -> None:
+        """Raise `ResultError` unless the results of some epochs were computed from what is asked for now.
 
         Args:
-            origins: what the result of each epoch is computed from now; None where there is none.
+            origins: what each is computed from now.
             skip_broken: whether images may be left out.
         """
         problems = {}
         for epoch, now in origins.items():
-            if now is None:
-                continue
             before = self.origin(epoch)
             if identity.lacks_parts(before, now):
                 problems[epoch] = "of an unknown origin: no record beside it says what it was computed from"

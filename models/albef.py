@@ -47,15 +47,7 @@ class ALBEF(nn.Module):
         self.temp = nn.Parameter(torch.tensor(temp))
         self.itm_head = nn.Linear(text_width, 2)
 
-    # ---- its parts
-
-    def encode_image(self, images: Tensor) -> Tensor:
-        """(N, 3, r, r), normalised -> tokens (N, S, W)."""
-        return self.visual_encoder(images)
-
-    def encode_text(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) ids and mask -> tokens (B, T, W)."""
-        return self.text_encoder(input_ids, attention_mask)
+    # ---- its heads
 
     def image_feature(self, image_tokens: Tensor) -> Tensor:
         """(N, S, W) -> L2-normalised (N, E), for contrast."""
@@ -101,7 +93,7 @@ class ALBEF(nn.Module):
                 found, tokens = vit.block_inputs(encoder, images)
                 inputs = dict(enumerate(found))
             elif only[0] == "itm":
-                tokens = self.encode_image(images)
+                tokens = encoder(images)
             else:
                 inputs = {only[1]: vit.tokens_before(encoder, images, only[1])}
         keys_values = [] if tokens is None else self.text_encoder.image_keys_values(tokens.float())
@@ -118,7 +110,7 @@ class ALBEF(nn.Module):
     @torch.no_grad()
     def match(self, encoded: EncodedImages, image_index: Tensor | None, tokens: Tokens) -> Tensor:
         """Match probabilities (B,), as in `ExplainableModel.match`."""
-        text = self.encode_text(*tokens)
+        text = self.text_encoder(*tokens)
         fused = self.text_encoder.fuse(text, tokens.attention_mask, encoded.keys_values, image_index, cls_only=True)
         return self.match_logits(fused.tokens).softmax(dim=1)[:, 1]
 
@@ -127,7 +119,7 @@ class ALBEF(nn.Module):
     ) -> Explanation:
         """Cross-attention of fusion layer `layer`; the gradient of the match logit runs back to it and no further."""
         with torch.no_grad():
-            text = self.encode_text(*tokens)
+            text = self.text_encoder(*tokens)
         with torch.enable_grad():
             mask, images = tokens.attention_mask, encoded.keys_values
             fused = self.text_encoder.fuse(text, mask, images, image_index, attention_layer=layer, cls_only=True)
@@ -147,7 +139,7 @@ class ALBEF(nn.Module):
         if image_index is None:
             image_index = tokens.input_ids.new_zeros(len(tokens.input_ids))
         with torch.no_grad():
-            text = self.text_feature(self.encode_text(*tokens))
+            text = self.text_feature(self.text_encoder(*tokens))
         with torch.enable_grad():
             final, attention = vit.forward_from(self.visual_encoder, encoded.pixels, encoded.block_inputs[layer], layer)
             similarity = (self.image_feature(final)[image_index] * text).sum(dim=1) / self.temp
@@ -160,21 +152,15 @@ class ALBEF(nn.Module):
         return Explanation(rows_seen, gradients, None, None, self.grid)
 
     def _patches(self, columns: Tensor) -> Tensor:
-        """(..., S) -> (..., h * w)."""
+        """(..., S) -> (..., h * w): without the CLS token, and registers."""
         return columns[..., self.visual_encoder.num_prefix_tokens :]
 
 
 def _one_text_per_image(image_index: Tensor) -> list[Tensor]:
     """Rows of texts in groups that name no image twice: each group's gradients do not mix."""
-    groups: list[list[int]] = []
-    count: dict[int, int] = {}
-    for row, image in enumerate(image_index.tolist()):
-        turn = count.get(image, 0)
-        count[image] = turn + 1
-        if turn == len(groups):
-            groups.append([])
-        groups[turn].append(row)
-    return [torch.tensor(group, device=image_index.device) for group in groups]
+    images = image_index.tolist()
+    turns = torch.tensor([images[:row].count(image) for row, image in enumerate(images)], device=image_index.device)
+    return [(turns == turn).nonzero()[:, 0] for turn in turns.unique()]
 
 
 def build_encoders(config: ModelConfig, mlm_head: bool) -> tuple[ViT, TextEncoder]:

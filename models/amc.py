@@ -5,7 +5,7 @@ AMC: Yang et al., CVPR 2023, arXiv 2206.15462, section 3.2.
 
 To add a loss on the map, add a function to `MAP_LOSSES`, at the end of this file, and its weight to the config.
 
-Shapes: B samples, H heads, T tokens, S = P + h * w image tokens, of which the first P (the CLS token) are no patches.
+Shapes: B samples, H heads, T tokens, a grid of h x w image patches.
 """
 
 import difflib
@@ -19,45 +19,35 @@ from torch import Tensor
 from config import AMCConfig, ConfigError
 
 
-def gradcam(
-    attention: Tensor, gradient: Tensor, token_mask: Tensor, grid: tuple[int, int], prefix_tokens: int = 1
-) -> Tensor:
+def gradcam(attention: Tensor, gradient: Tensor, token_mask: Tensor, grid: tuple[int, int]) -> Tensor:
     """Token-averaged GradCAM of attention over image patches.
 
     Args:
-        attention: (B, H, T, S) probabilities A.
-        gradient: (B, H, T, S) d(score)/dA; negative entries are clamped to 0.
+        attention: (B, H, T, h * w) probabilities A, without those of the CLS token.
+        gradient: (B, H, T, h * w) d(score)/dA; negative entries are clamped to 0.
         token_mask: (B, T), 1 for a word and 0 for padding. The mean runs over all T, padding included.
-        grid: (h, w) of the patches.
-        prefix_tokens: P, which are left out.
+        grid: (h, w).
 
     Returns:
         (B, h, w) float32, at least 0; meaningful up to a positive factor.
     """
-    product = _attention_times_gradient(attention, gradient, token_mask, prefix_tokens)
-    return product.mean(dim=(1, 2)).unflatten(-1, grid)
+    return _attention_times_gradient(attention, gradient, token_mask).mean(dim=(1, 2)).unflatten(-1, grid)
 
 
-def token_gradcam(
-    attention: Tensor, gradient: Tensor, token_mask: Tensor, grid: tuple[int, int], prefix_tokens: int = 1
-) -> Tensor:
-    """The map of each token, before `gradcam` averages over them.
-
-    Arguments as in `gradcam`.
+def token_gradcam(attention: Tensor, gradient: Tensor, token_mask: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The map of each token, before `gradcam` averages over them; arguments as there.
 
     Returns:
         (B, T, h, w) float32, at least 0, and 0 for padding; the mean over T is `gradcam`'s map (in float32 up to the
         order of the sums).
     """
-    return _attention_times_gradient(attention, gradient, token_mask, prefix_tokens).mean(dim=1).unflatten(-1, grid)
+    return _attention_times_gradient(attention, gradient, token_mask).mean(dim=1).unflatten(-1, grid)
 
 
-def _attention_times_gradient(attention: Tensor, gradient: Tensor, token_mask: Tensor, prefix_tokens: int) -> Tensor:
-    """A * max(G, 0) over patches (B, H, T, h * w); prefix tokens are left out, padding is 0."""
+def _attention_times_gradient(attention: Tensor, gradient: Tensor, token_mask: Tensor) -> Tensor:
+    """A * max(G, 0), (B, H, T, h * w); padding is 0."""
     mask = token_mask[:, None, :, None].float()
-    patches_attention = attention[..., prefix_tokens:].float() * mask
-    patches_gradient = gradient[..., prefix_tokens:].float().clamp(min=0) * mask
-    return patches_attention * patches_gradient
+    return (attention.float() * mask) * (gradient.float().clamp(min=0) * mask)
 
 
 def normalise_map(cam: Tensor) -> Tensor:

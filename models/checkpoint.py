@@ -77,7 +77,7 @@ class LoadReport:
 
     path: str
     loaded: int = 0
-    converted: tuple[str, ...] = ()
+    converted: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     fresh: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
@@ -89,14 +89,8 @@ class LoadReport:
         return "".join([f"{self.path}: {self.loaded} tensors loaded", *notes])
 
 
-class Weights(dict[str, Tensor]):
-    """A state dict by ALBEF's names; `converted` says how the file's differ."""
-
-    converted: tuple[str, ...] = ()
-
-
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
-    """Read a checkpoint without running code from it; `model` is always there, a `Weights`.
+    """Read a checkpoint without running code from it; `model` is always there, a state dict by the file's own names.
 
     Raises:
         CheckpointError: missing, damaged, holding other objects than tensors and plain values, or no state dict.
@@ -123,7 +117,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             shown = f"{key!r:.200}" if isinstance(key, str) else reprlib.repr(key)
             raise CheckpointError(f"{path}: {shown} in its state dict is {fault}")
     rest = {key: value for key, value in content.items() if key not in TOP_KEYS}
-    return {"model": _by_our_names(state, path), **(_stated_config(path) if state is content else rest)}
+    return {"model": state, **(_stated_config(path) if state is content else rest)}
 
 
 def _stated_config(path: Path) -> dict[str, Any]:
@@ -151,27 +145,26 @@ def _fault(value: Any, file_size: int) -> str | None:
     return None
 
 
-def _by_our_names(state: State, path: Path) -> Weights:
+def _by_our_names(state: State, report: LoadReport) -> State:
     """Without the prefixes of wrappers, and with the `bert.` that ALBEF's fine-tuned models lack."""
-    converted = []
     names = {key: WRAPPER.sub("", key) for key in state}
     if prefixes := sorted({found for key in state for found in WRAPPER.findall(key)}):
         count = sum(key != name for key, name in names.items())
-        converted.append(f"{count} names without {', '.join(prefixes)}")
+        report.converted.append(f"{count} names without {', '.join(prefixes)}")
     if all(name.startswith("model.") for name in names.values()):  # Lightning's module around the model
         names = {key: name.removeprefix("model.") for key, name in names.items()}
-        converted.append(f"{len(names)} names without model.")
+        report.converted.append(f"{len(names)} names without model.")
     if count := sum(bool(WITHOUT_BERT.match(name)) for name in names.values()):
         names = {key: WITHOUT_BERT.sub(r"\1.bert.", name) for key, name in names.items()}
-        converted.append(f"{count} names with text_encoder.bert. for text_encoder., as ALBEF's fine-tuning has it")
-    weights = Weights()
-    weights.converted = tuple(converted)
+        report.converted.append(
+            f"{count} names with text_encoder.bert. for text_encoder., as ALBEF's fine-tuning has it"
+        )
     keys: dict[str, str] = {}
     for key, name in names.items():
-        if name in weights:
-            raise CheckpointError(f"{path}: its keys {keys[name]} and {key} are both {name}, by their prefixes")
-        weights[name], keys[name] = state[key], key
-    return weights
+        if name in keys:
+            raise CheckpointError(f"{report.path}: its keys {keys[name]} and {key} are both {name}, by their prefixes")
+        keys[name] = key
+    return {name: state[key] for name, key in keys.items()}
 
 
 def check_resumable(content: dict[str, Any], path: str | Path) -> None:
@@ -205,7 +198,7 @@ def diverged(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> 
 def export_student(checkpoint: str | Path, out: str | Path) -> None:
     """Write a checkpoint's student alone, in half precision, as safetensors; its config becomes the file's metadata."""
     content = read_checkpoint(checkpoint)
-    state, config = content["model"], content.get("config")
+    state, config = _by_our_names(content["model"], LoadReport(str(checkpoint))), content.get("config")
     left_out = (TEACHER, QUEUE, POSITION_IDS)
     kept = {key: value for key, value in state.items() if not any(pattern.search(key) for pattern in left_out)}
     metadata = {"config": json.dumps(config)} if config is not None else None
@@ -223,8 +216,8 @@ def load_weights(model: ALBEF, state: State, path: str | Path) -> LoadReport:
     Raises:
         CheckpointError: any other missing, unexpected or differently shaped key.
     """
-    report = LoadReport(str(path), converted=getattr(state, "converted", ()))
-    target, state = model.state_dict(), dict(state)
+    report = LoadReport(str(path))
+    target, state = model.state_dict(), _by_our_names(state, report)
     _convert_queues(state, target, report)
     _convert_teacher(state, target, report)
     _fit_positions(state, target, report, model.visual_encoder)
@@ -250,7 +243,7 @@ def _convert_queues(state: State, target: State, report: LoadReport) -> None:
     elif len(lengths) == 2 and len(lengths[0]) == 1 and lengths[0] == lengths[1] != target["image_queue"].shape[1:]:
         was = f"of length {lengths[0][-1]}"
     else:
-        return  # they fit, or `_check` says what does not
+        return  # they fit, or `_load` says what does not
     report.fresh.append(f"queues ({was} in the file, {target['image_queue'].shape[1]} here)")
     state.update({name: target[name] for name in names})
 
@@ -265,7 +258,7 @@ def _convert_teacher(state: State, target: State, report: LoadReport) -> None:
 def _fit_positions(state: State, target: State, report: LoadReport, encoder: ViT) -> None:
     """Resize position embeddings (1, P + g * g, W) of another resolution, bicubically; the first P stay.
 
-    Only from square grid to square grid: `_check` says what else is wrong with them.
+    Only from square grid to square grid: `_load` says what else is wrong with them.
     """
     grid = list(encoder.patch_embed.grid_size)
     for key in [key for key in target if key in state and POSITION_EMBEDDING.match(key)]:
@@ -281,13 +274,7 @@ def _fit_positions(state: State, target: State, report: LoadReport, encoder: ViT
 
 def _load(module: nn.Module, state: State, report: LoadReport) -> LoadReport:
     """Load a state dict that fits; raises `CheckpointError` naming everything about it that does not."""
-    _check(state, module.state_dict(), report.path)
-    module.load_state_dict(state)
-    report.loaded = len(state)
-    return report
-
-
-def _check(state: State, target: State, path: str) -> None:
+    target, path = module.state_dict(), report.path
     missing, unexpected = [key for key in target if key not in state], [key for key in state if key not in target]
     for name, pattern in OTHER_MODELS.items():
         match = re.compile(pattern).search
@@ -307,6 +294,9 @@ def _check(state: State, target: State, path: str) -> None:
     for key in filter(POSITION_IDS.search, state):
         if (state[key] != target[key]).any():
             raise CheckpointError(f"{path}: {key} does not count from 0: the file is damaged")
+    module.load_state_dict(state)
+    report.loaded = len(state)
+    return report
 
 
 def _same_kind(stored: Tensor, wanted: Tensor) -> bool:
@@ -323,8 +313,8 @@ def _listing(items: list[str], most: int = 5) -> str:
 
 def init_image_encoder(encoder: ViT, path: str | Path) -> LoadReport:
     """Start the image encoder from a DeiT or timm ViT state dict; its classifier is left out."""
-    weights = read_checkpoint(path)["model"]
-    report = LoadReport(str(path), converted=weights.converted)
+    report = LoadReport(str(path))
+    weights = _by_our_names(read_checkpoint(path)["model"], report)
     state = {key: value for key, value in weights.items() if not key.startswith("head")}
     if heads := len(weights) - len(state):
         report.ignored.append(f"classifier, {heads} tensors")

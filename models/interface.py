@@ -46,14 +46,14 @@ class Explanation(NamedTuple):
     def maps(self) -> Tensor:
         """GradCAM maps, float32 (B, h, w), at least 0; the mean over T includes padding."""
         mask = torch.ones_like(self.attention[:, 0, :, 0]) if self.token_mask is None else self.token_mask
-        return amc.gradcam(self.attention, self.gradient, mask, self.grid, prefix_tokens=0)
+        return amc.gradcam(self.attention, self.gradient, mask, self.grid)
 
     @property
     def token_maps(self) -> Tensor | None:
         """The map of each token, float32 (B, T, h, w), 0 for padding; None where the queries are no tokens."""
         if self.token_mask is None:
             return None
-        return amc.token_gradcam(self.attention, self.gradient, self.token_mask, self.grid, prefix_tokens=0)
+        return amc.token_gradcam(self.attention, self.gradient, self.token_mask, self.grid)
 
 
 class ExplainableModel(Protocol):

@@ -46,21 +46,6 @@ class Batch(NamedTuple):
 STUDENT_AND_TEACHER = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
 
 
-class TeacherOutput(NamedTuple):
-    """image_tokens: (B, S, W); image, text: (B, E) L2-normalised features, for contrast."""
-
-    image_tokens: Tensor
-    image: Tensor
-    text: Tensor
-
-
-class Positives(NamedTuple):
-    """Of the true pairs: match logits (B, 2), and the losses on their maps by the names of the log."""
-
-    logits: Tensor
-    map_losses: dict[str, Tensor]
-
-
 class PretrainModel(ALBEF):
     """ALBEF with its teacher and queues; `forward` gives the named losses of one step, `total` their weighted sum.
 
@@ -123,48 +108,48 @@ class PretrainModel(ALBEF):
         if update_teacher:
             self.update_teacher()
 
-        image_tokens = self.encode_image(batch.image)
-        text_tokens = self.encode_text(batch.input_ids, batch.attention_mask)
+        image_tokens = self.visual_encoder(batch.image)
+        text_tokens = self.text_encoder(batch.input_ids, batch.attention_mask)
         images = self.text_encoder.image_keys_values(image_tokens)
-        teacher = self._teacher(batch)
+        image_tokens_m, image_m, text_m = self._teacher(batch)
 
         contrast = losses.contrastive_loss(
             self.image_feature(image_tokens),
             self.text_feature(text_tokens),
-            teacher.image,
-            teacher.text,
+            image_m,
+            text_m,
             self.image_queue,
             self.text_queue,
             self.temp,
             alpha,
         )
-        self.enqueue(all_gather(teacher.image), all_gather(teacher.text))
+        self.enqueue(all_gather(image_m), all_gather(text_m))
 
-        positives = self._positives(text_tokens, images, batch)
+        positives, map_losses = self._positives(text_tokens, images, batch)
         negatives = self._negatives(text_tokens, images, batch.attention_mask, contrast)
-        match_logits = torch.cat([positives.logits, negatives])
+        match_logits = torch.cat([positives, negatives])
         return {
-            "loss_mlm": self._mlm(images, teacher.image_tokens, batch, alpha),
+            "loss_mlm": self._mlm(images, image_tokens_m, batch, alpha),
             "loss_ita": contrast.loss,
-            "loss_itm": losses.matching_loss(match_logits, positives=len(positives.logits)),
-            **positives.map_losses,
+            "loss_itm": losses.matching_loss(match_logits, positives=len(positives)),
+            **map_losses,
         }
 
     @torch.no_grad()
-    def _teacher(self, batch: Batch) -> TeacherOutput:
-        """The momentum teacher's view of the batch."""
+    def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """By the momentum teacher: image tokens (B, S, W), L2-normalised image and text features (B, E)."""
         image_tokens = self.visual_encoder_m(batch.image)
         text_tokens = self.text_encoder_m(batch.input_ids, batch.attention_mask)
         image = F.normalize(self.vision_proj_m(image_tokens[:, 0]), dim=-1)
         text = F.normalize(self.text_proj_m(text_tokens[:, 0]), dim=-1)
-        return TeacherOutput(image_tokens, image, text)
+        return image_tokens, image, text
 
-    def _positives(self, text_tokens: Tensor, images: list[KeyValue], batch: Batch) -> Positives:
-        """Match the true pairs, with the losses on their GradCAM maps."""
+    def _positives(self, text_tokens: Tensor, images: list[KeyValue], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Match logits (B, 2) of the true pairs, and the losses on their GradCAM maps by the names of the log."""
         if not self.config.add_gcam:
             fused = self.text_encoder.fuse(text_tokens, batch.attention_mask, images, cls_only=True)
             zero = torch.zeros((), device=text_tokens.device)
-            return Positives(self.match_logits(fused.tokens), {f"loss_{name}": zero for name in amc.MAP_LOSSES})
+            return self.match_logits(fused.tokens), {f"loss_{name}": zero for name in amc.MAP_LOSSES}
         # fp32 whatever the rest runs in: these gradients are tiny, and maps are divided by their maximum.
         with torch.autocast(text_tokens.device.type, enabled=False):
             fused = self.text_encoder.fuse(
@@ -177,13 +162,13 @@ class PretrainModel(ALBEF):
             )
             logits = self.match_logits(fused.tokens)
             cam = self.training_gradcam(logits, fused.attention, batch.attention_mask)
-            return Positives(logits, amc.map_losses(cam, batch.box_mask, batch.has_box, self.config.amc))
+            return logits, amc.map_losses(cam, batch.box_mask, batch.has_box, self.config.amc)
 
     def training_gradcam(self, logits: Tensor, attention: Tensor | None, attention_mask: Tensor) -> Tensor:
         """GradCAM (B, h, w) of the match logits by `attention`, itself differentiable (AMC, equation 3)."""
         assert attention is not None
         (gradient,) = torch.autograd.grad(logits[:, 1].sum(), attention, create_graph=True)
-        return amc.gradcam(attention, gradient, attention_mask, self.grid, self.visual_encoder.num_prefix_tokens)
+        return amc.gradcam(self._patches(attention), self._patches(gradient), attention_mask, self.grid)
 
     def _negatives(
         self, text_tokens: Tensor, images: list[KeyValue], attention_mask: Tensor, contrast: losses.ContrastiveOutput

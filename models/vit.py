@@ -100,22 +100,19 @@ def why_unfit(vit: ViT) -> str | None:
         return "it has no CLS token"
     if not hasattr(getattr(vit, "patch_embed", None), "grid_size") or not hasattr(vit, "num_prefix_tokens"):
         return "its patches form no grid"
-    blocks = getattr(vit, "blocks", ())
-    attentions: list[Any] = [getattr(block, "attn", None) for block in blocks]
+    attentions: list[Any] = [getattr(block, "attn", None) for block in getattr(vit, "blocks", ())]
     if not attentions or not all(hasattr(attention, "fused_attn") for attention in attentions):
         return "its blocks have no self-attention of timm's ViT"
     patches = vit.patch_embed
     (height, width), (rows, columns), (down, right) = patches.img_size, patches.grid_size, patches.patch_size
     if (rows * down, columns * right) != (height, width):
         return f"patches of {down} x {right} pixels do not divide images of {height} x {width}"
+    seeing = [_seeing(block) for block in vit.blocks]
     images = torch.zeros(1, 3, height, width, device=vit.cls_token.device)
-    seeing = [_seeing(block) for block in blocks]
-    length = vit.num_prefix_tokens + rows * columns
     tokens = _run(vit, images, [block for block, _ in seeing])
-    if not isinstance(tokens, Tensor) or tokens.shape != (1, length, vit.embed_dim):
-        return "it does not end with one token a patch and its prefix tokens"
-    if vit.forward_head(tokens) is not tokens:
-        return "its output is not its tokens"
+    length = vit.num_prefix_tokens + rows * columns
+    if getattr(tokens, "shape", None) != (1, length, vit.embed_dim) or vit.forward_head(tokens) is not tokens:
+        return "its output is not one token a patch and its prefix tokens"
     for attention, (_, seen) in zip(attentions, seeing, strict=True):
         if [tuple(found.shape) for found in seen] != [(1, attention.num_heads, length, length)]:
             return "its blocks do not attend from every token to every token, once"

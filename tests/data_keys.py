@@ -1,5 +1,6 @@
 """Config keys of the benchmarks on data that lie as the scenes' do; the golden data do so too."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 PARTS = ("val", "test")
@@ -12,8 +13,8 @@ FLICKR = {
 Keys = dict[str, str | list[str]]
 
 
-def flickr_keys(folder: Path) -> Keys:
-    return {key: [str(folder / name.format(part)) for part in PARTS] for key, name in FLICKR.items()}
+def flickr_keys(folder: Path, parts: Sequence[str] = PARTS) -> Keys:
+    return {key: [str(folder / name.format(part)) for part in parts] for key, name in FLICKR.items()}
 
 
 def data_keys(name: str, data: Path) -> Keys:

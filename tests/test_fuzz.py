@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 
 from tests import fuzz
-from tests.fuzz import KINDS, Kind, World
+from tests.fuzz import KINDS, Kind
 from utils import UserError
 
 TRIES_A_KIND = 15
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.filterwarnings("ignore")]
 
 
 def test_damaged_files_of_every_kind_end_in_a_result_or_one_message(tmp_path: Path) -> None:
@@ -24,7 +24,7 @@ def test_damaged_files_of_every_kind_end_in_a_result_or_one_message(tmp_path: Pa
     [ValueError("bare"), AssertionError("wrong result"), UserError("no file is named"), BaseException("a panic")],
 )
 def test_it_notices_what_ends_wrongly(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(world: World, path: Path) -> None:
+    def read(folder: Path, path: Path) -> None:
         raise error
 
     monkeypatch.setitem(KINDS, "faulty", Kind(["s/flickr/val.txt"], read))
@@ -35,7 +35,7 @@ def test_it_notices_what_ends_wrongly(error: BaseException, tmp_path: Path, monk
 
 
 def test_it_notices_what_does_not_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def read(world: World, path: Path) -> None:
+    def read(folder: Path, path: Path) -> None:
         while True:
             pass
 

@@ -33,7 +33,6 @@ MOST_MODULES = 12  # of a folder, not counting __init__.py and the programs
 # Names that several modules define -> why.
 SHARED: dict[str, str] = {
     "Row": "a JSON object, whatever it holds",
-    "load_expressions": "what the reader of every benchmark offers",
 }
 # Files that programs write, or that examples have the reader write.
 MADE = {"table.md", "mine.yaml", "FIGURE.png", "lines.py", "Grounding_lines.yaml"}

@@ -14,7 +14,6 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 import utils
-from system_errors import explain
 
 TRAINING = argparse.Namespace(accum_steps=1, grad_checkpointing=False, precision="fp32", num_workers=4)
 EVALUATION = argparse.Namespace(precision="fp32", num_workers=4)
@@ -56,23 +55,15 @@ def test_a_log_on_a_full_disk() -> None:
     assert "no space is left" in message(lambda: Path("/dev/full").write_text("x"))
 
 
-def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+def test_what_the_system_refuses_names_the_file(tmp_path: Path) -> None:
     (tmp_path / "out").write_text("")
     said = message(lambda: utils.write_text(tmp_path / "out" / "log.txt", ""))
     assert said == f"error: {tmp_path}/out/log.txt: File exists; a part of the path is a file, not a folder"
-
-
-@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.EMFILE])
-def test_what_the_system_refuses_names_the_file(code: int) -> None:
-    said = message(raising(OSError(code, os.strerror(code), "some/file.json")))
-    assert said.startswith(f"error: some/file.json: {os.strerror(code)}; ")
-
-
-def test_a_missing_file_is_told() -> None:
-    assert (
-        message(lambda: Path("no/such/file").read_text())
-        == "error: no/such/file: No such file or directory; check the path"
-    )
+    said = message(lambda: Path("no/such/file").read_text())
+    assert said == "error: no/such/file: No such file or directory; check the path"
+    for code in (errno.EACCES, errno.EROFS, errno.ENAMETOOLONG, errno.EISDIR, errno.EMFILE):
+        said = message(raising(OSError(code, os.strerror(code), "some/file.json")))
+        assert said.startswith(f"error: some/file.json: {os.strerror(code)}; ")
 
 
 def test_an_error_of_reading_inside_the_block_names_what_was_read(tmp_path: Path) -> None:
@@ -94,30 +85,26 @@ def test_a_fault_of_ours_keeps_its_traceback(error: Exception) -> None:
 # ---- memory
 
 
-def test_memory_that_the_cpu_lacks() -> None:
-    said = message(lambda: torch.empty(10**15))
-    assert said.startswith(
-        "error: this machine is out of memory (4000000000000000 bytes more were asked for); try a smaller --set "
-    )
-    assert "--accum_steps" in said
-    assert "--grad_checkpointing" in said
+GPU = torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a capacity of ...")
+CPU = RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 20 bytes.")
 
 
 @pytest.mark.parametrize(
-    "error",
+    ("lacking", "args", "start"),
     [
-        MemoryError(),
-        torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a capacity of ..."),
-        RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: you tried to allocate 20 bytes."),
+        (lambda: torch.empty(10**15), TRAINING, "this machine is out of memory (4000000000000000 bytes more were"),
+        *(
+            (function, EVALUATION, "this machine is out of memory")
+            for function in (raising(MemoryError()), raising(CPU))
+        ),
+        (raising(GPU), EVALUATION, "the GPU is out of memory (20.00 MiB more were asked for); try a smaller --set"),
     ],
 )
-def test_memory_that_evaluation_lacks(error: Exception) -> None:
-    said = message(raising(error), EVALUATION)
-    assert said.startswith(
-        "error: the GPU is out of memory (20.00 MiB" if "CUDA" in str(error) else "error: this machine"
-    )
-    assert "--set batch_size=N" in said
-    assert "--accum_steps" not in said
+def test_memory_that_is_lacking(lacking: Callable[[], object], args: argparse.Namespace, start: str) -> None:
+    said = message(lacking, args)
+    assert said.startswith(f"error: {start}")
+    assert "a smaller --set batch_size=N" in said
+    assert ("--accum_steps" in said) == ("--grad_checkpointing" in said) == (args is TRAINING)
 
 
 # ---- processes
@@ -126,8 +113,8 @@ def test_memory_that_evaluation_lacks(error: Exception) -> None:
 @pytest.mark.parametrize(
     ("environment", "named"),
     [
-        ({"RANK": "0", "WORLD_SIZE": "2"}, "not MASTER_ADDR and MASTER_PORT: start the program by torchrun"),
-        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "but not MASTER_PORT"),
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "MASTER_ADDR expected, but not set"),
+        ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}, "MASTER_PORT expected, but not set"),
         ({"RANK": "x", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29511"}, "RANK=x"),
         ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "none"}, "MASTER_PORT=none"),
     ],
@@ -141,12 +128,11 @@ def test_half_an_environment_of_a_launcher(
         monkeypatch.setenv(name, value)
     said = message(lambda: utils.init_distributed(torch.device("cpu")))
     assert named in said
-    assert "--distributed false" in said
+    assert "start the program by torchrun, or pass --distributed false" in said
 
 
 def test_a_cluster_job_of_one_process_runs_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
     utils.init_distributed(torch.device("cpu"))
@@ -164,6 +150,13 @@ def test_a_gpu_that_is_not_there(name: str, local: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", local)
     assert f"GPU {max(int(local), 2)} is asked for, and PyTorch sees 2" in message(lambda: utils.choose_device(name))
+
+
+def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert utils.choose_device(None) == torch.device("cpu")
+    assert capsys.readouterr().out == "No GPU found: running on the CPU.\n"
+    assert "--device cuda: this machine has no CUDA device" in message(lambda: utils.choose_device("cuda"))
 
 
 # ---- messages of loader processes
@@ -216,7 +209,3 @@ def test_escapes_in_files_do_not_reach_the_terminal(capsys: pytest.CaptureFixtur
 def test_a_file_name_that_is_no_text_can_be_written_to_json(tmp_path: Path) -> None:
     utils.write_text(tmp_path / "a.json", '"\udc80"')
     assert (tmp_path / "a.json").read_text() == '"\\udc80"'
-
-
-def test_nothing_is_made_of_an_error_without_a_number() -> None:
-    assert explain(OSError("image file is truncated"), {}) is None

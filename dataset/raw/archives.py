@@ -1,11 +1,10 @@
-"""What all raw downloads share: members of .zip files, hidden files, and limits on what is read at once."""
+"""What raw downloads share: members of .zip files, hidden and missing files, and limits on what is read at once."""
 
 import lzma
 import struct
 import zipfile
 import zlib
 from pathlib import Path, PurePosixPath
-from typing import IO
 
 from dataset.reading import DataError
 
@@ -37,7 +36,6 @@ def check_ratio(path: Path, info: zipfile.ZipInfo) -> None:
         )
 
 
-def read_at_once(file: IO[bytes]) -> bytes | None:
-    """What is left of a file; None if that is more than `AT_ONCE`."""
-    data = file.read(AT_ONCE + 1)
-    return None if len(data) > AT_ONCE else data
+def require_file(path: Path, remedy: str) -> None:
+    if not path.is_file():
+        raise DataError(f"{path}: does not exist; {remedy}")

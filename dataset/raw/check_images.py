@@ -5,16 +5,19 @@ from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, TypeAlias, TypeVar
 
+import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from dataset.entries import TrainingEntry
+from dataset.expressions import DataFile, Problems, first_of
 from dataset.images import as_rgb, opened
-from dataset.raw.check_report import CheckedFile
 from dataset.vg import clip_box
 
 Item = TypeVar("Item")
+Sizes: TypeAlias = "dict[Path, tuple[int, int] | None]"  # image -> (height, width), where its header can be read
 
 TOLERANCE = 1  # pixels that a box may reach out of its image: owners count corners from 0 or 1, and round
 IMAGES_PER_PROCESS = 64  # fewer are not worth another process
@@ -27,17 +30,6 @@ class Seen(NamedTuple):
     size: tuple[int, int] | None = None
     format: str | None = None
     problem: str | None = None
-
-
-class Claim(NamedTuple):
-    """What the entry at `where` in `file` says of its image: boxes [x1, y1, x2, y2], or without boxes its size."""
-
-    file: CheckedFile
-    where: str
-    image: Path
-    boxes: Sequence[Sequence[float]] = ()
-    size: tuple[int, int] | None = None  # (height, width), of which boxes are pixels; None: that of the image file
-    evaluated: bool = True  # the boxes are right answers of an expression; else those of a training entry
 
 
 def evenly(items: Sequence[Item], count: int | None) -> set[Item]:
@@ -75,7 +67,7 @@ def inspect_image(task: tuple[Path, bool]) -> Seen:
     return seen
 
 
-def note_images(file: CheckedFile, first: dict[Path, str], seen: dict[Path, Seen]) -> None:
+def note_images(file: DataFile, first: dict[Path, str], seen: dict[Path, Seen]) -> None:
     """Note what is wrong with the image files, each at the first entry that names it."""
     names_of, formats = cache(_names_by_stem), Image.registered_extensions()
     for path, where in first.items():
@@ -85,13 +77,13 @@ def note_images(file: CheckedFile, first: dict[Path, str], seen: dict[Path, Seen
             if others := names_of(path.parent).get(path.stem):
                 kind = "the image file does not exist, but one of another extension does; correct the entry"
                 detail += f"; there is {', '.join(others)}"
-            file.errors.add(where, kind, detail)
+            file.problems.add(where, kind, detail)
         elif found.problem is not None:
             kind = "the image cannot be decoded; is the download complete?"
-            file.errors.add(where, kind, f"{path}: {found.problem}")
+            file.problems.add(where, kind, f"{path}: {found.problem}")
         elif formats.get(path.suffix.lower(), found.format) != SAME_FORMAT.get(str(found.format), found.format):
             kind = "the image's content is of another format than its name says; programs here go by the content"
-            file.warnings.add(where, kind, f"{path}: {found.format}")
+            file.remarks.add(where, kind, f"{path}: {found.format}")
 
 
 def _names_by_stem(folder: Path) -> dict[str, list[str]]:
@@ -102,34 +94,56 @@ def _names_by_stem(folder: Path) -> dict[str, list[str]]:
     return names
 
 
-def note_claims(claims: Iterable[Claim], seen: dict[Path, Seen]) -> None:
-    """Note boxes and stated sizes that do not fit their image: all boxes, then all sizes."""
-    for claim in sorted(claims, key=lambda claim: not claim.boxes):
-        actual = seen[claim.image].size if claim.image in seen else None
-        if claim.boxes and (size := claim.size or actual):
-            _note_boxes(claim, *size)
-        elif not claim.boxes and claim.size and actual and actual != claim.size:
+def note_claims(file: DataFile, sizes: Sizes) -> None:
+    """Note boxes of expressions, and stated sizes, that do not fit their image."""
+    for claim in file.claims:
+        if claim.boxes is not None and (size := claim.size or sizes.get(claim.image)):
+            corners = np.hstack([claim.boxes[:, :2], claim.boxes[:, :2] + claim.boxes[:, 2:]]).tolist()
+            remedy = "no answer can be right; do the files belong together?"
+            _note_boxes(file, file.problems, claim.where, corners, size, remedy)
+    stated = first_of((claim.image, claim) for claim in file.claims if claim.boxes is None and claim.size)
+    for image, claim in stated.items():
+        actual = sizes.get(image)
+        if claim.size and actual and actual != claim.size:
             kind = "the annotated size is not that of the image file"
-            stated, found = (f"{width}x{height}" for height, width in (claim.size, actual))
-            claim.file.warnings.add(claim.where, kind, f"annotated {stated}, {claim.image} has {found}")
+            file.remarks.add(claim.where, kind, f"annotated {_size_text(claim.size)}, {image} has {_size_text(actual)}")
 
 
-def _note_boxes(claim: Claim, height: int, width: int) -> None:
-    """Note boxes that cover no pixel of the image, or reach out of it by more than `TOLERANCE`."""
-    empty = [clip_box(box, height, width) is None for box in claim.boxes]
+def note_training_boxes(file: DataFile, entries: Iterable[TrainingEntry], sizes: Sizes) -> None:
+    """Note boxes of training entries that do not fit their image."""
+    for entry in entries:
+        if entry.boxes and (size := sizes.get(entry.image)):
+            remedy = "amc.empty_box says what training does with the entry"
+            _note_boxes(file, file.remarks, entry.source, entry.boxes, size, remedy)
+
+
+def _note_boxes(
+    file: DataFile,
+    empty_level: Problems,
+    where: str,
+    boxes: Sequence[Sequence[float]],
+    size: tuple[int, int],
+    remedy: str,
+) -> None:
+    """Note boxes [x1, y1, x2, y2] that cover no pixel of the image, or reach out of it by more than `TOLERANCE`."""
+    height, width = size
+    empty = [clip_box(box, height, width) is None for box in boxes]
     if all(empty):
-        level, remedy = claim.file.warnings, "amc.empty_box says what training does with the entry"
-        if claim.evaluated:
-            level, remedy = claim.file.errors, "no answer can be right; do the files belong together?"
-        shown = ", ".join(map(_box_text, claim.boxes[:3]))
-        level.add(claim.where, f"no box covers a pixel of the image: {remedy}", f"{shown} in {width}x{height}")
+        shown = ", ".join(map(_box_text, boxes[:3]))
+        kind = f"no box covers a pixel of the image: {remedy}"
+        empty_level.add(where, kind, f"{shown} in {_size_text(size)}")
         return
-    for box, is_empty in zip(claim.boxes, empty, strict=True):
+    for box, is_empty in zip(boxes, empty, strict=True):
         x1, y1, x2, y2 = box
         if is_empty or min(x1, y1) < -TOLERANCE or x2 > width + TOLERANCE or y2 > height + TOLERANCE:
             kind = "a box reaches out of its image, or covers no pixel of it"
-            claim.file.warnings.add(claim.where, kind, f"{_box_text(box)} in {width}x{height}")
+            file.remarks.add(where, kind, f"{_box_text(box)} in {_size_text(size)}")
 
 
 def _box_text(box: Sequence[float]) -> str:
     return f"[{', '.join(f'{x:g}' for x in box)}]"
+
+
+def _size_text(size: tuple[int, int]) -> str:
+    """(height, width) as people write it."""
+    return f"{size[1]}x{size[0]}"

@@ -8,8 +8,9 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.expressions import EntryProblem, require
+from dataset.expressions import Problems, require
 from dataset.flickr import load_ids
+from dataset.raw.archives import require_file
 from dataset.reading import DataError, load_json
 from dataset.refer import load_refs
 
@@ -42,8 +43,7 @@ def read_evaluation_images(path: Path) -> EvaluationImages:
     readers = {".p": _read_refs, ".json": _read_json, ".txt": _read_ids}
     if path.suffix not in readers:
         raise DataError(f"{path}: expected REFER's refs(SPLIT).p, a JSON list of expressions or a .txt of Flickr ids")
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; --exclude-eval takes the files of the splits to leave out")
+    require_file(path, "--exclude-eval takes the files of the splits to leave out")
     return readers[path.suffix](path)
 
 
@@ -58,14 +58,12 @@ def _read_refs(path: Path) -> EvaluationImages:
 
 def _read_json(path: Path) -> EvaluationImages:
     images = set()
-    for index, row in enumerate(load_json(path, list)):
-        try:
-            image = require(row, "image", str)
-            split = require(row, "split", str) if "split" in row else path.stem
-        except EntryProblem as problem:
-            raise DataError(f"{path}: entry {index}: {problem.kind} {problem.detail}".strip()) from None
-        if not is_train(split):
-            images.add(image)
+    with Problems() as problems:
+        for index, row in enumerate(load_json(path, list)):
+            with problems.at(f"{path}: entry {index}"):
+                image = require(row, "image", str)
+                if not is_train(require({"split": path.stem, **row}, "split", str)):
+                    images.add(image)
     matches = [COCO_ID_IN_NAME.match(image.rpartition("/")[2]) for image in images]
     coco = frozenset(int(match[1]) for match in matches if match)
     return EvaluationImages(path, coco=coco, unknown=matches.count(None))

@@ -15,9 +15,11 @@ from pathlib import Path, PurePosixPath
 from typing import IO, Any, NamedTuple
 from xml.etree import ElementTree
 
+from tqdm import tqdm
+
 from dataset.expressions import EntryProblem, Problems
 from dataset.flickr import load_ids
-from dataset.raw.archives import AT_ONCE, BROKEN_ZIP, read_at_once, visible_members
+from dataset.raw.archives import AT_ONCE, BROKEN_ZIP, require_file, visible_members
 from dataset.reading import DataError
 from files import decode_text
 from utils import write_text
@@ -45,27 +47,23 @@ class EntitiesSplit(NamedTuple):
         return f"{len(self.ids)} images, {len(sentences)} sentences, {phrases} phrases with a box{odd}"
 
 
-def convert(
-    source: Path, ids_files: Sequence[Path], progress: Callable[[int], object] = lambda count: None
-) -> dict[str, EntitiesSplit]:
+def convert(source: Path, ids_files: Sequence[Path]) -> dict[str, EntitiesSplit]:
     """Read the annotations of every image of the splits, each named as its ids file (`val.txt`: "val").
 
     Args:
         source: the folder that holds Annotations/ and Sentences/, or annotations.zip; or such an archive.
-        progress: called with 1 after each image.
 
     Raises:
         DataError: files that cannot be used; all kinds of problems of the images in one message.
     """
     with Problems() as problems, open_annotations(source) as (place, read):
         splits = {name: EntitiesSplit(ids, {}, {}) for name, ids in load_splits(ids_files).items()}
-        for split in splits.values():
-            for image_id in split.ids:
+        for name, split in splits.items():
+            for image_id in tqdm(split.ids, desc=name, unit="image", disable=None):
                 with problems.at(f"{place}: Annotations/{image_id}.xml"):
                     split.boxes[image_id] = parse_annotation(read(f"Annotations/{image_id}.xml"))
                 with problems.at(f"{place}: Sentences/{image_id}.txt"):
                     split.sentences[image_id] = parse_sentences(read(f"Sentences/{image_id}.txt"))
-                progress(1)
     return splits
 
 
@@ -84,8 +82,7 @@ def load_splits(ids_files: Sequence[Path]) -> dict[str, list[str]]:
     """The image ids of each split, by the name of its file; raises `DataError`."""
     splits: dict[str, list[str]] = {}
     for path in ids_files:
-        if not path.is_file():
-            raise DataError(f"{path}: does not exist; name the files of image ids, one a split, by --ids")
+        require_file(path, "name the files of image ids, one a split, by --ids")
         if path.stem in splits:
             raise DataError(f"{path}: another --ids file is named {path.name} as well; a split has its file's name")
         splits[path.stem] = load_ids(str(path))
@@ -124,14 +121,12 @@ def _read(open_file: Callable[[], IO[bytes]]) -> bytes:
     """The content of a file of a folder or an archive; raises `EntryProblem`."""
     try:
         with open_file() as file:
-            data = read_at_once(file)
+            data = file.read(AT_ONCE + 1)
     except (FileNotFoundError, KeyError):
         raise EntryProblem("the file is missing; check that the image ids belong to these annotations") from None
     except BROKEN_ZIP as error:
-        if isinstance(error, OSError) and error.strerror:
-            raise EntryProblem("the file cannot be read; check it and its permissions", error.strerror) from None
-        raise EntryProblem(f"the file cannot be unpacked; {INCOMPLETE}", str(error)[:100]) from None
-    if data is None:
+        raise EntryProblem(f"the file cannot be read; {INCOMPLETE}", str(error)[:100]) from None
+    if len(data) > AT_ONCE:
         raise EntryProblem(f"the file is larger than {AT_ONCE >> 20} MB, which none of Flickr30k Entities is")
     return data
 

@@ -13,16 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from dataset.expressions import EntryProblem, Problems, is_box, require
-from dataset.raw.archives import is_hidden
+from dataset.raw.archives import is_hidden, require_file
 from dataset.reading import DataError, load_json
-from dataset.refer import MAX_WORDS, SPLITS, Refer, by_id, load_refer, refer_files, splits_of
+from dataset.refer import MAX_WORDS, SPLITS, Refer, load_refer, read_instances, refer_files, splits_of
 from dataset.text import clean_caption, has_content
+from terminal import aligned
 from utils import write_text
 
 PARTS = ("train", "val", "test")  # one file each; "test" holds every testing split
 COCO_FILE_NAME = "COCO_train2014_{:012d}.jpg"
 NAMED_BY_FILE = ("refclef",)  # its images are SAIAPR's, named in instances.json; the others are COCO's, named by id
-USUAL_SPLITS = {"refclef": "berkeley"}  # whose split the published numbers use, where not the first of `SPLITS`
+USUAL_SPLITS = {**{name: next(iter(owners)) for name, owners in SPLITS.items()}, "refclef": "berkeley"}  # as published
 # Ids of images that every copy of REFER's SAIAPR archive lacks or holds broken.
 NOT_IN_SAIAPR = {17975, 19575, 19579}
 SHOWN_MISSING = 5
@@ -49,10 +50,8 @@ class Lists:
     def table(self) -> str:
         """One line per split; if images are missing, how many sentences they have, and the first of them."""
         names = [name for name in COUNTS if name != "missing" or self.missing]
-        lines = [f"{'split':8}" + "".join(f"{name:>13}" for name in names)]
-        lines += [
-            f"{split:8}" + "".join(f"{count[name]:>13}" for name in names) for split, count in self.counts.items()
-        ]
+        rows = [[split, *(str(count[name]) for name in names)] for split, count in self.counts.items()]
+        lines = [aligned([["split", *names], *rows])]
         if self.missing:
             first = ", ".join(list(self.missing.values())[:SHOWN_MISSING])
             more = f" and {len(self.missing) - SHOWN_MISSING:,} more" if len(self.missing) > SHOWN_MISSING else ""
@@ -60,14 +59,9 @@ class Lists:
         return "\n".join(lines)
 
 
-def usual_split(dataset: str) -> str:
-    """Whose split of a data set the published numbers use."""
-    return USUAL_SPLITS.get(dataset, next(iter(SPLITS[dataset])))
-
-
 def default_split(folder: Path, dataset: str) -> str:
-    """The usual split; if its refs(SPLIT_BY).p is not there, the first whose file is."""
-    names = [usual_split(dataset), *SPLITS[dataset]]
+    """Whose split the published numbers use; if its refs(SPLIT_BY).p is not there, the first whose file is."""
+    names = [USUAL_SPLITS[dataset], *SPLITS[dataset]]
     return next((name for name in names if refer_files(folder / dataset, name)[0].is_file()), names[0])
 
 
@@ -97,30 +91,24 @@ def make_lists(
     """
     lists = Lists({split: Counter() for split in splits_of(dataset, split_by)})
     for path in refer_files(folder / dataset, split_by):
-        if not path.is_file():
-            others = sorted(other.name for other in path.parent.glob("refs(*).p"))
-            there = f"; there is {', '.join(others)}, see --split-by" if others and path.suffix == ".p" else ""
-            raise DataError(
-                f"{path}: does not exist{there}; {folder} must hold {dataset}/ as it is in REFER's {dataset}.zip"
-            )
+        others = ", ".join(sorted(other.name for other in path.parent.glob("refs(*).p")))
+        there = f"there is {others}, see --split-by; " if others and path.suffix == ".p" else ""
+        require_file(path, f"{there}{folder} must hold {dataset}/ as it is in REFER's {dataset}.zip")
     refer = load_refer(folder / dataset, split_by)
     on_disk = None if image_root is None else images_on_disk(image_root)
     with Problems() as problems:
         for index, ref in enumerate(refer.refs.values()):
             with problems.at(f"{refer.refs_file}: ref {index} (ref_id {ref['ref_id']})"):
-                part = part_of(ref["split"])
+                part, image_id = part_of(ref["split"]), ref["image_id"]
                 name = image_name(ref, refer, dataset in NAMED_BY_FILE)
                 image = name if on_disk is None else on_disk.get(Path(name).name)
-                if image is None and skip_missing:
-                    lists.missing[ref["image_id"]] = name
-                elif image is None:
-                    lost = "REFER's archive of SAIAPR is known to lack it; --skip-missing leaves it out"
-                    known = dataset in NAMED_BY_FILE and ref["image_id"] in NOT_IN_SAIAPR
-                    remedy = (
-                        f", and {lost}" if known else "; check the folder, or leave such refs out by --skip-missing"
-                    )
-                    kind = f"the ref's image is not under --image-root{remedy}"
-                    raise EntryProblem(kind, f"image_id {ref['image_id']}, {name}")
+                if image is None and not skip_missing:
+                    known = dataset in NAMED_BY_FILE and image_id in NOT_IN_SAIAPR
+                    remedy = "REFER's archive of SAIAPR is known to lack it" if known else "check the folder"
+                    kind = f"the ref's image is not under --image-root: {remedy}; --skip-missing leaves such refs out"
+                    raise EntryProblem(kind, f"image_id {image_id}, {name}")
+                if image is None:
+                    lists.missing[image_id] = name
                 refer.box(ref)  # there is one
                 count = lists.counts.setdefault(ref["split"], Counter())
                 count["refs"] += 1
@@ -173,11 +161,12 @@ def images_on_disk(root: Path) -> dict[str, str]:
     """
     if not root.is_dir():
         raise DataError(f"{root}: is not a folder; --image-root must be the one that holds the images")
-    below = sorted(path for path in root.iterdir() if path.is_dir() and not is_hidden(path.name))
     found: dict[str, str] = {}
-    for folder in (root, *below, *(path / "images" for path in below)):
-        for path in folder.glob("[!.]*.jpg"):
-            found.setdefault(path.name, path.relative_to(root).as_posix())
+    for pattern in ("*.jpg", "*/*.jpg", "*/images/*.jpg"):
+        for path in sorted(root.glob(pattern)):
+            name = path.relative_to(root).as_posix()
+            if not is_hidden(name):
+                found.setdefault(path.name, name)
     if not found:
         raise DataError(f"{root}: holds no .jpg; --image-root must be the folder of the images")
     return found
@@ -203,13 +192,13 @@ def group_detections(file: Path, instances: Path | None = None) -> dict[str, lis
         DataError: a file that cannot be used; all kinds of problems of the entries in one message.
     """
     found: dict[int, list[list[float]]] = {}
+    for path in (file, instances):
+        if path is not None:
+            require_file(path, "check the path")
+    rows = load_json(file, list)
     with Problems() as problems:
         if instances is not None:
-            images = _load(instances, dict).get("images")
-            if not isinstance(images, list):
-                raise DataError(f"{instances}: key 'images' must be a list; is this REFER's instances.json?")
-            found = {image_id: [] for image_id in by_id(images, f"{instances}: images entry", problems, id=(int,))}
-        rows = _load(file, list)
+            found = {image_id: [] for image_id in read_instances(instances, problems)[1]}
         for index, row in enumerate(rows):
             with problems.at(f"{file}: entry {index}"):
                 box = require(row, "box", list)
@@ -221,9 +210,3 @@ def group_detections(file: Path, instances: Path | None = None) -> dict[str, lis
     if not rows:
         raise DataError(f"{file}: holds no detections")
     return {str(image_id): found[image_id] for image_id in sorted(found)}
-
-
-def _load(path: Path, kind: type) -> Any:
-    if not path.is_file():
-        raise DataError(f"{path}: does not exist; check the path")
-    return load_json(path, kind)

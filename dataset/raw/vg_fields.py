@@ -101,13 +101,13 @@ def read_each(rows: Iterable[Any], what: str, read: Callable[[Row], T]) -> Itera
 
 
 def any_of(row: Row, keys: Sequence[str], read: Callable[[Row, str], T]) -> T | None:
-    """`read` of a row under keys that mean the same and must agree; None where all are null or missing."""
-    found = {key: read(row, key) for key in keys if row.get(key) is not None}
-    for (first, value), (other, another) in itertools.pairwise(found.items()):
+    """`read` of a row under keys that mean the same and must agree; None where all are null, empty or missing."""
+    found = [(key, value) for key in keys if key in row and (value := read(row, key)) not in (None, [])]
+    for (first, value), (other, another) in itertools.pairwise(found):
         if value != another:
             kind = f"keys '{first}' and '{other}' mean the same but differ; leave out the wrong one"
             raise EntryProblem(kind, f"{value!r:.60} and {another!r:.60}")
-    return next(iter(found.values()), None)
+    return found[0][1] if found else None
 
 
 def read_texts(row: Row, key: str) -> list[str]:
@@ -131,11 +131,8 @@ def read_box(row: Row, image: Image) -> Corners | None:
 
 def read_side(row: Row, short: str, long: str) -> float:
     """The number of pixels under one of two keys, or under both."""
-    first, *others = [read_number(row, key) for key in (short, long) if key in row] or [read_number(row, long)]
-    if others and others[0] != first:
-        kind = f"keys '{short}' and '{long}' mean the same but differ; leave out the wrong one"
-        raise EntryProblem(kind, f"{first} and {others[0]}")
-    return first
+    side = any_of(row, (short, long), read_number)
+    return read_number(row, long) if side is None else side
 
 
 def read_number(row: Row, key: str) -> float:

@@ -1,11 +1,12 @@
 """Visual Genome's files, unpacked or in the owners' .zip, read as a stream: one entry is in memory at a time.
 
-They have up to 4 GB. Python's `json` decodes each entry: it is fast, and strict about what JSON is.
+They have up to 4 GB. Python's `json`, which is fast, decodes each entry.
 """
 
 import codecs
 import json
 import os
+import pickle
 import re
 import zipfile
 from collections import Counter
@@ -22,18 +23,13 @@ from files import RepeatedKey, unique_keys
 
 Row = dict[str, Any]
 KINDS = ("image_data", "region_descriptions", "attributes", "objects")
-NAME = re.compile(rf"({'|'.join(KINDS)})(?:_v\d[\d_.]*)?(\.json(?:\.gz|\.zip)?|\.zip)")  # objects_v1_2.json.zip, say
+NAME = re.compile(
+    rf"({'|'.join(KINDS)})(?:_v\d[\d_.]*)?\.(?:json|json\.gz|json\.zip|zip)"
+)  # objects_v1_2.json.zip, say
 PIECE = 1 << 20  # bytes that are read at a time
-BLANKS = " \t\n\r"
-OPENING = re.compile(rf"\[[{BLANKS}]*(?=[^{BLANKS}])(\]?)[{BLANKS}]*")  # up to the first item, or past an empty list
-CLOSING = re.compile(rf"[{BLANKS}]*([,\]])[{BLANKS}]*")  # what follows an item
-
-
-def _refuse(constant: str) -> None:
-    raise json.JSONDecodeError(f"{constant} is no JSON", constant, 0)
-
-
-DECODER = json.JSONDecoder(parse_constant=_refuse, object_pairs_hook=unique_keys)
+OPENING = re.compile(r"\[\s*(?=\S)(\]?)\s*")  # up to the first item, or past an empty list
+CLOSING = re.compile(r"\s*([,\]])\s*")  # what follows an item
+DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 class RawFile(NamedTuple):
@@ -42,12 +38,18 @@ class RawFile(NamedTuple):
     path: Path
     member: str | None = None
 
+    @property
+    def kind(self) -> str | None:
+        """One of `KINDS`, by the name."""
+        match = NAME.fullmatch(Path(self.member or self.path).name)
+        return match and match[1]
+
     def __str__(self) -> str:
         return f"{self.path} ({self.member})" if self.member else str(self.path)
 
 
 def find_sources(raw: Sequence[Path]) -> dict[str, RawFile]:
-    """The owners' files in folders, or given by name: kind, one of `KINDS`, -> file. A file is preferred to its .zip.
+    """The owners' files in folders, or given by name, by their kind. A file is preferred to its .zip.
 
     Raises:
         DataError: a path does not exist or is not such a file, or two are of the same kind.
@@ -56,28 +58,24 @@ def find_sources(raw: Sequence[Path]) -> dict[str, RawFile]:
     for path in raw:
         if not path.exists():
             raise DataError(f"{path}: does not exist; give a folder with Visual Genome's files, or the files")
-        files = [file for file in sorted(path.iterdir()) if NAME.fullmatch(file.name)] if path.is_dir() else [path]
+        files = [file for file in sorted(path.iterdir()) if RawFile(file).kind] if path.is_dir() else [path]
         names = {file.name for file in files}
         for file in files:
-            if file.suffix in (".zip", ".gz") and not names.isdisjoint((file.stem, f"{file.stem}.json")):
-                continue
-            for kind, source in _contents(file):
-                if kind in found:
-                    raise DataError(f"{found[kind]} and {source} are both {kind}; give the one to use by its name")
-                found[kind] = source
+            if file.suffix == ".json" or names.isdisjoint((file.stem, f"{file.stem}.json")):
+                for kind, source in _contents(file):
+                    if kind in found:
+                        raise DataError(f"{found[kind]} and {source} are both {kind}; give the one to use by its name")
+                    found[kind] = source
     return found
 
 
 def _contents(file: Path) -> list[tuple[str, RawFile]]:
-    """The kinds of a file, or of the members of a .zip."""
-    if file.suffix == ".gz":
-        raise DataError(f"{file}: is compressed by gzip; unpack it first (gunzip)")
+    """The kind of a file, or those of the members of a .zip."""
     sources = [RawFile(file)]
     if file.suffix == ".zip":
         with _readable(file), zipfile.ZipFile(file) as archive:
             sources = [RawFile(file, info.filename) for info in visible_members(archive)]
-    named = [(NAME.fullmatch((source.member or file.name).rpartition("/")[2]), source) for source in sources]
-    found = [(match[1], source) for match, source in named if match and match[2] == ".json"]
+    found = [(source.kind, source) for source in sources if source.kind]
     if not found:
         raise DataError(f"{file}: none of Visual Genome's files ({', '.join(f'{kind}.json' for kind in KINDS)})")
     return found
@@ -99,15 +97,12 @@ def stream_items(source: RawFile) -> Iterator[Any]:
             file, size = stack.enter_context(archive.open(info)), info.file_size
         start = file.peek(8)
         if start.startswith(b"\x1f\x8b"):
-            raise DataError(f"{source}: is compressed by gzip, whatever its name says; unpack it first (gunzip)")
-        start = start.removeprefix(codecs.BOM_UTF8).lstrip()
-        if start.startswith(b"{"):
+            raise DataError(f"{source}: is compressed by gzip; unpack it first (gunzip)")
+        if start.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
             raise DataError(
                 f"{source}: expected a JSON list, found an object; is it Visual Genome's file? If it holds an object a "
                 "line, make a list of them: [...], with commas between"
             )
-        if start and not start.startswith(b"["):
-            raise DataError(f"{source}: expected a JSON list; is this Visual Genome's file, UTF-8 and complete?")
         with tqdm.wrapattr(file, "read", total=size, desc=source.path.name, disable=None) as stream:
             yield from _items(stream)
 
@@ -122,7 +117,7 @@ def _items(file: IO[bytes]) -> Iterator[Any]:
     text, at, mark, data = "", 0, "", b""  # mark: what the list has before `at`: nothing yet, a comma, or its end
     while mark != "]" or data:
         data = file.read(max(PIECE, len(text) - at))
-        text, at = (text[at:] + decode(data, not data)).lstrip(BLANKS), 0
+        text, at = (text[at:] + decode(data, not data)).lstrip(), 0
         if mark == "]" and text:
             raise json.JSONDecodeError("Extra data after the list", text, 0)
         try:
@@ -163,7 +158,7 @@ def _readable(source: RawFile | Path) -> Iterator[None]:
 
 
 class Draft:
-    """JSON objects of each image in a temporary file: images are added in any order, and read back by their ids.
+    """Rows of each image in a temporary file: images are added in any order, and read back by their ids.
 
     For an output, these are its entries {"image", "caption", "bbox"}, and `dropped` counts the candidates, each a
     phrase with its box, by the rule that dropped them.
@@ -171,28 +166,29 @@ class Draft:
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        self.places: dict[int, tuple[int, int]] = {}  # image id -> first byte and number of bytes
-        self.entries = self.boxes = 0
+        self.places: dict[int, int] = {}  # image id -> first byte
+        self.entries = self.boxes = 0  # that `write` wrote
         self.dropped: Counter[str] = Counter()
 
-    def add(self, image_id: int, rows: Sequence[Row]) -> None:
+    def add(self, image_id: int, rows: list[Any]) -> None:
         """Add all rows of an image; an image without any is not kept."""
         if rows:
-            start = self.file.seek(0, os.SEEK_END)
-            self.places[image_id] = start, self.file.write(",\n".join(map(json.dumps, rows)).encode())
-            self.entries += len(rows)
-            self.boxes += sum(len(row.get("bbox", ())) for row in rows)
+            self.places[image_id] = self.file.seek(0, os.SEEK_END)
+            pickle.dump(rows, self.file)
 
-    def get(self, image_id: int) -> str:
-        """The rows of an image, as they stand in a JSON list; empty where none was added."""
-        start, length = self.places.get(image_id, (0, 0))
-        self.file.seek(start)
-        return self.file.read(length).decode()
+    def get(self, image_id: int) -> list[Any]:
+        """The rows of an image; empty where none was added."""
+        if image_id not in self.places:
+            return []
+        self.file.seek(self.places[image_id])
+        return pickle.load(self.file)
 
     def write(self, path: Path) -> None:
-        """Write a JSON list, an entry a line, in the order of image ids."""
+        """Write the entries as a JSON list, one a line, in the order of image ids."""
         with open(path, "w", encoding="utf-8", newline="\n") as file:
             file.write("[")
-            for index, image_id in enumerate(sorted(self.places)):
-                file.write((",\n" if index else "\n") + self.get(image_id))
+            for entry in (entry for image_id in sorted(self.places) for entry in self.get(image_id)):
+                file.write((",\n" if self.entries else "\n") + json.dumps(entry))
+                self.entries += 1
+                self.boxes += len(entry["bbox"])
             file.write("\n]\n")

@@ -35,19 +35,10 @@ DROPPED = (
 
 
 class Rules(NamedTuple):
-    """What can be chosen for all three files; the defaults keep everything that the trainer can use.
+    """What can be chosen for all three files, as `prepare.py vg --help` says; the defaults keep all that can be used.
 
-    The authors' rules are not published: these are ours.
-
-    Args:
-        group: which phrases of an image are one entry with all their boxes. "cleaned": those that are equal after the
-            trainer's own cleaning (case, punctuation); "exact": equal but for white space; "none": an entry a phrase.
-        min_area, max_area: smallest and largest area of a box, as a fraction of its image's.
-        max_boxes: an entry of more boxes than this is left out, as it tells nothing apart; None: no limit.
-        min_words, max_words: words that a cleaned caption has; None: no limit (the trainer cuts at its max_words).
-        positions: the positions that attributes_spatial may name.
-        margin: how far apart two centres must be, as a fraction of the image's width (left, right) or height.
-        spatial_form: how a caption is made of {position} and {phrase}.
+    Areas are fractions of the image's, the margin one of its width or height; None sets no limit. The authors' rules
+    are not published: these are ours.
     """
 
     group: str = "cleaned"
@@ -168,15 +159,13 @@ def group_phrases(
 
 def _objection(cleaned: str, box: Corners, image: Image, rules: Rules) -> str:
     """The rule that drops a phrase with its box; empty if none does."""
-    words = len(cleaned.split())
-    if not has_content(cleaned):
-        return NO_TEXT
-    if words < rules.min_words:
-        return FEW_WORDS
-    if rules.max_words is not None and words > rules.max_words:
-        return MANY_WORDS
-    x1, y1, x2, y2 = box
-    area, whole = (x2 - x1) * (y2 - y1), image.width * image.height
-    if area < rules.min_area * whole:
-        return SMALL_BOX
-    return LARGE_BOX if area > rules.max_area * whole else ""
+    words, (x1, y1, x2, y2), whole = len(cleaned.split()), box, image.width * image.height
+    area = (x2 - x1) * (y2 - y1)
+    broken = {
+        NO_TEXT: not has_content(cleaned),
+        FEW_WORDS: words < rules.min_words,
+        MANY_WORDS: rules.max_words is not None and words > rules.max_words,
+        SMALL_BOX: area < rules.min_area * whole,
+        LARGE_BOX: area > rules.max_area * whole,
+    }
+    return next((rule for rule, is_broken in broken.items() if is_broken), "")

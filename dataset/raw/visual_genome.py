@@ -5,7 +5,6 @@ the order of image ids. In memory are image_data.json, one image's annotations, 
 """
 
 import functools
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dataset.expressions import EntryProblem
 from dataset.raw.evaluation_images import EvaluationImages, read_evaluation_images
-from dataset.raw.vg_fields import Image, VGObject, read_each, read_image_id, read_image_row, read_object, read_region
+from dataset.raw.vg_fields import Image, read_each, read_image_id, read_image_row, read_object, read_region
 from dataset.raw.vg_files import Draft, RawFile, Row, find_sources, stream_items
 from dataset.raw.vg_phrases import DROPPED, Rules, describe_attributes, describe_positions, describe_regions
 from dataset.reading import DataError
@@ -41,26 +40,16 @@ class Images(NamedTuple):
     """The images of image_data.json by id, all and those to use; and the ids of the others.
 
     Args:
-        evaluation: left out because they are in a val or test split of --exclude-eval.
+        evaluation: each file of evaluation splits, with those of the images that are in its val and test splits.
         missing: left out because they are not on disk.
         unknown: images that other files have and image_data has not, gathered while those are read.
-        found: for each evaluation file, how many of image_data's images are in it.
     """
 
     all: dict[int, Image]
     used: dict[int, Image]
-    evaluation: set[int]
+    evaluation: list[tuple[EvaluationImages, set[int]]]
     missing: set[int]
     unknown: set[int]
-    found: list[int]
-
-
-class Prepared(NamedTuple):
-    """The images, the files of evaluation splits in the order of `images.found`, and the outputs."""
-
-    images: Images
-    evaluation: list[EvaluationImages]
-    drafts: dict[str, Draft]
 
 
 def prepare(
@@ -70,7 +59,7 @@ def prepare(
     outputs: Sequence[str] = tuple(OUTPUTS),
     exclude: Sequence[Path] = (),
     image_root: Path | None = None,
-) -> Prepared:
+) -> tuple[Images, dict[str, Draft]]:
     """Write `outputs`, keys of `OUTPUTS`, to the folder `out`: all of them or, when something is wrong, none.
 
     Args:
@@ -79,27 +68,22 @@ def prepare(
         image_root: leave out images that are not under this folder; None: do not look.
 
     Raises:
-        DataError: a file is missing or cannot be used, or `out` not written; the message names file, entry and key.
+        DataError: a file is missing or cannot be used; the message names file, entry and key.
+        UserError: an output cannot be written.
     """
     sources = find_sources(raw)
     for kind in ("image_data", *(SOURCES[name] for name in outputs)):
         if kind not in sources:
             where = ", ".join(map(str, raw))
             raise DataError(f"{where}: neither {kind}.json nor {kind}.json.zip is there; download it, or see --only")
-    evaluation = [read_evaluation_images(path) for path in exclude]
-    images = read_images(sources["image_data"], evaluation, image_root)
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        with ExitStack() as stack:
-            names = [*(name for name in OUTPUTS if name in outputs), "objects"]
-            drafts = {name: Draft(stack.enter_context(TemporaryFile(dir=out))) for name in names}
-            _fill(drafts, sources, images, rules)
-            del drafts["objects"]
-            for name, draft in drafts.items():
-                draft.write(stack.enter_context(atomic_path(out / OUTPUTS[name])))
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error}); is there room, and are you allowed to?") from error
-    return Prepared(images, evaluation, drafts)
+    images = read_images(sources["image_data"], [read_evaluation_images(path) for path in exclude], image_root)
+    with ExitStack() as stack:
+        paths = {name: stack.enter_context(atomic_path(out / OUTPUTS[name])) for name in OUTPUTS if name in outputs}
+        drafts = {name: Draft(stack.enter_context(TemporaryFile(dir=out))) for name in (*paths, "objects")}
+        _fill(drafts, sources, images, rules)
+        for name, path in paths.items():
+            drafts[name].write(path)
+    return images, {name: drafts[name] for name in paths}
 
 
 def _fill(drafts: Mapping[str, Draft], sources: dict[str, RawFile], images: Images, rules: Rules) -> None:
@@ -111,13 +95,12 @@ def _fill(drafts: Mapping[str, Draft], sources: dict[str, RawFile], images: Imag
             descriptions.add(image_id, describe_regions(regions, image_id, image, rules, descriptions.dropped))
     if spatial and "objects" in sources:
         for image_id, _, things in read_per_image(sources, "objects", images):
-            objects.add(image_id, [thing._asdict() for thing in things])
+            objects.add(image_id, things)
     for image_id, image, things in read_per_image(sources, "attributes", images) if attributes or spatial else ():
         if attributes:
             attributes.add(image_id, describe_attributes(things, image, rules, attributes.dropped))
         if spatial:
-            rows = json.loads(f"[{objects.get(image_id)}]")
-            others = [VGObject(**{**row, "box": row["box"] and tuple(row["box"])}) for row in rows]
+            others = objects.get(image_id)
             spatial.add(image_id, describe_positions(things, others, image, rules, spatial.dropped))
 
 
@@ -129,10 +112,10 @@ def read_images(source: RawFile, evaluation: Sequence[EvaluationImages], image_r
     if not table:
         raise DataError(f"{source}: holds no images")
     held = [{i for i, image in table.items() if file.holds(image.coco_id, image.flickr_id)} for file in evaluation]
-    leaking = set().union(*held)
-    missing = {i for i, image in table.items() if image_root is not None and not (image_root / image.name).is_file()}
-    used = {i: image for i, image in table.items() if i not in leaking and i not in missing}
-    return Images(table, used, leaking, missing - leaking, set(), [len(ids) for ids in held])
+    rest = {i: image for i, image in table.items() if not any(i in ids for ids in held)}
+    missing = {i for i, image in rest.items() if image_root is not None and not (image_root / image.name).is_file()}
+    used = {i: image for i, image in rest.items() if i not in missing}
+    return Images(table, used, list(zip(evaluation, held, strict=True)), missing, set())
 
 
 def read_per_image(sources: dict[str, RawFile], kind: str, images: Images) -> Iterator[tuple[int, Image, list[Any]]]:
@@ -175,41 +158,17 @@ def _read_all(source: RawFile, read: Callable[[int, Row], T]) -> Iterator[tuple[
 # ---- what is said at the end
 
 
-def summary(report: Prepared) -> str:
+def summary(images: Images, drafts: dict[str, Draft]) -> str:
     """Images, then each output with its entries and boxes, and the candidates that each rule dropped."""
-    images, evaluation = report.images, report.evaluation
-    files = [(f"  {file.path}: of {len(file):,} images", n) for file, n in zip(evaluation, images.found, strict=True)]
-    rows = [
+    files = [(f"  {file.path}: of {len(file):,} images", len(held)) for file, held in images.evaluation]
+    leaking = set().union(*(held for _, held in images.evaluation))
+    counts = [
         ("images in image_data", len(images.all)),
-        *([("left out: in a val or test split", len(images.evaluation)), *files] if evaluation else []),
+        *([("left out: in a val or test split", len(leaking)), *files] if files else []),
         *([("left out: not on disk", len(images.missing))] if images.missing else []),
         *([("left out: not in image_data", len(images.unknown))] if images.unknown else []),
         ("images used", len(images.used)),
     ]
-    unseen = ["\n".join(_unseen_by_exclude_eval(report))] if evaluation else []
-    return "\n\n".join([table(rows), *unseen, _outputs(report.drafts)])
-
-
-def _unseen_by_exclude_eval(report: Prepared) -> list[str]:
-    ids = [(image.coco_id, image.flickr_id) for image in report.images.all.values()]
-    no_coco, no_flickr = (sum(pair[i] is None for pair in ids) for i in (0, 1))
-    lines = [
-        f"Without coco_id: {no_coco:,} images of image_data; without flickr_id: {no_flickr:,}; with "
-        f"neither, so that no file can tell them: {ids.count((None, None)):,}."
-    ]
-    for file in report.evaluation:
-        if not len(file):
-            lines.append(f"{file.path}: holds no val or test split, so it left out nothing.")
-        if file.unknown:
-            lines.append(
-                f"{file.path}: images that are not COCO's by name, as RefCLEF's: {file.unknown:,}; Visual Genome has "
-                "no ids of theirs, so none could be looked for."
-            )
-    return lines
-
-
-def _outputs(drafts: dict[str, Draft]) -> str:
-    """A column per output: its images, entries and boxes, and what each rule dropped."""
     found = drafts.values()
     dropped = [(f"  {rule}", *(draft.dropped[rule] for draft in found)) for rule in DROPPED]
     rows = [
@@ -220,12 +179,29 @@ def _outputs(drafts: dict[str, Draft]) -> str:
         ("dropped, by rule:",),
         *(row for row in dropped if any(row[1:])),
     ]
-    empty = [
-        f"\nwarning: {name} holds no entries; training refuses such a file, so leave it out of train_file"
-        for name, draft in drafts.items()
-        if not draft.entries
+    empty = [name for name, draft in drafts.items() if not draft.entries]
+    warning = "warning: {} holds no entries; training refuses such a file, so leave it out of train_file"
+    return "\n".join([table(counts), "", *_unseen(images), table(rows), *map(warning.format, empty)])
+
+
+def _unseen(images: Images) -> list[str]:
+    """Lines about the images that --exclude-eval, if it was given, cannot find."""
+    ids = [(image.coco_id, image.flickr_id) for image in images.all.values()]
+    no_coco, no_flickr = (sum(pair[i] is None for pair in ids) for i in (0, 1))
+    files = [file for file, _ in images.evaluation]
+    lines = [
+        f"Without coco_id: {no_coco:,} images of image_data; without flickr_id: {no_flickr:,}; with neither, so that "
+        f"no file can tell them: {ids.count((None, None)):,}.",
+        *(f"{file.path}: holds no val or test split, so it left out nothing." for file in files if not len(file)),
+        *(
+            f"{file.path}: images that are not COCO's by name, as RefCLEF's: {file.unknown:,}; Visual Genome has no "
+            "ids of theirs, so none could be looked for."
+            for file in files
+            if file.unknown
+        ),
+        "",
     ]
-    return "".join([table(rows), *empty])
+    return lines if files else []
 
 
 def table(rows: Sequence[Sequence[object]]) -> str:

@@ -81,24 +81,16 @@ def generate(
     """Write the data set. Equal arguments give equal bytes, and no scene depends on the number of scenes.
 
     Args:
-        train: number of training scenes; all have captions.
+        train: number of training scenes, at most `IDS_PER_SPLIT`; all have captions.
         annotated: how many of them, the first ones, also have region phrases with boxes.
         evaluation: number of scenes in each of val, testA and testB. testB asks for pairs of colour and shape that
             training never shows.
-        size: mean of an image's width and height, in pixels.
+        size: mean of an image's width and height, in pixels, at least `SMALLEST_SIZE`.
         progress: called with 1 after each image.
 
     Returns:
         file or benchmark -> its number of entries.
-
-    Raises:
-        ValueError: a number is out of range.
     """
-    if not (0 < annotated <= train <= IDS_PER_SPLIT and 0 < evaluation <= IDS_PER_SPLIT and size >= SMALLEST_SIZE):
-        raise ValueError(
-            f"train and evaluation must be 1 to {IDS_PER_SPLIT}, annotated at most train, size at least "
-            f"{SMALLEST_SIZE} pixels"
-        )
     (out / MANIFEST).unlink(missing_ok=True)
     (out / "images").mkdir(parents=True, exist_ok=True)
     drawn: dict[str, list[Drawn]] = {split: [] for split in SPLITS}
@@ -205,8 +197,8 @@ def _write_refer(root: Path, dataset: str, drawn: list[Drawn], kinds: Sequence[s
     sent_ids = itertools.count()
     for one in drawn:
         images.append({"id": one.image_id, "width": one.scene.width, "height": one.scene.height, "file_name": one.name})
-        first = len(annotations)
-        annotations += [_annotation(first + k, one.image_id, thing) for k, thing in enumerate(one.scene.things)]
+        own = [_annotation(k, one.image_id, thing) for k, thing in enumerate(one.scene.things, len(annotations))]
+        annotations += own
         for target in _targets(one)[:2]:
             sentences = []
             for spec in _paraphrases(one.scene, target, one.rng, 2, kinds):
@@ -216,19 +208,10 @@ def _write_refer(root: Path, dataset: str, drawn: list[Drawn], kinds: Sequence[s
                 tests["val" if one.split == "val" else "test"].append(row)
                 sentences.append({"sent_id": next(sent_ids), "sent": sent, "raw": sent, "tokens": sent.split()})
             if sentences:
-                annotation = annotations[first + target]
-                refs.append(
-                    {
-                        "ref_id": len(refs),
-                        "ann_id": annotation["id"],
-                        "image_id": one.image_id,
-                        "category_id": annotation["category_id"],
-                        "file_name": one.name,
-                        "split": one.split,
-                        "sent_ids": [sentence["sent_id"] for sentence in sentences],
-                        "sentences": sentences,
-                    }
-                )
+                ids = {"ref_id": len(refs), "ann_id": own[target]["id"], "image_id": one.image_id}
+                of_image = {"category_id": own[target]["category_id"], "file_name": one.name, "split": one.split}
+                said = {"sent_ids": [sentence["sent_id"] for sentence in sentences], "sentences": sentences}
+                refs.append({**ids, **of_image, **said})
     folder = root / dataset
     categories = [{"id": k, "name": shape} for k, shape in enumerate(world.SHAPES, 1)]
     instances = {"images": images, "annotations": annotations, "categories": categories}

@@ -264,11 +264,9 @@ def compose(scene: Scene, rng: Generator, style: str, limit: int = CAPTION_WORDS
         if style == "size" and spare >= 1 and rng.random() < 0.8:
             specs[k] = specs[k]._replace(size=scene.things[i].size)
             spare -= 1
-        if style == "place" and rng.random() < 0.7:
-            places = _places(scene.things[i], scene)
-            place = pick(rng, places) if places else None
-            cost = len(PLACES[place][0].split()) - 1 if place else 0
-            if cost <= spare:
+        if style == "place" and rng.random() < 0.7 and (places := _places(scene.things[i], scene)):
+            place = pick(rng, places)
+            if (cost := _words_of(place)) <= spare:
                 specs[k] = specs[k]._replace(place=place)
                 spare -= cost
     return _say(specs, start, rng)
@@ -294,11 +292,16 @@ def compose_part(scene: Scene, rng: Generator, limit: int = CAPTION_WORDS) -> Ca
     for k, i in enumerate(order):
         related_here = specs[k].relation or (k and specs[k - 1].relation)
         places = _places(scene.things[i], scene)
-        cost = max(len(PLACES[place][0].split()) - 1 for place in places) if places else limit
+        cost = max(map(_words_of, places), default=limit)
         if cost <= spare and not related_here and (len(order) == 1 or rng.random() < 0.7):
             specs[k] = specs[k]._replace(place=pick(rng, places))
             spare -= cost
     return _say(specs, "", rng)
+
+
+def _words_of(place: str) -> int:
+    """How many words a place adds to a caption."""
+    return len(PLACES[place][0].format("").split())
 
 
 def _relate(specs: list[Spec], order: list[int], scene: Scene) -> None:

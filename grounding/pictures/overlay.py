@@ -102,7 +102,8 @@ def word_strip(image: Image.Image, found: Grounding, colormap: str = COLORMAP) -
         draw(axes, image, image.size[::-1], shares, colours)
         axes.set_title("\n".join(name), fontproperties=SMALL, pad=3, parse_math=False)
     note = "each map on its own scale; %: share of the whole map" if found.words else "mode itc: no maps of words"
-    _place_text(figure, note, MARGIN, MARGIN, SMALL, va="bottom", color="#555555")
+    inches = figure.dpi_scale_trans
+    figure.text(MARGIN, MARGIN, note, fontproperties=SMALL, va="bottom", color="#555555", transform=inches)
     return figure
 
 
@@ -142,13 +143,10 @@ def break_lines(text: str, fits: Callable[[str], bool]) -> list[str]:
 
 def _write(figure: Figure, lines: Sequence[str], font: FontProperties, skip: int = 0) -> None:
     """Lines of text at the top of a figure, below `skip` others."""
+    inches: dict[str, Any] = {"transform": figure.dpi_scale_trans, "parse_math": False}
     for index, line in enumerate(lines, start=skip):
-        _place_text(figure, line, MARGIN, figure.get_figheight() - MARGIN - LINE * index, font, va="top")
-
-
-def _place_text(figure: Figure, text: str, x: float, y: float, font: FontProperties, **style: Any) -> None:
-    width, height = figure.get_size_inches()
-    figure.text(x / width, y / height, text, fontproperties=font, ha="left", parse_math=False, **style)
+        height = figure.get_figheight() - MARGIN - LINE * index
+        figure.text(MARGIN, height, line, fontproperties=font, va="top", **inches)
 
 
 def _axes(figure: Figure, x: float, y: float, width: float, height: float) -> Axes:

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
@@ -19,12 +18,11 @@ from torch import Tensor
 from dataset.expressions import Expression
 from dataset.reading import read_image
 from grounding import maps, metrics
-from grounding.pictures.render import RIGHT, WRONG, DrawnBox, draw, pixels, see_through
+from grounding.pictures.render import RIGHT, WRONG, DrawnBox, draw, pixels, save, see_through
 from models.amc import MAP_LOSSES
-from utils import atomic_path
 
 SHOWN_SIDE, PANEL_DPI = 280, 100  # of a picture of `panel`: pixels of the longer side, dots an inch
-SAME_SVG: Any = {"svg.hashsalt": "amc"}  # else ids are drawn at random: two equal figures would differ as files
+DPI = 110  # of contact sheets and curves
 
 
 class Case(NamedTuple):
@@ -36,7 +34,7 @@ class Case(NamedTuple):
 
 def contact_sheet(cases: Sequence[Case], models: Sequence[str], path: Path) -> None:
     """A PNG with a row per case: the image with its true boxes, then each model's heat map and the point it chooses."""
-    figure = Figure(figsize=(2.2 * (len(models) + 1), 2.2 * len(cases) + 0.4), layout="constrained")
+    figure = Figure(figsize=(2.2 * (len(models) + 1), 2.2 * len(cases) + 0.4), dpi=DPI, layout="constrained")
     grid = figure.subplots(len(cases), len(models) + 1, squeeze=False)
     for row, case in zip(grid, cases, strict=True):
         text, boxes = case.expression.text, case.expression.boxes
@@ -51,7 +49,7 @@ def contact_sheet(cases: Sequence[Case], models: Sequence[str], path: Path) -> N
         axes.set_axis_off()
     for axes, name in zip(grid[0, 1:], models, strict=True):
         axes.set_title(name, fontsize=9, fontweight="bold", parse_math=False)
-    _save(figure, path)
+    save(figure, path)
 
 
 def panel(
@@ -82,8 +80,8 @@ def panel(
 
 
 def loss_curves(runs: dict[str, list[dict[str, Any]]], path: Path, unit: str = "steps") -> None:
-    """`loss_figure` as a PNG, or whatever the file's name ends in."""
-    _save(loss_figure(runs, unit), path)
+    """`loss_figure` as a PNG or an SVG, by the file's name."""
+    save(loss_figure(runs, unit), path)
 
 
 def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps", columns: int = 5) -> Figure:
@@ -98,7 +96,7 @@ def loss_figure(runs: dict[str, list[dict[str, Any]]], unit: str = "steps", colu
     shown = list(dict.fromkeys(name for name, value in entries if name.startswith("loss_") and value))
     columns = max(1, min(columns, len(shown)))
     lines = max(1, math.ceil(len(shown) / columns))
-    figure = Figure(figsize=(3.2 * columns, 3 * lines), layout="constrained")
+    figure = Figure(figsize=(3.2 * columns, 3 * lines), dpi=DPI, layout="constrained")
     for place, loss in enumerate(shown, 1):
         axes = figure.add_subplot(lines, columns, place)
         for index, (run, rows) in enumerate(runs.items()):
@@ -132,9 +130,3 @@ def _steps(rows: list[dict[str, Any]]) -> list[int]:
         epoch, last = row["epoch"], row["step"] + 1
         taken.append(before + last)
     return taken
-
-
-def _save(figure: Figure, path: Path) -> None:
-    kind = path.suffix.removeprefix(".")
-    with atomic_path(path) as temporary, matplotlib.rc_context(SAME_SVG):
-        figure.savefig(temporary, format=kind, dpi=110, metadata={"Date": None} if kind == "svg" else None)

@@ -17,12 +17,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from torch.utils.data import ConcatDataset
 
 from config import ConfigError
+from dataset.entries import TrainingEntry
 from dataset.photos import read_photo
 from dataset.reading import DataError, read_image
 from dataset.text import has_content
-from dataset.vg import TrainingEntry, clip_box
+from dataset.vg import clip_box
 from grounding.explain import Explainer, clean_phrase, encode, ground
 from grounding.pictures.overlay import overlay
 from grounding.pictures.render import pixels
@@ -141,18 +143,22 @@ def watched_pairs(pairs: Sequence[tuple[str, str]]) -> list[Watched]:
 
 
 def watched_entries(
-    entries: Sequence[TrainingEntry], skip_broken: bool = False, count: int = SHOWN_ENTRIES
+    entries: Sequence[TrainingEntry] | ConcatDataset[TrainingEntry],
+    boxed: np.ndarray,
+    skip_broken: bool = False,
+    count: int = SHOWN_ENTRIES,
 ) -> list[Watched]:
     """The first captions of entries at equal distances through the training data, of those with boxes if any has.
 
-    Entries without words are passed over. An image that cannot be read raises `DataError`, or with `skip_broken` is
+    `boxed` tells which have. Entries without words are passed over. An image that cannot be read raises `DataError`, or with `skip_broken` is
     passed over as well.
     """
-    suitable = [entry for entry in entries if entry.boxes] or list(entries)
+    suitable = np.flatnonzero(boxed) if boxed.any() else np.arange(len(entries))
     starts = [len(suitable) * number // count for number in range(count + 1)]
     watched = []
     for start, end in itertools.pairwise(starts):
-        for entry in suitable[start:end]:
+        for index in suitable[start:end].tolist():
+            entry = entries[index]
             phrase = next(filter(has_content, entry.captions), None)
             if phrase is None:
                 continue

@@ -1,20 +1,16 @@
-"""Charts of the report as data URIs of SVG, so that the page needs no other file. Names are drawn as they are."""
+"""Charts of the report as data URIs of SVG: the page needs no other file, and equal charts are equal texts."""
 
-import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from grounding.pictures.panels import SAME_SVG
-from grounding.pictures.render import data_uri
-from grounding.report.page import Chart
+from grounding.pictures.render import data_uri, svg
 
 # Okabe and Ito's colours, told apart by the colour-blind; the marks tell them apart in black and white.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -22,11 +18,10 @@ MARKS = "os^Dv<>"
 LETTERS = 44  # that fit under a panel at 8 pt; longer names are drawn aslant
 
 
-def chart(title: str, panels: Mapping[str, pd.DataFrame], joined: bool = True) -> Chart:
+def chart(panels: Mapping[str, pd.DataFrame], joined: bool = True) -> str:
     """Panels one under the other, of accuracies in 0..1 with their intervals.
 
     Args:
-        title: of the chart, for those who cannot see it.
         panels: a panel's title -> `Interval`s, a row for each place on the x axis and a column for each line.
         joined: whether the points of a line are connected.
     """
@@ -36,7 +31,7 @@ def chart(title: str, panels: Mapping[str, pd.DataFrame], joined: bool = True) -
         axes.set_title(name, fontsize=10, parse_math=False)
         _draw(axes, panels[name], joined)
     _legend(figure, *all_axes[0].get_legend_handles_labels())
-    return Chart(title, svg_uri(figure))
+    return data_uri("image/svg+xml", svg(figure))
 
 
 def _legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
@@ -69,11 +64,3 @@ def _draw(axes: Axes, grid: pd.DataFrame, joined: bool) -> None:
     axes.set_ylabel("%")
     axes.set_ylim(0, 100)
     axes.grid(axis="y", alpha=0.3)
-
-
-def svg_uri(figure: Figure) -> str:
-    """A figure as data:image/svg+xml; equal figures give equal texts."""
-    content = io.BytesIO()
-    with matplotlib.rc_context(SAME_SVG):
-        figure.savefig(content, format="svg", metadata={"Date": None, "Creator": None})
-    return data_uri("image/svg+xml", content.getvalue())

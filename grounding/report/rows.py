@@ -116,26 +116,22 @@ def collect(
     Raises:
         ReportError, ResultError: as `read_maps`.
     """
-    maps_of: dict[str, list[Tensor | None]] = {}
     scores = []
-    by_name = {source.name: source for source in sources}
-    for name, source in by_name.items():
-        found = read_maps(source, expressions)
-        scores.append(_columns(score(found, expressions, benchmark.metrics), benchmark.metrics, name))
-        if len(sources) <= MOST_SHOWN:
-            maps_of[name] = found
+    for source in sources:
+        found = score(read_maps(source, expressions), expressions, benchmark.metrics)
+        scores.append(_columns(found, benchmark.metrics, source.name))
     table = pd.concat(scores, axis=1)
     facts = facts_of(expressions, readable=table.notna().any(axis=1))
     decisive = table.loc[facts["split"] == next(iter(benchmark.splits)), benchmark.metrics[-1]].mean().fillna(0)
     best = decisive.idxmax()
     subject = decisive.iloc[others:].idxmax()
     baseline = decisive.iloc[:others].idxmax() if others else decisive.index[-1 if subject == sources[0].name else 0]
-    if len(sources) > MOST_SHOWN:
-        shown = {baseline, subject, sources[-1].name}
-        maps_of = {name: read_maps(source, expressions) for name, source in by_name.items() if name in shown}
+    in_detail = {baseline, subject, sources[-1].name}
+    shown = [source for source in sources if len(sources) <= MOST_SHOWN or source.name in in_detail]
+    maps_of = {source.name: read_maps(source, expressions) for source in shown}
     lacking = [np.nan] * len(MEASURES)
-    for name, found in maps_of.items():
-        pairs = zip(found, expressions, strict=True)
+    for name, maps in maps_of.items():
+        pairs = zip(maps, expressions, strict=True)
         rows = [lacking if pred is None else measure_map(pred, expression) for pred, expression in pairs]
         scores.append(_columns(rows, MEASURES, name))
     facts.columns = pd.MultiIndex.from_product([facts.columns, [""]])

@@ -1,8 +1,9 @@
-"""The parts of a benchmark's report: from the table of `Results` to tables, charts and pictures."""
+"""The parts of a benchmark's report: from the table of `Results` to what report.html shows."""
 
 import io
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -12,7 +13,6 @@ from grounding.metrics import point_correct
 from grounding.pictures.panels import panel
 from grounding.pictures.render import data_uri
 from grounding.report.charts import chart
-from grounding.report.page import Block, Part, Shot, ShownCase
 from grounding.report.rows import MAP_BOX, MEASURES, POINTING, THRESHOLDS, Results
 from grounding.report.statistics import by_category, by_length, by_size
 from grounding.results import percent
@@ -29,6 +29,45 @@ MEASURES_NOTE = (
     "square root of its area); right at IoU 0.5 or more."
 )
 
+Shot = tuple[str, str, bool | None]  # name, picture as a data URI, whether the model's point is right (if one is shown)
+
+
+class ShownCase(NamedTuple):
+    """An expression with its pictures."""
+
+    text: str
+    note: str
+    shots: Sequence[Shot]
+
+
+class Block(NamedTuple):
+    """A table with charts beside it, or a chart, or cases.
+
+    Args:
+        table: of texts, counts and `Interval`s; its index holds the names of the rows.
+        charts: data URIs, by what describes a chart to those who cannot see it.
+        bold: the row whose intervals are bold.
+        signed: whether intervals above 0 have a "+".
+        folded: whether the table is hidden until the reader opens it.
+    """
+
+    title: str = ""
+    note: str = ""
+    table: pd.DataFrame | None = None
+    charts: Mapping[str, str] = {}
+    cases: Sequence[ShownCase] = ()
+    bold: str | None = None
+    signed: bool = False
+    folded: bool = False
+
+
+class Part(NamedTuple):
+    """A part of a section, under a heading with a note."""
+
+    title: str
+    note: str
+    blocks: Sequence[Block]
+
 
 def accuracies(found: Results) -> Part:
     """All checkpoints by metric and split, and what else their log lines hold."""
@@ -36,12 +75,12 @@ def accuracies(found: Results) -> Part:
     splits = found.table["split"].map(names).astype(pd.CategoricalDtype(list(names.values())))
     grids = {metric: found.grid(found.table[metric], splits) for metric in found.benchmark.metrics}
     one_run = len({source.folder.folder for source in found.sources}) == 1
-    note, charts = INTERVAL_NOTE, []
+    note, charts = INTERVAL_NOTE, {}
     if several := len(found.sources) > 1:
         note += f" In bold the best by {found.benchmark.metrics[-1]} {splits.cat.categories[0]}."
         for metric, grid in grids.items():
             title = f"{metric.capitalize()} accuracy"
-            charts.append(chart(f"{title} of the checkpoints, with 95% intervals.", {title: grid}, joined=one_run))
+            charts[f"{title} of the checkpoints, with 95% intervals."] = chart({title: grid}, joined=one_run)
     table = pd.concat([grid.add_prefix(f"{metric} ") for metric, grid in grids.items()], axis=1)
     title = " and ".join(grids).capitalize()
     return Part(
@@ -68,10 +107,10 @@ def further_measures(found: Results) -> Part:
         title: grid.loc[list(kind)].set_axis([f"{threshold:g}" for threshold in THRESHOLDS])
         for title, kind in (("Pointing at a part of the maximum", POINTING), ("Box from the map, IoU 0.5", MAP_BOX))
     }
-    drawn = chart("Pointing, and boxes from the map, at several thresholds; with 95% intervals.", panels)
+    charts = {"Pointing, and boxes from the map, at several thresholds; with 95% intervals.": chart(panels)}
     area = percent(found.table.loc[found.reported, "area of boxes"].mean() if found.reported.any() else None)
     note = f"{INTERVAL_NOTE} All reported splits together. {MEASURES_NOTE} The boxes cover {area}% of the images."
-    return Part("Further measures", note, [Block("Maps and boxes", "", grid.rename(MEASURES), [drawn])])
+    return Part("Further measures", note, [Block("Maps and boxes", "", grid.rename(MEASURES), charts)])
 
 
 def groups(found: Results) -> Part:
@@ -92,11 +131,11 @@ def groups(found: Results) -> Part:
             if labels.nunique() > 1:
                 grid = found.grid(table[metric][found.shown], labels).T
                 title = f"{metric.capitalize()} accuracy {kind}"
-                drawn = chart(f"{title}, with 95% intervals.", {title: grid}, joined=kind != "by category")
+                charts = {f"{title}, with 95% intervals.": chart({title: grid}, joined=kind != "by category")}
                 areas = table.loc[labels.index, "area of boxes"].groupby(labels.array, observed=True)
                 grid.insert(0, "phrases", areas.size())
                 grid.insert(1, "area of boxes", areas.mean().map(percent))
-                blocks.append(Block(title, note, grid, [drawn]))
+                blocks.append(Block(title, note, grid, charts))
     note = f"{INTERVAL_NOTE} All reported splits together. The area of the boxes is what a random point would get."
     return Part("By size, length and category", note, blocks)
 
@@ -152,7 +191,7 @@ def _case(found: Results, row: int, note: str) -> ShownCase:
         right = None if pred is None else point_correct(ResizedMap(pred, *size), boxes)
         content = io.BytesIO()
         panel(image, size, boxes, pred, bool(right)).save(content, "JPEG", quality=JPEG_QUALITY)
-        shots.append(Shot(name, data_uri("image/jpeg", content.getvalue()), right))
+        shots.append((name, data_uri("image/jpeg", content.getvalue()), right))
     return ShownCase(expression.text, note, shots)
 
 

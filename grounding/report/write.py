@@ -4,19 +4,30 @@ import csv
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 import utils
 from dataset.expressions import Expression
 from grounding.benchmarks import Benchmark
 from grounding.pictures.panels import loss_figure
+from grounding.pictures.render import data_uri, svg
 from grounding.report import sections as parts
-from grounding.report.charts import svg_uri
-from grounding.report.page import Block, Chart, Part, ReportSection, render_page
 from grounding.report.rows import collect, named_apart
+from grounding.report.sections import Block, Part
 from grounding.results import Source, sources_of
 from runs import EPOCHS_LOG, STEPS_LOG, RunError, read_runs
+
+
+class ReportSection(NamedTuple):
+    """A section of the page, and the table that it was made from (one row an expression), if there is one."""
+
+    title: str
+    intro: str
+    parts: Sequence[Part]
+    table: pd.DataFrame | None = None
 
 
 def report_folders(benchmark: Benchmark, expressions: Sequence[Expression], folders: Sequence[Path]) -> Path:
@@ -74,9 +85,20 @@ def training_section(folders: Sequence[Path]) -> ReportSection | None:
         return None
     if not rows:
         return None
-    figure = Chart(f"Losses of {', '.join(rows)} by {unit}.", svg_uri(loss_figure(rows, unit, columns=3)))
-    part = Part("Losses", "", [Block(charts=[figure])])
-    return ReportSection("Training", "From the logs beside the checkpoints.", [part])
+    drawn = data_uri("image/svg+xml", svg(loss_figure(rows, unit, columns=3)))
+    curves = Block(charts={f"Losses of {', '.join(rows)} by {unit}.": drawn})
+    return ReportSection("Training", "From the logs beside the checkpoints.", [Part("Losses", "", [curves])])
+
+
+def render_page(title: str, sections: Sequence[ReportSection]) -> str:
+    """The page as HTML (report.html): one file without scripts or network.
+
+    The template engine escapes every text: phrases, names and paths may hold anything.
+    """
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=True, undefined=StrictUndefined)
+    environment.trim_blocks = environment.lstrip_blocks = environment.keep_trailing_newline = True
+    return environment.get_template("report.html").render(title=title, sections=sections)
 
 
 # ---- expressions.csv

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset.reading import DataError, load_json
 from dataset.scenes.paths import DEMO, DEMO_AMC, DEMO_CONTROL, SHIPPED, SHIPPED_AMC, SHIPPED_CONFIG, SHOWN
 from grounding.maps import THRESHOLD
 from grounding.pictures.render import COLORMAP
@@ -13,8 +12,6 @@ from runs import newest_checkpoint, shortest_ends
 from utils import UserError
 
 BEFORE = "stage 1 (before AMC)"  # its name on the page
-SCENES = ("100000.jpg", "100013.jpg", "100016.jpg", "100021.jpg")
-PHRASES_SHOWN = 3
 
 
 class Start(NamedTuple):
@@ -43,7 +40,13 @@ class Example(NamedTuple):
     credit: str = ""
 
 
-# Name, file in scikit-image's wheel, phrases, and author with licence by the docstrings of skimage.data.
+# Name, file, phrases, and author with licence by the docstrings of skimage.data.
+SCENES = (
+    ("scene 1", "100000.jpg", ("the small red triangle", "the big circle", "the blue circle"), ""),
+    ("scene 2", "100013.jpg", ("small blue thing", "the blue square", "large cross"), ""),
+    ("scene 3", "100016.jpg", ("the big purple square", "small purple thing", "purple square"), ""),
+    ("scene 4", "100021.jpg", ("the little green square", "the little red triangle", "green square"), ""),
+)
 PHOTOGRAPHS = (
     ("astronaut", "astronaut.png", ("the astronaut", "the flag", "the space shuttle"), "NASA, public domain"),
     ("coffee", "coffee.png", ("the cup of coffee", "the spoon"), "Rachel Michetti, CC0"),
@@ -73,28 +76,12 @@ def offered(checkpoints: Sequence[str] = (), config: str | None = None, demo: Pa
 
 
 def examples() -> list[Example]:
-    """Scenes, then photographs that come with scikit-image; nothing is downloaded."""
-    return scene_examples() + photograph_examples()
-
-
-def scene_examples(file: Path = SHOWN / "phrases.json", images: Path = SHOWN) -> list[Example]:
-    """Held-out scenes with phrases of their own; empty when their files are not there."""
-    try:
-        entries = load_json(file, list)
-    except DataError:
-        return []
-    found = []
-    for number, name in enumerate(SCENES, start=1):
-        phrases = {str(entry["text"]) for entry in entries if entry["image"] == name}
-        if phrases and (images / name).is_file():
-            longest_first = sorted(phrases, key=lambda phrase: (-len(phrase.split()), phrase))
-            found.append(Example(f"scene {number}", images / name, tuple(longest_first[:PHRASES_SHOWN])))
-    return found
-
-
-def photograph_examples() -> list[Example]:
-    """Photographs inside the installed scikit-image; the package is located, not imported."""
+    """Held-out scenes, then photographs of the installed scikit-image (found, not imported); those that are there."""
     spec = importlib.util.find_spec("skimage")
-    folder = Path(spec.origin).parent / "data" if spec and spec.origin else Path()
-    found = [Example(name, folder / file, phrases, credit) for name, file, phrases, credit in PHOTOGRAPHS]
+    photographs = Path(spec.origin).parent / "data" if spec and spec.origin else Path()
+    found = [
+        Example(name, folder / file, phrases, credit)
+        for folder, table in ((SHOWN, SCENES), (photographs, PHOTOGRAPHS))
+        for name, file, phrases, credit in table
+    ]
     return [example for example in found if example.path.is_file()]

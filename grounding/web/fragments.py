@@ -9,68 +9,81 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
 from dataset.photos import read_photo
-from grounding.explain import Answer, Grounding, of_word, place
+from grounding.explain import Answer, of_word, place
 from grounding.pictures.overlay import overlay, slug
 from grounding.pictures.render import data_uri, png
-from grounding.web.examples import Example
 from grounding.web.session import Picture, Reply
 from utils import UserError
 
 SIDE = 4.5  # inches of a picture's longer side: text stays legible with three pictures beside each other
-SMALL_SHOWN = 256  # pixels of a longer side; up to this many are sent as PNG and shown pixel by pixel
-BOXES_SHOWN = 3
 FAST = 1  # of PNG's compression
 THUMBNAIL = 160  # pixels
 
-HTML: Any = Environment(
+
+def thumbnail(path: Path) -> Image.Image:
+    """A photograph, reduced."""
+    image = read_photo(path)
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    return image
+
+
+def address(image: Image.Image, kind: str) -> str:
+    """An image as the address of its own content."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, quality=90)
+    return data_uri(f"image/{kind.lower()}", buffer.getvalue())
+
+
+ENVIRONMENT = Environment(
     loader=FileSystemLoader(Path(__file__).parent),
     autoescape=True,
     undefined=StrictUndefined,
     trim_blocks=True,
     lstrip_blocks=True,
-).get_template("fragments.html")
-message, note, upload_box = (getattr(HTML.module, name) for name in ("message", "note", "upload_box"))
-
-
-def example_buttons(examples: Sequence[Example]) -> str:
-    """A small picture to press for each example."""
-    buttons = []
-    for example in examples:
-        image = read_photo(example.path)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        buttons.append((example.name, _data(image, "JPEG")))
-    return HTML.module.example_buttons(buttons)
-
-
-def shown_picture(picture: Picture, credit: str = "") -> str:
-    """The chosen picture as it was read, with its name and size."""
-    return HTML.module.shown_picture(_plain(picture, credit))
-
-
-def map_names(replies: Sequence[Reply], number: int) -> list[str]:
-    """The names of the maps that a phrase has: the whole phrase, then the words that the first model read."""
-    answers = (reply.answers[number] for reply in replies)
-    found = next((answer.words for answer in answers if isinstance(answer, Answer)), ())
-    return ["whole phrase", *(word.word for word in found)]
+)
+ENVIRONMENT.filters |= {"thumbnail": thumbnail, "address": address}
+HTML: Any = ENVIRONMENT.get_template("fragments.html").module  # its macros
 
 
 def row(
-    picture: Picture, phrase: str, replies: Sequence[Reply], number: int, choice: int, threshold: float, colormap: str
-) -> str:
+    picture: Picture, phrase: str, replies: Sequence[Reply], word: Any, threshold: float, colormap: str
+) -> tuple[int, str]:
     """A phrase's row: its words to choose from, the picture, then each model's map.
 
     Args:
-        number: of the phrase among those asked.
-        choice: an index of `map_names`.
+        word: 0 for the whole phrase's map, then the words that the first model read; 0 is taken for anything else.
+
+    Returns:
+        the word that was taken, and the HTML.
     """
-    names, figures = map_names(replies, number), []
-    for reply in replies:
-        figures.append({"model": reply.model, "error": ""})
-        try:
-            figures[-1] |= _figure(picture, reply, number, choice, names[choice], threshold, colormap)
-        except UserError as error:
-            figures[-1]["error"] = str(error)
-    return HTML.module.row(_plain(picture), phrase, names, choice, figures)
+    answers = {reply.model: reply.answers[phrase] for reply in replies}
+    read = next((answer.words for answer in answers.values() if isinstance(answer, Answer)), ())
+    names = ["whole phrase", *(each.word for each in read)]
+    choice = word if isinstance(word, int) and word in range(len(names)) else 0
+    look = choice, names[choice], threshold, colormap
+    figures = [_figure(picture, model, answer, *look) for model, answer in answers.items()]
+    return choice, HTML.row(picture, phrase, names, choice, figures)
+
+
+def _figure(
+    picture: Picture, model: str, answer: Answer | str, choice: int, word: str, threshold: float, colormap: str
+) -> dict[str, Any]:
+    """What a row's figure is filled with: a map, or the message why there is none."""
+    try:
+        if not isinstance(answer, Answer):
+            raise UserError(answer)
+        parts, shown = [Path(picture.name).stem, answer.text, model], answer
+        if choice:
+            if [each.word for each in answer.words[choice - 1 : choice]] != [word]:
+                raise UserError(f"this model has no map of {word!r} in {answer.text!r}")
+            parts.insert(2, word)
+            shown = of_word(answer, choice - 1)
+        found = place(shown, picture.image.height, picture.image.width, threshold)
+        content = png(overlay(picture.reduced, found, colormap=colormap, side=SIDE), FAST)
+    except UserError as error:
+        return {"model": model, "error": str(error)}
+    source, file = data_uri("image/png", content), "_".join(map(slug, parts)) + ".png"
+    return {"model": model, "error": "", "found": found, "source": source, "file": file}
 
 
 def times(replies: Sequence[Reply], drawing: float) -> str:
@@ -78,7 +91,7 @@ def times(replies: Sequence[Reply], drawing: float) -> str:
     parts = []
     for reply in replies:
         took = ", ".join(f"{what} {seconds:.2f} s" for what, seconds in reply.seconds.items())
-        known = "known already" if any(isinstance(answer, Answer) for answer in reply.answers) else "no answer"
+        known = "known already" if any(isinstance(answer, Answer) for answer in reply.answers.values()) else "no answer"
         parts.append(f"{reply.model}: {took or known}")
     return "; ".join([*parts, f"pictures {drawing:.2f} s"])
 
@@ -90,50 +103,3 @@ def remarks(replies: Sequence[Reply]) -> list[str]:
         for remark in reply.notes:
             models.setdefault(remark, []).append(reply.model)
     return [f"{' and '.join(names)}: {remark}" for remark, names in models.items()]
-
-
-def _figure(
-    picture: Picture, reply: Reply, number: int, choice: int, word: str, threshold: float, colormap: str
-) -> dict[str, Any]:
-    """What a row's figure is filled with; raises `UserError` where there is no map."""
-    answer = reply.answers[number]
-    if not isinstance(answer, Answer):
-        raise UserError(answer)
-    shown, share = answer, []
-    if choice:
-        if len(answer.words) < choice or answer.words[choice - 1].word != word:
-            raise UserError(f"this model has no map of {word!r} in {answer.text!r}")
-        shown, share = of_word(answer, choice - 1), [f"{100 * answer.words[choice - 1].share:.0f}% of the phrase's map"]
-    found = place(shown, picture.image.height, picture.image.width, threshold)
-    content = png(overlay(picture.reduced, found, colormap=colormap, side=SIDE), FAST)
-    parts = [picture.name.rpartition(".")[0] or picture.name, answer.text, *([word] if choice else []), reply.model]
-    point = f"point {found.point[0]}, {found.point[1]}"
-    return {
-        "source": data_uri("image/png", content),
-        "alt": f"map of {shown.text}, {reply.model}",
-        "facts": [f"match probability {found.match:.3f}", point, _boxes(found), *share],
-        "file": "_".join(map(slug, parts)) + ".png",
-    }
-
-
-def _boxes(found: Grounding) -> str:
-    if not found.boxes:
-        return "no box: the map is 0 everywhere"
-    first, *others = [str(list(box.box)) for box in found.boxes[:BOXES_SHOWN]]
-    more = len(found.boxes) - BOXES_SHOWN
-    return f"best box {first}" + f"; others {' '.join(others)}" * bool(others) + f" and {more} more" * (more > 0)
-
-
-def _plain(picture: Picture, credit: str = "") -> dict[str, Any]:
-    """What a picture without a map is filled with."""
-    small = max(picture.reduced.size) <= SMALL_SHOWN
-    facts = [picture.name, f"{picture.image.width} x {picture.image.height} pixels", *([credit] if credit else [])]
-    source = _data(picture.reduced, "PNG" if small else "JPEG")
-    return {"name": picture.name, "facts": facts, "source": source, "small": small}
-
-
-def _data(image: Image.Image, kind: str) -> str:
-    """An image as the address of its own content."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, quality=90)
-    return data_uri(f"image/{kind.lower()}", buffer.getvalue())

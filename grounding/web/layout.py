@@ -2,23 +2,24 @@
 
 import contextlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import gradio as gr
 
+from grounding.load import of_scenes
 from grounding.web import fragments
 from grounding.web.examples import Example, Start
-from grounding.web.fragments import message, note
+from grounding.web.fragments import HTML
 from grounding.web.session import (
     MOST_BYTES,
     MOST_MEGABYTES,
     MOST_PHRASES,
     TOO_LARGE,
     Answers,
-    Picture,
     Reply,
+    lacks,
     split_phrases,
 )
 from utils import UserError
@@ -56,14 +57,14 @@ def build(answers: Answers, examples: Sequence[Example], start: Start) -> gr.Blo
     events = Events(answers, examples, start.layer)
     with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
         key, asked = gr.State(""), gr.State({})
-        gr.HTML(f"<h1>{TITLE}</h1>{note('Heat maps of phrases in a picture, as the model itself explains them.')}")
+        gr.HTML(f"<h1>{TITLE}</h1>{HTML.note('Heat maps of phrases in a picture, as the model itself explains them.')}")
         with gr.Row():
             with gr.Column(scale=3, min_width=280):
-                shown = gr.HTML(note("Choose an example, or upload a picture."))
-                box = fragments.upload_box(MOST_MEGABYTES)
+                shown = gr.HTML(HTML.note("Choose an example, or upload a picture."))
+                box = HTML.upload_box(MOST_MEGABYTES)
                 upload = gr.HTML(box, js_on_load=CHOOSE, most=MOST_BYTES, too_large=TOO_LARGE)
             with gr.Column(scale=4, min_width=320):
-                gallery = gr.HTML(fragments.example_buttons(examples), js_on_load=CHOOSE, visible=bool(examples))
+                gallery = gr.HTML(HTML.example_buttons(examples), js_on_load=CHOOSE, visible=bool(examples))
                 text = gr.Textbox(label="Phrases, one a line", lines=3, max_lines=MOST_PHRASES)
                 button = gr.Button("Show", variant="primary")
             with gr.Column(scale=4, min_width=320):
@@ -81,7 +82,7 @@ def build(answers: Answers, examples: Sequence[Example], start: Start) -> gr.Blo
         about, status = gr.HTML(), gr.HTML()
         rows = [gr.HTML(js_on_load=WORDS, visible=False) for _ in range(MOST_PHRASES)]
         credits = [f"{example.name}: {example.credit}" for example in examples if example.credit]
-        gr.HTML(note(f"Photographs from scikit-image; {'; '.join(credits)}.") if credits else "")
+        gr.HTML(HTML.note(f"Photographs from scikit-image; {'; '.join(credits)}.") if credits else "")
 
         question: list[Any] = [key, text, model, other, mode, layer, threshold, colormap, asked]  # see `Question`
         usual: dict[str, Any] = {"concurrency_id": "answers", "concurrency_limit": 1, "api_visibility": "private"}
@@ -98,12 +99,9 @@ def build(answers: Answers, examples: Sequence[Example], start: Start) -> gr.Blo
         for event in (button.click, text.submit, layer.input, colormap.input):
             event(**answer)
         threshold.input(**answer, show_progress="hidden")  # while it is dragged, or typed
-        for number, row in enumerate(rows):
-
-            def choose_word(event: gr.EventData, *values: Any, number: int = number) -> list[Any]:
-                return events.choose_word(number, event._data or {}, *values)
-
-            row.input(choose_word, question, [asked, row], show_progress_on=[status], **each)  # others stay pressable
+        for row in rows:
+            show: Any = {"show_progress_on": [status], **each}  # the other rows stay pressable
+            row.input(events.choose_word, question, [asked, row], **show)
     return page
 
 
@@ -120,32 +118,33 @@ class Events:
         try:
             if "picture" in chosen:
                 picture = self.answers.picture(chosen["picture"])
-                return [picture.key, fragments.shown_picture(picture), gr.skip()]
+                return [picture.key, HTML.shown_picture(picture), gr.skip()]
             if not isinstance(number, int) or number not in range(len(self.examples)):
                 raise UserError("there is no such example")
             example = self.examples[number]
             picture = self.answers.add_picture(example.path.read_bytes(), example.path.name)
-            return [picture.key, fragments.shown_picture(picture, example.credit), "\n".join(example.phrases)]
+            return [picture.key, HTML.shown_picture(picture, example.credit), "\n".join(example.phrases)]
         except UserError as error:
-            return ["", message(str(error)), gr.skip()]
+            return ["", HTML.message(str(error)), gr.skip()]
 
     def layers(self, model: str, other: str, mode: str, layer: int | None) -> tuple[Any, str]:
         """The layers of the first model, the chosen one kept if it has it; outputs: layer, remarks on the models."""
         try:
-            found = self.answers.layers(model, mode)
+            opened = self.answers.opened(model)
         except UserError as error:
-            return gr.update(choices=[], value=None), message(f"{model}: {error}")
+            return gr.update(choices=[], value=None), HTML.message(f"{model}: {error}")
+        known, usual = opened.model.layers(mode), opened.config.block_num
         wanted = self.first_layer if layer is None else layer
-        value = next((number for number in (wanted, found.usual) if number in found.choices), found.choices[-1])
-        choices = [(f"{number} (usual)" if number == found.usual else str(number), number) for number in found.choices]
-        of_scenes = [model] if found.of_scenes else []
+        value = next((number for number in (wanted, usual) if number in known), known[-1])
+        choices = [(f"{number} (usual)" if number == usual else str(number), number) for number in known]
+        names = [model] if of_scenes(opened.config) else []
         with contextlib.suppress(UserError):  # it is said where its maps would stand
-            if other not in (NOTHING, model) and self.answers.layers(other, mode).of_scenes:
-                of_scenes.append(other)
-        remarks = [ABOUT_SCENES.format(models=" and ".join(of_scenes))] if of_scenes else []
+            if other not in (NOTHING, model) and of_scenes(self.answers.opened(other).config):
+                names.append(other)
+        remarks = [ABOUT_SCENES.format(models=" and ".join(names))] if names else []
         if wanted not in (None, value):
-            remarks.append(f"{found.lacks(model, mode, wanted)}; {value} was chosen in its place.")
-        return gr.update(choices=choices, value=value), note(*remarks)
+            remarks.append(f"{lacks(model, opened, mode, wanted)}; {value} was chosen in its place.")
+        return gr.update(choices=choices, value=value), HTML.note(*remarks)
 
     def ask(self, question: Question, phrases: Sequence[str]) -> list[Reply]:
         """The replies of the chosen models."""
@@ -160,30 +159,23 @@ class Events:
             phrases = split_phrases(question.text)
             replies = self.ask(question, phrases)
         except UserError as error:
-            return [message(str(error)), {}, *rows]
-        start, asked = time.perf_counter(), {}
+            return [HTML.message(str(error)), {}, *rows]
+        start, asked, view = time.perf_counter(), {}, (question.threshold, question.colormap)
         for number, phrase in enumerate(phrases):
-            word = question.asked.get(phrase)
-            asked[phrase], rows[number] = self.row(question, picture, replies, number, phrase, word)
-        status = note(fragments.times(replies, time.perf_counter() - start), *fragments.remarks(replies))
+            asked[phrase], html = fragments.row(picture, phrase, replies, question.asked.get(phrase), *view)
+            rows[number] = gr.update(value=html, visible=True)
+        status = HTML.note(fragments.times(replies, time.perf_counter() - start), *fragments.remarks(replies))
         return [status, asked, *rows]
 
-    def choose_word(self, number: int, chosen: Mapping[str, Any], *values: Any) -> list[Any]:
-        """Another word of one row, of the phrases asked, whatever the box holds by now; outputs: asked, row."""
-        question = Question(*values)
-        asked = dict(question.asked)
+    def choose_word(self, event: gr.EventData, *values: Any) -> list[Any]:
+        """Take {"phrase": one of those asked, whatever the box holds by now, "word": number}; outputs: asked, row."""
+        question, chosen = Question(*values), event._data or {}
+        asked, phrase, view = dict(question.asked), chosen.get("phrase"), (question.threshold, question.colormap)
         try:
-            phrase = list(asked)[number]
-            picture, replies = self.answers.picture(question.key), self.ask(question, list(asked))
-            asked[phrase], row = self.row(question, picture, replies, number, phrase, chosen.get("word"))
-            return [asked, row]
-        except (IndexError, UserError) as error:
-            return [asked, gr.update(value=message(str(error)), visible=True)]
-
-    def row(
-        self, question: Question, picture: Picture, replies: Sequence[Reply], number: int, phrase: str, word: Any
-    ) -> tuple[int, Any]:
-        """The index of the word that a row shows, 0 where the given one is none, and the row's update."""
-        choice = word if isinstance(word, int) and word in range(len(fragments.map_names(replies, number))) else 0
-        html = fragments.row(picture, phrase, replies, number, choice, question.threshold, question.colormap)
-        return choice, gr.update(value=html, visible=True)
+            if phrase not in asked:
+                raise UserError("this phrase was not asked")
+            picture, replies = self.answers.picture(question.key), self.ask(question, [phrase])
+            asked[phrase], html = fragments.row(picture, phrase, replies, chosen.get("word"), *view)
+        except UserError as error:
+            html = HTML.message(str(error))
+        return [asked, gr.update(value=html, visible=True)]

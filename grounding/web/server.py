@@ -1,13 +1,13 @@
-"""The server of `demo.py --web`: what Gradio is told, and the request guard around it.
+"""The server of `demo.py --web`: the page, mounted behind the request guard.
 
 Gradio is imported when the page is made, so that all else works without it.
 """
 
+import asyncio
 import contextlib
-import os
 import signal
 import threading
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from grounding.web.examples import Example, Start
@@ -38,70 +38,61 @@ def running(
     port: int | None = None,
     start: Start = START,
 ) -> Iterator[str]:
-    """The page's server in the background, with its address; it writes no file.
+    """The page's server in the background, with its address; it writes no file and asks no other host.
 
     Port None is 7860 or the next free one. `UserError`: Gradio is not installed, or the address is taken.
     """
-    with _environment(host):
-        try:
-            import gradio as gr
-        except ImportError as error:
-            raise UserError(f"the page needs Gradio ({error}): pip install -r requirements-web.txt") from None
-        from grounding.web import layout
-        from grounding.web.request_guard import RequestGuard
-
-        page = layout.build(answers, examples, start)
-
-        @contextlib.asynccontextmanager
-        async def guarded(server: Any) -> AsyncIterator[None]:
-            """Put the guard around all that Gradio does; middleware of `app_kwargs` would stand inside."""
-            hosts = LOOPBACK if host in LOOPBACK else ()
-            server.middleware_stack = RequestGuard(server.middleware_stack, hosts, page.fns.keys(), answers)
-            yield
-
-        page.queue(api_open=False, max_size=MOST_WAITING)
-        try:
-            _, url, _ = page.launch(
-                server_name=f"[{host}]" if ":" in host else host,
-                server_port=port,
-                theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
-                css=layout.CSS,
-                state_session_capacity=KEPT_SESSIONS,
-                app_kwargs={"lifespan": guarded, "docs_url": None, "redoc_url": None},
-                footer_links=[],
-                prevent_thread_lock=True,
-                quiet=True,
-                share=False,
-                ssr_mode=False,
-                mcp_server=False,
-                enable_monitoring=False,
-                pwa=False,
-                run_history=False,
-            )
-        except (OSError, OverflowError) as error:  # Gradio keeps the reason to itself
-            where, remedy = f"{host}, ports from 7860", ""
-            if port is not None:
-                where, remedy = f"{host}, port {port}", "; without --port, the next free one from 7860 is taken"
-            raise UserError(
-                f"the page cannot be served at {where}: that is taken, forbidden, or no address of this machine{remedy}"
-            ) from error
-        try:
-            yield url
-        finally:
-            page.close(verbose=False)
-
-
-@contextlib.contextmanager
-def _environment(host: str = LOOPBACK[0]) -> Iterator[None]:
-    """What Gradio takes from the environment alone: it reports nothing, and asks its own page without a proxy."""
-    before = dict(os.environ)
-    direct = ",".join(filter(None, [before.get("no_proxy") or before.get("NO_PROXY"), *LOOPBACK, host]))
-    wanted = {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    wanted |= {"no_proxy": direct, "NO_PROXY": direct}
-    os.environ.update(wanted)
     try:
-        yield
+        import gradio as gr
+        from fastapi import FastAPI, Request
+        from fastapi.responses import PlainTextResponse
+        from gradio.http_server import start_server
+    except ImportError as error:
+        raise UserError(f"the page needs Gradio ({error}): pip install -r requirements-web.txt") from None
+    from grounding.web import layout
+    from grounding.web.request_guard import PICTURE, RequestGuard, without_unseen
+
+    async def upload(request: Request) -> PlainTextResponse:
+        """Take the picture that choose.js sends: the answer is its key, or why it is refused."""
+        name = without_unseen(request.query_params.get("name", ""))
+        try:
+            picture = await asyncio.to_thread(answers.add_picture, await request.body(), name)
+        except UserError as error:
+            return PlainTextResponse(str(error), 400)
+        return PlainTextResponse(picture.key)
+
+    page = layout.build(answers, examples, start)
+    page.queue(api_open=False, max_size=MOST_WAITING)
+    page.state_session_capacity = KEPT_SESSIONS
+    app = FastAPI(openapi_url=None)
+    app.add_route(PICTURE, upload, ["POST"])
+    gr.mount_gradio_app(
+        app,
+        page,
+        "/",
+        theme=gr.themes.Default(font=("system-ui", "sans-serif"), font_mono=("ui-monospace", "monospace")),
+        css=layout.CSS,
+        footer_links=[],
+        show_error=False,
+        ssr_mode=False,
+        mcp_server=False,
+        enable_monitoring=False,
+        pwa=False,
+        run_history=False,
+    )
+    mount: Any = app.routes[-1]
+    guard: Any = RequestGuard(app, LOOPBACK if host in LOOPBACK else (), page.fns.keys())
+    try:
+        *_, url, server = start_server(guard, f"[{host}]" if ":" in host else host, port)
+    except (OSError, OverflowError) as error:  # Gradio keeps the reason to itself
+        where, remedy = f"{host}, ports from 7860", ""
+        if port is not None:
+            where, remedy = f"{host}, port {port}", "; without --port, the next free one from 7860 is taken"
+        raise UserError(
+            f"the page cannot be served at {where}: that is taken, forbidden, or no address of this machine{remedy}"
+        ) from error
+    try:
+        yield url
     finally:
-        for name in wanted.keys() - before.keys():
-            del os.environ[name]
-        os.environ.update(before)
+        page.app, page.server = mount.app, server  # what `close` ends: an open page's connection, and the server
+        page.close(verbose=False)

@@ -18,8 +18,8 @@ from PIL import Image
 from dataset.photos import read_photo
 from dataset.reading import DataError
 from dataset.transforms import resize_bicubic
-from grounding.explain import Answer, PhraseError, Resize, ask, encode, notes
-from grounding.load import OpenedModel, of_scenes
+from grounding.explain import Answer, EncodedImage, PhraseError, Resize, ask, encode, notes
+from grounding.load import OpenedModel
 from grounding.web.examples import Offer
 from models.interface import LayerError
 from utils import UserError
@@ -45,8 +45,11 @@ class Recent:
         self.most, self.size = most, size
         self.values: dict[Any, Any] = {}  # the one used last comes last
 
-    def get(self, key: Any) -> Any:
-        return self.put(key, self.values[key]) if key in self.values else None
+    def get(self, key: Any, compute: Callable[[], Any] | None = None) -> Any:
+        """The value of a key; where it is not kept, the one that is computed, or None."""
+        if key in self.values:
+            return self.put(key, self.values[key])
+        return self.put(key, compute()) if compute else None
 
     def put(self, key: Any, value: Any) -> Any:
         self.values.pop(key, None)
@@ -65,23 +68,11 @@ class Picture(NamedTuple):
     reduced: Image.Image
 
 
-class Layers(NamedTuple):
-    """The layers that a model can be asked at in a mode, and the usual one."""
-
-    choices: tuple[int, ...]
-    usual: int
-    of_scenes: bool
-
-    def lacks(self, model: str, mode: str, layer: int) -> str:
-        """The message that a model has no such layer."""
-        return f"{model} has no layer {layer} in mode {mode}, only {', '.join(map(str, self.choices))}"
-
-
 class Reply(NamedTuple):
     """What one model says of a picture."""
 
     model: str
-    answers: Sequence[Answer | str]  # one a phrase, or the message why there is none
+    answers: dict[str, Answer | str]  # by phrase; or the message why there is none
     notes: list[str]  # on how phrases are read
     seconds: dict[str, float]  # for what was computed ("model", "image", "phrase"); empty when all was known
 
@@ -108,7 +99,9 @@ class Answers:
         self.pictures = Recent(KEPT_PIXELS, lambda kept: kept.image.width * kept.image.height)
         self.encodings = Recent(KEPT_ENCODINGS)  # by picture and model
         self.answers = Recent(KEPT_ANSWERS)  # by picture, model, mode, layer and phrase
-        self.lock = threading.RLock()  # one answer at a time: an explanation goes back through the model's gradients
+        # One answer at a time, for an explanation goes back through the model's gradients; and one picture at a time,
+        # for decoding one takes far more memory than its file.
+        self.lock = threading.RLock()
 
     def add_picture(self, content: bytes, name: str) -> Picture:
         """Decode an image file and keep it; raises `DataError` when it is too large or no image."""
@@ -118,38 +111,42 @@ class Answers:
         if len(SCAN.findall(content)) > MOST_SCANS:
             raise DataError(f"{name}: a JPEG of more than {MOST_SCANS} scans; save it again as a usual one")
         key = hashlib.sha256(content).hexdigest()
+
+        def decode() -> Picture:
+            image = read_photo(io.BytesIO(content), name, MOST_PIXELS, LONGEST_SIDE)
+            return Picture(key, name, image, reduced(image))
+
         with self.lock:
-            kept = self.pictures.get(key)
-            if kept is None:
-                image = read_photo(io.BytesIO(content), name, MOST_PIXELS, LONGEST_SIDE)
-                kept = Picture(key, name, image, reduced(image))
-            return self.pictures.put(key, kept._replace(name=name))
+            return self.pictures.put(key, self.pictures.get(key, decode)._replace(name=name))
 
     def picture(self, key: str) -> Picture:
         """A picture that was added; raises `DataError` when it is no longer kept."""
-        with self.lock:
-            found = self.pictures.get(key)
-        if found is None:
-            raise DataError("the picture is no longer kept; choose it again" if key else "choose a picture first")
-        return found
 
-    def layers(self, model: str, mode: str) -> Layers:
-        """A model's layers; opens it if it is not yet open, and raises `UserError` when it cannot be opened."""
+        def gone() -> Picture:
+            raise DataError("the picture is no longer kept; choose it again" if key else "choose a picture first")
+
         with self.lock:
-            opened = self._opened(model, {})
-        return Layers(tuple(opened.model.layers(mode)), opened.config.block_num, of_scenes(opened.config))
+            return self.pictures.get(key, gone)
+
+    def opened(self, model: str, seconds: dict[str, float] | None = None) -> OpenedModel:
+        """A model that is offered; raises `UserError` when it cannot be opened."""
+        if model not in self.offers:
+            raise UserError(f"model {model!r}: not among those offered: {', '.join(self.offers)}")
+        took = {} if seconds is None else seconds
+        with self.lock:
+            return self.models.get(model, lambda: _timed(took, "model", self.open_offer, self.offers[model]))
 
     def check_layer(self, mode: str, layer: int) -> None:
         """Raise `LayerError` when no model has a layer; models are opened in their order until one has it."""
         lacking = []
         for model in self.offers:
             try:
-                found = self.layers(model, mode)
+                found = self.opened(model)
             except UserError:
                 return  # the page says what is wrong with it
-            if layer in found.choices:
+            if layer in found.model.layers(mode):
                 return
-            lacking.append(found.lacks(model, mode, layer))
+            lacking.append(lacks(model, found, mode, layer))
         raise LayerError(f"--block_num {layer}: {'; '.join(lacking)}")
 
     def ask(self, key: str, phrases: Sequence[str], model: str, mode: str, layer: int | None) -> Reply:
@@ -159,21 +156,21 @@ class Answers:
         """
         seconds: dict[str, float] = {}
         remarks: list[str] = []
+        found: dict[str, Answer | str | None] = {}
+
+        def encoded() -> EncodedImage:
+            return _timed(seconds, "image", encode, explainer, self.picture(key).image, self.resize)
+
         with self.lock:
             try:
-                opened = self._opened(model, seconds)
-                if layer is not None and layer not in (layers := self.layers(model, mode)).choices:
-                    raise LayerError(layers.lacks(model, mode, layer))
+                opened = self.opened(model, seconds)
+                if layer is not None and layer not in opened.model.layers(mode):
+                    raise LayerError(lacks(model, opened, mode, layer))
                 explainer = opened.explainer(mode, layer, **self.explain)
-                encoded = self.encodings.get((key, model))
-                if encoded is None:
-                    image = self.picture(key).image
-                    encoded = _timed(seconds, "image", lambda: encode(explainer, image, self.resize))
-                    self.encodings.put((key, model), encoded)
+                image = self.encodings.get((key, model), encoded)
             except UserError as error:
-                return Reply(model, [str(error)] * len(phrases), [], seconds)
+                return Reply(model, dict.fromkeys(phrases, str(error)), [], seconds)
             questions = {phrase: (key, model, mode, explainer.block, phrase) for phrase in phrases}
-            found: dict[str, Answer | str | None] = {}
             for phrase, question in questions.items():
                 try:
                     start_of_it = phrase if len(phrase) <= LONGEST_NAMED else f"{phrase[:LONGEST_NAMED]}…"
@@ -181,30 +178,26 @@ class Answers:
                     found[phrase] = self.answers.get(question)
                 except PhraseError as error:
                     found[phrase] = str(error)
-            new = [phrase for phrase in phrases if found[phrase] is None]
-            if new:
+            if new := [phrase for phrase in phrases if found[phrase] is None]:
                 what = "phrase" if len(new) == 1 else f"{len(new)} phrases"
                 try:
-                    for answer in _timed(seconds, what, lambda: ask(explainer, encoded, new)):
+                    for answer in _timed(seconds, what, ask, explainer, image, new):
                         found[answer.phrase] = self.answers.put(questions[answer.phrase], answer)
                 except UserError as error:  # weights that are not numbers
                     found |= dict.fromkeys(new, str(error))
-        return Reply(model, [answer for answer in found.values() if answer is not None], remarks, seconds)
-
-    def _opened(self, model: str, seconds: dict[str, float]) -> OpenedModel:
-        if model not in self.offers:
-            raise UserError(f"model {model!r}: not among those offered: {', '.join(self.offers)}")
-        opened = self.models.get(model)
-        if opened is None:
-            opened = self.models.put(model, _timed(seconds, "model", lambda: self.open_offer(self.offers[model])))
-        return opened
+        return Reply(model, {phrase: answer for phrase, answer in found.items() if answer}, remarks, seconds)
 
 
-def _timed(seconds: dict[str, float], what: str, compute: Callable[[], Any]) -> Any:
+def _timed(seconds: dict[str, float], what: str, function: Callable[..., Any], *given: Any) -> Any:
     start = time.perf_counter()
-    value = compute()
+    value = function(*given)
     seconds[what] = time.perf_counter() - start
     return value
+
+
+def lacks(model: str, opened: OpenedModel, mode: str, layer: int) -> str:
+    """The message that a model has no such layer."""
+    return f"{model} has no layer {layer} in mode {mode}, only {', '.join(map(str, opened.model.layers(mode)))}"
 
 
 def reduced(image: Image.Image) -> Image.Image:

@@ -3,5 +3,6 @@ element.addEventListener("click", (event) => {
     const chosen = event.target.closest("[role=radio]");
     if (!chosen) return;
     for (const word of element.querySelectorAll("[role=radio]")) word.setAttribute("aria-checked", word === chosen);
-    trigger("input", {word: Number(chosen.dataset.word)});
+    const phrase = element.querySelector("[role=radiogroup] > div").textContent;
+    trigger("input", {phrase, word: Number(chosen.dataset.word)});
 });

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dataset.own import load_expressions
+from config import GroundingConfig
+from dataset.expressions import Expression
 from dataset.reading import DataError
+from grounding.benchmarks import OWN
 
 ENTRIES = [
     {"image": "a.png", "phrase": "The dog-house!", "box": [1, 2.5, 3, 4], "split": "val", "category": "house"},
@@ -25,9 +27,12 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(root: Path, text: str, **keys: Any) -> Any:
-    (root / "own.json").write_text(text)
-    return load_expressions(test_file=[str(root / "own.json")], image_root=str(root), **keys)
+def load(root: Path, *texts: str, skip_missing: bool = False) -> list[Expression]:
+    """What is read of files with these texts."""
+    files = [root / f"own{number}.json" for number in range(len(texts))]
+    for file, text in zip(files, texts, strict=True):
+        file.write_text(text)
+    return OWN.load(GroundingConfig(test_file=[str(file) for file in files], image_root=str(root)), skip_missing)
 
 
 @pytest.mark.parametrize("form", ["list", "lines"])
@@ -48,9 +53,7 @@ def test_every_phrase_is_an_expression(root: Path, form: str) -> None:
 
 
 def test_several_files_are_numbered_through(root: Path) -> None:
-    for name, entry in zip("ab", ENTRIES, strict=True):
-        (root / f"{name}.json").write_text(json.dumps([entry]))
-    found = load_expressions(test_file=[str(root / "b.json"), str(root / "a.json")], image_root=str(root))
+    found = load(root, *(json.dumps([entry]) for entry in reversed(ENTRIES)))
     assert [(one.ref_id, one.text) for one in found] == [(0, "two men"), (1, "they"), (2, "the dog house")]
 
 
@@ -98,11 +101,11 @@ def test_all_problems_are_told_at_once(root: Path) -> None:
     kinds = str(refused.value)
     for message in (
         r"the line is not valid JSON; write one entry {...} a line, or a JSON list of entries - 1 found:",
-        r"own.json: line 2",
-        r"own.json: line 3",
+        r"own0.json: line 2",
+        r"own0.json: line 3",
         r"an entry must be an object {key: value} - 1 found:",
-        r"own.json: line 4 (found a int)",
-        r"own.json: line 5",
+        r"own0.json: line 4 (found a int)",
+        r"own0.json: line 5",
     ):
         assert message in kinds
     assert len(load(root, json.dumps([{**GOOD, "image": "c.png"}]), skip_missing=True)) == 1
@@ -111,14 +114,17 @@ def test_all_problems_are_told_at_once(root: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", r"own\.json: not valid JSON"),
-        ("[]", r"own\.json: holds no entries"),
-        ('"x"', r"own\.json: expected a JSON list, found a str"),
-        ("[{]", r"own\.json: not valid JSON"),
+        ("", r"own0\.json: not valid JSON"),
+        ("[]", r"own0\.json: holds no entries"),
+        ('"x"', r"own0\.json: expected a JSON list, found a str"),
+        ("[{]", r"own0\.json: not valid JSON"),
     ],
 )
 def test_a_file_that_cannot_be_used(root: Path, text: str, message: str) -> None:
     with pytest.raises(DataError, match=message):
         load(root, text)
+
+
+def test_a_missing_file() -> None:
     with pytest.raises(DataError, match=r"nowhere\.json: cannot be read \(No such file.*; check test_file"):
-        load_expressions(test_file=["nowhere.json"], image_root=str(root))
+        OWN.load(GroundingConfig(test_file=["nowhere.json"], image_root=""))

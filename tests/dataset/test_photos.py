@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from dataset.photos import find_images, read_photo
-from dataset.reading import DataError
+from dataset.reading import DataError, image_size, read_image
 
 RED, BLUE = (255, 0, 0), (0, 0, 255)
 
@@ -27,24 +27,25 @@ def corners(image: Image.Image) -> list[tuple[int, ...]]:
 
 
 @pytest.mark.parametrize(
-    ("orientation", "size", "first", "last"),
+    ("orientation", "size", "corner_colours"),
     [
-        (1, (6, 4), RED, BLUE),
-        (2, (6, 4), BLUE, RED),  # mirrored
-        (3, (6, 4), BLUE, RED),  # upside down
-        (6, (4, 6), RED, BLUE),  # the camera was turned: red, stored on the left, belongs on top
-        (8, (4, 6), BLUE, RED),
+        (1, (6, 4), [RED, BLUE]),
+        (2, (6, 4), [BLUE, RED]),  # mirrored
+        (3, (6, 4), [BLUE, RED]),  # upside down
+        (6, (4, 6), [RED, BLUE]),  # the camera was turned: red, stored on the left, belongs on top
+        (8, (4, 6), [BLUE, RED]),
     ],
 )
-def test_exif_turns_a_photo(
-    orientation: int, size: tuple[int, int], first: tuple[int, ...], last: tuple[int, ...], tmp_path: Path
+def test_exif_turns_photographs_alone(
+    orientation: int, size: tuple[int, int], corner_colours: list[tuple[int, ...]], tmp_path: Path
 ) -> None:
     exif = Image.Exif()
     exif[274] = orientation
-    halves().save(tmp_path / "a.png", exif=exif)
-    image = read_photo(tmp_path / "a.png")
-    assert image.size == size
-    assert corners(image) == [first, last]
+    path = tmp_path / "a.png"
+    halves().save(path, exif=exif)
+    assert (read_photo(path).size, corners(read_photo(path))) == (size, corner_colours)
+    assert (read_image(path, "").size, corners(read_image(path, ""))) == ((6, 4), [RED, BLUE])
+    assert image_size(path) == (4, 6)
 
 
 def test_transparency_shows_white(tmp_path: Path) -> None:

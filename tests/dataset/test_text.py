@@ -60,8 +60,8 @@ def test_golden_tokens(tokenizer: Tokenizer, golden_metrics: dict[str, Any]) -> 
 
 
 def test_tokens_are_padded_to_the_longest_and_masked(tokenizer: Tokenizer) -> None:
-    tokens = tokenizer(["two dogs", "", "a"])
-    assert tokens.input_ids.tolist() == [[101, 2048, 6077], [101, 0, 0], [101, 1037, 0]]
+    tokens = tokenizer(["two dogs", "", "\u2603"])  # the snowman is unknown
+    assert tokens.input_ids.tolist() == [[101, 2048, 6077], [101, 0, 0], [101, 100, 0]]
     assert tokens.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0]]
     assert tokens.input_ids.dtype == tokens.attention_mask.dtype == torch.int64
     assert tokenizer(["two dogs", "a"], max_tokens=2).input_ids.tolist() == [[101, 2048], [101, 1037]]
@@ -74,10 +74,6 @@ def test_special_ids_and_size(tokenizer: Tokenizer) -> None:
     assert pieces == ["[CLS]", "semi", "##col", "##on", "[PAD]"]
 
 
-def test_unknown_characters_become_unk(tokenizer: Tokenizer) -> None:
-    assert tokenizer(["a \u2603 cat"]).input_ids.tolist() == [[101, 1037, 100, 4937]]
-
-
 def test_a_folder_with_tokenizer_json_alone(bert_vocab: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     # This file asks for truncation, padding and a closing [SEP]; none of them is ours.
     (tmp_path / "tokenizer.json").write_bytes((bert_vocab.parent / "tokenizer.json").read_bytes())
@@ -87,34 +83,34 @@ def test_a_folder_with_tokenizer_json_alone(bert_vocab: Path, tmp_path: Path, to
     assert torch.equal(ours.attention_mask, theirs.attention_mask)
 
 
+@pytest.mark.parametrize(
+    ("name", "asked"),
+    [
+        ("cached", [True]),
+        ("to-download", [True, False]),  # local files only, then the network
+        ("no-such-encoder", [True, False]),
+        ("x" * 300, [True, False]),
+    ],
+)
 def test_a_name_is_looked_up_in_the_cache_first(
-    bert_vocab: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    name: str, asked: list[bool], bert_vocab: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     calls = []
 
     def cached_file(name: str, file: str, local_files_only: bool) -> str:
         calls.append((name, file, local_files_only))
-        if local_files_only and name == "to-download":
-            raise OSError("not in the cache")
-        return str(bert_vocab)
+        if name == "cached" or (name == "to-download" and not local_files_only):
+            return str(bert_vocab)
+        raise OSError("not in the cache, and no network")
 
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
-    assert load_tokenizer("bert-base-uncased").vocab_size == 30522
-    assert calls == [("bert-base-uncased", "vocab.txt", True)]
-    calls.clear()
-    assert load_tokenizer("to-download").vocab_size == 30522
-    assert calls == [("to-download", "vocab.txt", True), ("to-download", "vocab.txt", False)]
-
-
-@pytest.mark.parametrize("name", ["no-such-encoder", "x" * 300])
-def test_a_name_that_cannot_be_had(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def cached_file(name: str, file: str, local_files_only: bool) -> str:
-        raise OSError("no network")
-
-    monkeypatch.setattr("transformers.utils.hub.cached_file", cached_file)
-    with pytest.raises(UserError, match=rf"{name}: no such folder.* pass a folder that holds BERT-base"):
-        load_tokenizer(name)
+    if name in ("cached", "to-download"):
+        assert load_tokenizer(name).vocab_size == 30522
+    else:
+        with pytest.raises(UserError, match=rf"{name}: no such folder.* pass a folder that holds BERT-base"):
+            load_tokenizer(name)
+    assert calls == [(name, "vocab.txt", local) for local in asked]
 
 
 def test_a_folder_without_vocabulary(tmp_path: Path) -> None:
@@ -136,22 +132,25 @@ def test_byte_order_marks_and_line_ends_change_no_id(tmp_path: Path, name: str, 
     assert load_tokenizer(str(tmp_path)).pieces.get_vocab() == plain.get_vocab()
 
 
-def test_ids_that_a_tokenizer_file_leaves_out_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("part", "replaced", "message"),
+    [
+        (
+            '"dog":5',
+            '"dog":900',
+            r"901 word pieces, and bert_config's vocab_size is 30; pass the",
+        ),  # ids left out count
+        # An unknown word without a token is told at once.
+        ('"unk_token":"[UNK]"', '"unk_token":"<unk>"', r"tokenizer\.json: cannot be read as a vocabulary \(.*UNK"),
+    ],
+)
+def test_a_tokenizer_file_that_is_no_berts(part: str, replaced: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "vocab.txt").write_text(SMALL)
     text = load_tokenizer(str(tmp_path)).pieces.to_str()
     (tmp_path / "vocab.txt").unlink()
-    (tmp_path / "tokenizer.json").write_text(text.replace('"dog":5', '"dog":900'))
-    with pytest.raises(UserError, match=r"901 word pieces, and bert_config's vocab_size is 30; pass the"):
+    (tmp_path / "tokenizer.json").write_text(text.replace(part, replaced))
+    with pytest.raises(UserError, match=message):
         check_vocabulary(load_tokenizer(str(tmp_path)), 30)
-
-
-def test_an_unknown_word_without_a_token_is_told_at_once(tmp_path: Path, bert_vocab: Path) -> None:
-    (tmp_path / "vocab.txt").write_bytes(bert_vocab.read_bytes())
-    pieces = load_tokenizer(str(tmp_path)).pieces.to_str()
-    (tmp_path / "vocab.txt").unlink()
-    (tmp_path / "tokenizer.json").write_text(pieces.replace('"unk_token":"[UNK]"', '"unk_token":"<unk>"'))
-    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read as a vocabulary \(.*UNK"):
-        load_tokenizer(str(tmp_path))
 
 
 def test_a_panic_of_the_library_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,7 +25,7 @@ from dataset.transforms import (
     normalise,
     randaugment,
     resize_bicubic,
-    resize_bilinear,
+    resize_bilinear_image,
 )
 
 STILL: dict[str, Any] = {"flip_prob": 0, "grayscale_prob": 0, "jitter_prob": 0}
@@ -42,14 +42,14 @@ def smooth(height: int = 30, width: int = 40) -> np.ndarray:
 
 
 class Fixed:
-    """A generator whose uniform() returns the given numbers in turn, checked against the range asked for."""
+    """A generator whose uniform() returns the given numbers in turn: hues of up to 0.4, and factors around 1."""
 
     def __init__(self, *numbers: float) -> None:
         self.numbers = list(numbers)
 
     def uniform(self, low: float, high: float, size: int | None = None) -> Any:
         taken = [self.numbers.pop(0) for _ in range(size or 1)]
-        assert all(low <= number <= high for number in taken)
+        assert all((low, high) == ((-0.4, 0.4) if number <= 0.4 else (0.6, 1.4)) for number in taken)
         return np.array(taken) if size else taken[0]
 
 
@@ -70,12 +70,13 @@ def test_normalise() -> None:
 
 @pytest.mark.parametrize(("height", "width", "size"), [(30, 40, 17), (20, 9, 48), (64, 64, 16)])
 def test_bilinear_resize(height: int, width: int, size: int) -> None:
+    """No antialiasing: PyTorch's plain interpolation gives the same, up to rounding."""
     image = noise(height, width)
-    resized = resize_bilinear(image, size)
-    assert (resized == cv2.resize(image, (size, size), interpolation=cv2.INTER_LINEAR)).all()
-    # No antialiasing: PyTorch's plain interpolation gives the same, up to rounding.
     plain = F.interpolate(torch.from_numpy(image).permute(2, 0, 1)[None].float(), (size, size), mode="bilinear")
-    assert np.abs(plain[0].permute(1, 2, 0).numpy() - resized).max() <= 1
+    evaluated = resize_bilinear_image(Image.fromarray(image), size)
+    assert np.abs(plain[0].permute(1, 2, 0).numpy() - evaluated).max() <= 1
+    trained, *_ = augment_for_amc(image, image[..., 0], "", AugmentConfig(**STILL), size, 9, np.random.default_rng(0))
+    assert (trained == evaluated).all()
 
 
 def test_bicubic_resize() -> None:
@@ -116,44 +117,30 @@ def test_bicubic_resize_rounds_between_the_axes_as_pillow_13(
 # ---- the release's augmentation
 
 
-def test_nothing_drawn_is_a_plain_resize() -> None:
-    mask = np.zeros((30, 40), np.uint8)
-    mask[3:9, 5:20] = 1
-    image, resized_mask, caption = augment_for_amc(
-        noise(), mask, "the left dog", AugmentConfig(**STILL, flip_words="swap"), 16, 60, np.random.default_rng(0)
-    )
-    assert (image == resize_bilinear(noise(), 16)).all()
-    assert (resized_mask == cv2.resize(mask, (60, 60), interpolation=cv2.INTER_NEAREST)).all()
-    assert caption == "the left dog"
-
-
-def test_the_mask_is_resized_to_the_nearest() -> None:
-    mask = np.array([[0, 1, 0], [1, 1, 0], [0, 0, 1]], np.uint8)
-    _, larger, _ = augment_for_amc(noise(3, 3), mask, "", AugmentConfig(**STILL), 8, 12, np.random.default_rng(0))
-    assert (larger == np.kron(mask, np.ones((4, 4)))).all()
-    _, smaller, _ = augment_for_amc(
-        noise(3, 3),
-        np.kron(mask, np.ones((6, 6), np.uint8)),
-        "",
-        AugmentConfig(**STILL),
-        8,
-        9,
-        np.random.default_rng(0),
-    )
-    assert (smaller == np.kron(mask, np.ones((3, 3)))).all()
+@pytest.mark.parametrize(("grows", "mask_size"), [(1, 12), (6, 9)])
+def test_the_mask_is_resized_to_the_nearest(grows: int, mask_size: int) -> None:
+    pattern = np.array([[0, 1, 0], [1, 1, 0], [0, 0, 1]], np.uint8)
+    mask = np.kron(pattern, np.ones((grows, grows), np.uint8))
+    options, rng = AugmentConfig(**STILL), np.random.default_rng(0)
+    _, resized, _ = augment_for_amc(noise(3, 3), mask, "", options, 8, mask_size, rng)
+    assert (resized == np.kron(pattern, np.ones((mask_size // 3, mask_size // 3)))).all()
 
 
 @pytest.mark.parametrize(("words", "caption"), [("keep", "the left dog"), ("swap", "the right dog")])
 def test_the_flip_mirrors_image_and_mask(words: Any, caption: str) -> None:
     mask = np.zeros((30, 40), np.uint8)
     mask[3:9, 5:20] = 1
-    options = AugmentConfig(**STILL | {"flip_prob": 1}, flip_words=words)
-    image, flipped, text = augment_for_amc(noise(), mask, "the left dog", options, 32, 40, np.random.default_rng(0))
-    still = augment_for_amc(noise(), mask, "the left dog", AugmentConfig(**STILL), 32, 40, np.random.default_rng(0))
-    assert (image == still[0][:, ::-1]).all()
-    assert (flipped == still[1][:, ::-1]).all()
-    assert (flipped != still[1]).any()
-    assert text == caption
+    still, flipped = (
+        augment_for_amc(
+            *(noise(), mask, "the left dog", AugmentConfig(**STILL | {"flip_prob": prob}, flip_words=words)),
+            *(32, 40, np.random.default_rng(0)),
+        )
+        for prob in (0, 1)
+    )
+    assert (flipped[0] == still[0][:, ::-1]).all()
+    assert (flipped[1] == still[1][:, ::-1]).all()
+    assert (flipped[1] != still[1]).any()
+    assert (still[2], flipped[2]) == ("the left dog", caption)
 
 
 def test_each_change_has_its_probability() -> None:
@@ -204,14 +191,6 @@ def test_jitter_release(brightness: float, contrast: float, saturation: float, h
     assert (jittered == expected).all()
 
 
-def test_jitter_release_raises_saturation() -> None:
-    pastel = (noise(20, 20) // 8 + 150).astype(np.uint8)
-    before = cv2.cvtColor(pastel, cv2.COLOR_RGB2HSV)[..., 1].astype(int)
-    for seed in range(20):
-        after = cv2.cvtColor(jitter_release(pastel, np.random.default_rng(seed)), cv2.COLOR_RGB2HSV)[..., 1]
-        assert (after.astype(int) - before).min() > 130  # 153 and more, but for contrast and rounding
-
-
 def test_jitter_standard_at_given_factors() -> None:
     image = smooth()
     unchanged = jitter_standard(image, Fixed(1, 1, 1, 0))  # type: ignore[arg-type]
@@ -225,25 +204,6 @@ def test_jitter_standard_at_given_factors() -> None:
     assert np.abs(pale - (0.6 * image + 0.4 * grey[..., None])).max() <= 2
     red = np.full((4, 4, 3), (200, 0, 0), np.uint8)
     assert np.abs(jitter_standard(red, Fixed(1, 1, 1, 1 / 3)) - [0.0, 200, 0]).max() <= 1  # type: ignore[arg-type]
-
-
-def test_jitter_standard_ranges() -> None:
-    grey = np.full((4, 4, 3), 100, np.uint8)  # of which brightness alone is left
-    means = [jitter_standard(grey, np.random.default_rng(seed)).mean() for seed in range(100)]
-    assert 59 <= min(means) < 66
-    assert 134 < max(means) <= 141
-    hues = [
-        colour_of(jitter_standard(np.full((4, 4, 3), (200, 20, 20), np.uint8), np.random.default_rng(seed)))
-        for seed in range(100)
-    ]
-    # OpenCV's hue is in degrees over 2: up to 0.4 of a turn, 72, to either side of red.
-    turned = np.array([min(hue, 180 - hue) for hue in hues])
-    assert 62 < turned.max() <= 73
-    assert {hue < 90 for hue in hues} == {True, False}
-
-
-def colour_of(image: np.ndarray) -> int:
-    return int(cv2.cvtColor(image, cv2.COLOR_RGB2HSV)[0, 0, 0])
 
 
 # ---- ALBEF's augmentation
@@ -364,19 +324,16 @@ def test_randaugment_draws_two_operations_half_of_the_time(monkeypatch: pytest.M
 # ---- draws
 
 
-def amc_sample(rng: Generator) -> list[np.ndarray]:
-    image, mask, caption = augment_for_amc(
-        noise(), np.tri(30, 40, dtype=np.uint8), "left", AugmentConfig(flip_words="swap", jitter_prob=1), 24, 24, rng
-    )
-    return [image, mask, np.array(caption)]
+def amc_sample(rng: Generator) -> list[Any]:
+    options = AugmentConfig(flip_words="swap", jitter_prob=1)
+    return list(augment_for_amc(noise(), np.tri(30, 40, dtype=np.uint8), "left", options, 24, 24, rng))
 
 
-def albef_sample(rng: Generator) -> list[np.ndarray]:
-    image, caption = augment_for_albef(noise(), "left", AugmentConfig(flip_words="swap"), 24, rng)
-    return [image, np.array(caption)]
+def albef_sample(rng: Generator) -> list[Any]:
+    return list(augment_for_albef(noise(), "left", AugmentConfig(flip_words="swap"), 24, rng))
 
 
-def standard_jitter_sample(rng: Generator) -> list[np.ndarray]:
+def standard_jitter_sample(rng: Generator) -> list[Any]:
     return [jitter_standard(noise(), rng)]
 
 
@@ -385,5 +342,5 @@ def test_every_draw_comes_from_the_generator(draw: Any) -> None:
     first = draw(np.random.default_rng(3))
     np.random.seed(1)  # noqa: NPY002 - the global generators do not matter
     torch.manual_seed(1)
-    assert all((one == other).all() for one, other in zip(first, draw(np.random.default_rng(3)), strict=True))
+    assert all(np.array_equal(one, other) for one, other in zip(first, draw(np.random.default_rng(3)), strict=True))
     assert (first[0] != draw(np.random.default_rng(4))[0]).any()

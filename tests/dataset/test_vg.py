@@ -1,10 +1,8 @@
-"""Training data: what a file may hold and what is said when it does not; how samples, masks and batches are drawn."""
+"""Training data: how samples, masks and batches are drawn; images that are not there. Its files: test_vg_entries.py."""
 
-import gzip
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,6 @@ import torch
 from PIL import Image
 
 from config import PretrainConfig
-from dataset.expressions import SURROGATE
 from dataset.reading import DataError
 from dataset.text import Tokenizer, load_tokenizer
 from dataset.vg import NO_BOXES, Collate, Sample, TrainingData, clip_box, load_entries, mask_tokens
@@ -24,7 +21,6 @@ from tests.small_model import BERT, SIZES
 WIDTH, HEIGHT = 40, 30  # of every image here
 PLAIN = {"flip_prob": 0, "grayscale_prob": 0, "jitter_prob": 0, "randaugment": False, "crop_scale": (1, 1)}
 GOOD = {"image": "0.png", "caption": "a dog", "bbox": [[1, 2, 10, 20]]}
-BAD_BOX = "\n  {file}: entry 1 (0.png) (found "
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +49,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def configure(images: Path, file: Path, rows: Any, **options: Any) -> PretrainConfig:
     """Write a training file; a config that reads it and changes no pixel but by resizing, unless told to."""
-    file.write_text(rows if isinstance(rows, str) else json.dumps(rows))
+    file.write_text(json.dumps(rows))
     options = {"image_res": 48, "mask_size": 24, "augment": PLAIN, **options}
     return PretrainConfig(train_file=[str(file)], image_root=str(images), **options)
 
@@ -68,142 +64,7 @@ def equal(one: Sample, other: Sample) -> bool:
     return images_and_masks and one.caption == other.caption and one.has_box == other.has_box and same_draws
 
 
-# ---- the file
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        ("a dog", "an entry must be an object {key: value} - 1 found:\n  {file}: entry 1 (found a str)"),
-        ({"caption": "a dog", "bbox": []}, "key 'image' is missing - 1 found:\n  {file}: entry 1"),
-        ({**GOOD, "image": 7}, "key 'image' must be of type str - 1 found:\n  {file}: entry 1 (found 7)"),
-        ({"image": "0.png", "bbox": []}, "key 'caption' is missing - 1 found:\n  {file}: entry 1 (0.png)"),
-        *(
-            ({**GOOD, "caption": bad}, "key 'caption' must be a string or a list of strings - 1 found:" + found)
-            for bad, found in (
-                (None, "\n  {file}: entry 1 (0.png) (found None)"),
-                ([], "\n  {file}: entry 1 (0.png) (found [])"),
-                (["a dog", 3], "\n  {file}: entry 1 (0.png) (found ['a dog', 3])"),
-            )
-        ),
-        *(
-            ({**GOOD, "caption": bad}, "key 'caption' " + SURROGATE + " - 1 found:\n  {file}: entry 1 (0.png) " + found)
-            for bad, found in (
-                ("red \ud800 star", r"('red \ud800 star')"),
-                (["a dog", "\udfff"], r"(['a dog', '\udfff'])"),
-            )
-        ),
-        (
-            {**GOOD, "image": "\udc80.png"},
-            "key 'image' " + SURROGATE + " - 1 found:\n  {file}: entry 1 (" + r"'\udc80.png')",
-        ),
-        *(
-            (
-                {other if key == known else key: value for key, value in GOOD.items()},
-                f"unknown key '{other}'; did you mean '{known}'? - 1 found:\n  {{file}}: entry 1"
-                + ("" if known == "image" else " (0.png)"),
-            )
-            for known, others in {
-                "bbox": ("bboxes", "boxes", "box", "BBox"),
-                "caption": ("captions", "Caption", "capton"),
-                "image": ("img", "images", "image_path"),
-            }.items()
-            for other in others
-        ),
-        *(
-            ({**GOOD, "bbox": bad}, "key 'bbox' must be a list of [x1, y1, x2, y2] - 1 found:" + BAD_BOX + f"{bad!r})")
-            for bad in (
-                [1, 2, 3, 4],
-                [[1, 2, 3]],
-                [[1, 2, 3, 4], [1, 2, 3, 4, 5]],
-                [["1", 2, 3, 4]],
-                [[1, 2, 3, None]],
-                [[1, 2, 3, True]],
-                [[1, 2, 3, 2**53]],
-                "everywhere",
-                {"x": 1},
-            )
-        ),
-    ],
-)
-def test_a_malformed_entry_is_named(images: Path, tmp_path: Path, row: Any, message: str) -> None:
-    file = tmp_path / "train.json"
-    with pytest.raises(DataError) as refused:
-        open_data(images, file, [GOOD, row, GOOD])
-    assert str(refused.value) == message.replace("{file}", str(file))
-
-
-def test_every_malformed_entry_is_named(images: Path, tmp_path: Path) -> None:
-    file = tmp_path / "train.json"
-    nameless = {"caption": "a dog"}
-    with pytest.raises(DataError) as refused:
-        open_data(images, file, [nameless, GOOD, {**GOOD, "bbox": 1}, nameless])
-    assert str(refused.value) == (
-        f"key 'image' is missing - 2 found:\n  {file}: entry 0\n  {file}: entry 3\n"
-        f"key 'bbox' must be a list of [x1, y1, x2, y2] - 1 found:\n  {file}: entry 2 (0.png) (found 1)"
-    )
-
-
-@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1" + "0" * 400])
-def test_box_numbers_are_finite(images: Path, tmp_path: Path, number: str) -> None:
-    text = json.dumps([GOOD]).replace("20", number)  # Python reads these, though JSON has no such numbers
-    with pytest.raises(DataError, match=r"key 'bbox' must be a list of .*\n.*entry 0 \(0\.png\)"):
-        open_data(images, tmp_path / "train.json", text)
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("[]", "holds no entries"),
-        ("{}", "expected a JSON list, found a dict"),
-        ('[{"image": "0.png", ', "not valid JSON"),
-        ("[{}] x", "not valid JSON"),
-        (json.dumps(GOOD) + "\n" + json.dumps(GOOD) + "\n", r"holds JSON lines, one value each; .*jq -s"),
-        ('[{"image": "0.png", "caption": "a", "caption": "b"}]', "an object holds the key 'caption' more than once"),
-        ("[" * 100_000, "nested too deeply"),
-        (f'[{{"image": "0.png", "caption": "a dog", "bbox": [[0, 0, {"9" * 5000}, 5]]}}]', "an integer has thousands"),
-        ("\0" * 100, r"not a text file \(it holds NUL characters"),
-    ],
-    ids=lambda value: value[:30],
-)
-def test_a_file_that_is_no_list_of_entries(images: Path, tmp_path: Path, text: str, message: str) -> None:
-    file = tmp_path / "train.json"
-    with pytest.raises(DataError, match=message) as refused:
-        open_data(images, file, text)
-    assert str(file) in str(refused.value)
-
-
-@pytest.mark.parametrize(
-    ("pack", "message"),
-    [
-        (gzip.compress, "it is compressed by gzip: unpack it first"),
-        (lambda data: b"PK\x03\x04" + data, "it is a zip archive: unpack it first"),
-        (lambda data: b"\x80\x04" + data, "'utf-8' codec can't decode byte 0x80"),
-    ],
-    ids=["gzip", "zip", "pickle"],
-)
-def test_a_file_that_is_no_text(images: Path, tmp_path: Path, pack: Callable[[bytes], bytes], message: str) -> None:
-    config = configure(images, tmp_path / "train.json", [GOOD])
-    (tmp_path / "train.json").write_bytes(pack((tmp_path / "train.json").read_bytes()))
-    with pytest.raises(DataError) as refused:
-        TrainingData(config, seed=0)
-    assert str(refused.value).startswith(f"{tmp_path / 'train.json'}: not a text file ({message}")
-
-
-@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le", "utf-16-be"])
-def test_byte_order_marks_and_line_ends_change_nothing(images: Path, tmp_path: Path, encoding: str) -> None:
-    file = tmp_path / "train.json"
-    config = configure(images, file, [{**GOOD, "caption": "caf\u00e9"}, GOOD])
-    expected = load_entries(file, config)
-    text = json.dumps(json.loads(file.read_text()), indent=1, ensure_ascii=False).replace("\n", "\r\n")
-    file.write_bytes(("\ufeff" + text).encode(encoding))
-    assert load_entries(file, config) == expected
-
-
-def test_keys_of_their_own_are_passed_over(images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    rows = [{**GOOD, "image_id": 7, "relation": {"group": "dog"}, "boxes_of": []}, {"image": "1.png", "caption": "cat"}]
-    assert len(open_data(images, tmp_path / "train.json", rows)) == 2
-    assert capsys.readouterr().out == ""
+# ---- the data of a config
 
 
 @pytest.mark.parametrize("add_gcam", [True, False])
@@ -213,63 +74,6 @@ def test_amc_without_any_box_is_warned_of(
     rows = [{"image": "0.png", "caption": "a dog", "regions": [[1, 2, 3, 4]]}, {**GOOD, "bbox": []}]
     open_data(images, tmp_path / "train.json", rows, add_gcam=add_gcam)
     assert capsys.readouterr().out == (f"warning: {NO_BOXES}\n" if add_gcam else "")
-
-
-# ---- captions without content
-
-EMPTY = ["", " ?! ", "\u200b", "\u00ad", "\x01\x02", "\ue000", "\u0301", "\u00a0\u3000", "\ufe0f", "- /"]
-
-
-@pytest.mark.parametrize("caption", EMPTY)
-def test_captions_without_content(
-    images: Path, tmp_path: Path, tokenizer: Tokenizer, caption: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "train.json"
-    rows = [GOOD, {**GOOD, "caption": caption}, {**GOOD, "caption": ["?", "a cat", caption]}]
-    config = configure(images, file, rows)
-    kept = load_entries(file, config)
-    said = f"warning: {file}: captions of which nothing is left once cleaned; as empty_captions says, "
-    first = f" - 3 found:\n  {file}: entry 1 (0.png) ({caption!r})\n  {file}: entry 2 (0.png) ('?')\n"
-    assert capsys.readouterr().out.startswith(f"{said}they stay, and the model reads [CLS] alone{first}")
-    assert [len(entry.captions) for entry in kept] == [1, 1, 3]
-    assert kept[2].captions[1] == "a cat"
-    assert tokenizer(kept[1].captions).input_ids.tolist() == [[tokenizer.cls_id]]
-    dropped = load_entries(file, config.model_copy(update={"empty_captions": "drop"}))
-    assert [entry.captions for entry in dropped] == [["a dog"], ["a cat"]]
-    assert capsys.readouterr().out.startswith(f"{said}they are left out{first}")
-
-
-def test_nothing_but_captions_without_content(images: Path, tmp_path: Path) -> None:
-    rows = [{**GOOD, "caption": "?"}]
-    assert len(open_data(images, tmp_path / "train.json", rows)) == 1
-    with pytest.raises(DataError, match=r"train\.json: holds no entries that have a caption"):
-        open_data(images, tmp_path / "train.json", rows, empty_captions="drop")
-
-
-@pytest.mark.parametrize("axis", ["sequence", "vocabulary"])
-@pytest.mark.parametrize("captions", [["?", ".", "\u200b"], ["?", "a big dog", "\u200b"]], ids=["all", "some"])
-def test_a_step_on_cls_alone(
-    images: Path, tmp_path: Path, tokenizer: Tokenizer, captions: list[str], axis: str
-) -> None:
-    (tmp_path / "bert.json").write_text(json.dumps({**BERT, "vocab_size": tokenizer.vocab_size}))
-    options = {**SIZES, "bert_config": str(tmp_path / "bert.json"), "queue_size": 8, "amc": {"layer": 1}}
-    rows = [{**GOOD, "caption": caption} for caption in captions]
-    data = open_data(images, tmp_path / "train.json", rows, **options, mlm_distill_axis=axis, mlm_probability=1)
-    batch = Batch(*Collate(tokenizer, data.config)([data[i] for i in range(3)]))
-    assert batch.input_ids[0].tolist() == [tokenizer.cls_id, *[tokenizer.pad_id] * (batch.input_ids.shape[1] - 1)]
-    model = PretrainModel(data.config)
-    losses = model(batch, alpha=0.4)
-    assert all(bool(loss.isfinite()) for loss in losses.values())
-    assert (losses["loss_mlm"].item() == 0) == (batch.mlm_labels.max() == -100) == (len(batch.input_ids[0]) == 1)
-    sum(losses.values()).backward()  # type: ignore[union-attr]
-    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
-
-
-def test_a_missing_file(images: Path, tmp_path: Path) -> None:
-    config = configure(images, tmp_path / "train.json", [GOOD])
-    (tmp_path / "train.json").unlink()
-    with pytest.raises(DataError, match=r"train\.json: cannot be read \(No such file"):
-        TrainingData(config, seed=0)
 
 
 def test_entries_of_all_files(images: Path, tmp_path: Path) -> None:
@@ -388,20 +192,19 @@ def square(folder: Path) -> str:
     return "square.png"
 
 
-def test_one_box_is_drawn(own: Path, tmp_path: Path) -> None:
-    boxes = [[1, 2, 10, 20], [5.5, 5.5, 39.5, 39.9], [30, -5, 99, 7]]
+@pytest.mark.parametrize(
+    ("boxes", "drawn"),
+    [
+        ([[1, 2, 10, 20], [5.5, 5.5, 39.5, 39.9], [30, -5, 99, 7]], {(1, 2, 10, 20), (5, 5, 39, 39), (30, 0, 40, 7)}),
+        # Empty boxes are drawn again.
+        ([[50, 50, 60, 60], [1, 2, 10, 20], [9, 9, 3, 3], [20, 20, 30, 40]], {(1, 2, 10, 20), (20, 20, 30, 40)}),
+    ],
+)
+def test_one_box_is_drawn(boxes: list[list[float]], drawn: set[Any], own: Path, tmp_path: Path) -> None:
     row = {**GOOD, "image": square(own), "bbox": boxes}
-    drawn = boxes_drawn(open_data(own, tmp_path / "train.json", [row], mask_size=40), epochs=90)
-    assert drawn.keys() == {(1, 2, 10, 20), (5, 5, 39, 39), (30, 0, 40, 7)}
-    assert min(drawn.values()) > 15
-
-
-def test_an_empty_box_is_redrawn(own: Path, tmp_path: Path) -> None:
-    boxes = [[50, 50, 60, 60], [1, 2, 10, 20], [9, 9, 3, 3], [20, 20, 30, 40]]
-    row = {**GOOD, "image": square(own), "bbox": boxes}
-    drawn = boxes_drawn(open_data(own, tmp_path / "train.json", [row], mask_size=40), epochs=40)
-    assert drawn.keys() == {(1, 2, 10, 20), (20, 20, 30, 40)}
-    assert min(drawn.values()) > 8
+    counts = boxes_drawn(open_data(own, tmp_path / "train.json", [row], mask_size=40), epochs=90)
+    assert counts.keys() == drawn
+    assert min(counts.values()) > 15
 
 
 @pytest.mark.parametrize(("empty_box", "has_box"), [("zero_mask", True), ("no_box", False)])
@@ -427,26 +230,19 @@ def test_mask_all_is_the_union(own: Path, tmp_path: Path, phrase_input: bool) ->
     assert sample.has_box
 
 
-def test_without_phrase_input_there_are_no_boxes(images: Path, tmp_path: Path) -> None:
-    sample = open_data(images, tmp_path / "train.json", [GOOD], phrase_input=False)[0]
-    assert sample.has_box is False
-    assert not sample.mask.any()
-    with_box = open_data(images, tmp_path / "train.json", [GOOD])[0]
-    assert torch.equal(sample.image, with_box.image)
-    assert with_box.mask.any()
-
-
 # ---- samples
 
 
-@pytest.mark.parametrize("add_gcam", [True, False])
-def test_a_sample(images: Path, tmp_path: Path, add_gcam: bool) -> None:
-    sample = open_data(images, tmp_path / "train.json", [GOOD], add_gcam=add_gcam)[0]
+@pytest.mark.parametrize(
+    ("options", "has_box"), [({}, True), ({"add_gcam": False}, False), ({"phrase_input": False}, False)]
+)
+def test_a_sample(options: dict[str, Any], has_box: bool, images: Path, tmp_path: Path) -> None:
+    sample = open_data(images, tmp_path / "train.json", [GOOD], **options)[0]
     assert sample.image.shape == (3, 48, 48)
     assert sample.image.dtype == sample.mask.dtype == torch.float32
     assert sample.mask.shape == (24, 24)
-    assert sample.has_box is add_gcam
-    assert sample.mask.unique().tolist() == ([0, 1] if add_gcam else [0])
+    assert sample.has_box is has_box
+    assert sample.mask.unique().tolist() == ([0, 1] if has_box else [0])
 
 
 def test_the_mask_lies_where_the_box_is(own: Path, tmp_path: Path) -> None:
@@ -522,12 +318,31 @@ def test_mask_tokens(tokenizer: Tokenizer) -> None:
     assert set(others.tolist()) == set(range(12)) - {tokenizer.mask_id}
 
 
-@pytest.mark.parametrize(("probability", "share"), [(0.0, 0.0), (1.0, 1.0)])
-def test_mask_tokens_at_the_ends(tokenizer: Tokenizer, probability: float, share: float) -> None:
+@pytest.mark.parametrize("probability", [0, 1])
+def test_mask_tokens_at_the_ends(tokenizer: Tokenizer, probability: float) -> None:
     ids = np.full(100, 7)
     masked = mask_tokens(ids, tokenizer, probability, np.random.default_rng(0))
-    assert (masked.labels != -100).mean() == share
-    assert (masked.ids != ids).any() == bool(share)
+    assert (masked.labels != -100).mean() == probability
+    assert (masked.ids != ids).any() == bool(probability)
+
+
+@pytest.mark.parametrize("axis", ["sequence", "vocabulary"])
+@pytest.mark.parametrize("captions", [["?", ".", "\u200b"], ["?", "a big dog", "\u200b"]], ids=["all", "some"])
+def test_a_step_on_cls_alone(
+    images: Path, tmp_path: Path, tokenizer: Tokenizer, captions: list[str], axis: str
+) -> None:
+    (tmp_path / "bert.json").write_text(json.dumps({**BERT, "vocab_size": tokenizer.vocab_size}))
+    options = {**SIZES, "bert_config": str(tmp_path / "bert.json"), "queue_size": 8, "amc": {"layer": 1}}
+    rows = [{**GOOD, "caption": caption} for caption in captions]
+    data = open_data(images, tmp_path / "train.json", rows, **options, mlm_distill_axis=axis, mlm_probability=1)
+    batch = Batch(*Collate(tokenizer, data.config)([data[i] for i in range(3)]))
+    assert batch.input_ids[0].tolist() == [tokenizer.cls_id, *[tokenizer.pad_id] * (batch.input_ids.shape[1] - 1)]
+    model = PretrainModel(data.config)
+    losses = model(batch, alpha=0.4)
+    assert all(bool(loss.isfinite()) for loss in losses.values())
+    assert (losses["loss_mlm"].item() == 0) == (batch.mlm_labels.max() == -100) == (len(batch.input_ids[0]) == 1)
+    sum(losses.values()).backward()  # type: ignore[union-attr]
+    assert all(bool(p.grad.isfinite().all()) for p in model.parameters() if p.grad is not None)
 
 
 def test_collate(images: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -148,53 +148,43 @@ def test_without_a_margin_one_must_still_be_further() -> None:
     assert vg_phrases.positions_of(three, IMAGE, Rules(margin=0)) == {three[2]: ["right"]}
 
 
-def describe_positions(things: list[VGObject], others: list[VGObject], **rules: Any) -> tuple[list[str], Counter[str]]:
+CARS = [VGObject(i, ["car"], ["red"], at(x, 50)) for i, x in enumerate((20, 50, 80))]
+NAMELESS = [thing._replace(object_id=None) for thing in CARS]
+ALL = ["left red car", "middle red car", "right red car"]
+LARGE = VGObject(9, ["car"], ["blue"], (0, 0, 100, 100))
+AGAIN = VGObject(11, ["Car"], ["old", "red"], CARS[0].box)  # the first car, annotated twice
+
+
+@pytest.mark.parametrize(
+    ("things", "others", "rules", "words", "dropped"),
+    [
+        (CARS, [], {}, ALL, {}),
+        (CARS, [], {"positions": ("right", "middle")}, ALL[1:], {vg_phrases.NO_POSITION: 1}),
+        (CARS, [], {"positions": ("top",)}, [], {vg_phrases.NO_POSITION: 3}),
+        (
+            CARS[:2],
+            [],
+            {"spatial_form": "{phrase} on the {position}", "positions": ("left",)},
+            ["red car on the left"],
+            None,
+        ),
+        # A large car is no entry under --max-area, but the small ones are still not alone.
+        ([CARS[0], CARS[2], LARGE], [], {"max_area": 0.5}, [ALL[0], ALL[2]], {vg_phrases.LARGE_BOX: 1}),
+        ([*CARS[:2], AGAIN], [], {}, [ALL[0], ALL[2], "left old Car"], {vg_phrases.REPEATED: 1}),
+        # Without ids, others count by their boxes, and are not one another.
+        (CARS, NAMELESS, {}, ALL, {}),
+        (CARS, [*NAMELESS, VGObject(None, ["car"], [], at(5, 50))], {}, ALL[2:], None),
+        (NAMELESS[:2], NAMELESS[2:], {}, ALL[:2], None),
+    ],
+)
+def test_spatial_captions(
+    things: list[VGObject], others: list[VGObject], rules: dict[str, Any], words: list[str], dropped: Any
+) -> None:
     counts: Counter[str] = Counter()
     rows = vg_phrases.describe_positions(things, others, IMAGE, Rules(**rules), counts)
-    return [row["caption"] for row in rows], +counts
-
-
-CARS = [VGObject(i, ["car"], ["red"], at(x, 50)) for i, x in enumerate((20, 50, 80))]
-
-
-def test_which_positions() -> None:
-    assert describe_positions(CARS, [], positions=("right", "middle")) == (
-        ["middle red car", "right red car"],
-        {vg_phrases.NO_POSITION: 1},
-    )
-    assert describe_positions(CARS, [], positions=("top",)) == ([], {vg_phrases.NO_POSITION: 3})
-
-
-def test_the_form_of_a_spatial_caption() -> None:
-    words, _ = describe_positions(CARS, [], spatial_form="{phrase} on the {position}", positions=("left",))
-    assert words == ["red car on the left"]
-
-
-def test_limits_do_not_hide_the_others() -> None:
-    """A large car is no entry under --max-area, but the small ones are still not alone."""
-    large = VGObject(9, ["car"], ["blue"], (0, 0, 100, 100))
-    words, counts = describe_positions([CARS[0], CARS[2], large], [], max_area=0.5)
-    assert words == ["left red car", "right red car"]
-    assert counts == {vg_phrases.LARGE_BOX: 1}
-
-
-def test_an_object_annotated_twice_is_one() -> None:
-    twice = [*CARS[:2], VGObject(11, ["Car"], ["old", "red"], CARS[0].box)]
-    words, counts = describe_positions(twice, [])
-    assert words == ["left red car", "right red car", "left old Car"]
-    assert counts == {vg_phrases.REPEATED: 1}
-
-
-def test_others_without_ids_count_by_their_boxes() -> None:
-    others = [thing._replace(object_id=None) for thing in CARS]
-    assert describe_positions(CARS, others)[0] == ["left red car", "middle red car", "right red car"]
-    others.append(VGObject(None, ["car"], [], at(5, 50)))
-    assert describe_positions(CARS, others)[0] == ["right red car"]
-
-
-def test_things_without_ids_are_not_one_another() -> None:
-    nameless = [thing._replace(object_id=None) for thing in CARS[:2]]
-    assert describe_positions(nameless, [CARS[2]._replace(object_id=None)])[0] == ["left red car", "middle red car"]
+    assert [row["caption"] for row in rows] == words
+    if dropped is not None:
+        assert +counts == dropped
 
 
 # ---- fields

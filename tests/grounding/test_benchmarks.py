@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import demo
 import prepare
 from config import GroundingConfig, load_config
-from dataset.expressions import Expression
+from dataset.expressions import Expression, Reading
 from dataset.transforms import resize_bicubic
 from grounding import evaluate as program
 from grounding import metrics
@@ -55,6 +56,23 @@ def rows(place: Path) -> list[dict[str, Any]]:
     ]
 
 
+@pytest.fixture
+def check(capsys: pytest.CaptureFixture[str]) -> Callable[[Path], tuple[int, dict[str, Any]]]:
+    """Run `prepare.py check`: its exit status, and what it finds."""
+
+    def run(config: Path) -> tuple[int, dict[str, Any]]:
+        args = prepare.parse_args(["check", str(config), "--json"])
+        capsys.readouterr()
+        try:
+            args.run(args)
+            status = 0
+        except SystemExit as end:
+            status = int(end.code or 0)
+        return status, json.loads(capsys.readouterr().out)
+
+    return run
+
+
 # ---- one's own data
 
 
@@ -85,18 +103,8 @@ def test_own_data_has_the_numbers_of_the_same_data_in_another_format(
 
 
 def test_own_data_is_checked_before_a_run(
-    place: Path, rows: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    place: Path, rows: list[Any], tmp_path: Path, check: Callable[..., tuple[int, dict[str, Any]]]
 ) -> None:
-    def check(config: Path) -> tuple[int, dict[str, Any]]:
-        args = prepare.parse_args(["check", str(config), "--json"])
-        capsys.readouterr()
-        try:
-            args.run(args)
-            status = 0
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return status, json.loads(capsys.readouterr().out)
-
     status, found = check(own_config(place, tmp_path, rows))
     assert status == 0
     file = str(tmp_path / "own.json")
@@ -114,11 +122,14 @@ def test_own_data_is_checked_before_a_run(
 
 
 def test_a_metric_and_a_benchmark_in_a_few_lines(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    check: Callable[..., tuple[int, dict[str, Any]]],
 ) -> None:
-    """Both are logged, printed, in the table, in the report and in its charts, by nothing but what stands here."""
+    """Both are logged, printed, in the table, the report and its charts, and checked, by nothing but what is here."""
     monkeypatch.setattr(metrics, "METRICS", dict(metrics.METRICS))
-    monkeypatch.setattr(metrics, "NEEDS", dict(metrics.NEEDS))
 
     @metrics.metric()
     def near(cam: ResizedMap, expression: Expression) -> float:
@@ -126,14 +137,17 @@ def test_a_metric_and_a_benchmark_in_a_few_lines(
         (x, y), (bx, by, w, h) = cam.point(), expression.boxes[0].tolist()
         return 1 - float(np.hypot(x - bx - w / 2, y - by - h / 2) / np.hypot(*expression.size))
 
-    def load(config: GroundingConfig, skip_missing: bool = False) -> list[Expression]:
-        rows = [line.split("\t") for line in Path(config.test_file[0]).read_text().splitlines()]
-        return [
-            Expression(Path(config.image_root, name), text, i, "dev", np.array([[float(v) for v in box.split()]]))
-            for i, (name, text, box) in enumerate(rows)
-        ]
+    def read(config: GroundingConfig, reading: Reading) -> list[Expression]:
+        found = []
+        with reading.file(config.test_file[0], "lines", "test_file") as file:
+            for i, line in enumerate(Path(file.name).read_text().splitlines()):
+                name, text, box = line.split("\t")
+                image, boxes = Path(config.image_root, name), np.array([[float(v) for v in box.split()]])
+                file.says(f"line {i}", image, text=text, boxes=boxes)
+                found.append(Expression(image, text, i, "dev", boxes))
+        return found
 
-    lines = Benchmark("Lines", "lines.yaml", load, resize_bicubic, {"dev": "dev_x"}, ("near", "point"))
+    lines = Benchmark("Lines", "lines.yaml", read, resize_bicubic, {"dev": "dev_x"}, ("near", "point"))
     monkeypatch.setitem(BENCHMARKS, "lines", lines)
     (tmp_path / "lines.tsv").write_text(
         "".join(f"10000{i}.jpg\tthe {word} circle\t{9 * i} 5 20 20\n" for i, word in enumerate(("red", "blue", "big")))
@@ -155,9 +169,18 @@ def test_a_metric_and_a_benchmark_in_a_few_lines(
     for words in ("near dev_x", "Near accuracy of the checkpoints", f"{100 * rows[2]['dev_x']:.2f}"):
         assert words in html
 
-    args = prepare.parse_args(["check", str(config)])
-    args.run(args)  # which has nothing against it
-    assert "what the benchmark 'lines' reads is not checked" in capsys.readouterr().out
+    status, found = check(config)
+    assert (status, found["files"][0]["checked"]) == (0, "evaluation config, Lines")
+    with Path(tmp_path / "lines.tsv").open("a") as file:
+        file.write("100001.jpg\tthe blue circle\t900 5 20 20\n100009.jpg\tit\t9 5 20 20\n")
+    status, found = check(config)
+    assert status == 1
+    first = {row["kind"].split(":")[0]: row["first"][0].split(" (")[0] for row in found["problems"]}
+    assert first == {
+        "the image file does not exist; check image_root": "line 4",
+        "no box covers a pixel of the image": "line 3",
+        "image and text are those of an earlier entry": "line 3",
+    }
 
 
 def load_of(config: Path) -> list[Expression]:

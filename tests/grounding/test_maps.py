@@ -17,17 +17,6 @@ def cam_of(*rows: str) -> np.ndarray:
     return np.array([[0 if value == "." else int(value) for value in row] for row in rows], np.float32)
 
 
-def test_inside_is_what_the_pointing_game_counts() -> None:
-    boxes = np.array([[1.0, 0.0, 3.0, 3.0], [4.5, 2.5, 9.0, 9.0]])
-    mask = maps.inside(boxes, 4, 6)
-    assert mask.astype(int).tolist() == [
-        [0, 0, 0, 0, 0, 0],
-        [0, 0, 1, 1, 0, 0],
-        [0, 0, 1, 1, 0, 0],
-        [0, 0, 0, 0, 0, 1],
-    ]
-
-
 @pytest.mark.parametrize(
     "box", [[0, 0, 1, 1], [-5, -5, 3, 3], [-5, -5, 7, 7], [2.2, 1.1, 0.7, 0.8], [1.5, 1.5, 2, 2], [0, 0, 60, 60]]
 )
@@ -50,19 +39,6 @@ def test_hot_pixels() -> None:
 
 
 # ---- regions and boxes
-
-
-def test_regions() -> None:
-    cam = cam_of(
-        "........",
-        ".99....8",
-        "...9....",
-        "......7.",
-        ".....7..",
-    )
-    found = maps.regions(cam > 5)  # corners join; the order is that of the first pixel
-    assert found.tolist() == [[1, 1, 3, 2], [7, 1, 1, 1], [5, 3, 2, 2]]
-    assert maps.regions(cam > 9).shape == (0, 4)
 
 
 def regions_by_hand(pixels: np.ndarray) -> list[list[int]]:
@@ -115,14 +91,6 @@ def test_boxes_are_the_regions_around_the_threshold_by_score() -> None:
     assert [list(box.box) for box in found] == [[0, 1, 4, 3], [5, 0, 1, 1], [5, 4, 1, 1]]
     assert found[0].score == pytest.approx(13.9 / 4 / 12**0.5)
     assert map_boxes(cam, shares, 1.0) == (ScoredBox((5, 0, 1, 1), 1.0),)
-
-
-def test_a_factor_changes_nothing() -> None:
-    boxes = [
-        map_boxes(cam, share_of_maximum(cam), 0.5)
-        for cam in (unresized(BLOBS), maps.ResizedMap(8 * torch.tensor(BLOBS), 5, 6))
-    ]
-    assert boxes[0] == boxes[1]
 
 
 def test_the_best_box_of_a_map_is_the_same_for_the_metric_the_report_and_the_demo() -> None:

@@ -11,9 +11,11 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from dataset import flickr, refer
+from config import GroundingConfig
 from dataset.expressions import Expression
 from grounding import maps, metrics
+from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS
+from tests.data_keys import data_keys
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 REFCOCO = {"val": "val_d", "testA": "testA_d", "testB": "testB_d"}
@@ -21,25 +23,12 @@ TWO_SPLITS = {"val": "val_d", "test": "test"}
 
 
 def refer_expressions(data: Path, dataset: str) -> list[Expression]:
-    folder = data / "refer" / dataset
-    return refer.load_expressions(
-        test_file=[str(folder / f"{dataset}_{part}.json") for part in ("val", "test")],
-        image_root=str(data / "images"),
-        refer_root=str(data / "refer"),
-        dataset=dataset,
-        det_file=str(folder / "dets.json") if dataset == "refcoco+" else None,
-        entry_split=dataset == "refclef",
-    )
+    benchmark = REFCLEF if dataset == "refclef" else REFCOCO_PLUS
+    return benchmark.load(GroundingConfig(**data_keys(dataset.rstrip("+"), data)))
 
 
-def flickr_expressions(data: Path, parts: tuple[str, ...] = ("val", "test")) -> list[Expression]:
-    folder = data / "flickr"
-    return flickr.load_expressions(
-        image_ids_file=[str(folder / f"{part}.txt") for part in parts],
-        phrase_box_file=[str(folder / f"bounding_boxes_{part}.json") for part in parts],
-        sentences_file=[str(folder / f"sentences_{part}.json") for part in parts],
-        image_root=str(data / "images"),
-    )
+def flickr_expressions(data: Path) -> list[Expression]:
+    return FLICKR.load(GroundingConfig(**data_keys("flickr", data)))
 
 
 def unresized(cam: torch.Tensor) -> maps.ResizedMap:
@@ -64,23 +53,6 @@ def test_golden_cases_of_refcoco(golden_data: Path, golden_fixture: ModuleType, 
         point.append(metrics.point_correct(cam, expression.boxes))
     assert box == golden_metrics["box_correct"]
     assert point == golden_metrics["point_correct"]
-
-
-def test_golden_cases_of_flickr(golden_data: Path, golden_fixture: ModuleType, golden_metrics: dict[str, Any]) -> None:
-    phrases = []
-    for part in ("val", "test"):
-        rows = json.loads((golden_data / "flickr" / f"bounding_boxes_{part}.json").read_text())
-        for image_id, row in rows.items():
-            phrases += [(image_id, phrase_id, row) for phrase_id in row["boxes"]]
-    phrases.sort(key=lambda phrase: phrase[:2])
-    correct = []
-    for k, (_, pred) in enumerate(golden_fixture.metric_cases(1, size=16)):
-        _, phrase_id, row = phrases[k % len(phrases)]
-        boxes = np.array(row["boxes"][phrase_id])
-        boxes[:, 2:] -= boxes[:, :2]
-        cam = maps.ResizedMap(torch.from_numpy(pred), row["height"], row["width"])
-        correct.append(metrics.point_correct(cam, boxes))
-    assert correct == golden_metrics["flickr_point_correct"]
 
 
 def test_golden_iou(golden_fixture: ModuleType, golden_metrics: dict[str, Any]) -> None:
@@ -153,13 +125,6 @@ def test_resize_map_takes_half_precision_and_gives_float32() -> None:
     cam = maps.ResizedMap(torch.ones(4, 4, dtype=torch.float16), 5, 7).pixels
     assert cam.dtype == torch.float32
     assert cam.shape == (5, 7)
-
-
-def test_point_is_the_first_maximum_in_row_major_order() -> None:
-    cam = torch.zeros(4, 6)
-    assert unresized(cam).point() == (0, 0)
-    cam[2, 1] = cam[1, 4] = cam[1, 5] = 2.0
-    assert unresized(cam).point() == (4, 1)
 
 
 @pytest.mark.parametrize(
@@ -241,15 +206,3 @@ def test_accuracy_of_an_absent_split_is_none() -> None:
     assert metrics.accuracy([1.0, float("nan"), 0.0]) == 0.5  # what has no map does not count
     assert metrics.accuracy([float("nan")]) is None
     assert list(report) == ["val_d", "test"]
-
-
-@pytest.mark.parametrize("factor", [0.001, 1000.0])
-def test_metrics_do_not_change_with_a_positive_factor(golden_fixture: ModuleType, factor: float) -> None:
-    detections = np.array([[0, 0, 20, 30], [40, 10, 30, 30], [10, 40, 50, 20.0]])
-    for _, pred in list(golden_fixture.metric_cases(1))[:20]:
-        cam = maps.ResizedMap(torch.from_numpy(pred), 70, 90)
-        scaled = maps.ResizedMap(torch.from_numpy(pred) * factor, 70, 90)
-        assert cam.point() == scaled.point()
-        best = metrics.best_detection(cam, detections)
-        assert best is not None
-        assert best == metrics.best_detection(scaled, detections)

@@ -1,7 +1,6 @@
 """GradCAM and the AMC terms on maps small enough to work out by hand."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import pytest
 import torch
@@ -31,43 +30,35 @@ LOSSES = pytest.mark.parametrize("loss", [batch_mean, sample_mean, amc.max_margi
 
 # ---- GradCAM
 
-# Two heads, two tokens, CLS and four patches; the CLS column is large, so that using it would show.
+# Two heads, two tokens, four patches.
 ATTENTION = torch.tensor(
     [
         [
-            [[9.0, 0.1, 0.2, 0.3, 0.4], [9.0, 0.25, 0.25, 0.25, 0.25]],
-            [[9.0, 0.4, 0.3, 0.2, 0.1], [9.0, 0.25, 0.25, 0.25, 0.25]],
+            [[0.1, 0.2, 0.3, 0.4], [0.25, 0.25, 0.25, 0.25]],
+            [[0.4, 0.3, 0.2, 0.1], [0.25, 0.25, 0.25, 0.25]],
         ]
     ]
 )
 GRADIENT = torch.tensor(
     [
         [
-            [[9.0, 1.0, -1.0, 2.0, 0.0], [9.0, 4.0, 0.0, 0.0, -8.0]],
-            [[9.0, 0.0, 1.0, 1.0, 1.0], [9.0, 0.0, 0.0, 0.0, 2.0]],
+            [[1.0, -1.0, 2.0, 0.0], [4.0, 0.0, 0.0, -8.0]],
+            [[0.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 2.0]],
         ]
     ]
 )
 
 
-def test_gradcam_is_the_mean_of_attention_times_positive_gradient() -> None:
-    # token 0: (0.1, 0, 0.6, 0) + (0, 0.3, 0.2, 0.1); token 1: (1, 0, 0, 0) + (0, 0, 0, 0.5)
-    cam = amc.gradcam(ATTENTION, GRADIENT, torch.tensor([[1, 1]]), (2, 2))
-    torch.testing.assert_close(cam, torch.tensor([[[1.1, 0.3], [0.8, 0.6]]]) / 4)
-
-
-def test_gradcam_leaves_padding_out_but_counts_it_in_the_mean() -> None:
-    cam = amc.gradcam(ATTENTION, GRADIENT, torch.tensor([[1, 0]]), (2, 2))
-    torch.testing.assert_close(cam, torch.tensor([[[0.1, 0.3], [0.8, 0.1]]]) / 4)
-
-
-def test_gradcam_keeps_samples_apart_and_reads_patches_by_row() -> None:
-    attention = torch.zeros(2, 1, 1, 7)
-    attention[0, 0, 0, 1:] = torch.arange(6)
-    attention[1, 0, 0, 1:] = torch.arange(6) * 10
-    cam = amc.gradcam(attention, torch.ones_like(attention), torch.ones(2, 1), (2, 3))
-    first = torch.tensor([[0.0, 1.0, 2.0], [3.0, 4.0, 5.0]])
-    assert torch.equal(cam, torch.stack([first, first * 10]))
+@pytest.mark.parametrize(
+    ("mask", "total"),
+    [
+        ([1, 1], [[1.1, 0.3], [0.8, 0.6]]),  # (0.1, 0, 0.6, 0) + (0, 0.3, 0.2, 0.1), and (1, 0, 0, 0) + (0, 0, 0, 0.5)
+        ([1, 0], [[0.1, 0.3], [0.8, 0.1]]),  # padding is left out, and counts in the mean
+    ],
+)
+def test_gradcam_is_the_mean_of_attention_times_positive_gradient(mask: list[int], total: list[list[float]]) -> None:
+    cam = amc.gradcam(ATTENTION, GRADIENT, torch.tensor([mask]), (2, 2))
+    torch.testing.assert_close(cam, torch.tensor([total]) / 4)
 
 
 def test_gradcam_computes_in_float32() -> None:
@@ -87,24 +78,12 @@ def test_token_maps_are_those_before_the_mean() -> None:
 def test_the_mean_of_token_maps_is_gradcam_exactly() -> None:
     generator = torch.Generator().manual_seed(0)
     # multiples of 1/8: no sum of them is rounded, so that the order of summing cannot show
-    attention, gradient = (torch.randint(-8, 9, (3, 4, 8, 7), generator=generator) / 8 for _ in range(2))
+    attention, gradient = (torch.randint(-8, 9, (3, 4, 8, 6), generator=generator) / 8 for _ in range(2))
     mask = torch.tensor([[1] * 8, [1] * 5 + [0] * 3, [1] + [0] * 7])
     cams = amc.token_gradcam(attention, gradient, mask, (2, 3))
     assert cams.shape == (3, 8, 2, 3)
     assert torch.equal(cams.mean(dim=1), amc.gradcam(attention, gradient, mask, (2, 3)))
     assert (cams[1, 5:] == 0).all()
-
-
-def test_gradcam_passes_gradients_to_attention_and_to_positive_gradients() -> None:
-    attention, gradient = ATTENTION.clone().requires_grad_(), GRADIENT.clone().requires_grad_()
-    amc.gradcam(attention, gradient, torch.tensor([[1, 0]]), (2, 2)).sum().backward()
-    assert attention.grad is not None
-    assert gradient.grad is not None
-    torch.testing.assert_close(attention.grad[0, 0, 0], torch.tensor([0.0, 1.0, 0.0, 2.0, 0.0]) / 4)
-    torch.testing.assert_close(gradient.grad[0, 1, 0, 2:], torch.tensor([0.3, 0.2, 0.1]) / 4)
-    assert gradient.grad[0, 0, 0, 2] == 0  # was negative
-    assert not attention.grad[0, :, 1].any()  # padding
-    assert not gradient.grad[0, :, 1].any()
 
 
 # ---- normalise and resize
@@ -132,26 +111,10 @@ def test_normalise_of_a_flat_map_is_zero_with_finite_gradients() -> None:
     assert cam.grad.isfinite().all()
 
 
-def test_gradients_flow_through_minimum_and_maximum() -> None:
-    # The middle of (a, b, c) becomes (b - a) / (c - a); its derivatives at (1, 2, 4) are -2/9, 1/3 and -1/9.
-    cam = torch.tensor([[[1.0, 2.0, 4.0]]], requires_grad=True)
-    amc.normalise_map(cam)[0, 0, 1].backward()
-    assert cam.grad is not None
-    assert cam.grad[0, 0].tolist() == pytest.approx([-2 / 9, 1 / 3, -1 / 9], rel=1e-5)
-
-
 def random_maps() -> Tensor:
     """Positive maps in float64 whose entries lie well apart, so that a small step changes no minimum or maximum."""
     order = torch.stack([torch.randperm(9, generator=torch.Generator().manual_seed(seed)) for seed in (0, 1)])
     return (order.double() + 1).view(2, 3, 3).requires_grad_()
-
-
-def test_normalise_and_resize_have_correct_first_and_second_derivatives() -> None:
-    def scaled(cam: Tensor) -> Tensor:
-        return amc.resize(amc.normalise_map(cam), 5)
-
-    assert torch.autograd.gradcheck(scaled, random_maps())
-    assert torch.autograd.gradgradcheck(scaled, random_maps())
 
 
 def test_resize_is_bilinear_on_pixel_centres() -> None:
@@ -179,29 +142,7 @@ def test_resize_is_bilinear_on_pixel_centres() -> None:
 def test_mean_term_by_hand(has_box: Tensor, margin: float, batch: float, sample: float) -> None:
     assert batch_mean(CAM, MASK, has_box, margin).item() == pytest.approx(batch)
     assert sample_mean(CAM, MASK, has_box, margin).item() == pytest.approx(sample)
-
-
-def test_mean_term_over_the_batch_is_the_default() -> None:
-    assert amc.mean_margin_loss(CAM, MASK, BOTH, 0.5).item() == pytest.approx(0.3375)
-
-
-@pytest.mark.parametrize("over", ["batch", "sample"])
-def test_mean_term_weighs_pixels_by_a_soft_mask(over: Literal["batch", "sample"]) -> None:
-    # inside (0.5 * 1 + 1 * 0.5) / 1.5, outside (0.5 * 1 + 0 + 0.25) / 2.5
-    mask = torch.tensor([[[0.5, 1.0], [0.0, 0.0]]])
-    loss = amc.mean_margin_loss(CAM[:1], mask, torch.tensor([True]), 1.0, over)
-    assert loss.item() == pytest.approx(0.75 / 2.5 - 1 / 1.5 + 1)
-
-
-def test_gradient_of_the_mean_term_by_hand() -> None:
-    # One over the number of pixels outside (4 in the batch), minus one over the number inside (4 also).
-    cam = CAM.clone().requires_grad_()
-    batch_mean(cam, MASK, BOTH, 0.5).backward()
-    assert cam.grad is not None
-    torch.testing.assert_close(cam.grad, torch.where(MASK > 0, -0.25, 0.25))
-    cam.grad = None
-    sample_mean(cam, MASK, BOTH, 0.5).backward()  # only the second sample's hinge is open
-    torch.testing.assert_close(cam.grad, torch.tensor([[[0.0, 0], [0, 0]], [[-1 / 6, -1 / 6], [-1 / 6, 0.5]]]))
+    assert amc.mean_margin_loss(CAM, MASK, has_box, margin).item() == pytest.approx(batch)  # the default
 
 
 # ---- the max term
@@ -222,17 +163,13 @@ def test_max_term_by_hand(has_box: Tensor, margin: float, expected: float) -> No
     assert amc.max_margin_loss(CAM, MASK, has_box, margin).item() == pytest.approx(expected)
 
 
-def test_max_term_weighs_pixels_by_a_soft_mask() -> None:
+def test_pixels_weigh_by_a_soft_mask() -> None:
+    mask, some = torch.tensor([[[0.5, 1.0], [0.0, 0.0]]]), torch.tensor([True])
+    # inside (0.5 * 1 + 1 * 0.5) / 1.5, outside (0.5 * 1 + 0 + 0.25) / 2.5
+    for mean in (batch_mean, sample_mean):
+        assert mean(CAM[:1], mask, some, 1.0).item() == pytest.approx(0.75 / 2.5 - 1 / 1.5 + 1)
     # outside max(0.5 * 1, 0 * 0.5, 0, 0.25), inside max(0.5 * 1, 1 * 0.5, 0, 0)
-    mask = torch.tensor([[[0.5, 1.0], [0.0, 0.0]]])
-    assert amc.max_margin_loss(CAM[:1], mask, torch.tensor([True]), 0.125).item() == pytest.approx(0.125)
-
-
-def test_gradient_of_the_max_term_goes_to_two_pixels_of_a_sample() -> None:
-    cam = CAM.clone().requires_grad_()
-    amc.max_margin_loss(cam, MASK, BOTH, 0.75).backward()
-    assert cam.grad is not None
-    assert torch.equal(cam.grad, torch.tensor([[[-0.5, 0.5], [0, 0]], [[0, 0], [-0.5, 0.5]]]))
+    assert amc.max_margin_loss(CAM[:1], mask, some, 0.125).item() == pytest.approx(0.125)
 
 
 # ---- all terms

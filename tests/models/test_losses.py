@@ -71,22 +71,9 @@ def test_contrastive_loss_returns_similarities_within_the_batch() -> None:
 def test_contrast_trains_the_student_and_the_temperature_but_no_target() -> None:
     inputs = [tensor.requires_grad_() for tensor in (*features(), torch.tensor(0.2))]
     losses.contrastive_loss(*inputs, alpha=0.4).loss.backward()
-    image, text, *_, temp = inputs
+    image, text, *targets, temp = inputs
     assert all(tensor.grad is not None and tensor.grad.any() for tensor in (image, text, temp))
-    # With keys and target held constant, the temperature's derivative is that of the plain loops.
-    plain = [tensor.detach() for tensor in inputs[:6]]
-
-    def value(temp: float, target_temp: float) -> float:
-        # student at `temp`, targets at `target_temp`: scale the student's features instead of the temperature
-        factor = target_temp / temp
-        i2t = plain_direction(plain[0] * factor, plain[2], plain[3], plain[5], target_temp, 0.4)
-        t2i = plain_direction(plain[1] * factor, plain[3], plain[2], plain[4], target_temp, 0.4)
-        return (i2t + t2i) / 2
-
-    step = 1e-3
-    slope = (value(0.2 + step, 0.2) - value(0.2 - step, 0.2)) / (2 * step)
-    assert temp.grad is not None
-    assert temp.grad.item() == pytest.approx(slope, rel=1e-3)
+    assert all(tensor.grad is None for tensor in targets)
 
 
 # ---- hard negatives
@@ -124,13 +111,6 @@ def test_hard_negatives_survive_rows_whose_weights_underflow(size: int, dtype: t
         assert ((drawn >= 0) & (drawn < size)).all()
 
 
-def test_hard_negatives_do_not_change_the_similarities() -> None:
-    similarity = draw(3, 3)
-    before = similarity.clone()
-    losses.hard_negatives(similarity)
-    assert torch.equal(similarity, before)
-
-
 def test_hard_negatives_need_two_samples() -> None:
     with pytest.raises(ValueError, match="batch of at least 2"):
         losses.hard_negatives(torch.ones(1, 1))
@@ -144,10 +124,7 @@ def test_matching_loss_by_hand() -> None:
     logits = torch.tensor([[0.0, 2.0], [1.0, 0.0], [0.0, 0.0], [3.0, -1.0], [0.0, 1.0], [-2.0, 0.5]])
     costs = [math.log1p(math.exp(gap)) for gap in (-2.0, 1.0, 0.0, -4.0, 1.0, 2.5)]
     assert losses.matching_loss(logits, positives=2).item() == pytest.approx(sum(costs) / 6, rel=1e-6)
-
-
-def test_matching_loss_is_float32() -> None:
-    assert losses.matching_loss(torch.zeros(3, 2, dtype=torch.bfloat16), positives=1).dtype == torch.float32
+    assert losses.matching_loss(logits.bfloat16(), positives=2).dtype == torch.float32
 
 
 # ---- masked language modelling
@@ -175,17 +152,12 @@ LABELS = torch.tensor([[-100, 2, -100, 4], [-100, -100, 0, -100]])
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("axis", ["sequence", "vocabulary"])
-def test_mlm_loss_equals_plain_loops(axis: str, alpha: float) -> None:
+@pytest.mark.parametrize("axis", [None, "vocabulary"])
+def test_mlm_loss_equals_plain_loops(axis: str | None, alpha: float) -> None:
     logits, teacher = draw(2, 4, 6, seed=1, scale=2), draw(2, 4, 6, seed=2, scale=2)
-    loss = losses.mlm_loss(logits, LABELS, teacher, alpha, axis)  # type: ignore[arg-type]
-    assert loss.item() == pytest.approx(plain_mlm(logits, LABELS, teacher, alpha, axis), rel=1e-5)
-
-
-def test_mlm_loss_over_the_sequence_is_the_default() -> None:
-    logits, teacher = draw(2, 4, 6, seed=1), draw(2, 4, 6, seed=2)
-    expected = plain_mlm(logits, LABELS, teacher, 0.4, "sequence")
-    assert losses.mlm_loss(logits, LABELS, teacher, 0.4).item() == pytest.approx(expected, rel=1e-5)
+    options = () if axis is None else (axis,)
+    loss = losses.mlm_loss(logits, LABELS, teacher, alpha, *options)  # type: ignore[arg-type]
+    assert loss.item() == pytest.approx(plain_mlm(logits, LABELS, teacher, alpha, axis or "sequence"), rel=1e-5)
 
 
 @pytest.mark.parametrize("axis", ["sequence", "vocabulary"])

@@ -26,7 +26,7 @@ from models import vit
 from models.albef import ALBEF, build_albef
 from models.pretrain import Batch, PretrainModel
 from models.xbert import TextEncoder
-from tests.models.test_albef import IDS, MASK, randomise
+from tests.models.plain import IDS, MASK, randomise
 
 TinyConfig = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -46,15 +46,8 @@ class Copy:
     def train(self, *words: str) -> Path:
         """One step of the scenes' training config on tiny data; its folder."""
         scenes_files.generate(self.folder / "data/scenes", seed=5, train=8, annotated=8, evaluation=1, size=96)
-        line = [
-            "--config",
-            "configs/scenes/Pretrain.yaml",
-            "--text_encoder",
-            "configs/scenes",
-            "--output_dir",
-            "output/run",
-        ]
-        self.run("Pretrain.py", *line, *SHORT, *words)
+        line = ["--config", "configs/scenes/Pretrain.yaml", "--text_encoder", "configs/scenes"]
+        self.run("Pretrain.py", *line, "--output_dir", "output/run", *SHORT, *words)
         return self.output / "run"
 
     def evaluate(self, *words: str) -> tuple[list[dict[str, float]], list[dict[str, str]]]:

@@ -92,7 +92,9 @@ KINDS = {1: ONE, 2: TWO}
 
 
 @pytest.fixture(scope="module", params=KINDS)
-def uninterrupted(request: pytest.FixtureRequest, place: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[int, Path]:
+def uninterrupted(
+    request: pytest.FixtureRequest, place: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[int, Path]:
     """The number of processes, and the folder of a whole run. Do not write into it."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     launched = Launched(place, output, *KINDS[request.param], processes=request.param)

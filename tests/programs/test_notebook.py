@@ -2,6 +2,7 @@
 
 import base64
 import io
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -62,17 +63,19 @@ def executed(place: Path) -> Any:
     return execute(place)
 
 
+def outputs(notebook: Any, cell: str) -> list[Any]:
+    (found,) = [one for one in notebook.cells if one.id == cell]
+    return found.outputs
+
+
 def said(notebook: Any, cell: str) -> list[str]:
     """The printed lines of a cell."""
-    (found,) = [one for one in notebook.cells if one.id == cell]
-    text = "".join(output.text for output in found.outputs if output.get("name") == "stdout")
-    return text.splitlines()
+    return "".join(one.text for one in outputs(notebook, cell) if one.get("name") == "stdout").splitlines()
 
 
 def pictures(notebook: Any, cell: str) -> list[np.ndarray]:
-    (found,) = [one for one in notebook.cells if one.id == cell]
-    shown = [output.data for output in found.outputs if output.output_type == "display_data"]
-    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data["image/png"]))).convert("RGB")) for data in shown]
+    shown = [one.data["image/png"] for one in outputs(notebook, cell) if one.output_type == "display_data"]
+    return [np.asarray(Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")) for data in shown]
 
 
 def test_stored_without_outputs() -> None:
@@ -114,12 +117,9 @@ def test_pictures_are_shown(executed: Any) -> None:
     shown = {cell: pictures(executed, cell) for cell in ("overlay", "words", "layers", "phrases")}
     assert {cell: len(found) for cell, found in shown.items()} == {"overlay": 1, "words": 1, "layers": 2, "phrases": 4}
     every = [picture for found in shown.values() for picture in found]
-    for picture in every:
-        assert min(picture.shape[:2]) > 250
-        assert picture.std() > 20
-    for k, one in enumerate(every):
-        for other in every[:k]:
-            assert one.shape != other.shape or np.abs(one.astype(int) - other).max() > 20
+    assert all(min(picture.shape[:2]) > 250 and picture.std() > 20 for picture in every)
+    for one, other in itertools.combinations(every, 2):
+        assert one.shape != other.shape or np.abs(one.astype(int) - other).max() > 20
 
 
 def test_other_parameters_and_another_checkpoint(place: Path) -> None:

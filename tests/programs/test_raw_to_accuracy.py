@@ -1,7 +1,7 @@
-"""From raw to accuracy: scenes in their owners' layouts, through prepare.py and the evaluation scripts.
+"""From raw to accuracy: scenes in their owners' layouts, through prepare.py, to training and evaluation.
 
-The accuracies must be those of the same scenes whose files the generator writes directly. The model is the one that
-ships with the repository.
+The files or, where these have other names, the accuracies must be those of the same scenes whose files the generator
+writes directly. The model is the one that ships with the repository.
 """
 
 import json
@@ -15,15 +15,14 @@ import numpy as np
 import pytest
 import torch
 
-import prepare
 import Pretrain
 from dataset.raw.visual_genome import OUTPUTS
 from dataset.scenes import files as scenes_files
 from dataset.scenes.world import draw_scene
 from grounding import evaluate as program
-from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS, Benchmark
-from tests.data_keys import PARTS, data_keys, flickr_keys
-from tests.dataset.raw.raw_layouts import mattnet_detections, write_entities, write_refer
+from grounding.benchmarks import REFCOCO_PLUS
+from tests.data_keys import PARTS, data_keys
+from tests.dataset.raw.raw_layouts import contents, mattnet_detections, run, write, write_entities, write_refer
 
 pytestmark = pytest.mark.slow
 CONFIGS = Path("configs/scenes")
@@ -42,20 +41,14 @@ def read(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def prepared(*words: object) -> None:
-    args = prepare.parse_args([*map(str, words)])
-    args.run(args)
-
-
-def evaluated(
-    benchmark: Benchmark, name: str, scenes: Path, output: Path, checkpoint: Path = CHECKPOINT, **keys: object
-) -> Path:
-    """Run a script with the scenes' config, `keys` in place of its paths; returns the result folder."""
-    words = ["--config", str(CONFIGS / f"Grounding_{name}.yaml"), "--checkpoint", str(checkpoint)]
+def evaluated(scenes: Path, output: Path, checkpoint: Path = CHECKPOINT, **keys: object) -> Path:
+    """Evaluate by the scenes' RefCOCO+ config, `keys` in place of its paths; returns the result folder."""
+    words = ["--config", str(CONFIGS / "Grounding_refcoco.yaml"), "--checkpoint", str(checkpoint)]
     words += ["--output_dir", str(output), "--text_encoder", str(scenes / "text_encoder")]
     for key, value in ({"matching_file": []} | keys).items():
         words += ["--set", f"{key}={json.dumps([str(v) for v in value] if isinstance(value, list) else str(value))}"]
-    program.evaluate(benchmark, program.parse_args(benchmark, [*words, "--device", "cpu", "--num_workers", "0"]))
+    words += ["--device", "cpu", "--num_workers", "0"]
+    program.evaluate(REFCOCO_PLUS, program.parse_args(REFCOCO_PLUS, words))
     return output / "result"
 
 
@@ -63,33 +56,18 @@ def lines(result: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (result / "log.txt").read_text().splitlines()]
 
 
-def assert_equal_maps(one: Path, other: Path) -> None:
-    found = [torch.load(result / "epoch00.pth", weights_only=True) for result in (one, other)]
-    assert [row["ref_id"] for row in found[0]] == [row["ref_id"] for row in found[1]]
-    assert all(torch.equal(a["pred"], b["pred"]) for a, b in zip(*found, strict=True))
-
-
 # ---- Flickr30k Entities
 
 
-def test_flickr(scenes: Path, tmp_path: Path, one_thread: None) -> None:
+def test_flickr(scenes: Path, tmp_path: Path) -> None:
     direct, raw = scenes / "flickr", tmp_path / "flickr30k_entities"
     for part in PARTS:
         boxes, sentences = (read(direct / f"{kind}_{part}.json") for kind in ("bounding_boxes", "sentences"))
         write_entities(raw, boxes, sentences)
         shutil.copy(direct / f"{part}.txt", raw)
-    prepared("flickr", raw, "--out", tmp_path / "out", "--ids", *(raw / f"{part}.txt" for part in PARTS))
-    for file in direct.iterdir():
-        assert (tmp_path / "out" / file.name).read_text().strip() == file.read_text().strip()
-
-    results = [
-        evaluated(FLICKR, "flickr", scenes, tmp_path / name, **flickr_keys(folder), image_root=scenes / "images")
-        for name, folder in (("a", direct), ("b", tmp_path / "out"))
-    ]
-    assert lines(results[0]) == lines(results[1])
-    assert lines(results[0])[0].keys() == {"val_d", "test", "epoch"}
-    assert 0 < lines(results[0])[0]["test"] < 1
-    assert_equal_maps(*results)
+    run("flickr", raw, "--out", tmp_path / "out", "--ids", *(raw / f"{part}.txt" for part in PARTS))
+    made, written = contents(tmp_path / "out"), contents(direct)
+    assert {name: text.strip() for name, text in made.items()} == {name: text.strip() for name, text in written.items()}
 
 
 # ---- REFER
@@ -116,24 +94,13 @@ def raw_refer(scenes: Path, root: Path, dataset: str, source: str, split_by: str
         shutil.copy(scenes / "images" / f"{image['id']:06d}.jpg", root / "train2014" / name)
 
 
-def refer_keys(root: Path, dataset: str, lists: Path, images: Path) -> dict[str, object]:
-    files = [lists / f"{dataset}_{part}.json" for part in PARTS]
-    return {"test_file": files, "refcoco_data": root / "refer", "image_root": images}
-
-
-def test_refclef(scenes: Path, tmp_path: Path, one_thread: None) -> None:
+def test_refclef(scenes: Path, tmp_path: Path) -> None:
     raw_refer(scenes, tmp_path, "refclef", "refclef", "unc", {})
-    prepared("refer", tmp_path / "refer", "--dataset", "refclef", "--out", tmp_path, "--image-root", scenes / "images")
-    direct = scenes / "refer" / "refclef"
+    words = ["--out", tmp_path / "out", "--image-root", scenes / "images"]
+    run("refer", tmp_path / "refer", "--dataset", "refclef", *words)
     for part in PARTS:
-        assert read(tmp_path / f"refclef_{part}.json") == read(direct / f"refclef_{part}.json")
-    results = [
-        evaluated(REFCLEF, "refclef", scenes, tmp_path / name, **refer_keys(root, "refclef", lists, scenes / "images"))
-        for name, root, lists in (("a", scenes, direct), ("b", tmp_path, tmp_path))
-    ]
-    assert lines(results[0]) == lines(results[1])
-    assert 0 < lines(results[0])[0]["test"] < 1
-    assert_equal_maps(*results)
+        name = f"refclef_{part}.json"
+        assert read(tmp_path / "out" / name) == read(scenes / "refer" / "refclef" / name)
 
 
 @pytest.fixture(scope="module")
@@ -142,9 +109,7 @@ def refcoco_plus(scenes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in the tests, whose maps must equal these
     try:
-        return evaluated(
-            REFCOCO_PLUS, "refcoco", scenes, tmp_path_factory.mktemp("direct"), **data_keys("refcoco", scenes)
-        )
+        return evaluated(scenes, tmp_path_factory.mktemp("direct"), **data_keys("refcoco", scenes))
     finally:
         torch.set_num_threads(threads)
 
@@ -172,16 +137,19 @@ def test_refcoco_and_its_like(
 ) -> None:
     """The same refs and boxes under another name have the same accuracies; refs of train are not in the test lists."""
     raw_refer(scenes, tmp_path, dataset, "refcoco+", split_by, splits)
-    words = ["--split-by", split_by, "--out", tmp_path / "lists"]
-    prepared("refer", tmp_path / "refer", "--dataset", dataset, *words, "--image-root", tmp_path)
-    (tmp_path / "mattnet.json").write_text(
-        json.dumps(mattnet_detections(read(scenes / "refer" / "refcoco+" / "dets.json")))
-    )
-    prepared("detections", tmp_path / "mattnet.json", "--out", tmp_path / "dets.json")
-    keys = {**refer_keys(tmp_path, dataset, tmp_path / "lists", tmp_path), "det_file": tmp_path / "dets.json"}
+    words = ["--split-by", split_by, "--out", tmp_path / "lists", "--image-root", tmp_path]
+    run("refer", tmp_path / "refer", "--dataset", dataset, *words)
+    mattnet = write(tmp_path / "mattnet.json", mattnet_detections(read(scenes / "refer" / "refcoco+" / "dets.json")))
+    run("detections", mattnet, "--out", tmp_path / "dets.json")
+    keys: dict[str, object] = {
+        "test_file": [tmp_path / "lists" / f"{dataset}_{part}.json" for part in PARTS],
+        "refcoco_data": tmp_path / "refer",
+        "image_root": tmp_path,
+        "det_file": tmp_path / "dets.json",
+    }
     if dataset != "refcoco+":
         keys |= {"refer_dataset": dataset, "refer_split": split_by}
-    result = evaluated(REFCOCO_PLUS, "refcoco", scenes, tmp_path / "out", **keys)
+    result = evaluated(scenes, tmp_path / "out", **keys)
 
     expected = [{new: row[old] for old, new in names.items()} | {"epoch": "00"} for row in lines(refcoco_plus)]
     assert lines(result) == expected
@@ -191,7 +159,9 @@ def test_refcoco_and_its_like(
     assert f"\n{title}: " in printed
     assert f"* best by point {names['val_d']}\n" in printed
     if not splits:
-        assert_equal_maps(result, refcoco_plus)
+        found, wanted = (torch.load(one / "epoch00.pth", weights_only=True) for one in (result, refcoco_plus))
+        assert [row["ref_id"] for row in found] == [row["ref_id"] for row in wanted]
+        assert all(torch.equal(a["pred"], b["pred"]) for a, b in zip(found, wanted, strict=True))
 
 
 # ---- Visual Genome
@@ -221,9 +191,9 @@ def test_visual_genome(tmp_path: Path, one_thread: None) -> None:
         things = [{"names": [t.shape], "attributes": [t.colour], **corner(t.box, "w", "h")} for t in scene.things]
         attributes.append({"image_id": i, "attributes": things})
     for name, rows in (("image_data", images), ("region_descriptions", regions), ("attributes", attributes)):
-        (raw / f"{name}.json").write_text(json.dumps(rows))
+        write(raw / f"{name}.json", rows)
 
-    prepared("vg", raw, "--out", tmp_path / "out")
+    run("vg", raw, "--out", tmp_path / "out")
     described = read(tmp_path / "out" / "vg_descriptions.json")
     assert described == [
         {"image": f"VG_100K/{image}.jpg", "caption": phrase, "bbox": boxes}
@@ -247,7 +217,7 @@ def test_visual_genome(tmp_path: Path, one_thread: None) -> None:
     assert epoch["train_loss_cam2"] > 0
 
     checkpoint = tmp_path / "run" / "checkpoint_00.pth"
-    result = evaluated(REFCOCO_PLUS, "refcoco", data, tmp_path / "eval", checkpoint, **data_keys("refcoco", data))
+    result = evaluated(data, tmp_path / "eval", checkpoint, **data_keys("refcoco", data))
     assert 0 < lines(result)[1]["val_d"] <= 1
 
 

@@ -1,4 +1,4 @@
-"""Writes annotations in their owners' raw layouts, for the tests of prepare.py."""
+"""Writes annotations in their owners' raw layouts, and runs prepare.py on them."""
 
 import json
 import pickle
@@ -8,7 +8,26 @@ from pathlib import Path
 from typing import Any
 from xml.sax.saxutils import escape
 
+import prepare
+
 Row = dict[str, Any]
+
+
+def run(*words: object) -> None:
+    """A command of prepare.py."""
+    args = prepare.parse_args([*map(str, words)])
+    args.run(args)
+
+
+def contents(folder: Path) -> dict[str, str]:
+    """The texts of a folder's files by name."""
+    return {path.name: path.read_bytes().decode() for path in folder.iterdir()}
+
+
+def write(path: Path, value: Any) -> Path:
+    """A text as it is, or a value as JSON."""
+    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
+    return path
 
 
 def entities_xml(image: Row) -> str:

@@ -4,28 +4,30 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pytest
 from PIL import Image
 
 import prepare
-from config import GroundingConfig
-from dataset.expressions import Expression, Problems
+from dataset.expressions import DataFile
 from dataset.raw import check_images
-from dataset.raw.check import TEST_FILE_READERS, is_refclef
 from dataset.raw.check_images import Seen, evenly, inspect_image, note_images
-from dataset.raw.check_report import CheckReport
 from tests.dataset.raw.check_damage import (
     CAPTIONS,
+    CONFIGS,
     DAMAGE,
+    EVALUATION,
     FLICKR,
+    FLICKR_CONFIG,
     PHRASES,
     REFCLEF,
     REFCOCO,
+    REFCOCO_CONFIG,
     REFCOCO_TEST,
     SCENES,
+    TRAIN,
+    Check,
     Problem,
     edit,
     load,
@@ -38,60 +40,11 @@ from tests.dataset.raw.check_damage import (
     write_cut,
     wrong_extension,
 )
-from tests.dataset.raw.raw_layouts import write_refer
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[3]
-CONFIGS = sorted(f"configs/scenes/{path.name}" for path in (ROOT / "configs" / "scenes").glob("*.yaml"))
-TRAIN, EVALUATION = 8, 4  # scenes
 
-
-@pytest.fixture(scope="module")
-def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small data set. Do not write into it."""
-    out = tmp_path_factory.mktemp("scenes") / "scenes"
-    counts = ["--train", str(TRAIN), "--annotated", str(TRAIN), "--eval", str(EVALUATION), "--size", "48"]
-    args = prepare.parse_args(["scenes", str(out), *counts])
-    args.run(args)
-    return out
-
-
-@pytest.fixture
-def place(scenes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder to work in, with the shipped configs and a data/scenes of its own."""
-    shutil.copytree(scenes, tmp_path / SCENES)
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-class Outcome(NamedTuple):
-    status: int
-    out: str
-
-
-@pytest.fixture
-def check(capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
-    """Run `prepare.py check` and return its exit status and what it prints."""
-
-    def run(*words: str) -> Outcome:
-        capsys.readouterr()
-        args = prepare.parse_args(["check", *words])
-        status = 0
-        try:
-            args.run(args)
-        except SystemExit as end:
-            status = int(end.code or 0)
-        return Outcome(status, capsys.readouterr().out)
-
-    return run
-
-
-# ---- what is as it should be
-
-
-def test_scenes_as_generated_are_fine(place: Path, check: Callable[..., Outcome]) -> None:
+def test_scenes_as_generated_are_fine(place: Path, check: Check) -> None:
     status, out = check(*CONFIGS)
     assert status == 0
     assert out.splitlines()[-1] == "no errors and no warnings in 27 files"
@@ -111,148 +64,6 @@ def test_scenes_as_generated_are_fine(place: Path, check: Callable[..., Outcome]
     assert counts[f"{REFCOCO}/refcoco+_val.json"] == str(len(load(f"{REFCOCO}/refcoco+_val.json")))
 
 
-def test_splits_of_other_sizes_are_noted(place: Path, check: Callable[..., Outcome]) -> None:
-    out = check("configs/scenes/Grounding_refcoco.yaml", "configs/scenes/Grounding_flickr.yaml").out
-    config = "  configs/scenes/Grounding_refcoco.yaml: RefCOCO+ (unc)"
-    expressions = len(load(f"{REFCOCO}/refcoco+_val.json"))
-    assert f"{config} val: {expressions} expressions; published: 10,758\n{config} testA: " in out
-    assert "expressions; published: 5,726\n" in out
-    assert "expressions; published: 4,889\n" in out
-    config = "  configs/scenes/Grounding_flickr.yaml: Flickr30k"
-    assert f"{config} val: 4 images; published: 1,000\n{config} test: 8 images; published: 1,000\n" in out
-
-
-def test_splits_of_the_published_size_are_not(
-    place: Path, check: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("dataset.raw.check.PUBLISHED", {"Flickr30k": {"val": 4, "test": 8}})
-    assert "notes" not in check(*CONFIGS).out
-
-
-BERKELEY = {"val": 1_000, "test": 10_000}
-UNC = {"val": 2_000, "testA": 485, "testB": 490, "testC": 465}
-OF_BERKELEY = (
-    "by the numbers of their images the test files are of the berkeley split, while refs are looked up in refs(unc)"
-)
-
-
-@pytest.mark.parametrize(
-    ("split_by", "images", "notes"),
-    [
-        ("berkeley", BERKELEY, []),
-        ("berkeley", {"val": 1_000, "test": 9_999}, []),  # without an image that REFER's archive lacks
-        ("unc", UNC, []),
-        ("unc", BERKELEY, [OF_BERKELEY]),  # the released files and config
-        ("berkeley", UNC, [OF_BERKELEY.replace("berkeley", "unc").replace("refs(unc)", "refs(berkeley)")]),
-        (
-            "berkeley",
-            {"val": 1_001, "test": 9_000},
-            [
-                "RefCLEF (berkeley) val: 1,001 images; published: 1,000",
-                "RefCLEF (berkeley) test: 9,000 images; published: 10,000",
-            ],
-        ),
-        (
-            "unc",
-            {"val": 2_000},
-            [f"RefCLEF (unc) {s}: 0 images; published: {UNC[s]}" for s in ("testA", "testB", "testC")],
-        ),
-    ],
-)
-def test_the_sizes_of_refclef_s_splits(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    check: Callable[..., Outcome],
-    split_by: str,
-    images: dict[str, int],
-    notes: list[str],
-) -> None:
-    """Images are counted, each once however many expressions it has."""
-    monkeypatch.chdir(tmp_path)
-    names = [(split, i) for split, count in images.items() for i in range(count)]
-    ids = {name: number for number, name in enumerate(names)}
-    refs = [{"ref_id": n, "ann_id": n, "image_id": n, "split": split} for (split, _), n in ids.items()]
-    instances = {"annotations": [{"id": n, "bbox": [0, 0, 5, 5]} for n in ids.values()], "images": []}
-    write_refer(Path("refer/refclef"), split_by, refs, instances)
-    rows = [
-        {"image": f"{n}.jpg", "text": text, "ref_id": n, "split": split}
-        for (split, _), n in ids.items()
-        for text in "ab"
-    ]
-    for part in ("val", "test"):
-        Path(f"refclef_{part}.json").write_text(json.dumps([row for row in rows if row["split"].startswith(part)]))
-    keys = {"test_file": ["refclef_val.json", "refclef_test.json"], "refcoco_data": "refer", "image_root": "nowhere"}
-    Path("clef.yaml").write_text(json.dumps(keys | {"refer_split": split_by}))
-    found = [note["note"] for note in json.loads(check("clef.yaml", "--json").out)["notes"]]
-    assert [note[: len(start)] for note, start in zip(found, notes, strict=True)] == notes
-
-
-@pytest.mark.parametrize(
-    ("dataset", "split_by", "sizes"),
-    [
-        ("refcoco", "unc", {"val": 10_834, "testA": 5_657, "testB": 5_095}),
-        ("refcoco+", "unc", {"val": 10_758, "testA": 5_726, "testB": 4_889}),
-        ("refcocog", "umd", {"val": 4_896, "test": 9_602}),
-    ],
-)
-def test_the_lists_that_prepare_makes_of_refs_of_the_published_sizes(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    check: Callable[..., Outcome],
-    dataset: str,
-    split_by: str,
-    sizes: dict[str, int],
-) -> None:
-    """Repeated sentences count, as they do in the papers."""
-    monkeypatch.chdir(tmp_path)
-    refs: list[dict[str, Any]] = []
-    for n, (split, size) in enumerate(sizes.items()):
-        sentences = [{"sent": "the same" if i % 7 else f"left {i}"} for i in range(size)]
-        refs.append({"ref_id": n, "ann_id": n, "image_id": n, "split": split, "sentences": sentences})
-    instances = {"annotations": [{"id": row["ref_id"], "bbox": [0, 0, 5, 5]} for row in refs]}
-    write_refer(Path("refer", dataset), split_by, refs, instances | {"images": [{"id": row["ref_id"]} for row in refs]})
-    args = prepare.parse_args(["refer", "refer", "--dataset", dataset, "--out", "out"])
-    args.run(args)
-    keys = {"test_file": [f"out/{dataset}_{part}.json" for part in ("val", "test")], "refcoco_data": "refer"}
-    Path("dets.json").write_text(json.dumps({str(row["ref_id"]): [] for row in refs}))
-    keys |= {"image_root": "nowhere", "det_file": "dets.json", "refer_dataset": dataset, "refer_split": split_by}
-    Path("some.yaml").write_text(json.dumps(keys))
-    assert json.loads(check("some.yaml", "--json").out)["notes"] == []
-    args = prepare.parse_args(["refer", "refer", "--dataset", dataset, "--out", "out", "--no-keep-repeated"])
-    args.run(args)
-    assert len(json.loads(check("some.yaml", "--json").out)["notes"]) == len(sizes)
-
-
-def test_shipped_configs_without_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[..., Outcome]
-) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    status, out = check("configs/Pretrain.yaml", "configs/Grounding_refcoco.yaml")
-    assert status == 1
-    missing = "cannot be read (No such file or directory); check"
-    assert out.split("\n\n")[1].splitlines() == [
-        "errors",
-        f"  data/vg_descriptions.json: {missing} the path in the config [train_file of configs/Pretrain.yaml]",
-        f"  data/vg_attributes_spatial.json: {missing} the path in the config [train_file of configs/Pretrain.yaml]",
-        f"  data/vg_attributes.json: {missing} the path in the config [train_file of configs/Pretrain.yaml]",
-        *(
-            f"  data/{file}: {missing} {what} in the config [{key} of configs/Grounding_refcoco.yaml]"
-            for file, what, key in (
-                ("refer/refcoco+/refs(unc).p", "refcoco_data", "refcoco_data"),
-                ("refer/refcoco+/instances.json", "the path", "refcoco_data"),
-                ("refcoco+/dets.json", "the path", "det_file"),
-                ("refcoco+/refcoco+_val.json", "the path", "test_file"),
-                ("refcoco+/refcoco+_test.json", "the path", "test_file"),
-            )
-        ),
-        "  data/vg/: no such folder [image_root of configs/Pretrain.yaml]",
-        "  data/coco/train2014: no such folder [image_root of configs/Grounding_refcoco.yaml]",
-    ]
-    last = "10 errors and no warnings in 13 files; docs/data.md says where each file comes from and what it must hold"
-    assert out.splitlines()[-1] == last
-
-
 # ---- damage
 
 
@@ -267,9 +78,7 @@ def assert_reported(problem: Problem, reported: list[dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damage_is_named_by_file_and_entry(
-    damage: Callable[[], Problem], place: Path, check: Callable[..., Outcome]
-) -> None:
+def test_damage_is_named_by_file_and_entry(damage: Callable[[], Problem], place: Path, check: Check) -> None:
     problem = damage()
     status, out = check(*CONFIGS, "--json", "--show", "50")
     content = json.loads(out)
@@ -283,7 +92,7 @@ def test_damage_is_named_by_file_and_entry(
     assert [row for row in of_rows if row[1:] != (0, 0)] == [(problem.file, content["errors"], content["warnings"])]
 
 
-def test_all_damage_in_one_run(place: Path, check: Callable[..., Outcome]) -> None:
+def test_all_damage_in_one_run(place: Path, check: Check) -> None:
     problems = [damage() for damage in DAMAGE]
     status, out = check(*CONFIGS, "--json", "--show", "50")
     content = json.loads(out)
@@ -301,24 +110,7 @@ def test_all_damage_in_one_run(place: Path, check: Callable[..., Outcome]) -> No
 # ---- what is printed
 
 
-@pytest.fixture
-def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A training config of three entries about two images of 20 x 10 pixels, in the working folder."""
-    monkeypatch.chdir(tmp_path)
-    Path("images").mkdir()
-    for name in ("a.png", "b.png"):
-        Image.new("RGB", (20, 10)).save(f"images/{name}")
-    rows = [{"image": image, "caption": "a dog", "bbox": [[0, 0, 5, 5]]} for image in ("a.png", "b.png")]
-    Path("train.json").write_text(json.dumps([*rows, {**rows[1], "caption": ["a cat", "cat"], "bbox": []}]))
-    bert = {"fusion_layer": 1, "encoder_width": 8, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2}
-    Path("bert.json").write_text(json.dumps(bert))
-    sizes = {"image_res": 8, "patch_size": 4, "vision_width": 8, "vision_heads": 2, "amc": {"layer": 1}}
-    files = {"train_file": ["train.json"], "image_root": "images", "bert_config": "bert.json"}
-    Path("some.yaml").write_text(json.dumps({**sizes, **files}))  # JSON is YAML
-    return tmp_path
-
-
-def test_the_table_when_all_is_fine(small: Path, check: Callable[..., Outcome]) -> None:
+def test_the_table_when_all_is_fine(small: Path, check: Check) -> None:
     assert check("some.yaml") == (
         0,
         "file        checked              count  errors  warnings\n"
@@ -331,7 +123,7 @@ def test_the_table_when_all_is_fine(small: Path, check: Callable[..., Outcome]) 
     )
 
 
-def test_the_lists_of_problems(small: Path, check: Callable[..., Outcome]) -> None:
+def test_the_lists_of_problems(small: Path, check: Check) -> None:
     edit("train.json", lambda rows: rows.extend([{"image": "a.png"}] * 3 + [{**rows[0], "bbox": [[0, 0, 30, 5]]}]))
     Path("images/b.png").unlink()
     status, out = check("some.yaml", "--show", "2", "--set", "vision_heads=3", "--set", "max_tokens=600")
@@ -364,61 +156,45 @@ def test_the_lists_of_problems(small: Path, check: Callable[..., Outcome]) -> No
     )
 
 
-def test_json(small: Path, check: Callable[..., Outcome]) -> None:
-    edit(
-        "train.json",
-        lambda rows: rows.append({"image": "a.png", "caption": "dog", "bbox": [[0, 0, 30, 5], [0, 0, 9, 9]]}),
-    )
+def test_json(small: Path, check: Check) -> None:
+    edit("train.json", lambda rows: rows.append({**rows[0], "caption": "dog", "bbox": [[0, 0, 30, 5], [0, 0, 9, 9]]}))
     Path("images/b.png").unlink()
     Path("bert.json").unlink()
     status, out = check("some.yaml", "--json")
     assert status == 1
 
-    def row(file: str, checked: str, key: str, count: int | None, errors: int = 0, warnings: int = 0) -> dict[str, Any]:
-        named_by = f"{key} of some.yaml" if key else ""
-        problems = {"errors": errors, "warnings": warnings}
-        return {"file": file, "checked": checked, "named_by": named_by, "count": count, **problems}
-
-    missing = "bert.json: cannot read bert_config (No such file or directory)"
-    gone = "the image file does not exist; check image_root"
-    out_of_image = "a box reaches out of its image, or covers no pixel of it"
+    files = [
+        ("some.yaml", "training config", "", None, 0, 0),
+        ("bert.json", "BERT config", "bert_config of some.yaml", None, 1, 0),
+        ("train.json", "training entries", "train_file of some.yaml", 4, 0, 1),
+        ("images", "images, all decoded", "image_root of some.yaml", 2, 1, 0),
+    ]
+    no_file = "bert.json: cannot read bert_config (No such file or directory)"
+    gone, at_b = "the image file does not exist; check image_root", "train.json: entry 1 (b.png) (images/b.png)"
+    outside = "a box reaches out of its image, or covers no pixel of it"
+    at_a = "train.json: entry 3 (a.png) ([0, 0, 30, 5] in 20x10)"
+    problems = [
+        ("error", "bert.json", no_file, 1, []),
+        ("error", "images", gone, 1, [at_b]),
+        ("warning", "train.json", outside, 1, [at_a]),
+    ]
+    keys_of_files = ("file", "checked", "named_by", "count", "errors", "warnings")
     assert json.loads(out) == {
         "ok": False,
         "errors": 2,
         "warnings": 1,
-        "files": [
-            row("some.yaml", "training config", "", None),
-            row("bert.json", "BERT config", "bert_config", None, 1),
-            row("train.json", "training entries", "train_file", 4, 0, 1),
-            row("images", "images, all decoded", "image_root", 2, 1),
-        ],
-        "problems": [
-            {"level": "error", "file": "bert.json", "kind": missing, "count": 1, "first": []},
-            {
-                "level": "error",
-                "file": "images",
-                "kind": gone,
-                "count": 1,
-                "first": ["train.json: entry 1 (b.png) (images/b.png)"],
-            },
-            {
-                "level": "warning",
-                "file": "train.json",
-                "kind": out_of_image,
-                "count": 1,
-                "first": ["train.json: entry 3 (a.png) ([0, 0, 30, 5] in 20x10)"],
-            },
-        ],
+        "files": [dict(zip(keys_of_files, row, strict=True)) for row in files],
+        "problems": [dict(zip(("level", "file", "kind", "count", "first"), row, strict=True)) for row in problems],
         "notes": [],
     }
 
 
-def test_json_alone_is_on_standard_output(place: Path, check: Callable[..., Outcome]) -> None:
+def test_json_alone_is_on_standard_output(place: Path, check: Check) -> None:
     """What the Flickr30k reader says of a folder like eval/ becomes a note."""
     shutil.copytree(FLICKR, "eval")
     keys = ("image_ids_file=[eval/test.txt]", "phrase_box_file=[eval/bounding_boxes_test.json]")
     words = [word for key in (*keys, "sentences_file=[eval/sentences_test.json]") for word in ("--set", key)]
-    status, out = check("configs/scenes/Grounding_flickr.yaml", *words, "--json")
+    status, out = check(FLICKR_CONFIG, *words, "--json")
     assert status == 0
     notes = json.loads(out)["notes"]
     assert [note["file"] for note in notes] == ["configs/scenes/Grounding_flickr.yaml"] * 2 + ["eval/test.txt"]
@@ -428,7 +204,7 @@ def test_json_alone_is_on_standard_output(place: Path, check: Callable[..., Outc
     )
 
 
-def test_set_reaches_every_config(small: Path, check: Callable[..., Outcome]) -> None:
+def test_set_reaches_every_config(small: Path, check: Check) -> None:
     Path("other.yaml").write_text("{matching_file: [pairs.json], image_root: x}")
     words = ["--set", "image_root=images", "--set", "bert_config=other.json", "--set", "image_res=12"]
     content = json.loads(check("some.yaml", "other.yaml", *words, "--json").out)
@@ -438,20 +214,6 @@ def test_set_reaches_every_config(small: Path, check: Callable[..., Outcome]) ->
     assert "  other.yaml: unknown key 'amc'" in refused
     assert "  some.yaml: " not in refused
     assert "  some.yaml: --set amc: write key=value" in check("some.yaml", "--set", "amc").out
-
-
-def test_variables_and_home(small: Path, check: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("AMC_DATA", raising=False)
-    words = ["some.yaml", "--set", "image_root=$AMC_DATA/images", "--set", "train_file=[~/train.json]"]
-    status, out = check(*words)
-    assert status == 1
-    assert "  some.yaml: key 'image_root': the environment variable AMC_DATA is not defined\n" in out
-    monkeypatch.setenv("AMC_DATA", str(small))
-    monkeypatch.setenv("HOME", str(small))
-    status, out = check(*words, "--json")
-    assert status == 0
-    files = ["some.yaml", "bert.json", f"{small}/train.json", f"{small}/images"]
-    assert [row["file"] for row in json.loads(out)["files"]] == files
 
 
 @pytest.mark.parametrize(
@@ -475,7 +237,7 @@ def test_a_sample_is_spread_evenly(count: int | None, chosen: str) -> None:
     assert evenly("abcdef", count) == set(chosen)
 
 
-def test_of_images_outside_the_sample_the_header_is_read(place: Path, check: Callable[..., Outcome]) -> None:
+def test_of_images_outside_the_sample_the_header_is_read(place: Path, check: Check) -> None:
     total = TRAIN + 3 * EVALUATION
     for index in range(TRAIN):
         write_cut(f"{SCENES}/images/{index:06d}.jpg")
@@ -502,7 +264,7 @@ def test_of_images_outside_the_sample_the_header_is_read(place: Path, check: Cal
     assert run() == ("images, all decoded", {undecodable: 7, missing: 1})
 
 
-def test_processes_change_nothing(place: Path, check: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_processes_change_nothing(place: Path, check: Check, monkeypatch: pytest.MonkeyPatch) -> None:
     for damage in (missing_image, wrong_extension, truncated_image, other_content, training_box_outside):
         damage()
     alone = check(*CONFIGS, "--workers", "1")
@@ -533,10 +295,10 @@ def test_processes_change_nothing(place: Path, check: Callable[..., Outcome], mo
     ],
 )
 def test_names_and_formats(name: str, kind: str, warned: bool) -> None:
-    row = CheckReport(5).add("images", "images", "")
-    note_images(row, {Path(name): "here"}, {Path(name): Seen((1, 1), kind)})
-    assert [cases for _, cases in row.found("warning")] == ([[f"here ({name}: {kind})"]] if warned else [])
-    assert row.total("error") == 0
+    file = DataFile("images", "images", "")
+    note_images(file, {Path(name): "here"}, {Path(name): Seen((1, 1), kind)})
+    assert list(file.remarks.kinds.values()) == ([[f"here ({name}: {kind})"]] if warned else [])
+    assert not file.problems.kinds
 
 
 def test_whatever_a_broken_image_raises_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -555,27 +317,25 @@ def test_whatever_a_broken_image_raises_is_one_error(tmp_path: Path, monkeypatch
 # ---- going on
 
 
-def test_what_entries_hold_is_checked_without_the_tables(place: Path, check: Callable[..., Outcome]) -> None:
+def test_what_entries_hold_is_checked_without_the_tables(place: Path, check: Check) -> None:
     """No refs, no detections: the other table, the entries' own keys and their images are still checked."""
+    Path(f"{REFCOCO}/dets.json").rename("dets.json")
+    problems = json.loads(check(REFCOCO_CONFIG, "--json").out)["problems"]
+    assert [row["file"] for row in problems] == [f"{REFCOCO}/dets.json"]
+    Path("dets.json").rename(f"{REFCOCO}/dets.json")
     refs, detections = f"{REFCOCO}/refs(unc).p", f"{REFCOCO}/dets.json"
     write_cut(refs)
     write_cut(detections)
     edit(f"{REFCOCO}/instances.json", lambda tables: tables["annotations"][0].pop("id"))
     edit(REFCOCO_TEST, lambda rows: rows[0].pop("text"))
     Path(f"{SCENES}/images/{load(REFCOCO_TEST)[-1]['image']}").unlink()
-    content = json.loads(check("configs/scenes/Grounding_refcoco.yaml", "--json").out)
+    content = json.loads(check(REFCOCO_CONFIG, "--json").out)
     errors = {row["file"]: row["errors"] for row in content["files"] if row["errors"]}
     assert errors == {refs: 1, detections: 1, f"{REFCOCO}/instances.json": 1, REFCOCO_TEST: 1, f"{SCENES}/images": 1}
     assert content["notes"] == []
 
 
-def test_without_detections_they_are_missed_once(place: Path, check: Callable[..., Outcome]) -> None:
-    Path(f"{REFCOCO}/dets.json").unlink()
-    content = json.loads(check("configs/scenes/Grounding_refcoco.yaml", "--json").out)
-    assert [row["file"] for row in content["problems"]] == [f"{REFCOCO}/dets.json"]
-
-
-def test_phrases_that_stand_for_nothing_need_no_boxes(place: Path, check: Callable[..., Outcome]) -> None:
+def test_phrases_that_stand_for_nothing_need_no_boxes(place: Path, check: Check) -> None:
     """Flickr30k Entities gives them all the id 0."""
     row = {"first_word_index": 0, "phrase": "it", "phrase_id": "0", "phrase_type": ["notvisual"]}
     edit(f"{FLICKR}/sentences_val.json", lambda sentences: sentences["100000"][0]["phrases"].append(row))
@@ -590,13 +350,11 @@ def test_phrases_that_stand_for_nothing_need_no_boxes(place: Path, check: Callab
         ("sentences_val.json", {"bounding_boxes_val.json"}),
     ],
 )
-def test_the_other_files_of_a_split_are_still_checked(
-    broken: str, others: set[str], place: Path, check: Callable[..., Outcome]
-) -> None:
+def test_the_other_files_of_a_split_are_still_checked(broken: str, others: set[str], place: Path, check: Check) -> None:
     phrase_box_outside()
     sentence_without_phrases()
     Path(f"{FLICKR}/{broken}").write_bytes(b"\xff")
-    status, out = check("configs/scenes/Grounding_flickr.yaml", "--json")
+    status, out = check(FLICKR_CONFIG, "--json")
     assert status == 1
     content = json.loads(out)
     assert {row["file"] for row in content["files"] if row["errors"]} == {
@@ -610,172 +368,16 @@ def test_the_other_files_of_a_split_are_still_checked(
     ("files", "content", "said"),
     [
         ([f"{REFCOCO}/refcoco+_val.json"], "[]", "holds no entries"),
-        ([f"{SCENES}/matching_val.json"], "[]", "holds no pairs"),
+        ([f"{SCENES}/matching_val.json"], "[]", "holds no entries"),
         ([PHRASES], "[]", "holds no entries"),
         ([f"{FLICKR}/val.txt"], "\n", "lists no image ids"),
         ([f"{FLICKR}/sentences_val.json"], None, "no phrase has boxes; do the files match?"),
     ],
 )
-def test_files_that_hold_nothing(
-    files: list[str], content: str | None, said: str, place: Path, check: Callable[..., Outcome]
-) -> None:
+def test_files_that_hold_nothing(files: list[str], content: str | None, said: str, place: Path, check: Check) -> None:
     (file,) = files
     Path(file).write_text(content or json.dumps({image_id: [] for image_id in load(file)}))
     status, out = check(*CONFIGS)
     assert status == 1
     assert f"  {file}: {said} [" in out
     assert "1 error and no warnings in 27 files" in out
-
-
-# ---- configs
-
-
-def test_every_config_is_of_a_kind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[..., Outcome]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("odd.yaml").write_text("{image_root: x}")
-    Path("broken.yaml").write_text("{image_root: ")
-    status, out = check("odd.yaml", "broken.yaml", "absent.yaml")
-    assert status == 1
-    assert "  odd.yaml: cannot tell whether it is of training" in out
-    assert "  broken.yaml: not valid YAML" in out
-    assert "  absent.yaml: cannot read the config (No such file or directory)\n" in out
-    assert "3 errors and no warnings in 3 files" in out
-
-
-@pytest.mark.parametrize(
-    ("overrides", "level", "said"),
-    [
-        (["vision_width=12"], "error", "some.yaml: vision_width is 12 but bert_config has encoder_width 8"),
-        (["image_res=10"], "error", "some.yaml: image_res is 10, which its patch_size of 4 does not divide"),
-        (["amc.layer=0"], "error", "some.yaml: amc.layer is 0; the fusion layers are 1 to 2"),
-        (["train_file=[]"], "error", "some.yaml: train_file lists no files"),
-        (["vit_init=deit.pth"], "error", "deit.pth: no such file"),
-        (["vit_init=bert.json"], None, ""),
-        (["max_tokens=512"], None, ""),
-        (["max_tokens=513"], "warning", "max_tokens is above bert_config's max_position_embeddings: a longer"),
-        (["bert_config=train.json"], "error", "train.json: key '': Input should be"),
-    ],
-)
-def test_training_configs(
-    overrides: list[str], level: str | None, said: str, small: Path, check: Callable[..., Outcome]
-) -> None:
-    words = [word for item in overrides for word in ("--set", item)]
-    status, out = check("some.yaml", *words, "--json")
-    problems = json.loads(out)["problems"]
-    assert status == int(level == "error")
-    assert [(row["level"], row["kind"][: len(said)]) for row in problems] == ([(level, said)] if level else [])
-
-
-def test_amc_needs_boxes(small: Path, check: Callable[..., Outcome]) -> None:
-    edit("train.json", lambda rows: [row.update(regions=row.pop("bbox")) for row in rows])
-    status, out = check("some.yaml", "--json")
-    (problem,) = json.loads(out)["problems"]
-    assert (status, problem["level"], problem["file"], problem["first"]) == (0, "warning", "some.yaml", ["some.yaml"])
-    assert problem["kind"].startswith("add_gcam is True, but no entry has boxes")
-    assert json.loads(check("some.yaml", "--json", "--set", "add_gcam=False").out)["problems"] == []
-    # Nothing is known of the boxes of a file that cannot be read.
-    words = ["--set", "train_file=[train.json, absent.json]"]
-    assert [row["file"] for row in json.loads(check("some.yaml", "--json", *words).out)["problems"]] == ["absent.json"]
-
-
-REFCOCO_CONFIG, FLICKR_CONFIG = "configs/scenes/Grounding_refcoco.yaml", "configs/scenes/Grounding_flickr.yaml"
-NO_DATA = ["image_ids_file=[]", "phrase_box_file=[]", "sentences_file=[]"]
-
-
-@pytest.mark.parametrize(
-    ("config", "overrides", "said"),
-    [
-        (REFCOCO_CONFIG, ["block_num=1"], f"{REFCOCO_CONFIG}: block_num is 1; the fusion layers are 2 to 4"),
-        (REFCOCO_CONFIG, ["block_num=5"], f"{REFCOCO_CONFIG}: block_num is 5; the fusion layers are 2 to 4"),
-        (REFCOCO_CONFIG, ["block_num=4"], None),
-        (REFCOCO_CONFIG, ["det_file="], f"{REFCOCO_CONFIG}: the config lacks 'det_file', which this benchmark needs"),
-        (REFCOCO_CONFIG, ["test_file=[]"], f"{REFCOCO_CONFIG}: the config lacks 'test_file'"),
-        (REFCOCO_CONFIG, ["image_root=nowhere"], "nowhere: no such folder"),
-        (
-            REFCOCO_CONFIG,
-            ["refer_split=umd"],
-            f"{REFCOCO_CONFIG}: refcoco+ is split by unc, not by umd; correct refer_",
-        ),
-        (FLICKR_CONFIG, ["sentences_file=[a]"], f"{FLICKR_CONFIG}: image_ids_file, phrase_box_file and sentences_file"),
-        (FLICKR_CONFIG, ["sentences_file=[]"], f"{FLICKR_CONFIG}: the config lacks 'sentences_file'"),
-        (FLICKR_CONFIG, NO_DATA, f"{FLICKR_CONFIG}: names no data; it needs test_file and refcoco_data, or image_ids"),
-        (FLICKR_CONFIG, [*NO_DATA, f"matching_file=[{SCENES}/matching_val.json]"], None),
-    ],
-)
-def test_evaluation_configs(
-    config: str, overrides: list[str], said: str | None, place: Path, check: Callable[..., Outcome]
-) -> None:
-    words = [word for item in overrides for word in ("--set", item)]
-    status, out = check(config, *words, "--json")
-    kinds = [row["kind"] for row in json.loads(out)["problems"]]
-    assert status == (0 if said is None else 1)
-    assert [kind[: len(said or "")] for kind in kinds] == ([] if said is None else [said])
-
-
-@pytest.mark.parametrize(
-    ("name", "refs", "said"),
-    [
-        ("Grounding_refcoco_unc.yaml", "refcoco/refs(unc).p", "evaluation config, RefCOCO (unc)"),
-        ("Grounding_refcocog.yaml", "refcocog/refs(umd).p", "evaluation config, RefCOCOg (umd)"),
-        ("Grounding_refclef.yaml", "refclef/refs(unc).p", "evaluation config, RefCLEF (unc)"),
-    ],
-)
-def test_the_config_s_refer_dataset_and_split(
-    name: str, refs: str, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, check: Callable[..., Outcome]
-) -> None:
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    monkeypatch.chdir(tmp_path)
-    files = json.loads(check(f"configs/{name}", "--json").out)["files"]
-    assert files[0]["checked"] == said
-    assert files[2]["file"] == f"data/refer/{refs}"
-
-
-@pytest.mark.parametrize(
-    ("path", "test_file", "det_file", "refclef"),
-    [
-        ("configs/mine.yaml", "data/refclef_test.json", "unused.json", True),
-        ("configs/Grounding_RefCLEF.yaml", "data/test.json", "unused.json", True),
-        ("refclef/Grounding_refcoco.yaml", "refclef/test.json", None, False),
-        ("configs/mine.yaml", "data/test.json", None, True),
-        ("configs/mine.yaml", "data/test.json", "dets.json", False),
-    ],
-)
-def test_refclef_is_told_from_refcoco(path: str, test_file: str, det_file: str | None, refclef: bool) -> None:
-    config = GroundingConfig(image_root="x", test_file=[test_file], det_file=det_file)
-    assert is_refclef(path, config) == refclef
-
-
-def test_a_released_refclef_config_names_detections_that_are_not_read(
-    place: Path, check: Callable[..., Outcome]
-) -> None:
-    assert check("configs/scenes/Grounding_refclef.yaml", "--set", "det_file=nowhere.json").status == 0
-
-
-@pytest.mark.parametrize(("benchmark", "checked"), [("mine", True), ("another", False)])
-def test_a_benchmark_s_reader_is_one_line(
-    benchmark: str, checked: bool, small: Path, check: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def read(file: str, image_root: str, problems: Problems) -> list[tuple[str, Expression]]:
-        boxes = [np.array([[0.0, 0, 5, 5]]), np.array([[30.0, 0, 5, 5]])]
-        problems.add(f"{file}: entry 2", "odd")
-        found = [Expression(Path(image_root, "a.png"), "a dog", i, "test", box) for i, box in enumerate(boxes)]
-        return [(f"{file}: entry {i}", one) for i, one in enumerate(found)]
-
-    keys = {"image_res": 8, "patch_size": 4, "vision_width": 8, "vision_heads": 2, "block_num": 1}
-    keys |= {"bert_config": "bert.json", "image_root": "images", "test_file": ["mine.json"], "benchmark": benchmark}
-    monkeypatch.setattr("dataset.raw.check.load_any_config", lambda *_: GroundingConfig.model_validate(keys))
-    monkeypatch.setitem(TEST_FILE_READERS, "mine", read)
-    content = json.loads(check("some.yaml", "--json").out)
-    assert content["files"][0]["checked"] == f"evaluation config, {benchmark}"
-    first = {row["kind"].split(":")[0]: row["first"][0] for row in content["problems"]}
-    if checked:
-        assert first == {
-            "odd": "mine.json: entry 2",
-            "no box covers a pixel of the image": "mine.json: entry 1 ([30, 0, 35, 5] in 20x10)",
-            "image and text are those of an earlier entry": "mine.json: entry 1 (as entry 0)",
-        }
-    else:
-        assert first == {}
-        assert "'another' reads is not checked" in content["notes"][0]["note"]

@@ -3,6 +3,7 @@
 import json
 import pickle
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dataset.raw.vg_phrases import Rules
 from dataset.raw.visual_genome import OUTPUTS
 from dataset.reading import DataError
 from dataset.vg import load_entries
+from tests.dataset.raw.raw_layouts import contents, run, write
 
 OWNERS = "https://cs.stanford.edu/people/rak248"
 
@@ -110,6 +112,9 @@ SPATIAL_FILE = """[
 """
 
 
+WHOLE = dict(zip(OUTPUTS.values(), (DESCRIPTIONS_FILE, ATTRIBUTES_FILE, SPATIAL_FILE), strict=True))
+
+
 @pytest.fixture
 def raw(tmp_path: Path) -> Path:
     """A folder with the three files above, in no order of image ids."""
@@ -120,34 +125,73 @@ def raw(tmp_path: Path) -> Path:
     return folder
 
 
-def write(path: Path, value: Any) -> Path:
-    path.write_text(value if isinstance(value, str) else json.dumps(value), encoding="utf-8")
-    return path
-
-
-def run(raw: Path, out: Path, *words: str | Path) -> None:
-    args = prepare.parse_args(["vg", str(raw), "--out", str(out), *map(str, words)])
-    args.run(args)
-
-
-def outputs(folder: Path) -> list[str]:
-    return [(folder / name).read_text(encoding="utf-8") for name in OUTPUTS.values()]
+def entries(files: dict[str, str], without: str = "") -> dict[str, list[dict[str, Any]]]:
+    """What the files hold, but for an image's entries."""
+    return {name: [row for row in json.loads(text) if row["image"] != without] for name, text in files.items()}
 
 
 # ---- whole outputs
 
 
-def test_the_three_files(raw: Path, tmp_path: Path) -> None:
-    run(raw, tmp_path / "out")
-    descriptions, attributes, spatial = outputs(tmp_path / "out")
-    assert descriptions == DESCRIPTIONS_FILE
-    assert attributes == ATTRIBUTES_FILE
-    assert spatial == SPATIAL_FILE
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(OUTPUTS.values())
+def rewritten(change: Callable[[bytes], bytes]) -> Callable[[Path], list[Path]]:
+    def rewrite(raw: Path) -> list[Path]:
+        for path in raw.iterdir():
+            path.write_bytes(change(path.read_bytes()))
+        return [raw]
+
+    return rewrite
+
+
+def zipped(raw: Path) -> list[Path]:
+    """An archive a file, as macOS makes them."""
+    for path in list(raw.iterdir()):
+        with zipfile.ZipFile(raw / f"{path.name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("__MACOSX/" + path.name, "rubbish")
+            archive.writestr("some/folder/" + path.name, b"\xef\xbb\xbf" + path.read_bytes())
+        path.unlink()
+    return [raw]
+
+
+def in_one_zip(raw: Path) -> list[Path]:
+    """An archive of another name, with what version control and editors put beside files."""
+    archive = zipfile.ZipFile(raw / "vg.zip", "w")
+    with archive:
+        archive.writestr("vg/readme.txt", "")
+        for path in raw.glob("*.json"):
+            archive.write(path, f"vg/{path.name}")
+            for folder in ("vg/__MACOSX", ".Trash-0", "vg/.git"):
+                archive.writestr(f"{folder}/{path.name}", b"\x00\x05\x16\x07")
+    return [raw / "vg.zip"]
+
+
+def beside_hidden_files(raw: Path) -> list[Path]:
+    for name in ("._image_data.json", ".image_data.json.swp", ".DS_Store", "._image_data.json.zip"):
+        (raw / name).write_bytes(b"\x00\x05\x16\x07")
+    return [raw]
+
+
+LAYOUTS: dict[str, Callable[[Path], list[Path]]] = {
+    "folder": lambda raw: [raw],
+    "files": lambda raw: list(raw.iterdir()),
+    "zipped": zipped,
+    "zips": lambda raw: list(zipped(raw)[0].iterdir()),
+    "one zip": in_one_zip,
+    "hidden files": beside_hidden_files,
+    "byte-order mark": rewritten(lambda data: b"\xef\xbb\xbf" + data),
+    "mark and CRLF": rewritten(lambda data: b"\xef\xbb\xbf\r\n" + data.replace(b', "', b',\r\n"')),
+    "indented": rewritten(lambda data: json.dumps(json.loads(data), indent=4, ensure_ascii=False).encode()),
+    "other order": rewritten(lambda data: json.dumps(json.loads(data)[1:] + json.loads(data)[:1]).encode()),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_the_three_files(raw: Path, tmp_path: Path, layout: str) -> None:
+    run("vg", *LAYOUTS[layout](raw), "--out", tmp_path / "out")
+    assert contents(tmp_path / "out") == WHOLE
 
 
 def test_training_reads_every_entry(raw: Path, tmp_path: Path) -> None:
-    run(raw, tmp_path)
+    run("vg", raw, "--out", tmp_path)
     files = [str(tmp_path / name) for name in OUTPUTS.values()]
     config = PretrainConfig(train_file=files, image_root="vg")
     assert [len(load_entries(file, config)) for file in files] == [5, 7, 9]
@@ -155,10 +199,10 @@ def test_training_reads_every_entry(raw: Path, tmp_path: Path) -> None:
 
 
 def test_the_counts(raw: Path, tmp_path: Path) -> None:
-    report = visual_genome.prepare([raw], tmp_path, Rules())
-    drafts = report.drafts.values()
-    assert [(len(d.places), d.entries, d.boxes) for d in drafts] == [(2, 5, 6), (2, 7, 10), (2, 9, 9)]
-    descriptions, attributes, spatial = (+draft.dropped for draft in drafts)
+    images, drafts = visual_genome.prepare([raw], tmp_path, Rules())
+    found = [(len(draft.places), draft.entries, draft.boxes) for draft in drafts.values()]
+    assert found == [(2, 5, 6), (2, 7, 10), (2, 9, 9)]
+    descriptions, attributes, spatial = (+draft.dropped for draft in drafts.values())
     assert descriptions == {
         vg_phrases.NO_TEXT: 3,
         vg_phrases.EMPTY_BOX: 2,
@@ -168,53 +212,23 @@ def test_the_counts(raw: Path, tmp_path: Path) -> None:
     common = {vg_phrases.NO_NAME: 1, vg_phrases.NO_ATTRIBUTE: 2, vg_phrases.EMPTY_BOX: 1}
     assert attributes == common
     assert spatial == {**common, vg_phrases.ALONE: 2, vg_phrases.SAYS_WHERE: 1}
-    assert (set(report.images.used), report.images.unknown) == ({7, 2, 30}, {99})
+    assert (set(images.used), images.unknown) == ({7, 2, 30}, {99})
     total = sum(len(entry["regions"]) for entry in REGIONS if entry.get("id") != 99)
-    assert report.drafts["descriptions"].boxes + descriptions.total() == total
+    assert drafts["descriptions"].boxes + descriptions.total() == total
 
 
-def test_the_order_of_the_images_does_not_matter(raw: Path, tmp_path: Path) -> None:
-    run(raw, tmp_path / "one")
-    for name, value in (("image_data", IMAGES), ("region_descriptions", REGIONS), ("attributes", ATTRIBUTES)):
-        write(raw / f"{name}.json", value[1:] + value[:1])
-    run(raw, tmp_path / "two")
-    assert outputs(tmp_path / "one") == outputs(tmp_path / "two")
-
-
-def test_zipped(raw: Path, tmp_path: Path) -> None:
-    run(raw, tmp_path / "one")
-    for path in list(raw.iterdir()):
-        with zipfile.ZipFile(raw / f"{path.name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("__MACOSX/" + path.name, "rubbish")
-            archive.writestr("some/folder/" + path.name, path.read_text())
-        path.unlink()
-    run(raw, tmp_path / "two")
-    visual_genome.prepare(list(raw.iterdir()), tmp_path / "three", Rules())
-    assert outputs(tmp_path / "one") == outputs(tmp_path / "two") == outputs(tmp_path / "three")
-
-
-def test_one_zip_of_everything(raw: Path, tmp_path: Path) -> None:
-    path = tmp_path / "visual_genome.zip"
-    with zipfile.ZipFile(path, "w") as archive:
-        for file in raw.iterdir():
-            archive.write(file, file.name)
-        archive.writestr("readme.txt", "")
-    run(path, tmp_path / "out")
-    assert outputs(tmp_path / "out") == [DESCRIPTIONS_FILE, ATTRIBUTES_FILE, SPATIAL_FILE]
-
-
-def test_only_some_of_the_files(raw: Path, tmp_path: Path) -> None:
-    (raw / "attributes.json").unlink()
-    run(raw, tmp_path / "one", "--only", "descriptions")
-    assert [path.name for path in (tmp_path / "one").iterdir()] == ["vg_descriptions.json"]
-    assert (tmp_path / "one" / "vg_descriptions.json").read_text() == DESCRIPTIONS_FILE
-    write(raw / "attributes.json", ATTRIBUTES)
-    (raw / "region_descriptions.json").unlink()
-    run(raw, tmp_path / "two", "--only", "attributes_spatial")
-    assert [path.name for path in (tmp_path / "two").iterdir()] == ["vg_attributes_spatial.json"]
-    assert (tmp_path / "two" / "vg_attributes_spatial.json").read_text() == SPATIAL_FILE
-    run(raw, tmp_path / "three", "--only", "attributes")
-    assert (tmp_path / "three" / "vg_attributes.json").read_text() == ATTRIBUTES_FILE
+@pytest.mark.parametrize(
+    ("name", "needless"),
+    [
+        ("descriptions", "attributes"),
+        ("attributes", "region_descriptions"),
+        ("attributes_spatial", "region_descriptions"),
+    ],
+)
+def test_one_of_the_files(raw: Path, tmp_path: Path, name: str, needless: str) -> None:
+    (raw / f"{needless}.json").unlink()
+    run("vg", raw, "--out", tmp_path / "out", "--only", name)
+    assert contents(tmp_path / "out") == {OUTPUTS[name]: WHOLE[OUTPUTS[name]]}
 
 
 def test_objects_count_as_others_of_their_name(raw: Path, tmp_path: Path) -> None:
@@ -232,13 +246,12 @@ def test_objects_count_as_others_of_their_name(raw: Path, tmp_path: Path) -> Non
         },
     ]
     write(raw / "objects.json", objects)
-    run(raw, tmp_path)
-    descriptions, attributes, spatial = outputs(tmp_path)
-    assert (descriptions, attributes) == (DESCRIPTIONS_FILE, ATTRIBUTES_FILE)
+    run("vg", raw, "--out", tmp_path / "out")
     middle = '{"image": "VG_100K_2/7.jpg", "caption": "middle red Car", "bbox": [[40, 35, 50, 45]]},\n'
     tree = '{"image": "VG_100K_2/7.jpg", "caption": "right tall tree", "bbox": [[50, 0, 70, 30]]},\n'
     hand = '{"image": "VG_100K_2/7.jpg", "caption": "right raised hand"'
-    assert spatial == SPATIAL_FILE.replace(middle, "").replace(hand, tree + hand)
+    spatial = SPATIAL_FILE.replace(middle, "").replace(hand, tree + hand)
+    assert contents(tmp_path / "out") == {**WHOLE, "vg_attributes_spatial.json": spatial}
 
 
 # ---- images left out
@@ -246,39 +259,29 @@ def test_objects_count_as_others_of_their_name(raw: Path, tmp_path: Path) -> Non
 
 def test_evaluation_images_are_left_out(raw: Path, tmp_path: Path) -> None:
     refs = tmp_path / "refs(unc).p"
-    rows = [
-        {"ref_id": i, "ann_id": i, "image_id": i, "split": "testB", "file_name": f"COCO_train2014_{7:012d}_1.jpg"}
-        for i in (42, 55, 30)
-    ]
+    coco = f"COCO_train2014_{7:012d}_1.jpg"
+    rows = [{"ref_id": i, "ann_id": i, "image_id": i, "split": "testB", "file_name": coco} for i in (42, 55, 30)]
     refs.write_bytes(pickle.dumps(rows))
     ids = write(tmp_path / "test.txt", "42\n7\n")  # a COCO id and an image id: no photos of Flickr
-    run(raw, tmp_path / "out", "--exclude-eval", refs, ids)
-    descriptions, attributes, spatial = outputs(tmp_path / "out")
-    for found, whole in ((descriptions, DESCRIPTIONS_FILE), (attributes, ATTRIBUTES_FILE), (spatial, SPATIAL_FILE)):
-        assert json.loads(found) == [row for row in json.loads(whole) if row["image"] != "VG_100K/2.jpg"]
-    report = visual_genome.prepare([raw], tmp_path / "out", Rules(), exclude=[ids, refs])
-    assert (report.images.evaluation, report.images.found) == ({2}, [0, 1])
+    run("vg", raw, "--out", tmp_path / "out", "--exclude-eval", refs, ids)
+    assert entries(contents(tmp_path / "out")) == entries(WHOLE, without="VG_100K/2.jpg")
     write(ids, "55")
-    report = visual_genome.prepare([raw], tmp_path / "out", Rules(), exclude=[ids, refs])
-    assert (report.images.evaluation, report.images.found) == ({2, 7}, [1, 1])
-    assert set(report.images.used) == {30}
-    assert report.images.unknown == {99}
+    images, _ = visual_genome.prepare([raw], tmp_path / "out", Rules(), exclude=[ids, refs])
+    assert [held for _, held in images.evaluation] == [{7}, {2}]
+    assert (set(images.used), images.unknown) == ({30}, {99})
 
 
 def test_images_that_are_not_on_disk(raw: Path, tmp_path: Path) -> None:
     for name in ("VG_100K/2.jpg", "VG_100K/7.jpg", "VG_100K_2/30.jpg"):  # the last two are in the wrong folder
         (tmp_path / "vg" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "vg" / name).touch()
-    run(raw, tmp_path / "out", "--image-root", tmp_path / "vg")
-    for found, whole in zip(outputs(tmp_path / "out"), (DESCRIPTIONS_FILE, ATTRIBUTES_FILE, SPATIAL_FILE), strict=True):
-        assert json.loads(found) == [row for row in json.loads(whole) if row["image"] == "VG_100K/2.jpg"]
-    report = visual_genome.prepare([raw], tmp_path / "out", Rules(), image_root=tmp_path / "vg")
-    assert (report.images.missing, report.images.unknown) == ({7, 30}, {99})
+    run("vg", raw, "--out", tmp_path / "out", "--image-root", tmp_path / "vg")
+    assert entries(contents(tmp_path / "out")) == entries(WHOLE, without="VG_100K_2/7.jpg")
     split = [write(tmp_path / "test.txt", "55\n")]  # image 7, which is counted once
-    report = visual_genome.prepare([raw], tmp_path / "out", Rules(), exclude=split, image_root=tmp_path / "vg")
-    assert (set(report.images.used), report.images.evaluation, report.images.missing) == ({2}, {7}, {30})
+    images, _ = visual_genome.prepare([raw], tmp_path / "out", Rules(), exclude=split, image_root=tmp_path / "vg")
+    assert (set(images.used), images.evaluation[0][1], images.missing) == ({2}, {7}, {30})
     with pytest.raises(DataError, match=r"--image-root .*absent: no such folder"):
-        run(raw, tmp_path / "out", "--image-root", tmp_path / "absent")
+        run("vg", raw, "--out", tmp_path / "out", "--image-root", tmp_path / "absent")
 
 
 # ---- the program
@@ -288,47 +291,29 @@ def test_every_rule_is_an_option() -> None:
     words = "--group exact --min-area 0.1 --max-area 0.9 --max-boxes 5 --min-words 2 --max-words 7 --positions left top"
     words += " --margin 0.2 --spatial-form {phrase},{position}"
     args = prepare.parse_args(["vg", "raw", "--out", "out", *words.split()])
-    chosen = Rules("exact", 0.1, 0.9, 5, 2, 7, ("left", "top"), 0.2, "{phrase},{position}")
-    assert [getattr(args, name) for name in Rules._fields] == [
-        list(value) if isinstance(value, tuple) else value for value in chosen
-    ]
+    chosen = ["exact", 0.1, 0.9, 5, 2, 7, ["left", "top"], 0.2, "{phrase},{position}"]
+    assert [getattr(args, name) for name in Rules._fields] == chosen
     defaults = prepare.parse_args(["vg", "one", "two", "--out", "out"])
     assert defaults.raw == [Path("one"), Path("two")]
     assert Rules(*(getattr(defaults, name) for name in Rules._fields)) == Rules()
 
 
-def test_options_reach_the_rules(raw: Path, tmp_path: Path) -> None:
-    run(raw, tmp_path, "--min-words", "3", "--positions", "bottom", "--spatial-form", "{phrase} at the {position}")
-    descriptions, attributes, spatial = (json.loads(text) for text in outputs(tmp_path))
-    assert [row["caption"] for row in descriptions] == ["a red door", "le café, là-bas"]
-    assert attributes == []
-    assert [row["caption"] for row in spatial] == ["white cup at the bottom"]
-
-
 @pytest.mark.parametrize(
-    "words",
+    ("words", "message"),
     [
-        ["--min-area", "1.5"],
-        ["--max-boxes", "0"],
-        ["--margin", "wide"],
-        ["--positions", "near"],
-        ["--group", "all"],
-        ["--spatial-form", "{phrase}"],
-        ["--only", "everything"],
+        ("--min-area 1.5", "--min-area: must be from 0 to 1, not 1.5"),
+        ("--max-boxes 0", "--max-boxes: must be at least 1, not 0"),
+        ("--spatial-form {phrase}", "--spatial-form: must hold {position} and {phrase}, not '{phrase}'"),
+        ("--min-area 0.5 --max-area 0.4", "--min-area must not exceed --max-area"),
+        ("--min-words 3 --max-words 2", "nor --min-words --max-words"),
     ],
 )
-def test_bad_arguments_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        prepare.parse_args(["vg", "raw", "--out", "out", *words])
-    assert words[0] in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "words", [["--min-area", "0.5", "--max-area", "0.4"], ["--min-words", "3", "--max-words", "2"]]
-)
-def test_limits_that_leave_nothing(raw: Path, tmp_path: Path, words: list[str]) -> None:
-    with pytest.raises(SystemExit, match="must not exceed"):
-        run(raw, tmp_path / "out", *words)
+def test_bad_arguments_are_refused(
+    raw: Path, tmp_path: Path, words: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run("vg", raw, "--out", tmp_path / "out", *words.split())
+    assert message in capsys.readouterr().err + str(stopped.value)
 
 
 TABLE = """\
@@ -365,7 +350,7 @@ def test_the_table(
     write(Path("train.txt"), "1\n")
     write(Path("saiapr.json"), [{"image": "saiapr_tc-12/00/images/25.jpg", "split": "test"}])
     files = ["--exclude-eval", "test.txt", "train.txt", "saiapr.json"]
-    run(Path("raw"), Path("out"), *files, "--margin", "0.6")
+    run("vg", "raw", "--out", "out", *files, "--margin", "0.6")
     assert capsys.readouterr().out == TABLE
 
 

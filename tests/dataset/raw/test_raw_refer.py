@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 import prepare
-from dataset import refer
+from config import GroundingConfig
 from dataset.reading import DataError
-from tests.dataset.raw.raw_layouts import write_refer
+from grounding.benchmarks import REFCOCO_PLUS
+from tests.dataset.raw.raw_layouts import contents, run, write, write_refer
 
 
 def sentences(*texts: str) -> list[dict[str, Any]]:
@@ -64,12 +65,14 @@ TEST = [
     entry(COCO[581857], "blue", 9, "testA"),
     entry(COCO[7], "", 3, "testC"),
 ]
-TABLE = """split            refs    sentences     repeated        empty  expressions
-train               1            1            0            0            1
-val                 1            2            0            0            2
-testA               2            5            0            2            5
-testB               1            5            2            0            5
-testC               1            1            0            1            1
+LISTS = {"train": TRAIN, "val": VAL, "test": TEST}
+TABLE = """\
+split  refs  sentences  repeated  empty  expressions
+train     1          1         0      0            1
+val       1          2         0      0            2
+testA     2          5         0      2            5
+testB     1          5         2      0            5
+testC     1          1         0      1            1
 """
 
 
@@ -81,38 +84,32 @@ def root(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def run(*words: object) -> None:
-    args = prepare.parse_args([*map(str, words)])
-    args.run(args)
-
-
 def make(root: Path, dataset: str, *words: object) -> dict[str, Any]:
     """The parts that are written, read again."""
     run("refer", root / "refer", "--dataset", dataset, "--out", root / "out", *words)
-    assert {path.name for path in (root / "out").iterdir()} == {
-        f"{dataset}_{part}.json" for part in ("train", "val", "test")
-    }
-    return {
-        part: json.loads((root / "out" / f"{dataset}_{part}.json").read_text()) for part in ("train", "val", "test")
-    }
+    names = {f"{dataset}_{part}.json": part for part in ("train", "val", "test")}
+    found = contents(root / "out")
+    assert found.keys() == names.keys()
+    return {part: json.loads(found[name]) for name, part in names.items()}
+
+
+def refused(root: Path, message: str, dataset: str = "refclef", *words: object) -> None:
+    """The command stops with the message, and writes nothing."""
+    with pytest.raises(DataError, match=message):
+        make(root, dataset, *words)
+    assert not (root / "out").exists()
 
 
 def test_lists_of_coco_images(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    dataset, split_by = "refcoco+", "unc"
-    assert make(root, dataset) == {"train": TRAIN, "val": VAL, "test": TEST}
-    assert list(json.loads((root / "out" / f"{dataset}_val.json").read_text())[0]) == [
-        "image",
-        "text",
-        "ref_id",
-        "split",
-    ]
-    files = f"{dataset}_train.json: 1, {dataset}_val.json: 2, {dataset}_test.json: 11"
-    last = f"wrote the expressions of {dataset}, split by {split_by}, to {root / 'out'} ({files})\n"
+    assert make(root, "refcoco+") == LISTS
+    assert list(json.loads(contents(root / "out")["refcoco+_val.json"])[0]) == ["image", "text", "ref_id", "split"]
+    files = "refcoco+_train.json: 1, refcoco+_val.json: 2, refcoco+_test.json: 11"
+    last = f"wrote the expressions of refcoco+, split by unc, to {root / 'out'} ({files})\n"
     assert capsys.readouterr().out == TABLE + last
 
 
 def test_splits_that_a_data_set_should_not_have_are_shown(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert make(root, "refcocog") == {"train": TRAIN, "val": VAL, "test": TEST}
+    assert make(root, "refcocog") == LISTS
     printed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in printed[1:-1]] == ["train", "val", "test", "testB", "testA", "testC"]
     assert printed[3].split()[1:] == ["0"] * 5
@@ -120,11 +117,13 @@ def test_splits_that_a_data_set_should_not_have_are_shown(root: Path, capsys: py
 
 
 def test_lists_of_saiapr_images(root: Path) -> None:
+    """Named by instances.json. Annotation ids may be texts, as RefCLEF's are: "8756_2", say."""
     names = {COCO[7]: "7.jpg", COCO[581857]: "lies.jpg", COCO[123456789012]: "00/images/12.jpg"}
-    expected = {
-        part: [{**row, "image": names[row["image"]]} for row in rows]
-        for part, rows in (("train", TRAIN), ("val", VAL), ("test", TEST))
-    }
+    expected = {part: [{**row, "image": names[row["image"]]} for row in rows] for part, rows in LISTS.items()}
+    assert make(root, "refclef") == expected
+    refs = [{**row, "ann_id": f"{row['ann_id']}_1"} for row in REFS]
+    annotations = [{**row, "id": f"{row['id']}_1"} for row in INSTANCES["annotations"]]
+    write_refer(root / "refer" / "refclef", "unc", refs, {**INSTANCES, "annotations": annotations})
     assert make(root, "refclef") == expected
 
 
@@ -136,20 +135,6 @@ def test_repeated_sentences(root: Path, capsys: pytest.CaptureFixture[str], opti
     assert texts == [sign, "blue", *([] if once else [sign, sign]), "Blue", "man", " ?! ", "woman", "...", "blue", ""]
     rows = {line.split()[0]: line.split()[1:] for line in capsys.readouterr().out.splitlines()[:-1]}
     assert rows["testB"] == ["1", "5", "2", "0", "3" if once else "5"]
-
-
-def test_annotation_ids_may_be_texts(root: Path) -> None:
-    """As RefCLEF's are, "8756_2" say."""
-    expected = make(root, "refclef")
-    refs = [{**row, "ann_id": f"{row['ann_id']}_1"} for row in REFS]
-    annotations = [{**row, "id": f"{row['id']}_1"} for row in INSTANCES["annotations"]]
-    write_refer(root / "refer" / "refclef", "unc", refs, {**INSTANCES, "annotations": annotations})
-    assert make(root, "refclef") == expected
-
-
-def test_another_split_and_a_part_that_it_lacks(root: Path) -> None:
-    write_refer(root / "refer" / "refcocog", "google", [REFS[1], REFS[3]], INSTANCES)
-    assert make(root, "refcocog", "--split-by", "google") == {"train": TRAIN, "val": VAL, "test": []}
 
 
 def test_images_are_looked_for_on_disk(root: Path) -> None:
@@ -180,13 +165,9 @@ def test_coco_images_in_a_folder_below(root: Path) -> None:
     found = make(root, "refcoco+", "--image-root", root / "coco")
     assert found["train"] == [{**TRAIN[0], "image": f"train2014/{COCO[7]}"}]
     (root / "coco" / "train2014" / COCO[7]).unlink()
-    with pytest.raises(DataError) as caught:
+    kind = "the ref's image is not under --image-root: check the folder; --skip-missing leaves such refs out"
+    with pytest.raises(DataError, match=rf"^{kind} - 3 found:\n.*: ref 1 \(ref_id 2\) \(image_id 7, {COCO[7]}\)"):
         make(root, "refcoco+", "--image-root", root / "coco")
-    lines = str(caught.value).splitlines()
-    kind = "the ref's image is not under --image-root; check the folder, or leave such refs out by --skip-missing"
-    assert lines[0] == f"{kind} - 3 found:"
-    refs_file = root / "refer" / "refcoco+" / "refs(unc).p"
-    assert lines[1] == f"  {refs_file}: ref 1 (ref_id 2) (image_id 7, {COCO[7]})"
 
 
 def refclef(root: Path, *image_ids: int) -> Path:
@@ -202,49 +183,41 @@ def refclef(root: Path, *image_ids: int) -> Path:
 
 
 def test_images_that_are_known_to_be_missing(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = refclef(root, 17975, 1, 19575, 19579, 2, 3)
-    words = ["refer", folder, "--dataset", "refclef", "--image-root", root / "saiapr", "--out", root / "out"]
+    folder = refclef(root, 17975, 1, 19575, 404, 2, 3)
+    words = ["refer", folder, "--dataset", "refclef", "--out", root / "out"]
+    image_root = ["--image-root", root / "saiapr"]
     with pytest.raises(DataError) as caught:
-        run(*words)
+        run(*words, *image_root)
+    place = f"  {folder / 'refclef' / 'refs(berkeley).p'}: ref"
+    lack, check = "REFER's archive of SAIAPR is known to lack it", "check the folder"
+    kind = "the ref's image is not under --image-root: {}; --skip-missing leaves such refs out - {} found:"
     assert str(caught.value).splitlines() == [
-        "the ref's image is not under --image-root, and REFER's archive of SAIAPR is known to lack it; --skip-missing "
-        "leaves it out - 3 found:",
-        *(
-            f"  {folder / 'refclef' / 'refs(berkeley).p'}: ref {i} (ref_id {i}) (image_id {image}, {image}.jpg)"
-            for i, image in ((0, 17975), (2, 19575), (3, 19579))
-        ),
+        kind.format(lack, 2),
+        f"{place} 0 (ref_id 0) (image_id 17975, 17975.jpg)",
+        f"{place} 2 (ref_id 2) (image_id 19575, 19575.jpg)",
+        kind.format(check, 1),
+        f"{place} 3 (ref_id 3) (image_id 404, 404.jpg)",
     ]
     assert not (root / "out").exists()
-    run(*words, "--skip-missing")
-    assert capsys.readouterr().out.splitlines()[:-1] == [
-        "split            refs    sentences     repeated        empty      missing  expressions",
-        "train               2            4            0            0            4            0",
-        "val                 2            4            2            0            0            4",
-        "test                2            4            1            0            2            2",
-        "left out, not under --image-root: 3 images (17975.jpg, 19575.jpg, 19579.jpg)",
-    ]
-    found = {part: json.loads((root / "out" / f"refclef_{part}.json").read_text()) for part in ("train", "val", "test")}
-    assert [len(rows) for rows in found.values()] == [0, 4, 2]
-    assert {row["image"] for rows in found.values() for row in rows} == {"1.jpg", "2.jpg", "3.jpg"}
-
-
-def test_other_missing_images(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = refclef(root, 404, 1, 17975)
-    words = ["refer", folder, "--dataset", "refclef", "--out", root / "out"]
-    with pytest.raises(DataError) as caught:
-        run(*words, "--image-root", root / "saiapr")
-    kinds = [line for line in str(caught.value).splitlines() if not line.startswith("  ")]
-    assert ["known to lack it" in kind for kind in kinds] == [False, True]
-    assert all("--skip-missing" in kind for kind in kinds)
     with pytest.raises(SystemExit, match="--skip-missing needs --image-root"):
         run(*words, "--skip-missing")
     run(*words)  # nothing is looked for
     assert " missing " not in capsys.readouterr().out
-    (root / "coco").mkdir()
-    (root / "coco" / COCO[581857]).touch()
-    words = ["refer", root / "refer", "--dataset", "refcoco+", "--out", root / "out"]
-    run(*words, "--image-root", root / "coco", "--skip-missing")
-    assert "left out, not under --image-root: 2 images (COCO_train2014_000000000007.jpg, C" in capsys.readouterr().out
+    run(*words, *image_root, "--skip-missing")
+    assert capsys.readouterr().out.splitlines()[:-1] == [
+        "split  refs  sentences  repeated  empty  missing  expressions",
+        "train     2          4         0      0        4            0",
+        "val       2          4         2      0        0            4",
+        "test      2          4         1      0        2            2",
+        "left out, not under --image-root: 3 images (17975.jpg, 19575.jpg, 404.jpg)",
+    ]
+    found = {name: json.loads(text) for name, text in contents(root / "out").items()}
+    assert {name: len(rows) for name, rows in found.items()} == {
+        "refclef_train.json": 0,
+        "refclef_val.json": 4,
+        "refclef_test.json": 2,
+    }
+    assert {row["image"] for rows in found.values() for row in rows} == {"1.jpg", "2.jpg", "3.jpg"}
 
 
 def test_many_missing_images_are_counted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,10 +242,10 @@ def test_many_missing_images_are_counted(root: Path, capsys: pytest.CaptureFixtu
 def test_the_default_split(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dataset: str, there: list[str], used: str, noted: bool
 ) -> None:
-    """That of the published numbers; else the one that is there, and a note says so."""
+    """That of the published numbers; else the one that is there, and a note says so. A part may be empty."""
     for split_by in there:
         write_refer(tmp_path / "refer" / dataset, split_by, [REFS[1], REFS[3]], INSTANCES)
-    make(tmp_path, dataset)
+    assert [len(rows) for rows in make(tmp_path, dataset).values()] == [1, 2, 0]
     printed = capsys.readouterr().out
     assert f"wrote the expressions of {dataset}, split by {used}, to " in printed
     usual = {"refclef": "berkeley", "refcocog": "umd"}.get(dataset)
@@ -283,22 +256,12 @@ def test_the_default_split(
 
 
 def test_what_killed_commands_left_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "raw.json").write_text(json.dumps([{"image_id": 1, "box": [1, 2, 3, 4]}]))
-    left, of_others = tmp_path / ".dets.json.7@elsewhere.tmp", tmp_path / ".dets.json.8@elsewhere.tmp"
-    for path in (left, of_others):
-        path.write_text("half")
+    write(tmp_path / "raw.json", [{"image_id": 1, "box": [1, 2, 3, 4]}])
+    left = write(tmp_path / ".dets.json.7@elsewhere.tmp", "half")
     os.utime(left, (0, 0))  # nobody has written to it for a day
     prepare.main(prepare.parse_args(["detections", str(tmp_path / "raw.json"), "--out", str(tmp_path / "dets.json")]))
-    assert not left.exists()
-    assert of_others.exists()
+    assert contents(tmp_path).keys() == {"raw.json", "dets.json"}
     assert f"{left}: removed, 0.0 MB that a killed process left" in capsys.readouterr().out
-
-
-def test_an_image_root_without_images(root: Path) -> None:
-    with pytest.raises(DataError, match=r"out2: is not a folder; --image-root must"):
-        make(root, "refclef", "--image-root", root / "out2")
-    with pytest.raises(DataError, match=r"refclef: holds no \.jpg; --image-root must"):
-        make(root, "refclef", "--image-root", root / "refer" / "refclef")
 
 
 def test_evaluation_reads_the_lists(root: Path) -> None:
@@ -306,13 +269,16 @@ def test_evaluation_reads_the_lists(root: Path) -> None:
     (root / "images").mkdir()
     for name in COCO.values():
         (root / "images" / name).touch()
-    expressions = refer.load_expressions(
+    (root / "dets.json").write_text(json.dumps({image_id: [] for image_id in COCO}))
+    config = GroundingConfig(
         test_file=[str(root / "out" / f"refcocog_{part}.json") for part in ("val", "test")],
         image_root=str(root / "images"),
-        refer_root=str(root / "refer"),
-        dataset="refcocog",
-        split_by="umd",
+        refcoco_data=str(root / "refer"),
+        det_file=str(root / "dets.json"),
+        refer_dataset="refcocog",
+        refer_split="umd",
     )
+    expressions = REFCOCO_PLUS.load(config)
     found = [(one.text, one.ref_id, one.split) for one in expressions]
     empty = {" ?! ": "", "...": ""}
     texts = [empty.get(row["text"], row["text"].lower()) for row in VAL + TEST]
@@ -324,65 +290,56 @@ def test_evaluation_reads_the_lists(root: Path) -> None:
 # ---- broken input
 
 
-def test_a_way_of_splitting_that_there_is_not(root: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"^refcocog is split by umd and by google, not by unc; .*--split-by of prepare"
-    ):
-        make(root, "refcocog", "--split-by", "unc")
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("refcocog --split-by unc", r"^refcocog is split by umd and by google, not by unc; .*--split-by of prepare"),
+        ("refcoco", r"refs\(unc\)\.p: does not exist; refer must hold refcoco/ as .* refcoco\.zip"),
+        ("refclef --split-by berkeley", r"\(berkeley\)\.p: does not exist; there is refs\(unc\)\.p, see --split-by"),
+        ("refcoco+", r"refcoco\+/instances\.json: does not exist; refer must hold refcoco\+/"),
+        ("refclef --image-root out2", r"^out2: is not a folder; --image-root must"),
+        ("refclef --image-root refer/refclef", r"^refer/refclef: holds no \.jpg; --image-root must"),
+    ],
+)
+def test_files_that_are_not_there(root: Path, monkeypatch: pytest.MonkeyPatch, words: str, message: str) -> None:
+    monkeypatch.chdir(root)
+    Path("refer/refcoco+/instances.json").unlink()
+    refused(Path(), message, *words.split())
 
 
-def test_missing_files(root: Path) -> None:
-    with pytest.raises(DataError, match=r"refs\(unc\)\.p: does not exist; .* must hold refcoco/ as .* refcoco\.zip"):
-        make(root, "refcoco")
-    with pytest.raises(
-        DataError, match=r"refs\(berkeley\)\.p: does not exist; there is refs\(unc\)\.p, see --split-by"
-    ):
-        make(root, "refclef", "--split-by", "berkeley")
-    (root / "refer" / "refclef" / "instances.json").unlink()
-    with pytest.raises(DataError, match=r"instances\.json: does not exist; .*refer must hold refclef/"):
-        make(root, "refclef")
+def changed(rows: list[dict[str, Any]], index: int, **changes: Any) -> list[dict[str, Any]]:
+    return [*rows[:index], {**rows[index], **changes}, *rows[index + 1 :]]
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (
-            {"split": "minival"},
-            r"split is none of train, val and test.* - 1 found:\n.*ref 1 \(ref_id 2\) \('minival'\)",
-        ),
+        ({"split": "minival"}, r"is none of train, val and test.* - 1 found:\n.*ref 1 \(ref_id 2\) \('minival'\)"),
         ({"image_id": 8}, r"image is not in .*instances\.json; .* refs\(unc\)\.p - 1 found:\n.*\(image_id 8\)"),
         ({"ann_id": 21}, r"annotation is not in .*instances\.json.*\n.*\(ref_id 2\) \(ref_id 2, ann_id 21\)"),
         ({"sentences": None}, r"key 'sentences' must be of type list.*\n.*\(ref_id 2\)"),
         ({"sentences": ["left man"]}, r"an entry must be an object.*\n.*\(found a str\)"),
         ({"sentences": [{"raw": "left man"}]}, r"key 'sent' is missing"),
+        ({"ref_id": 8}, r"an earlier entry has the same ref_id.*\n.*ref 1 \(ref_id 8\)"),
     ],
 )
 def test_broken_refs(root: Path, changes: dict[str, Any], message: str) -> None:
-    write_refer(root / "refer" / "refclef", "unc", [REFS[0], {**REFS[1], **changes}, *REFS[2:]], INSTANCES)
-    with pytest.raises(DataError, match=message):
-        make(root, "refclef")
-    assert not (root / "out").exists()
+    write_refer(root / "refer" / "refclef", "unc", changed(REFS, 1, **changes), INSTANCES)
+    refused(root, message)
 
 
-def test_repeated_ids(root: Path) -> None:
-    write_refer(root / "refer" / "refclef", "unc", [*REFS, {**REFS[1], "ann_id": 60}], INSTANCES)
-    with pytest.raises(DataError, match=r"an earlier entry has the same ref_id.*\n.*ref 6 \(ref_id 2\)"):
-        make(root, "refclef")
-    annotations = [*INSTANCES["annotations"], {**INSTANCES["annotations"][0], "bbox": [0, 0, 1, 1]}]
-    write_refer(root / "refer" / "refclef", "unc", REFS, {**INSTANCES, "annotations": annotations})
-    with pytest.raises(DataError, match=r"an earlier entry has the same id.*\n.*annotations entry 6 \(id 80\)"):
-        make(root, "refclef")
-
-
-def test_broken_instances(root: Path) -> None:
-    images = [{"id": 7}, *INSTANCES["images"][1:]]
-    write_refer(root / "refer" / "refclef", "unc", REFS, {**INSTANCES, "images": images})
-    with pytest.raises(DataError, match=r"key 'file_name' is missing - 3 found:\n.*ref 1 \(ref_id 2\)"):
-        make(root, "refclef")
-    annotations = [{**INSTANCES["annotations"][0], "bbox": [1, 2, 3]}, *INSTANCES["annotations"][1:]]
-    write_refer(root / "refer" / "refclef", "unc", REFS, {**INSTANCES, "annotations": annotations})
-    with pytest.raises(DataError, match=r"'bbox' of the ref's annotation must be .*\n.*ref 0 \(ref_id 8\)"):
-        make(root, "refclef")
+@pytest.mark.parametrize(
+    ("key", "changes", "message"),
+    [
+        ("images", {"file_name": None}, r"key 'file_name' must be of type str.* - 3 found:\n.*ref 1 \(ref_id 2\)"),
+        ("annotations", {"bbox": [1, 2, 3]}, r"'bbox' of the ref's annotation must be .*\n.*ref 0 \(ref_id 8\)"),
+        ("annotations", {"id": 30}, r"an earlier entry has the same id.*\n.*annotations entry 1 \(id 30\)"),
+    ],
+)
+def test_broken_instances(root: Path, key: str, changes: dict[str, Any], message: str) -> None:
+    instances = {**INSTANCES, key: changed(INSTANCES[key], 0, **changes)}
+    write_refer(root / "refer" / "refclef", "unc", REFS, instances)
+    refused(root, message)
 
 
 # ---- detections
@@ -403,9 +360,9 @@ GROUPED = '{"7": [[0, 0, 9, 9]], "12": [[1, 2.5, 3, 4], [5, 5, 0, -1], [0, 0, 1,
 
 
 def group(tmp_path: Path, rows: Any, *words: object) -> str:
-    (tmp_path / "raw.json").write_text(json.dumps(rows))
+    write(tmp_path / "raw.json", rows)
     run("detections", tmp_path / "raw.json", "--out", tmp_path / "out" / "dets.json", *words)
-    return (tmp_path / "out" / "dets.json").read_text()
+    return contents(tmp_path / "out")["dets.json"]
 
 
 def test_detections_by_image(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -415,17 +372,13 @@ def test_detections_by_image(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_images_without_detections(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "instances.json").write_text(json.dumps({"images": [{"id": 7}, {"id": 9}]}))
-    words = ["--instances", tmp_path / "instances.json"]
-    assert group(tmp_path, DETECTIONS, *words) == GROUPED.replace('"12"', '"9": [], "12"')
+    instances = tmp_path / "instances.json"
+    write(instances, {"images": [{"id": 7}, {"id": 9}], "annotations": []})
+    assert group(tmp_path, DETECTIONS, "--instances", instances) == GROUPED.replace('"12"', '"9": [], "12"')
     assert "5 detections in 4 images, 1 of them without any" in capsys.readouterr().out
-    for content, message in (
-        ({"images": [{"id": 7}, {"id": "9"}]}, r"'id' must be of type int.*\n.*images entry 1 \(found '9'\)"),
-        ({"annotations": []}, r"instances\.json: key 'images' must be a list; is this REFER's"),
-    ):
-        (tmp_path / "instances.json").write_text(json.dumps(content))
-        with pytest.raises(DataError, match=message):
-            group(tmp_path, DETECTIONS, *words)
+    write(instances, {"images": [{"id": 7}, {"id": "9"}], "annotations": []})
+    with pytest.raises(DataError, match=r"'id' must be of type int.*\n.*images entry 1 \(found '9'\)"):
+        group(tmp_path, DETECTIONS, "--instances", instances)
 
 
 @pytest.mark.parametrize(
@@ -447,9 +400,6 @@ def test_images_without_detections(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_broken_detections(tmp_path: Path, rows: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         group(tmp_path, rows)
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_file_of_detections(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no\.json: does not exist; check the path"):
-        run("detections", tmp_path / "no.json", "--out", tmp_path / "dets.json")
+        group(tmp_path, rows, "--instances", tmp_path / "no.json")
+    assert not (tmp_path / "out").exists()

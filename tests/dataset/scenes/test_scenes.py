@@ -1,7 +1,8 @@
 """The embedded data set: what its files say is read back, parsed, and checked against scenes drawn anew."""
 
+import hashlib
+import itertools
 import json
-import pickle
 import re
 from collections import Counter
 from pathlib import Path
@@ -12,13 +13,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import prepare
 from config import GroundingConfig
 from dataset import vg
 from dataset.scenes import files as scenes_files
 from dataset.scenes import language as phrases
 from dataset.scenes import world
-from dataset.scenes.language import KINDS, Spec, compose, find_phrase, matches
+from dataset.scenes.language import KINDS, Caption, Spec, compose, find_phrase, matches
 from dataset.scenes.world import HELD_OUT, Scene, Thing, draw_scene, render, shape_mask
 from dataset.text import clean_caption, load_tokenizer, swap_left_right
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS
@@ -54,20 +54,16 @@ def some_scenes(count: int, held_out: bool = False) -> list[Scene]:
 
 
 def _plain_phrases() -> dict[str, Spec]:
-    table = {}
-    sizes = [(None, ""), *((size, word + " ") for size, row in phrases.SIZES.items() for word in row)]
-    colours = [(None, ""), *((colour, colour + " ") for colour in world.COLOURS)]
-    heads = [(shape, word) for shape, row in phrases.NOUNS.items() for word in row]
-    for size, a in sizes:
-        for colour, b in colours:
-            for shape, c in heads:
-                spec = Spec(colour, shape, size)
-                table[a + b + c] = spec
-                for place, row in phrases.PLACES.items():
-                    table |= {form.format(a + b + c): spec._replace(place=place) for form in row}
-                for extreme, row in phrases.EXTREMES.items():
-                    table |= {form.format(a + b + c): spec._replace(extreme=extreme) for form in row}
-    return table
+    sizes = {"": None, **{f"{word} ": size for size, row in phrases.SIZES.items() for word in row}}
+    colours = {"": None, **{f"{colour} ": colour for colour in world.COLOURS}}
+    heads = {word: shape for shape, row in phrases.NOUNS.items() for word in row}
+    forms: dict[str, dict[str, Any]] = {"{}": {}}
+    for field, table in (("place", phrases.PLACES), ("extreme", phrases.EXTREMES)):
+        forms |= {form: {field: name} for name, row in table.items() for form in row}
+    return {
+        form.format(size + colour + head): Spec(colours[colour], heads[head], sizes[size], **said)
+        for size, colour, head, (form, said) in itertools.product(sizes, colours, heads, forms.items())
+    }
 
 
 PLAIN = _plain_phrases()
@@ -107,39 +103,27 @@ def things(scene: Scene) -> list[tuple[str, str]]:
 
 def all_texts(folder: Path) -> list[tuple[str, str]]:
     """(image, text) of every caption and phrase in the files."""
-    found = []
-    for name in ("train_captions.json", "train_phrases.json"):
-        found += [(row["image"], text) for row in load(folder, name) for text in row["caption"]]
-    for dataset in REFER:
-        for part in ("val", "test"):
-            found += [(row["image"], row["text"]) for row in load(folder, f"refer/{dataset}/{dataset}_{part}.json")]
+    entries = [row for name in ("captions", "phrases") for row in load(folder, f"train_{name}.json")]
+    found = [(row["image"], text) for row in entries for text in row["caption"]]
+    lists = [f"refer/{dataset}/{dataset}_{part}.json" for dataset in REFER for part in ("val", "test")]
+    for name in (*lists, "matching_val.json", "matching_testB.json"):
+        found += [(row["image"], row["text"]) for row in load(folder, name)]
     for part in ("val", "test"):
-        found += [
-            (k, row["sentence"]) for k, rows in load(folder, f"flickr/sentences_{part}.json").items() for row in rows
-        ]
-    for part in ("val", "testB"):
-        found += [(row["image"], row["text"]) for row in load(folder, f"matching_{part}.json")]
+        sentences = load(folder, f"flickr/sentences_{part}.json")
+        found += [(image, row["sentence"]) for image, rows in sentences.items() for row in rows]
     return found
 
 
 # ---- determinism
 
 
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def test_equal_seeds_give_equal_files(folder: Path, tmp_path: Path) -> None:
-    scenes_files.generate(tmp_path, SEED, TRAIN, TRAIN, EVALUATION)
-    assert contents(tmp_path) == contents(folder)
-
-
-def test_another_seed_gives_other_files(folder: Path, tmp_path: Path) -> None:
-    scenes_files.generate(tmp_path, SEED + 1, TRAIN, TRAIN, EVALUATION)
-    ours, other = contents(folder), contents(tmp_path)
-    assert ours.keys() == other.keys()
-    same = {name for name in ours if ours[name] == other[name]}
-    assert same == {"text_encoder/vocab.txt", "flickr/val.txt", "flickr/test.txt"}
+@pytest.mark.parametrize(("seed", "size", "digest"), [(0, 96, "318a453d2196ab2f"), (7, 48, "a2dec3f7ae742e43")])
+def test_equal_seeds_give_equal_texts(seed: int, size: int, digest: str, tmp_path: Path) -> None:
+    """Every file but the images, whose pixels depend on libraries. Who changes what they say raises VERSION."""
+    scenes_files.generate(tmp_path, seed, 12, 8, 6, size)
+    found = sorted(path for path in tmp_path.rglob("*.*") if path.suffix != ".jpg")
+    assert len(found) == 21
+    assert hashlib.sha256(b"".join(path.read_bytes() for path in found)).hexdigest()[:16] == digest
 
 
 def test_a_scene_does_not_depend_on_how_many_there_are(folder: Path, tmp_path: Path) -> None:
@@ -171,7 +155,6 @@ def test_boxes_hold_the_drawn_pixels_tightly() -> None:
 
 def test_objects_do_not_touch() -> None:
     for scene in some_scenes(100):
-        assert 3 <= len(scene.things) <= 6
         covered = np.zeros((scene.height, scene.width), int)
         for thing in scene.things:
             x1, y1, x2, y2 = thing.box
@@ -212,17 +195,6 @@ def test_patterns_scale_with_the_image() -> None:
         small, large = world.pattern(shape, 30, 30, 3), world.pattern(shape, 60, 60, 6)
         shrunk = large.reshape(30, 2, 30, 2).mean((1, 3))
         np.testing.assert_allclose(shrunk, small, atol=0.25)
-
-
-def test_sizes_scale_with_the_image() -> None:
-    for size in (48, 96, 192):
-        for i in range(20):
-            scene = draw_scene(np.random.default_rng(i), size)
-            assert abs((scene.width + scene.height) / 2 - size) <= 0.03 * size
-            for thing in scene.things:
-                low, high = world.SIDES[thing.size]
-                long = max(thing.box[2] - thing.box[0], thing.box[3] - thing.box[1])
-                assert low * size / 96 - 1.5 <= long <= high * size / 96 + 1.5
 
 
 # ---- truth
@@ -277,15 +249,6 @@ def test_truth(phrase: str, true: list[int], not_false: list[int]) -> None:
     assert matches(parse(phrase), SCENE, lenient=True) == not_false
 
 
-def test_what_is_clearly_true_is_not_false() -> None:
-    a_scene, *others = some_scenes(40)
-    for scene in others:
-        for kind in KINDS:
-            spec = find_phrase(a_scene, 0, kind, np.random.default_rng(0))
-            if spec:
-                assert set(matches(spec, scene)) <= set(matches(spec, scene, lenient=True))
-
-
 @pytest.mark.parametrize("kind", KINDS)
 def test_described_objects_are_the_only_match(kind: str) -> None:
     described = 0
@@ -322,20 +285,37 @@ def test_a_mirrored_scene_makes_the_swapped_words_true() -> None:
     assert mirrored > 20
 
 
+def check_caption(caption: Caption, scene: Scene) -> Counter[str]:
+    """Every mention is true and stands where it says, and the caption is short; what is said besides the nouns."""
+    assert len(caption.text.replace(",", "").split()) <= phrases.CAPTION_WORDS
+    assert all(matches(spec, scene) for spec in parse_caption(caption.text))
+    for mention in caption.mentions:
+        assert matches(mention.spec, scene)
+        assert caption.tokens[mention.first :][: len(mention.phrase.split())] == mention.phrase.split()
+    specs = [mention.spec for mention in caption.mentions]
+    return Counter(name for spec in specs for name in ("size", "place", "relation") if getattr(spec, name))
+
+
 @pytest.mark.parametrize("style", phrases.CAPTION_STYLES)
 def test_captions_name_every_object_truly(style: str) -> None:
-    said = Counter()
+    said: Counter[str] = Counter()
     for i, scene in enumerate(some_scenes(60)):
         caption = compose(scene, np.random.default_rng(i), style)
+        said += check_caption(caption, scene)
         assert Counter(pairs(caption.text)) == Counter(things(scene))
-        assert len(caption.text.replace(",", "").split()) <= phrases.CAPTION_WORDS
-        for mention in caption.mentions:
-            assert matches(mention.spec, scene)
-            assert caption.tokens[mention.first :][: len(mention.phrase.split())] == mention.phrase.split()
-        specs = parse_caption(caption.text)
-        assert all(matches(spec, scene) for spec in specs)
-        said.update(name for spec in specs for name in ("size", "place", "relation") if getattr(spec, name))
     assert set(said) == {style} - {"plain"}
+
+
+def test_captions_of_a_part_are_true_and_short() -> None:
+    said, mentioned = Counter[str](), Counter[int]()
+    for i, scene in enumerate(some_scenes(120)):
+        caption = phrases.compose_part(scene, np.random.default_rng(i))
+        said += check_caption(caption, scene)
+        mentioned[len(caption.mentions)] += 1
+        if len(caption.mentions) == 1:  # one object alone is described in full
+            assert all(caption.mentions[0].spec[:3])
+    assert set(mentioned) == {1, 2, 3}
+    assert set(said) == {"size", "place", "relation"}
 
 
 # ---- files
@@ -346,25 +326,6 @@ def target_boxes(image: str, text: str) -> list[list[int]]:
     return [list(scene.things[i].box) for i in matches(parse(text), scene)]
 
 
-def test_captions_of_a_part_are_true_and_short() -> None:
-    mentioned, said = Counter(), Counter()
-    for i, scene in enumerate(some_scenes(120)):
-        caption = phrases.compose_part(scene, np.random.default_rng(i))
-        assert len(caption.text.replace(",", "").split()) <= phrases.CAPTION_WORDS
-        for mention in caption.mentions:
-            assert matches(mention.spec, scene)
-            assert caption.tokens[mention.first :][: len(mention.phrase.split())] == mention.phrase.split()
-            said.update(name for name in ("size", "place", "relation") if getattr(mention.spec, name))
-        if len(caption.mentions) == 1:  # one object alone is described in full
-            (spec,) = (mention.spec for mention in caption.mentions)
-            assert spec.colour
-            assert spec.shape
-            assert spec.size
-        mentioned[len(caption.mentions)] += 1
-    assert set(mentioned) == {1, 2, 3}
-    assert set(said) == {"size", "place", "relation"}
-
-
 def test_training_files(folder: Path) -> None:
     config: Any = SimpleNamespace(image_root=folder / "images", max_words=50, empty_captions="keep")
     captions = vg.load_entries(folder / "train_captions.json", config)
@@ -372,19 +333,12 @@ def test_training_files(folder: Path) -> None:
     for entry in captions:
         assert entry.boxes == []
         assert len(set(entry.captions)) > 1
-    several = 0
     entries = vg.load_entries(folder / "train_phrases.json", config)
     assert len(entries) > 2.5 * TRAIN
+    assert any(len(entry.boxes) > 1 for entry in entries)
     for entry in entries:
-        several += len(entry.boxes) > 1
-        width, height = Image.open(entry.image).size
-        for x1, y1, x2, y2 in entry.boxes:
-            assert 0 <= x1 < x2 <= width
-            assert 0 <= y1 < y2 <= height
         for text in entry.captions:
             assert target_boxes(entry.image.name, text) == entry.boxes
-    assert 0.03 < several / len(entries) < 0.25
-    assert np.mean([len(entry.captions) for entry in entries]) > 1.5
 
 
 @pytest.mark.parametrize("dataset", REFER)
@@ -404,31 +358,6 @@ def test_refer_files(folder: Path, dataset: str) -> None:
             assert (expression.detections[:, :2] + expression.detections[:, 2:] <= [width + 0.02, height + 0.02]).all()
     if dataset == "refcoco+":  # it has no location words, except those of relations
         assert not any(parse(e.text).place or parse(e.text).extreme in ("leftmost", "rightmost") for e in expressions)
-    listed = [row for part in ("val", "test") for row in load(folder, f"refer/{dataset}/{dataset}_{part}.json")]
-    assert {"split" in row for row in listed} == {dataset == "refclef"}
-
-
-@pytest.mark.parametrize("dataset", REFER)
-def test_refs_pickle_holds_plain_types(folder: Path, dataset: str) -> None:
-    content = (folder / "refer" / dataset / "refs(unc).p").read_bytes()
-    assert content[:2] == b"\x80\x02"  # protocol 2, which REFER's Python 2 reads
-    refs = pickle.loads(content)
-    keys = {"ref_id", "ann_id", "image_id", "category_id", "file_name", "split", "sent_ids", "sentences"}
-    annotations = {row["id"]: row for row in load(folder, f"refer/{dataset}/instances.json")["annotations"]}
-
-    def kinds(value: Any) -> set[type]:
-        inner = value.values() if type(value) is dict else value if type(value) is list else []
-        return {type(value)}.union(*(kinds(item) for item in inner))
-
-    assert kinds(refs) == {list, dict, str, int}
-    for ref in refs:
-        assert set(ref) == keys
-        assert ref["sent_ids"] == [sentence["sent_id"] for sentence in ref["sentences"]]
-        assert annotations[ref["ann_id"]]["image_id"] == ref["image_id"]
-        assert annotations[ref["ann_id"]]["category_id"] == ref["category_id"]
-        for sentence in ref["sentences"]:
-            assert sentence["tokens"] == sentence["sent"].split()
-    assert len({ref["ref_id"] for ref in refs}) == len(refs)
 
 
 @pytest.mark.parametrize(("part", "images"), [("val", EVALUATION), ("test", 2 * EVALUATION)])
@@ -440,9 +369,6 @@ def test_flickr_files(folder: Path, part: str, images: int) -> None:
         assert expression.size == Image.open(expression.image).size[::-1]
         found = [[x, y, x + w, y + h] for x, y, w, h in expression.boxes.tolist()]
         assert target_boxes(expression.image.name, expression.text) == found
-    for name in ("bounding_boxes", "sentences"):
-        content = (folder / "flickr" / f"{name}_{part}.json").read_text()
-        assert content == json.dumps(json.loads(content), sort_keys=True, indent=4) + "\n"
     boxes = load(folder, f"flickr/bounding_boxes_{part}.json")
     without = Counter()
     for image, sentences in load(folder, f"flickr/sentences_{part}.json").items():
@@ -505,49 +431,3 @@ def test_the_vocabulary_covers_every_word(folder: Path) -> None:
     assert {word for text in texts for word in text.split(" ")} <= set(known)
     ids = tokenizer([*texts, "zebra 42", "quick brown fox"]).input_ids
     assert not (ids == known.index("[UNK]")).any()
-
-
-# ---- the program
-
-
-def run(*words: str) -> None:
-    args = prepare.parse_args(list(words))
-    args.run(args)
-
-
-def test_a_complete_folder_is_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["scenes", str(tmp_path), "--train", "4", "--eval", "2", "--size", "48"]
-    run(*command)
-    assert capsys.readouterr().out.startswith("wrote 10 images")
-    captions = tmp_path / "train_captions.json"
-    captions.write_text("changed")
-    run(*command)
-    assert "already" in capsys.readouterr().out
-    assert captions.read_text() == "changed"
-    with pytest.raises(SystemExit, match="--force"):
-        run(*command, "--seed", "1")
-    run(*command, "--force")
-    assert len(json.loads(captions.read_text())) == 4
-
-
-def test_an_interrupted_folder_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    command = ["scenes", str(tmp_path), "--train", "4", "--eval", "2", "--size", "48", "--force"]
-    run(*command)
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(scenes_files, "_write_flickr", stop)
-        with pytest.raises(KeyboardInterrupt):
-            run(*command)
-    assert scenes_files.read_manifest(tmp_path) is None
-    run(*command[:-1])
-    assert scenes_files.read_manifest(tmp_path) is not None
-
-
-@pytest.mark.parametrize("words", [["--train", "0"], ["--size", "10"], ["--seed", "-1"], ["--eval", "many"]])
-def test_bad_arguments_are_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        prepare.parse_args(["scenes", "out", *words])
-    assert words[0] in capsys.readouterr().err

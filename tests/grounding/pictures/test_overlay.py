@@ -1,22 +1,21 @@
 """The pictures of a phrase: what is where in the pixels, nothing cut, on images of any size."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import matplotlib.text
 import numpy as np
 import pytest
 import torch
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from grounding.explain import Grounding, WordMap
 from grounding.maps import ResizedMap, map_boxes, share_of_maximum
 from grounding.pictures.overlay import LEAST_WIDTH, SIDE, TITLE, break_lines, overlay, word_strip, wrap
-from grounding.pictures.render import DPI, save, see_through
+from grounding.pictures.render import DPI, pixels, save, see_through
+from tests.drawn import assert_texts_are_apart, at
 from utils import UserError
 
 pytestmark = pytest.mark.slow
@@ -38,92 +37,60 @@ HOT = [[0.0] * 8 for _ in range(4)]
 HOT[2] = [0.0, 1.0, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0]  # row 2, columns 1 and 2 of an image 8 wide and 4 high
 
 
-def drawn(figure: Figure) -> np.ndarray:
-    """uint8 (height, width, 3) of a figure."""
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    return np.asarray(canvas.buffer_rgba())[..., :3]
-
-
-def at(axes: Axes, pixels: np.ndarray, x: float, y: float) -> tuple[int, ...]:
-    """The colour of a figure at a place in an image's coordinates."""
-    across, up = axes.transData.transform((x, y))
-    return tuple(pixels[round(len(pixels) - 1 - up), round(across)].tolist())
-
-
 def test_the_map_lies_where_it_belongs() -> None:
     image = Image.new("RGB", (8, 4), "black")
     image.putpixel((7, 0), (0, 0, 255))
     figure = overlay(image, grounding(HOT, (8, 4)))
-    pixels, axes = drawn(figure), figure.axes[0]
-    assert at(axes, pixels, 0.7, 1.7) == pytest.approx((190, 173, 28), abs=3)  # 75% of the end of viridis, on black
-    assert at(axes, pixels, 7, 0) == (0, 0, 255)  # where the map is 0 the image is untouched
-    assert at(axes, pixels, 1, 1) == (0, 0, 0)
-    assert at(axes, pixels, 1, 2) == WHITE  # the point
+    drawn, axes = pixels(figure), figure.axes[0]
+    assert at(axes, drawn, 0.7, 1.7) == pytest.approx((190, 173, 28), abs=3)  # 75% of the end of viridis, on black
+    assert at(axes, drawn, 7, 0) == (0, 0, 255)  # where the map is 0 the image is untouched
+    assert at(axes, drawn, 1, 1) == (0, 0, 0)
+    assert at(axes, drawn, 1, 2) == WHITE  # the point
     jet = overlay(image, grounding(HOT, (8, 4)), colormap="jet")
-    assert at(jet.axes[0], drawn(jet), 0.7, 1.7) == pytest.approx((96, 0, 0), abs=3)
+    assert at(jet.axes[0], pixels(jet), 0.7, 1.7) == pytest.approx((96, 0, 0), abs=3)
 
 
 def test_best_box_and_true_boxes_are_drawn_at_their_places() -> None:
     image = Image.new("RGB", (8, 4), "black")
     figure = overlay(image, grounding(HOT, (8, 4)), truth=[[4, 0, 3, 3]])
-    pixels, axes = drawn(figure), figure.axes[0]
+    drawn, axes = pixels(figure), figure.axes[0]
     panel = axes.get_window_extent()
-    inside = pixels[len(pixels) - int(panel.y1) : len(pixels) - int(panel.y0)]  # without title and legend
+    inside = drawn[len(drawn) - int(panel.y1) : len(drawn) - int(panel.y0)]  # without title and legend
     rows, columns = np.nonzero((inside == RED).all(axis=2))
     ends = [(columns.min(), panel.y1 - rows.min()), (columns.max(), panel.y1 - rows.max())]
     found = axes.transData.inverted().transform(ends)
     np.testing.assert_allclose(found, [[0.5, 1.5], [2.5, 2.5]], atol=0.05)  # [1, 2, 2, 1], around whole pixels
-    lower = [at(axes, pixels, x, 2.5) for x in np.linspace(3.6, 6.4, 200)]
+    lower = [at(axes, drawn, x, 2.5) for x in np.linspace(3.6, 6.4, 200)]
     assert 20 < lower.count(WHITE) < 180  # dashes
-    assert WHITE not in [at(axes, pixels, x, 2.5) for x in np.linspace(0, 3.3, 200)]
+    assert WHITE not in [at(axes, drawn, x, 2.5) for x in np.linspace(0, 3.3, 200)]
     names = [text.get_text() for text in figure.legends[0].get_texts()]
     assert names == ["point", "best box", "ground truth"]
 
 
 def test_a_true_box_that_is_the_best_box_shows_both() -> None:
     figure = overlay(Image.new("RGB", (8, 4), "black"), grounding(HOT, (8, 4)), truth=[[1, 2, 2, 1]])
-    pixels, axes = drawn(figure), figure.axes[0]
-    lower = [at(axes, pixels, x, 2.5) for x in np.linspace(0.6, 2.4, 200)]
+    drawn, axes = pixels(figure), figure.axes[0]
+    lower = [at(axes, drawn, x, 2.5) for x in np.linspace(0.6, 2.4, 200)]
     assert lower.count(WHITE) > 50
     assert lower.count(RED) > 20
 
 
-def test_the_title_is_the_phrase_and_its_match() -> None:
-    figure = overlay(Image.new("RGB", (8, 4)), grounding(HOT, (8, 4), r"the $\frac thing"))
+def test_what_is_written_beside_a_map_without_a_box() -> None:
+    figure = overlay(Image.new("RGB", (8, 4)), grounding([[0.0, 0.0]], (8, 4), r"the $\frac thing"))
     assert [text.get_text() for text in figure.texts] == [r"the $\frac thing", "match probability 0.875"]
-    drawn(figure)  # a formula that is none would stop here
     assert figure.axes[1].get_ylabel() == "share of the maximum"
-
-
-def test_a_map_without_a_box() -> None:
-    figure = overlay(Image.new("RGB", (8, 4)), grounding([[0.0, 0.0]], (8, 4)))
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["point"]
-    assert not (drawn(figure) == RED).all(axis=2).any()
+    assert not (pixels(figure) == RED).all(axis=2).any()  # a formula that is none would stop here
 
 
 @pytest.mark.parametrize("size", [(8, 8), (1, 1), (300, 9), (9, 300), (40, 30)])
 @pytest.mark.parametrize("picture", [overlay, word_strip])
-def test_no_text_is_cut_or_covered(size: tuple[int, int], picture: object) -> None:
-    image = Image.new("RGB", size, "gray")
-    figure = picture(image, grounding(HOT, size, LONG))  # type: ignore[operator]
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()
-    off = [axis for axes in figure.axes if not axes.axison for axis in (axes.xaxis, axes.yaxis)]
-    hidden = {text for axis in off for text in axis.findobj(matplotlib.text.Text)}
-    texts = [t for t in figure.findobj(matplotlib.text.Text) if t.get_text() and t.get_visible() and t not in hidden]
-    panels = [axes.get_window_extent().padded(-1) for axes in figure.axes]
-    boxes = [text.get_window_extent(canvas.get_renderer()) for text in texts]
-    assert len(texts) >= 6
-    for text, box in zip(texts, boxes, strict=True):
-        assert box.x0 >= 0, text
-        assert box.y0 >= 0, text
-        assert box.x1 <= figure.bbox.x1, text
-        assert box.y1 <= figure.bbox.y1, text
-        assert not any(box.overlaps(panel) for panel in panels), text
-    for k, box in enumerate(boxes):
-        for other, name in zip(boxes[:k], texts, strict=False):
-            assert not box.padded(-1).overlaps(other.padded(-1)), (texts[k], name)
+def test_no_text_is_cut_or_covered(size: tuple[int, int], picture: Callable[..., Figure]) -> None:
+    figure = picture(Image.new("RGB", size, "gray"), grounding(HOT, size, LONG))
+    assert_texts_are_apart(figure, whole=True)
+    box = figure.axes[0].get_window_extent()
+    assert box.width / box.height == pytest.approx(size[0] / size[1])
+    assert figure.get_figwidth() >= LEAST_WIDTH
 
 
 def shown(axes: Axes) -> list[tuple[int, ...]]:
@@ -146,27 +113,18 @@ def test_large_images_are_reduced_and_small_ones_are_not() -> None:
     assert (smaller.axes[0].get_xlim(), smaller.axes[0].get_ylim()) == ((-0.5, 1599.5), (1199.5, -0.5))
 
 
-@pytest.mark.parametrize("size", [(8, 4), (4, 8), (200, 100)])
-def test_panels_keep_the_images_proportions(size: tuple[int, int]) -> None:
-    for picture in (overlay, word_strip):
-        figure = picture(Image.new("RGB", size), grounding(HOT, size))
-        box = figure.axes[0].get_window_extent()
-        assert box.width / box.height == pytest.approx(size[0] / size[1])
-        assert figure.get_figwidth() >= LEAST_WIDTH
-
-
 def test_the_strip_has_a_panel_for_each_word() -> None:
     image = Image.new("RGB", (8, 4), "black")
     found = grounding(HOT, (8, 4), "the red $x_$ one on the left")
     cold = found.words[1]._replace(small=np.fliplr(np.array(HOT, np.float32)).copy())
     figure = word_strip(image, replace(found, words=(found.words[0], cold, *found.words[2:])))
-    pixels = drawn(figure)
+    drawn = pixels(figure)
     titles = [axes.get_title() for axes in figure.axes]
     words = ["[CLS]", "the", "red", "$x_$", "one", "on", "the", "left"]
     assert titles == ["whole phrase", *(f"{word} 25%" for word in words)]
-    assert at(figure.axes[1], pixels, 1, 2) == pytest.approx((190, 173, 28), abs=3)
-    assert at(figure.axes[2], pixels, 1, 2) == (0, 0, 0)
-    assert at(figure.axes[2], pixels, 6, 2) == pytest.approx((190, 173, 28), abs=3)
+    assert at(figure.axes[1], drawn, 1, 2) == pytest.approx((190, 173, 28), abs=3)
+    assert at(figure.axes[2], drawn, 1, 2) == (0, 0, 0)
+    assert at(figure.axes[2], drawn, 6, 2) == pytest.approx((190, 173, 28), abs=3)
     rows = sorted({round(axes.get_window_extent().y0) for axes in figure.axes}, reverse=True)
     assert [[round(axes.get_window_extent().y0) for axes in figure.axes].count(row) for row in rows] == [6, 3]
     alone = word_strip(image, replace(found, words=()))
@@ -200,4 +158,4 @@ def test_pictures_are_written_whole(tmp_path: Path) -> None:
     save(figure, tmp_path / "new" / "a.png")
     assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.png"]
     written = np.asarray(Image.open(tmp_path / "new" / "a.png").convert("RGB"))
-    assert (written == drawn(figure)).all()
+    assert (written == pixels(figure)).all()

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -20,10 +21,10 @@ import Pretrain
 import runs
 import training_log
 from config import ConfigError, PretrainConfig, load_config
+from dataset.entries import TrainingEntry
 from dataset.photos import read_photo
 from dataset.reading import DataError
 from dataset.text import load_tokenizer
-from dataset.vg import TrainingEntry, load_entries
 from grounding.explain import Explainer, ground
 from grounding.load import open_model
 from grounding.pictures import tensorboard
@@ -103,13 +104,6 @@ def read_events(output: Path) -> tuple[Series, Series]:
     return scalars, images
 
 
-def config_text(output: Path) -> str:
-    events = EventAccumulator(str(output / "tensorboard")).Reload()
-    (event,) = events.Tensors("config/text_summary")
-    (text,) = event.tensor_proto.string_val
-    return text.decode()
-
-
 def array(png: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(png)))
 
@@ -167,9 +161,8 @@ def test_the_speed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(tensorboard, "overlay", slow_overlay)
     monkeypatch.setattr(tensorboard, "pixels", lambda _: np.zeros((2, 2, 3), np.uint8))
-    board = tensorboard.Board(
-        explainer(place), [tensorboard.Watched(Image.new("RGB", (9, 9)), "red")], every=5, samples=6
-    )
+    one = tensorboard.Watched(Image.new("RGB", (9, 9)), "red")
+    board = tensorboard.Board(explainer(place), [one], every=5, samples=6)
     board.start(tmp_path / "tensorboard", 0, "")
     for step in range(1, 16):
         clock[0] += 2
@@ -187,10 +180,11 @@ def test_the_speed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_config_is_shown(watched: Path) -> None:
-    text = config_text(watched)
-    assert all(line.startswith("    ") for line in text.splitlines())  # Markdown's way to leave a text as it is
-    left = (watched / "config.yaml").read_text()
-    assert [line[4:] for line in text.splitlines()] == left.splitlines()
+    events = EventAccumulator(str(watched / "tensorboard")).Reload()
+    (event,) = events.Tensors("config/text_summary")
+    (text,) = event.tensor_proto.string_val
+    left = (watched / "config.yaml").read_text().splitlines()
+    assert text.decode().splitlines() == [f"    {line}" for line in left]  # Markdown's way to leave a text as it is
 
 
 def test_maps_of_the_phrases(place: Path, watched: Path, tmp_path: Path) -> None:
@@ -204,15 +198,6 @@ def test_maps_of_the_phrases(place: Path, watched: Path, tmp_path: Path) -> None
         assert all(picture.shape == wanted.shape for picture in pictures)
         assert all((one != other).any() for one, other in itertools.pairwise(pictures))
         np.testing.assert_array_equal(pictures[-1], wanted)
-
-
-def test_the_curves_can_be_drawn(watched: Path, plain: Path) -> None:
-    from runs import read_runs
-
-    runs, unit = read_runs([watched, plain])
-    one, other = runs.values()
-    assert one == other
-    assert unit == "steps"
 
 
 # ---- interruption
@@ -260,9 +245,9 @@ def test_nothing_is_left_to_watch(place: Path, watched: Path, tmp_path: Path) ->
 def test_an_earlier_runs_events_move_with_it(tmp_path: Path) -> None:
     (tmp_path / "tensorboard").mkdir()
     (tmp_path / "tensorboard" / "events").write_text("earlier")
-    runs.prepare_output(tmp_path, start_epoch=1)
+    runs.prepare_output(tmp_path, runs.Position(1))
     assert (tmp_path / "tensorboard" / "events").exists()
-    runs.prepare_output(tmp_path, start_epoch=0)
+    runs.prepare_output(tmp_path, runs.BEGINNING)
     assert not (tmp_path / "tensorboard").exists()
     assert (tmp_path / "earlier_1" / "tensorboard" / "events").read_text() == "earlier"
 
@@ -270,15 +255,8 @@ def test_an_earlier_runs_events_move_with_it(tmp_path: Path) -> None:
 # ---- training entries
 
 
-def test_what_is_watched_when_nothing_is_named(place: Path) -> None:
-    entries = load_entries(place / "data" / "train_phrases.json", explainer(place).model.config)
-    board = tensorboard.Board(explainer(place), tensorboard.watched_entries(entries), every=1, samples=1)
-    boxed = [entry for entry in entries if entry.boxes]
-    chosen = [boxed[len(boxed) * number // 4].captions[0] for number in range(4)]
-    assert [one.phrase for one in board.watched] == chosen
-    assert board.tags == [
-        f"maps/{number:02d}_{tensorboard.tag_of(text)}" for number, text in enumerate(chosen, start=1)
-    ]
+def watched_entries(entries: list[TrainingEntry], **options: Any) -> list[tensorboard.Watched]:
+    return tensorboard.watched_entries(entries, np.array([bool(entry.boxes) for entry in entries]), **options)
 
 
 def test_entries_to_watch(tmp_path: Path) -> None:
@@ -288,36 +266,29 @@ def test_entries_to_watch(tmp_path: Path) -> None:
     entries = [TrainingEntry(path, [f"phrase {path.stem}", "another"], [], f"entry {path.stem}") for path in paths]
     boxed = [entry._replace(boxes=[[2, 3, 90, 8.9], [5, 5, 5, 7], [0, 0, 4, 1]]) for entry in entries[1::2]]
     mixed = [boxed[number // 2] if number % 2 else entry for number, entry in enumerate(entries)]
-    found = tensorboard.watched_entries(mixed, count=2)
+    found = watched_entries(mixed, count=2)
     assert [one.phrase for one in found] == ["phrase 1", "phrase 5"]  # of 1, 3, 5, 7, 9
     assert [one.image.size for one in found] == [(21, 10), (25, 10)]
     assert found[0].truth == ((2, 3, 19, 5), (0, 0, 4, 1))  # clipped as in training, and those that are left
-    assert [one.phrase for one in tensorboard.watched_entries(entries, count=4)] == [
-        f"phrase {n}" for n in (0, 2, 5, 7)
-    ]
-    assert tensorboard.watched_entries(entries)[0].truth == ()
-    assert [one.phrase for one in tensorboard.watched_entries(boxed[:2])] == ["phrase 1", "phrase 3"]  # none twice
+    assert [one.phrase for one in watched_entries(entries, count=4)] == [f"phrase {n}" for n in (0, 2, 5, 7)]
+    assert watched_entries(entries)[0].truth == ()
+    assert [one.phrase for one in watched_entries(boxed[:2])] == ["phrase 1", "phrase 3"]  # none twice
     blank = [entry._replace(captions=["", "\u200b"]) for entry in entries]
     some = [blank[0], entries[1]._replace(captions=["", "second"]), *blank[2:]]
-    assert [one.phrase for one in tensorboard.watched_entries(some)] == ["second"]
+    assert [one.phrase for one in watched_entries(some)] == ["second"]
     paths[2].write_text("broken")
     with pytest.raises(DataError, match=r"entry 2: image .*2\.png cannot be decoded"):
-        tensorboard.watched_entries(entries)
-    replaced = tensorboard.watched_entries(entries, skip_broken=True)
+        watched_entries(entries)
+    replaced = watched_entries(entries, skip_broken=True)
     assert [one.phrase for one in replaced] == [f"phrase {number}" for number in (0, 3, 5, 7)]
 
 
 def test_the_truth_is_drawn(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    boxes: list[Any] = []
-
-    def record(image: Image.Image, found: object, truth: object) -> object:
-        boxes.append(truth)
-        return overlay(image, found, truth)  # type: ignore[arg-type]
-
-    monkeypatch.setattr(tensorboard, "overlay", record)
+    draw = Mock(wraps=overlay)
+    monkeypatch.setattr(tensorboard, "overlay", draw)
     shown = [tensorboard.Watched(Image.new("RGB", (9, 9)), "red", ((1, 2, 3, 4),))]
     tensorboard.Board(explainer(place), shown, 1, 1).start(tmp_path / "new", 0, "")
-    assert boxes == [((1, 2, 3, 4),)]
+    assert [call.args[2] for call in draw.call_args_list] == [((1, 2, 3, 4),)]
 
 
 # ---- what is asked of the model
@@ -362,9 +333,8 @@ def test_maps_leave_no_gradients(place: Path, tmp_path: Path) -> None:
     asked.model.train()
     before = {key: value.clone() for key, value in asked.model.state_dict().items()}
     image = read_photo(place / "photo.png")
-    board = tensorboard.Board(
-        asked, [tensorboard.Watched(image, "red"), tensorboard.Watched(image, "blue")], every=1, samples=1
-    )
+    phrases = [tensorboard.Watched(image, "red"), tensorboard.Watched(image, "blue")]
+    board = tensorboard.Board(asked, phrases, every=1, samples=1)
     passes: list[None] = []
     asked.model.visual_encoder.patch_embed.register_forward_pre_hook(lambda *_: passes.append(None))
     board.start(tmp_path / "new", 0, "")
@@ -392,11 +362,12 @@ def test_weights_that_are_nan_stop_the_training_and_not_the_drawing(
 @pytest.mark.parametrize(
     ("words", "kind", "message"),
     [
-        (["--watch", "nowhere.jpg", "dog"], DataError, r"^--watch nowhere\.jpg: no such image"),
-        (["--watch", "CONFIG", "dog"], DataError, r"^--watch .*config\.yaml: not an image"),
-        (["--watch", "PHOTO", "!?"], UserError, r"^phrase '!\?': nothing is left of it"),
+        (["--watch", "PHOTO", "red"], UserError, "^--watch draws its maps for TensorBoard: add --tensorboard"),
+        (["--tensorboard", "--watch", "nowhere.jpg", "dog"], DataError, r"^--watch nowhere\.jpg: no such image"),
+        (["--tensorboard", "--watch", "CONFIG", "dog"], DataError, r"^--watch .*config\.yaml: not an image"),
+        (["--tensorboard", "--watch", "PHOTO", "!?"], UserError, r"^phrase '!\?': nothing is left of it"),
         (
-            ["amc.layer=0", "add_gcam=False"],
+            ["--tensorboard", "amc.layer=0", "add_gcam=False"],
             ConfigError,
             r"config\.yaml: --tensorboard .* amc\.layer, which is 0.* layers are 1 to 2",
         ),
@@ -407,17 +378,9 @@ def test_errors_come_before_training(
 ) -> None:
     (tmp_path / "log.txt").write_text("an earlier run")
     names = {"CONFIG": str(place / "config.yaml"), "PHOTO": str(place / "photo.png")}
-    line = arguments(place, tmp_path, *(word for word in words if "=" in word))
-    line += ["--tensorboard", *(names.get(word, word) for word in words if "=" not in word)]
     with pytest.raises(kind, match=message):
-        Pretrain.main(Pretrain.parse_args(line))
+        train(place, tmp_path, *(names.get(word, word) for word in words))
     assert [path.name for path in tmp_path.iterdir()] == ["log.txt"]  # not even set aside
-
-
-def test_watch_needs_tensorboard(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"^--watch draws its maps for TensorBoard: add --tensorboard"):
-        train(place, tmp_path / "out", "--watch", str(place / "photo.png"), "red")
-    assert not (tmp_path / "out").exists()
 
 
 def test_tensorboard_is_optional(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -427,11 +390,7 @@ def test_tensorboard_is_optional(place: Path, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(UserError, match=r"^--tensorboard: TensorBoard is missing \(.*\); pip install tensorboard$"):
         train(place, tmp_path / "out", *watching(place))
     assert not (tmp_path / "out").exists()
-    for name in (
-        "grounding.pictures.tensorboard",
-        "grounding.explain",
-        "matplotlib",
-    ):  # without the flag, not even these
+    for name in ("grounding.pictures.tensorboard", "grounding.explain", "matplotlib"):  # needed by the flag alone
         monkeypatch.setitem(sys.modules, name, None)
     program = runpy.run_path(str(REPOSITORY / "Pretrain.py"))
     program["main"](program["parse_args"](arguments(place, tmp_path / "out", "--max_steps", "1")))

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from collections import Counter
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -13,28 +14,21 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
 from dataset.expressions import Expression
 from grounding.benchmarks import FLICKR, REFCOCO_PLUS, Benchmark
-from grounding.metrics import overlaps, score
-from grounding.report import charts, rows, sections
-from grounding.report.charts import chart
-from grounding.report.page import Block
+from grounding.report import rows, sections
 from grounding.report.rows import (
     MEASURES,
-    ReportError,
     Results,
     collect,
     facts_of,
     measure_map,
     named_apart,
-    read_maps,
-    share_inside,
 )
-from grounding.report.sections import extremes, one_an_image
+from grounding.report.sections import Block
 from grounding.report.statistics import Interval
 from grounding.report.write import no_formula, report_folders
 from grounding.results import ResultError, ResultFolder, sources_of
@@ -111,34 +105,6 @@ def words(block: Block) -> list[list[str]]:
 # ---- from result files to arrays
 
 
-def test_maps_are_read_in_order_with_gaps(expressions: list[Expression], tmp_path: Path) -> None:
-    maps = [RIGHT, None, WRONG, RIGHT, None]
-    (source,) = sources_of([store(tmp_path / "out", expressions, {"00": maps})], 2)
-    found = read_maps(source, expressions)
-    assert [cam is None for cam in found] == [False, True, False, False, True]
-    assert found[2] is not None
-    assert torch.equal(found[2], WRONG)
-    with pytest.raises(ResultError, match="holds 3 records, not those of the 3 expressions"):
-        read_maps(source, expressions[:3])
-    (tmp_path / "out" / "result" / "epoch00.pth").unlink()
-    with pytest.raises(ReportError, match=r"epoch00\.pth: no result to report; evaluate that checkpoint first"):
-        read_maps(source, expressions)
-
-
-def test_scores_are_the_benchmarks(expressions: list[Expression]) -> None:
-    found = score([RIGHT, WRONG, None, peak(4, 1)], expressions[:4], ("box", "point"))
-    assert found[[0, 1, 3]].tolist() == [[1, 1], [0, 0], [0, 0]]
-    assert np.isnan(found[2]).all()
-
-
-def test_share_inside() -> None:
-    cam = np.array([[1, 0, 2], [3, 0, 0]], np.float32)
-    mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
-    assert share_inside(cam, mask) == share_inside(7 * cam, mask) == pytest.approx(4 / 6)
-    assert share_inside(cam > 0, mask) == pytest.approx(2 / 3)
-    assert share_inside(np.zeros((2, 3), np.float32), mask) == share_inside(cam > 3, mask) == 0
-
-
 def test_measures_of_a_map(expressions: list[Expression]) -> None:
     def measures(cam: Tensor) -> dict[str, float]:
         return dict(zip(MEASURES, measure_map(cam, expressions[0]), strict=True))
@@ -157,31 +123,6 @@ def test_measures_of_a_map(expressions: list[Expression]) -> None:
     assert measures(peak(5, 3))["energy above chance"] == pytest.approx(-1 / 5)
     whole = replace(expressions[0], boxes=np.array([[-1.0, -1, 9, 9]]))  # nothing is above chance where all is inside
     assert measure_map(cam, whole)[:2] == [1, 0]
-
-
-def test_any_box_is_right(expressions: list[Expression]) -> None:
-    boxes = np.array([[50.0, 50, 9, 9], BOX])
-    assert overlaps((1, 0, 3, 3), boxes)
-    assert overlaps((1, 0, 3, 2), boxes)
-    assert not overlaps((1, 0, 2, 2), boxes)
-
-
-def test_what_is_known_of_an_expression(expressions: list[Expression], tmp_path: Path) -> None:
-    found = facts_of(expressions[:2], [True, False])
-    facts = [str(tmp_path / "0.png"), "the cat on it", 11, "val", ("animal", "other"), 4]
-    assert found.iloc[1].tolist()[:6] == facts
-    assert found.iloc[0].tolist()[6:] == [HEIGHT, WIDTH, pytest.approx(1 / 6)]
-    assert found.iloc[1, 6:].isna().all()
-
-
-def test_the_table_has_a_row_an_expression(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    maps = [RIGHT, None, WRONG, RIGHT, WRONG]
-    store(two[1], expressions, {"00": maps}, checkpoint="/b/new.pth")
-    found = collected(expressions, two)
-    assert found.table["point"].to_numpy().tolist()[0] == [1, 1]
-    assert found.table["point", "old"].tolist() == [1, 0, 1, 0, 1]
-    assert found.table["energy inside", "new"].tolist() == pytest.approx([1, np.nan, 0, 1, 0], nan_ok=True)
-    assert found.reported.tolist() == [True, True, True, True, False]
 
 
 def test_sources_are_the_complete_checkpoints_of_the_folders(expressions: list[Expression], tmp_path: Path) -> None:
@@ -224,8 +165,10 @@ def test_what_is_compared_and_shown(expressions: list[Expression], tmp_path: Pat
 # ---- tables
 
 
-def test_the_accuracy_table(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    block = sections.accuracies(collected(expressions, two)).blocks[0]
+def test_the_accuracy_table_and_what_else_is_logged(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    folder = ResultFolder(two[1] / "result")
+    folder.write_lines("00", [*folder.lines("00"), {"matching_val": 0.75, "matching_val_phrase": None}])
+    block, logged = sections.accuracies(collected(expressions, two)).blocks
     assert list(block.table.columns) == [f"{m} {s}" for m in ("box", "point") for s in ("val_d", "testA_d", "testB_d")]
     assert words(block) == [
         ["old", "66.67", "0.00", "-", "66.67", "0.00", "-"],
@@ -234,18 +177,16 @@ def test_the_accuracy_table(expressions: list[Expression], two: tuple[Path, Path
     assert [value.range for value in block.table["box val_d"]] == ["50.0 to 100.0", "0.0 to 100.0"]  # of two images
     assert block.bold == "old"  # equal by point val_d: the first
     assert len(block.charts) == 2
+    assert list(logged.table.columns) == ["matching val", "matching val phrase"]
+    assert words(logged) == [["old", "-", "-"], ["new", "75.00", "-"]]
 
 
-def test_the_log_lines_beyond_the_metrics(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    folder = ResultFolder(two[1] / "result")
-    folder.write_lines("00", [*folder.lines("00"), {"matching_val": 0.75, "matching_val_phrase": None}])
-    block = sections.accuracies(collected(expressions, two)).blocks[1]
-    assert list(block.table.columns) == ["matching val", "matching val phrase"]
-    assert words(block) == [["old", "-", "-"], ["new", "75.00", "-"]]
-
-
-def test_groups_are_of_reported_splits(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    tables = sections.groups(collected(expressions, two)).blocks
+def test_measures_and_groups_are_of_reported_splits(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    found = collected(expressions, two)
+    (measures,) = sections.further_measures(found).blocks
+    assert words(measures)[0] == ["share of the map's energy inside", "50.00", "75.00"]
+    assert len(words(measures)) == len(MEASURES)
+    tables = sections.groups(found).blocks
     assert [table.title for table in tables] == [
         *(f"{metric} accuracy by {kind}" for metric in ("Box", "Point") for kind in ("phrase length", "category"))
     ]  # all boxes are of one size: no table
@@ -257,12 +198,6 @@ def test_groups_are_of_reported_splits(expressions: list[Expression], two: tuple
         ["4 to 5 words", "1", "16.67", "0.00", "100.00"],
     ]
     assert words(categories) == [["animal", "3", "16.67", "33.33", "100.00"], ["other", "1", "16.67", "0.00", "100.00"]]
-
-
-def test_further_measures_are_of_reported_splits(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    (block,) = sections.further_measures(collected(expressions, two)).blocks
-    assert words(block)[0] == ["share of the map's energy inside", "50.00", "75.00"]
-    assert len(words(block)) == len(MEASURES)
 
 
 def test_the_comparison(expressions: list[Expression], two: tuple[Path, Path]) -> None:
@@ -279,8 +214,7 @@ def test_the_comparison(expressions: list[Expression], two: tuple[Path, Path]) -
     assert [case.text for case in lost.cases] == [EVIL]
     assert words(all_gained) == [["the cat on it", "0.png", "11", "val_d"], ["$a_{ dog", "2.png", "13", "testA_d"]]
     assert words(all_lost) == [[EVIL, "1.png", "12", "val_d"]]
-    assert [shot.right for shot in lost.cases[0].shots] == [None, True, False]
-    assert [shot.name for shot in lost.cases[0].shots] == ["image", "old", "new"]
+    assert [(name, right) for name, _, right in lost.cases[0].shots] == [("image", None), ("old", True), ("new", False)]
 
 
 def test_a_map_that_is_lacking_changes_nothing(expressions: list[Expression], two: tuple[Path, Path]) -> None:
@@ -297,17 +231,6 @@ def test_a_map_that_is_lacking_changes_nothing(expressions: list[Expression], tw
 
 
 # ---- cases
-
-
-def test_extremes() -> None:
-    values = pd.Series([0.5, 0.9, np.nan, 0.9, 0.1, 0.2, 0.4])
-    images = pd.Series(list("abcdefg"))
-    assert extremes(values, images, 2) == ([1, 3], [0, 6], [4, 5])
-    assert extremes(values[:2], images, 2) == ([1], [], [0])
-    assert extremes(values, pd.Series(["a"] * 7), 2) == ([1], [], [])  # one of an image
-    assert extremes(values[2:3], images, 2) == ([], [], [])
-    assert one_an_image(pd.Series([3, 2, 2, 1]), pd.Series(list("abcc")), 3) == [3, 1, 0]
-    assert one_an_image(pd.Series([3, 2, 2, 1]), pd.Series(list("abcc")), 3, taken=[2]) == [1, 0]
 
 
 def test_cases_are_of_the_subject(expressions: list[Expression], two: tuple[Path, Path]) -> None:
@@ -351,6 +274,20 @@ class Page(HTMLParser):
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
 
+    def pictures(self) -> tuple[Counter[str], set[tuple[int, int]]]:
+        """How many there are of each MIME type, and the sizes of the JPEGs."""
+        kinds: Counter[str] = Counter()
+        sizes = set()
+        for source in [attributes["src"] or "" for tag, attributes in self.tags if tag == "img"]:
+            kind, _, content = source.removeprefix("data:").partition(";base64,")
+            data = base64.b64decode(content, validate=True)
+            kinds[kind] += 1
+            if kind == "image/jpeg":
+                sizes.add(Image.open(io.BytesIO(data)).size)
+            else:
+                assert b"</svg>" in data
+        return kinds, sizes
+
     def handle_data(self, data: str) -> None:
         if self.open[-1:] != ["style"]:
             self.text.append(data)
@@ -365,18 +302,13 @@ def html(expressions: list[Expression], two: tuple[Path, Path]) -> str:
     return path.read_text(encoding="utf-8")
 
 
-def test_the_page_is_well_formed_and_holds_the_numbers(html: str) -> None:
+def test_the_page_holds_the_numbers_and_escaped_texts(html: str) -> None:
     page = Page(html)
     assert ["new", "66.67", "100.00", "-", "66.67", "100.00", "-"] in page.rows
     headings = [tag for tag, _ in page.tags if tag in ("h1", "h2", "h3")]
     assert headings == ["h1", "h2", *["h3"] * 6]
     assert "5 expressions of 4 images: val_d 3, testA_d 1, testB_d 0." in page.text
-
-
-def test_texts_are_escaped(html: str) -> None:
-    page = Page(html)
-    assert "script" not in {tag for tag, _ in page.tags}
-    assert html.count("<script") == 0
+    assert "<script" not in html
     assert [EVIL, "1.png", "12", "val_d"] in page.rows
     assert f"new: {EVIL}" in [attributes.get("alt") for _, attributes in page.tags]
     template = (Path(sections.__file__).parent / "report.html").read_text(encoding="utf-8")
@@ -396,34 +328,24 @@ def test_the_page_needs_nothing_else(html: str) -> None:
 
 
 def test_the_pages_pictures(html: str) -> None:
-    sources = [attributes["src"] or "" for tag, attributes in Page(html).tags if tag == "img"]
-    kinds = {"data:image/svg+xml": 0, "data:image/jpeg": 0}
-    for source in sources:
-        kind, _, content = source.partition(";base64,")
-        kinds[kind] += 1
-        data = base64.b64decode(content, validate=True)
-        if kind == "data:image/jpeg":
-            assert Image.open(io.BytesIO(data)).size == (280, 187)
-        else:
-            assert b"</svg>" in data
-    classes = [attributes.get("class") for tag, attributes in Page(html).tags if tag == "span"]
+    page = Page(html)
+    kinds, sizes = page.pictures()
+    assert kinds == {"image/svg+xml": 2 + 1 + 4, "image/jpeg": 3 * (3 + 3)}
+    assert sizes == {(280, 187)}
+    classes = [attributes.get("class") for tag, attributes in page.tags if tag == "span"]
     assert classes.count("small right") == 4 + 3  # among the cases, and one of two models in each that changed
     assert classes.count("small wrong") == 2 + 3
-    assert kinds == {"data:image/svg+xml": 2 + 1 + 4, "data:image/jpeg": 3 * (3 + 3)}
 
 
 def test_the_page_is_the_same_every_time(html: str, expressions: list[Expression], two: tuple[Path, Path]) -> None:
     assert report_folders(REFCOCO_PLUS, expressions, two).read_text(encoding="utf-8") == html
 
 
-def test_a_page_of_one_checkpoint_compares_nothing(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    page = Page(report_folders(REFCOCO_PLUS, expressions, two[:1]).read_text(encoding="utf-8"))
+def test_one_checkpoint_is_not_compared_with_itself(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+    alone = report_folders(REFCOCO_PLUS, expressions, two[:1]).read_text(encoding="utf-8")
+    page = Page(alone)
     assert [tag for tag, _ in page.tags].count("h3") == 5
     assert ["old", "66.67", "0.00", "-", "66.67", "0.00", "-"] in page.rows
-
-
-def test_a_folder_is_not_compared_with_itself(expressions: list[Expression], two: tuple[Path, Path]) -> None:
-    alone = report_folders(REFCOCO_PLUS, expressions, two[:1]).read_text(encoding="utf-8")
     again = report_folders(REFCOCO_PLUS, expressions, [two[0], two[0] / ".." / "first", two[0]])
     assert again.read_text(encoding="utf-8") == alone
 
@@ -473,21 +395,13 @@ def test_flickrs_size_is_the_annotated_one(expressions: list[Expression], tmp_pa
     out = store(tmp_path / "flickr", [item], {"00": [RIGHT]})
     assert facts_of([item], [True])["area of boxes"].tolist() == [pytest.approx(100 / 1200)]
     html = report_folders(FLICKR, [item], [out]).read_text(encoding="utf-8")
-    jpegs = [a["src"] or "" for tag, a in Page(html).tags if tag == "img" and "jpeg" in (a["src"] or "")]
-    sizes = {Image.open(io.BytesIO(base64.b64decode(source.partition(",")[2]))).size for source in jpegs}
-    assert sizes == {(210, 280)}
-
-
-def test_names_that_look_like_formulas_are_drawn_as_they_are() -> None:
-    interval, nothing = Interval(0.5, 0.4, 0.6), Interval(*[float("nan")] * 3)
-    grid = pd.DataFrame({"$d_{$": [interval] * 2, "e": [nothing] * 2}, ["$b_{$", "c"])
-    assert chart("x", {"$a_{$": grid}).uri.startswith("data:image/svg+xml;base64,")
+    assert Page(html).pictures()[1] == {(210, 280)}
 
 
 # ---- expressions.csv
 
 
-def test_expressions_csv(expressions: list[Expression], two: tuple[Path, Path]) -> None:
+def test_expressions_csv(expressions: list[Expression], two: tuple[Path, Path], tmp_path: Path) -> None:
     store(two[1], expressions, {"00": [RIGHT, None, WRONG, RIGHT, WRONG]}, checkpoint="/b/new.pth")
     path = report_folders(REFCOCO_PLUS, expressions, two).with_name("expressions.csv")
     content = path.read_bytes()
@@ -498,11 +412,16 @@ def test_expressions_csv(expressions: list[Expression], two: tuple[Path, Path]) 
     assert list(found)[:14] == facts + sizes + scores
     assert list(found)[14:] == [f"{measure}: {name}" for name in ("old", "new") for measure in MEASURES]
     assert found["phrase"].tolist() == [expression.text for expression in expressions]
-    assert found["category"].tolist()[:2] == ["animal", "animal; other"]
-    assert found["point: new"].tolist() == pytest.approx([1, np.nan, 0, 1, 0], nan_ok=True)
+    second = ["RefCOCO+", str(tmp_path / "0.png"), "the cat on it", 11, "val", "animal; other", 4]
+    assert found.iloc[1].tolist()[:12] == [*second, HEIGHT, WIDTH, pytest.approx(1 / 6, abs=1e-6), 0, 0]
+    assert found["point: old"].tolist() == [1, 0, 1, 0, 1]
+    for column in ("point: new", "energy inside: new"):
+        assert found[column].tolist() == pytest.approx([1, np.nan, 0, 1, 0], nan_ok=True)
     assert b'"val","animal; other",4,4,6,0.166667,0,0,"",""' in content  # text is quoted, numbers are not
     report_folders(REFCOCO_PLUS, expressions, two)
     assert path.read_bytes() == content
+    alone = pd.read_csv(report_folders(REFCOCO_PLUS, expressions, two[1:]).with_name("expressions.csv"))
+    assert alone.loc[1, sizes].isna().all()  # no checkpoint has seen the image
 
 
 def test_no_cell_is_a_formula(expressions: list[Expression], tmp_path: Path) -> None:
@@ -515,26 +434,3 @@ def test_no_cell_is_a_formula(expressions: list[Expression], tmp_path: Path) -> 
     assert found["category"][0] == "'=cmd()"
     assert "point: =evil" in found.columns  # does not begin with "="
     assert no_formula("") == ""
-
-
-@pytest.mark.parametrize(
-    ("names", "columns"),
-    [
-        (["AMC", "control"], 2),
-        (["checkpoint_00", "output/refcoco/amc/epoch 02", "output/refcoco/amc/epoch 04"], 2),
-        ([f"/home/someone/experiments/{'long' * 30} epoch {number}" for number in range(4)], 1),
-    ],
-)
-def test_long_names_stay_within_a_chart(names: list[str], columns: int) -> None:
-    figure = Figure(figsize=(4.5, 3), layout="constrained")
-    axes = figure.subplots()
-    lines = [axes.plot([0, 1])[0] for _ in names]
-    charts._legend(figure, lines, names)
-    (legend,) = figure.legends
-    shown = legend.get_window_extent()
-    assert shown.width <= figure.bbox.width
-    figure.draw_without_rendering()
-    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
-    assert ["".join(text.get_text().split()) for text in legend.get_texts()] == [
-        "".join(name.split()) for name in names
-    ]

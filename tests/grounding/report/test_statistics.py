@@ -1,22 +1,22 @@
-"""Intervals over images, and groups of expressions."""
+"""What the report computes and chooses, and its charts: pure functions."""
 
 import time
 
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.figure import Figure
 
+from grounding.report import charts
+from grounding.report.charts import chart
+from grounding.report.rows import share_inside
+from grounding.report.sections import extremes, one_an_image
 from grounding.report.statistics import Interval, by_category, by_length, by_size, intervals
 from grounding.results import percent
 
 
 def column(*values: float) -> np.ndarray:
     return np.array(values, float)[:, None]
-
-
-def test_the_mean_counts_expressions_not_images() -> None:
-    (found,) = intervals(column(1, 1, 1, 0), np.array([7, 7, 7, 3]))
-    assert found.mean == 0.75
 
 
 def test_an_interval_is_what_redrawing_images_gives() -> None:
@@ -63,15 +63,9 @@ def test_what_is_not_known_does_not_count() -> None:
     assert np.isnan(intervals(np.zeros((0, 1)), np.zeros(0, int))[0]).all()
 
 
-def test_one_image_has_no_interval() -> None:
-    (found,) = intervals(column(1, 0), np.array([5, 5]))
-    assert found.mean == 0.5
-    assert np.isnan([found.low, found.high]).all()
-
-
-def test_one_image_has_no_interval_in_any_column() -> None:
-    one, both = intervals(np.array([[1, 1], [0, 0], [np.nan, 1]]), np.array([0, 0, 1]))
-    assert one.mean == 0.5
+def test_one_image_has_a_mean_of_its_expressions_and_no_interval() -> None:
+    one, both = intervals(np.array([[1, 1], [0, 0], [1, 0], [1, 0], [np.nan, 1]]), np.array([7, 7, 7, 7, 3]))
+    assert (one.mean, both.mean) == (0.75, pytest.approx(0.4))
     assert np.isnan([one.low, one.high]).all()
     assert not np.isnan([both.low, both.high]).any()
 
@@ -144,3 +138,54 @@ def test_groups_by_category() -> None:
         "2 other categories": [0, 2, 3],
     }
     assert shown(by_category(pd.Series([(), ()]))) == {}
+
+
+# ---- shares, choices, charts
+
+
+def test_share_inside() -> None:
+    cam = np.array([[1, 0, 2], [3, 0, 0]], np.float32)
+    mask = np.array([[1, 1, 0], [1, 0, 0]], bool)
+    assert share_inside(cam, mask) == share_inside(7 * cam, mask) == pytest.approx(4 / 6)
+    assert share_inside(cam > 0, mask) == pytest.approx(2 / 3)
+    assert share_inside(np.zeros((2, 3), np.float32), mask) == share_inside(cam > 3, mask) == 0
+
+
+def test_extremes() -> None:
+    values = pd.Series([0.5, 0.9, np.nan, 0.9, 0.1, 0.2, 0.4])
+    images = pd.Series(list("abcdefg"))
+    assert extremes(values, images, 2) == ([1, 3], [0, 6], [4, 5])
+    assert extremes(values[:2], images, 2) == ([1], [], [0])
+    assert extremes(values, pd.Series(["a"] * 7), 2) == ([1], [], [])  # one of an image
+    assert extremes(values[2:3], images, 2) == ([], [], [])
+    assert one_an_image(pd.Series([3, 2, 2, 1]), pd.Series(list("abcc")), 3) == [3, 1, 0]
+    assert one_an_image(pd.Series([3, 2, 2, 1]), pd.Series(list("abcc")), 3, taken=[2]) == [1, 0]
+
+
+def test_names_that_look_like_formulas_are_drawn_as_they_are() -> None:
+    interval, nothing = Interval(0.5, 0.4, 0.6), Interval(*[float("nan")] * 3)
+    grid = pd.DataFrame({"$d_{$": [interval] * 2, "e": [nothing] * 2}, ["$b_{$", "c"])
+    assert chart({"$a_{$": grid}).startswith("data:image/svg+xml;base64,")
+
+
+@pytest.mark.parametrize(
+    ("names", "columns"),
+    [
+        (["AMC", "control"], 2),
+        (["checkpoint_00", "output/refcoco/amc/epoch 02", "output/refcoco/amc/epoch 04"], 2),
+        ([f"/home/someone/experiments/{'long' * 30} epoch {number}" for number in range(4)], 1),
+    ],
+)
+def test_long_names_stay_within_a_chart(names: list[str], columns: int) -> None:
+    figure = Figure(figsize=(4.5, 3), layout="constrained")
+    axes = figure.subplots()
+    lines = [axes.plot([0, 1])[0] for _ in names]
+    charts._legend(figure, lines, names)
+    (legend,) = figure.legends
+    shown = legend.get_window_extent()
+    assert shown.width <= figure.bbox.width
+    figure.draw_without_rendering()
+    assert len({round(text.get_window_extent().x0) for text in legend.get_texts()}) == columns
+    assert ["".join(text.get_text().split()) for text in legend.get_texts()] == [
+        "".join(name.split()) for name in names
+    ]

@@ -1,21 +1,29 @@
-"""One page that is served, shared by the tests of this folder."""
+"""What the tests of the page share: a page that is served, and `Answers` over two tiny checkpoints."""
 
-from collections.abc import Iterator
+import io
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from config import PretrainConfig
 from dataset.scenes import files as scenes_files
 from dataset.scenes.paths import SHIPPED, SHIPPED_CONFIG
 from grounding.explain import Explainer
-from grounding.load import open_model
-from grounding.web import server
+from grounding.load import OpenedModel, open_model
+from grounding.web import server, session
 from grounding.web.examples import BEFORE, Example, Offer
 from grounding.web.session import Answers
+from models.albef import ALBEF, build_albef
+from tests.small_model import BERT, SIZES
 
+PATIENCE = 120  # seconds to wait for what will come; a machine may be slow, and it is no test of speed
 PHRASE = "the small red triangle"
 CROSS_ATTENTION = "text_encoder.bert.encoder.layer.3.crossattention.self.query.weight"
 
@@ -50,3 +58,60 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     answers = Answers(offers, open_offer)
     with server.running(answers, examples) as url:
         yield Site(url.rstrip("/"), scene, explainers, answers)
+
+
+@pytest.fixture(scope="package")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two checkpoints, which say their sizes; the second has one layer less. A third is none."""
+    folder = tmp_path_factory.mktemp("answers")
+    (folder / "vocab.txt").write_text("\n".join(scenes_files.vocabulary()))
+    for name, layers in (("one", 3), ("two", 2)):
+        (folder / f"{name}.json").write_text(json.dumps({**BERT, "num_hidden_layers": layers}))
+        trained = {**SIZES, "bert_config": str(folder / f"{name}.json"), "image_root": "x", "train_file": []}
+        config = PretrainConfig.model_validate({**trained, "amc": {"layer": 1}})
+        torch.manual_seed(layers)
+        torch.save({"model": build_albef(config).state_dict(), "config": config.model_dump()}, folder / f"{name}.pth")
+    (folder / "broken.pth").write_text("no checkpoint")
+    return folder
+
+
+class Counted:
+    """`Answers` over the checkpoints of `place`, counting what is asked of the models."""
+
+    def __init__(self, place: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
+        self.calls = {"open": 0, "encode": 0, "ask": 0}
+
+        def count(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+            def counted(*args: Any, **keys: Any) -> Any:
+                self.calls[name] += 1
+                return function(*args, **keys)
+
+            return counted
+
+        def open_offer(offer: Offer) -> OpenedModel:
+            return open_model(offer.checkpoint, text_encoder=str(place), device="cpu")
+
+        monkeypatch.setattr(ALBEF, "encode", count("encode", ALBEF.encode))
+        monkeypatch.setattr(session, "ask", count("ask", session.ask))
+        found = [Offer(name, place / f"{name}.pth") for name in ("one", "two", "broken")]
+        self.answers = Answers(found, count("open", open_offer), **options)
+
+    def took(self) -> tuple[int, ...]:
+        """How often a model was opened, an image encoded and phrases asked since the last time."""
+        counts = tuple(self.calls.values())
+        self.calls = dict.fromkeys(self.calls, 0)
+        return counts
+
+
+@pytest.fixture
+def counted(place: Path, monkeypatch: pytest.MonkeyPatch) -> Counted:
+    return Counted(place, monkeypatch)
+
+
+def noise(seed: int = 0, size: tuple[int, int] = (30, 20), orientation: int = 1) -> bytes:
+    """A picture of noise, as JPEG."""
+    pixels = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), np.uint8)
+    exif, buffer = Image.Exif(), io.BytesIO()
+    exif[274] = orientation
+    Image.fromarray(pixels).save(buffer, "JPEG", exif=exif)
+    return buffer.getvalue()

@@ -19,9 +19,8 @@ from grounding.pictures.overlay import overlay
 from grounding.pictures.render import png
 from grounding.web import fragments
 from grounding.web.examples import BEFORE
-from tests.grounding.web.conftest import PHRASE, Site
+from tests.grounding.web.conftest import PATIENCE, PHRASE, Site
 
-PATIENCE = 120  # seconds to wait for what will come; a machine may be slow, and it is no test of speed
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 ARGUMENTS = (
     "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
@@ -248,13 +247,3 @@ def test_a_narrow_window(page: Any) -> None:
     page.set_viewport_size({"width": 420, "height": 900})
     page.wait_for_function("document.documentElement.scrollWidth <= 420")  # scripts lay out some of it, later
     assert page.get_by_alt_text("map of the cat, changed").bounding_box()["width"] > 280  # below each other
-
-
-def test_a_browser_can_be_required(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setenv("AMC_REQUIRE_BROWSER", "1")
-    with pytest.raises(AssertionError, match="apt-get install chromium"):
-        browser()
-    monkeypatch.setenv("AMC_REQUIRE_BROWSER", "")
-    with pytest.raises(pytest.skip.Exception, match="apt-get install chromium"):
-        browser()
