@@ -30,11 +30,10 @@ import runs
 import utils
 from config import PretrainConfig, load_config, naming, save_config
 from dataset.expressions import SHOWN_PROBLEMS
-from dataset.order import EpochOrder
 from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
-from dataset.workers import check_shared_memory, killed_workers_explained
+from dataset.workers import EpochOrder, check_shared_memory, killed_workers_explained
 from models.checkpoint import (
     CheckpointError,
     check_resumable,

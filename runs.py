@@ -199,7 +199,8 @@ def prepare_output(output: Path, start: Position, known: Any = None) -> None:
         aside.mkdir()
         for path in earlier:
             path.rename(aside / path.name)
-        later = f"checkpoints from after epoch {start.epoch}, step {start.step}"
+        place = f"step {start.step} of epoch {start.epoch}"
+        later = f"checkpoints from after {place}" if start.step else f"checkpoints of epoch {start.epoch} and later"
         what = "an earlier run" if start == BEGINNING else later
         utils.log(f"{output} holds {what}, which {'is' if start == BEGINNING else 'are'} now in {aside}")
     for path in (output / EPOCHS_LOG, output / STEPS_LOG):

@@ -71,6 +71,7 @@ class TrainingLog:
 
     def __init__(self, folder: Path, epoch_steps: int, board: "Board | None" = None) -> None:
         self.folder, self.epoch_steps, self.board = folder, epoch_steps, board
+        self.window = 0  # the step whose loss is the first since the last line, `opening`
 
     def begin_epoch(self, epoch: int, count: int, begin: int) -> None:
         """Begin an epoch of `count` steps, of which `begin` are done."""

@@ -145,8 +145,12 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def load_entries(file: str | Path, config: PretrainConfig) -> PackedEntries:
+def load_entries(file: str | Path, config: PretrainConfig) -> list[TrainingEntry]:
     """Read and check one training JSON; captions come back cleaned. Raises `DataError` with all problems."""
+    return list(_checked_entries(file, config))
+
+
+def _checked_entries(file: str | Path, config: PretrainConfig) -> PackedEntries:
     with Problems() as problems:
         return read_entries(file, config.image_root, config.max_words, problems, config.empty_captions)
 
@@ -159,9 +163,9 @@ def packed_entries(file: str, config: PretrainConfig, cache_dir: str | None = No
     try:
         large = cache_dir is not None or os.path.getsize(file) >= LARGE
     except OSError:
-        large = False  # `load_entries` says what is wrong with it
+        large = False  # reading it says what is wrong with it
     if not large:
-        return load_entries(file, config)
+        return _checked_entries(file, config)
     options = [config.image_root, config.max_words, config.empty_captions, FORM.decode()]
     key = hashlib.sha256(json.dumps([file_digest(file), *options]).encode()).hexdigest()[:16]
     path = Path(cache_dir or Path(file).parent, f"{Path(file).name}.{key}.packed")

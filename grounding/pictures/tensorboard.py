@@ -150,8 +150,8 @@ def watched_entries(
 ) -> list[Watched]:
     """The first captions of entries at equal distances through the training data, of those with boxes if any has.
 
-    `boxed` tells which have. Entries without words are passed over. An image that cannot be read raises `DataError`, or with `skip_broken` is
-    passed over as well.
+    `boxed` tells which have. Entries without words are passed over. An image that cannot be read raises `DataError`,
+    or with `skip_broken` is passed over as well.
     """
     suitable = np.flatnonzero(boxed) if boxed.any() else np.arange(len(entries))
     starts = [len(suitable) * number // count for number in range(count + 1)]

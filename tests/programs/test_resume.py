@@ -48,6 +48,11 @@ def changed(path: Path, change: Change) -> Path:
     return path
 
 
+def epochs(folder: Path) -> list[int]:
+    """The epochs whose ends have a checkpoint."""
+    return [at.epoch - 1 for at in runs.checkpoints(folder)]
+
+
 def resumed(place: Path, output: Path, *words: str) -> Pretrain.Run:
     """A run that is ready to go on."""
     return ready(place, output, *SHORT, "--resume", *words)
@@ -79,7 +84,7 @@ def test_rates_and_schedule_are_the_configs(place: Path, run: Path, words: list[
 def test_moments_and_position_are_the_checkpoints(place: Path, run: Path) -> None:
     before = saved(run, 1)["optimizer"]["state"]
     going_on = resumed(place, run, "optimizer.lr=1e-6")
-    assert going_on.start_epoch == 2
+    assert going_on.start == (2, 0)
     state = going_on.optimizer.state_dict()["state"]
     assert state.keys() == before.keys()
     for number, kept in before.items():
@@ -243,7 +248,7 @@ def test_the_newest_checkpoint_is_by_its_number(tmp_path: Path) -> None:
     for name in ("._checkpoint_101.pth", ".checkpoint_102.pth", "checkpoint_103.pth.tmp", "Checkpoint_104.pth"):
         (tmp_path / name).touch()
     (tmp_path / "checkpoint_105.pth").mkdir()
-    assert list(runs.checkpoints(tmp_path)) == [2, 9, 99, 100]
+    assert epochs(tmp_path) == [2, 9, 99, 100]
     assert runs.newest_checkpoint(tmp_path) == tmp_path / "checkpoint_100.pth"
 
 
@@ -254,7 +259,7 @@ def test_going_on_from_an_earlier_epoch_sets_later_ones_aside(
     (run / "checkpoint_best.pth").write_bytes((run / "checkpoint_00.pth").read_bytes())
     resumed(place, run, "--checkpoint", str(run / "checkpoint_00.pth"))
     assert [path.name for path in sorted(run.glob("*.pth"))] == ["checkpoint_00.pth", "checkpoint_best.pth"]
-    assert list(runs.checkpoints(run / "earlier_1")) == [1]
+    assert epochs(run / "earlier_1") == [1]
     assert f"epoch 1 and later, which are now in {run / 'earlier_1'}" in capsys.readouterr().out
     assert [row["epoch"] for row in log_rows(run)] == [0]
 
@@ -266,7 +271,7 @@ def test_the_next_free_number(taken: list[str], next_number: int, tmp_path: Path
     for name in taken:
         (tmp_path / f"earlier_{name}").mkdir()
     (tmp_path / "log.txt").write_text("{}\n")
-    runs.prepare_output(tmp_path, 0)
+    runs.prepare_output(tmp_path, runs.BEGINNING)
     assert (tmp_path / f"earlier_{next_number}" / "log.txt").read_text() == "{}\n"
 
 
@@ -288,13 +293,13 @@ def test_moments_that_diverged_are_not_saved(place: Path, run: Path) -> None:
     next(iter(going_on.optimizer.state.values()))["exp_avg_sq"].fill_(math.inf)
     with pytest.raises(Pretrain.TrainingError, match=r"exp_avg_sq of parameter \d+ .*checkpoint_01\.pth is intact"):
         going_on.check_weights(2)
-    assert list(runs.checkpoints(run)) == [0, 1]
+    assert epochs(run) == [0, 1]
 
 
 def test_the_programs_advice_works(place: Path, run: Path) -> None:
     with pytest.raises(Pretrain.TrainingError, match=r"checkpoint_01\.pth is intact") as stopped:
         train(place, run, *SHORT, "--resume", "schedular.min_lr=1e30", "schedular.interval=iteration")
-    assert list(runs.checkpoints(run)) == [0, 1]
+    assert epochs(run) == [0, 1]
     advice = re.findall(r"--resume|--checkpoint \S+", str(stopped.value))
     assert advice == ["--resume", f"--checkpoint {run / 'checkpoint_01.pth'}"]
     rows = train(place, run, *SHORT, *" ".join(advice).split(), "optimizer.lr=1e-5")
@@ -322,9 +327,9 @@ def test_intact_is_what_gave_a_finite_loss(
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30, -1e7])
 def test_intact_is_not_said_of_what_an_earlier_version_saved(value: float, run: Path) -> None:
     changed(run / "checkpoint_01.pth", lambda content: content["model"]["temp"].fill_(value))
-    assert Pretrain.way_back(run, 2).startswith(f"{run / 'checkpoint_00.pth'} is intact")
+    assert Pretrain.way_back(run, runs.Position(2), True).startswith(f"{run / 'checkpoint_00.pth'} is intact")
     (run / "checkpoint_00.pth").write_bytes(b"cut off")
-    assert "is intact" not in Pretrain.way_back(run, 2)
+    assert "is intact" not in Pretrain.way_back(run, runs.Position(2), True)
 
 
 # ---- a log that a crash cut
