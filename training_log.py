@@ -103,7 +103,8 @@ class WandbRun:
                 project=self.project, dir=folder.parent, id=run_id, resume="allow", config=config, settings=settings
             )
         except self.wandb.Error as error:
-            raise utils.UserError(f"--wandb {self.project}: {error}; WANDB_MODE=offline needs no account") from error
+            message = f"--wandb {self.project}: {str(error).rstrip('.')}; WANDB_MODE=offline needs no account"
+            raise utils.UserError(message) from error
         utils.write_text(known, self.run.id)
 
     def write(self, group: str, step: int, values: Mapping[str, float]) -> None:
