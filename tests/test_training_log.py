@@ -58,14 +58,14 @@ class Clock:
 
 
 def run_epoch(log: TrainingLog, clock: Clock, epoch: int, begin: int = 0, stop: int = 25) -> None:
-    """Steps `begin` to `stop` of an epoch of 25: 1 second of waiting, 3 of work, and the norm 10 + step."""
+    """Steps `begin` to `stop` of an epoch of 25: 1 second of waiting, 3 of work; the norm is 50 at step 3."""
     log.begin_epoch(epoch, 25, begin)
     batches = log.waiting_for(clock.passing(stop, 1.0))
     for step in log.steps():
         next(batches)
         clock.now += 3
         log.add({"loss_itm": torch.tensor(float(step))})
-        log.add_gradient_norm(torch.tensor(10.0 + step))
+        log.add_gradient_norm(torch.tensor(50.0 - abs(step - 3)))
         log.end_step(step)
         if step == stop - 1:
             return
@@ -91,14 +91,14 @@ def test_rates_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         assert row["samples_per_second"] == row["samples_per_second_per_device"] == 2  # 8 in 4 seconds, without maps
         assert row["data_wait"] == 0.25
         assert 0.05 < row["peak_memory_gb"] < 100
-        assert row["grad_norm_max"] == 10 + row["step"]
-    assert [row["grad_norm"] for row in rows] == [19.5, 32, 19.5, 32]
+    assert [row["grad_norm"] for row in rows] == [42.9, 31, 42.9, 31]
+    assert [row["grad_norm_max"] for row in rows] == [50, 33, 50, 33]
     # The mean of all that has passed, with maps and checkpoints: 1080 seconds for 20 steps, ...
     left = [30 * 1080 / 20, 25 * 1100 / 25, 5 * 1680 / 45, 0]
     assert [row["seconds_left"] for row in rows] == [pytest.approx(value, abs=1e-3) for value in left]
     numbers = {key: value for key, value in rows[0].items() if key not in ("epoch", "step")}
     assert drawn[0] == ("steps", 20, numbers)
-    assert drawn[2] == ("epochs", 25, {"loss_itm": 12, "grad_norm": 22})
+    assert drawn[2] == ("epochs", 25, {"loss_itm": 12, "grad_norm": 40.52})
 
 
 @pytest.mark.parametrize("cut", [1, 7, 20, 22])
@@ -143,7 +143,7 @@ def test_the_bar_begins_with_what_is_short(
     clock = Clock(monkeypatch)
     monkeypatch.setattr(training_log, "tqdm", lambda *args, **options: tqdm(*args, **{**options, "disable": False}))
     run_epoch(TrainingLog(tmp_path, 25, 50_000, 8, torch.device("cpu")), clock, 0, stop=20)
-    assert "samples/s=2.0, waiting=25%, left=2 days, 7:32:00, loss_itm=9.5, grad_norm=19.5, memory=" in (
+    assert "samples/s=2.0, waiting=25%, left=2 days, 7:32:00, loss_itm=9.5, grad_norm=42.9, memory=" in (
         capsys.readouterr().err
     )
 
