@@ -7,7 +7,7 @@
 Leaves in OUT: checkpoint_%02d.pth and a line of log.txt per epoch, a line of steps.jsonl every 20 steps, config.yaml
 and run.json (options, versions, git commit, seed); within an epoch, checkpoint_%02d_step_%06d.pth every `--save_every`.
 A run that was killed goes on, as if it had not been, with `--resume auto`; SIGTERM and Ctrl-C save and end a run,
-SIGUSR1 saves (docs/long_runs.md). `--tensorboard` adds OUT/tensorboard (docs/watching.md).
+SIGUSR1 saves (docs/long_runs.md). `--tensorboard` adds OUT/tensorboard, `--wandb` OUT/wandb (docs/watching.md).
 """
 
 import argparse
@@ -59,8 +59,8 @@ from saving import (
 )
 from scheduler import create_scheduler, epoch_time, iteration_time
 from signals import Requests, Stopped, ignore_in_worker
-from terminal import boolean, integer
-from training_log import TrainingLog
+from terminal import boolean, integer, positive
+from training_log import TrainingLog, WandbRun, is_loss
 
 if TYPE_CHECKING:
     from grounding.pictures.tensorboard import Board
@@ -88,6 +88,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", default=42, type=integer(0, 2**63 - 1))
     parser.add_argument("--precision", choices=utils.PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
     parser.add_argument("--accum_steps", default=1, type=integer(1), help="batches per optimizer step")
+    clip = "scale the gradients of a step down to this norm where theirs is larger (default: never)"
+    parser.add_argument("--grad_clip", type=positive, metavar="NORM", help=clip)
     parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
     parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
     parser.add_argument("--num_workers", default=4, type=integer(0), help="loader processes per process")
@@ -102,7 +104,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     save.add_argument("--keep_last", default=2, type=integer(1), metavar="N", help=last)
     epochs = "checkpoints of whole epochs to keep (default: all)"
     save.add_argument("--keep_epochs", type=integer(1), metavar="N", help=epochs)
-    watch = parser.add_argument_group("watching", "what TensorBoard shows of the run; its numbers stay the same")
+    watch = parser.add_argument_group("watching", "what is shown of the run; its numbers stay the same")
     watch.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/tensorboard: losses and heat maps")
     watch.add_argument(
         "--heat_maps_every", default=500, type=integer(1), metavar="STEPS", help="optimizer steps between maps"
@@ -115,6 +117,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         metavar=("IMAGE", "PHRASE"),
         help="draw maps of this phrase instead of training entries; may be repeated",
     )
+    project = "log config and scalars to this project of Weights & Biases (pip install wandb)"
+    watch.add_argument("--wandb", metavar="PROJECT", help=project)
     launch = parser.add_argument_group("process group", "read from the launcher's environment")
     launch.add_argument("--world_size", default=1, type=int)
     launch.add_argument("--dist_url", default="env://")
@@ -182,14 +186,17 @@ class Run:
             self.restore(checkpoint, path)
         check_agreement(self.model, str(path), self.start)
         self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every)
-        self.log = TrainingLog(self.output, self.epoch_steps, self.open_board(tokenizer))
+        total_steps = min(config.schedular.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
+        wandb = WandbRun(args.wandb) if args.wandb and utils.rank() == 0 else None
+        boards = self.open_board(tokenizer), wandb
+        self.log = TrainingLog(self.output, self.epoch_steps, total_steps, self.step_samples, device, *boards)
         here = Path(path).resolve().parent == self.output.resolve()
         self.open_output(checkpoint.get("log") if goes_on and here else None)
 
     def train_epoch(self, epoch: int, steps: int) -> None:
         """Train the steps of an epoch that are left; raises `TrainingError` when a loss is no longer a number."""
         self.begin_epoch(epoch, steps)
-        batches = iter(self.loader)
+        batches = self.log.waiting_for(iter(self.loader))
         if self.processes:
             self.restore_processes()
         for step in self.log.steps():
@@ -198,8 +205,11 @@ class Run:
             for micro in range(self.args.accum_steps):
                 batch = Batch(*next(batches)).to(self.device)
                 self.log.add(self.backward(batch, alpha, micro))
+            norm = self.clip_gradients()
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if not self.scaler.is_enabled() or norm.isfinite():  # fp16 has waited for the device, and skips the others
+                self.log.add_gradient_norm(norm)
             self.optimizer.zero_grad(set_to_none=True)
             self.set_rate(epoch, step)
             if self.log.is_due(step):
@@ -238,9 +248,18 @@ class Run:
             self.scaler.scale(self.model.total(losses) / self.args.accum_steps).backward()
         return losses
 
+    def clip_gradients(self) -> Tensor:
+        """Scale the gradients down to a norm of at most `--grad_clip`, in place; returns their norm before, a scalar.
+
+        Without `--grad_clip` they are multiplied by 1.
+        """
+        self.scaler.unscale_(self.optimizer)
+        return nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip or math.inf)
+
     def check_losses(self, epoch: int, step: int) -> None:
         """Raise `TrainingError` naming a loss that has become NaN or infinite since the last line of steps.jsonl."""
-        if broken := [name for name, mean in self.log.recent.means().items() if not math.isfinite(mean)]:
+        means = self.log.recent.means()
+        if broken := [name for name, mean in means.items() if is_loss(name) and not math.isfinite(mean)]:
             what = f"{' and '.join(broken)} became NaN or infinite in epoch {epoch}, at or shortly before step {step}"
             # The first step's losses are of the very weights that a checkpoint of that position holds.
             began_finite = all(map(math.isfinite, self.log.opening.values()))
@@ -345,6 +364,7 @@ class Run:
             "world_size": utils.world_size(),
             "accum_steps": self.args.accum_steps,
             "precision": self.args.precision,
+            "grad_clip": self.args.grad_clip,
             "entries": len(self.data),
         }
 
@@ -360,9 +380,8 @@ class Run:
         from grounding.pictures.tensorboard import Board, watched_entries, watched_pairs
 
         explainer = Explainer(self.model, tokenizer, self.device, "itm", config.amc.layer)
-        samples = config.batch_size * args.accum_steps * utils.world_size()
         watched = watched_pairs(args.watch) or watched_entries(self.data.entries, self.data.boxed, args.skip_broken)
-        return Board(explainer, watched, args.heat_maps_every, samples)
+        return Board(explainer, watched, args.heat_maps_every)
 
     def open_output(self, earlier_log: Any) -> None:
         """Make the output folder ready, leave config and provenance in it, and say what is about to run."""
@@ -379,6 +398,8 @@ class Run:
             config_text = (self.output / "config.yaml").read_text(encoding="utf-8")
             board.start(self.output / runs.BOARD, self.start.epoch * self.epoch_steps + self.start.step, config_text)
             utils.log(f"watch it: tensorboard --logdir {self.output}")
+        if wandb := self.log.wandb:
+            wandb.start(self.output / runs.WANDB, self.config.model_dump(mode="json"))
 
 
 # ---- the parts of a run

@@ -23,6 +23,7 @@ import utils
 from config import PretrainConfig
 
 EPOCHS_LOG, STEPS_LOG, BOARD, LOCK, BEST = "log.txt", "steps.jsonl", "tensorboard", ".lock", "best.pth"
+WANDB = "wandb"  # the folder of wandb's own files, and of the id of the run
 Row = dict[str, Any]
 Rows = list[Row]
 
@@ -189,7 +190,7 @@ def prepare_output(output: Path, start: Position, known: Any = None) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     if start == BEGINNING:
-        own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, BEST, "config.yaml", "run.json")
+        own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, WANDB, BEST, "config.yaml", "run.json")
         earlier = [path for pattern in own for path in output.glob(pattern)]
     else:
         earlier = [path for at, path in checkpoints(output).items() if at > start]

@@ -57,3 +57,11 @@ def integer(low: int, high: float = math.inf) -> Callable[[str], int]:
 
     parse.__name__ = "integer"  # for argparse's message about what is no integer
     return parse
+
+
+def positive(text: str) -> float:
+    """A number above 0, for argparse."""
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+    return value

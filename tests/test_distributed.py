@@ -105,6 +105,8 @@ def test_training(place: Path, tmp_path: Path, launcher: str, add_gcam: bool) ->
     assert [(row["epoch"], row["step"]) for row in step_rows(tmp_path)] == [
         (epoch, rows[0]["steps"] - 1) for epoch in (0, 1)
     ]
+    for step, row in zip(step_rows(tmp_path), rows, strict=True):  # a line for a whole epoch: of both processes too
+        assert all(step[name.removeprefix("train_")] == row[name] for name in (*LOSSES, "train_lr", "train_grad_norm"))
     assert json.loads((tmp_path / "run.json").read_text())["world_size"] == 2
     assert saved(tmp_path, 0)["model"]["queue_ptr_img"].item() == rows[0]["steps"] * 8 % 64
     assert not any(key.startswith("module.") for key in saved(tmp_path, 1)["model"])

@@ -12,6 +12,7 @@ import Pretrain
 from config import PretrainConfig, load_config
 from dataset.scenes import files as scenes_files
 from tests.small_model import BERT, SIZES
+from training_log import MEASURED
 
 REPOSITORY = Path(__file__).parents[1]
 LOSSES = {"train_loss_mlm", "train_loss_ita", "train_loss_itm", "train_loss_cam1", "train_loss_cam2"}
@@ -61,7 +62,11 @@ def log_rows(output: Path) -> list[Row]:
 
 
 def step_rows(output: Path) -> list[Row]:
-    return [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+    """steps.jsonl without what is measured."""
+    rows = [json.loads(line) for line in (output / "steps.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert all(row.pop(name) >= 0 for name in MEASURED)
+    return rows
 
 
 def left_by_a_run(epochs: int) -> set[str]:

@@ -9,7 +9,6 @@ import itertools
 import random
 import re
 import textwrap
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -50,13 +49,12 @@ class Board:
         explainer: the model in training, and the layer whose maps are drawn.
         watched: phrases of one image in a row share its encoding.
         every: optimizer steps between two sets of maps.
-        samples: in one optimizer step, over all processes.
 
     Raises:
         UserError: TensorBoard is not installed; a phrase cannot be read; the layer has no maps. `start` alone writes.
     """
 
-    def __init__(self, explainer: Explainer, watched: Sequence[Watched], every: int, samples: int) -> None:
+    def __init__(self, explainer: Explainer, watched: Sequence[Watched], every: int) -> None:
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError as error:
@@ -68,11 +66,10 @@ class Board:
                 f"{known.start} to {known[-1]}: choose one by --set amc.layer={known[len(known) // 2]}"
             )
         self.writer_class = SummaryWriter
-        self.explainer, self.watched, self.every, self.samples = explainer, watched, every, samples
+        self.explainer, self.watched, self.every = explainer, watched, every
         texts = [clean_phrase(explainer, one.phrase) for one in watched]
         self.tags = [f"maps/{number:02d}_{tag_of(text)}" for number, text in enumerate(texts, start=1)]
         self.step, self.drawn_at = 0, -1
-        self.restart_clock(0)
 
     def start(self, folder: Path, step: int, config: str) -> None:
         """Begin or go on after `step` steps: the config as text and, in a new folder, the maps of the first weights."""
@@ -83,22 +80,12 @@ class Board:
         self.step, self.drawn_at = step, step
         if new:
             self.draw_maps(step)
-        self.restart_clock(step)
 
-    def restart_clock(self, step: int) -> None:
-        """What follows `step` counts for the next `samples_a_second`."""
-        self.looked_at, self.looked = step, time.monotonic()
-
-    def write_steps(self, step: int, means: Mapping[str, float]) -> None:
-        """Means over the steps since the last call, and the samples trained on a second, without the time of maps."""
-        seconds = time.monotonic() - self.looked
-        self._scalars("steps", step, {**means, "samples_a_second": (step - self.looked_at) * self.samples / seconds})
-        self.restart_clock(step)
-
-    def write_epoch(self, step: int, means: Mapping[str, float]) -> None:
-        """Means over an epoch that ends with `step`."""
-        self._scalars("epochs", step, means)
-        self.restart_clock(step)
+    def write(self, group: str, step: int, values: Mapping[str, float]) -> None:
+        """Scalars of a group after `step` steps."""
+        for name, value in values.items():
+            self.writer.add_scalar(f"{group}/{name}", value, step)
+        self.writer.flush()
 
     def after_step(self, step: int) -> None:
         """Draw the maps every `every` steps."""
@@ -114,7 +101,6 @@ class Board:
 
     def draw_maps(self, step: int) -> None:
         """Ask the model as it is for each phrase and draw what it answers; nothing of the training changes by it."""
-        started = time.monotonic()
         with undisturbed(self.explainer):
             image = None
             for tag, one in zip(self.tags, self.watched, strict=True):
@@ -128,12 +114,6 @@ class Board:
                 self.writer.add_image(tag, pixels(overlay(image, found, one.truth)), step, dataformats="HWC")
         self.writer.flush()
         self.drawn_at = step
-        self.looked += time.monotonic() - started
-
-    def _scalars(self, group: str, step: int, values: Mapping[str, float]) -> None:
-        for name, value in values.items():
-            self.writer.add_scalar(f"{group}/{name}", value, step)
-        self.writer.flush()
 
 
 def watched_pairs(pairs: Sequence[tuple[str, str]]) -> list[Watched]:

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 import Pretrain
-import runs
 import utils
-from tests.training_runs import arguments, log_rows, saved
+from tests.training_runs import arguments, log_rows, saved, step_rows
 
 KILLS = int(os.environ.get("KILLS", 6))  # interrupted runs of each kind; more are worth their time now and then
 SERVER = multiprocessing.get_context("forkserver")  # its children have imported everything
@@ -83,7 +82,7 @@ def same(one: Any, other: Any) -> bool:
 def assert_equal_runs(one: Path, other: Path) -> None:
     assert same(saved(one, 2), saved(other, 2))
     assert log_rows(one) == log_rows(other)
-    assert (one / runs.STEPS_LOG).read_text() == (other / runs.STEPS_LOG).read_text()
+    assert step_rows(one) == step_rows(other)
 
 
 ONE = ("--save_every", "2")

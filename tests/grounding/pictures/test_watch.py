@@ -134,9 +134,10 @@ def test_watching_changes_nothing(plain: Path, watched: Path) -> None:
 
 def test_scalars_are_those_of_the_logs(watched: Path) -> None:
     scalars, _ = read_events(watched)
-    speed = scalars.pop("steps/samples_a_second")
-    assert [step for step, _ in speed] == [4, 8, 9, 13, 17, 18]
-    assert all(0 < value < 10_000 for _, value in speed)
+    for name in training_log.MEASURED:
+        series = scalars.pop(f"steps/{name}")
+        assert [step for step, _ in series] == [4, 8, 9, 13, 17, 18]
+        assert all(0 <= value < 10_000 for _, value in series)
     wanted: Series = {}
     for row in step_rows(watched):
         done = row.pop("epoch") * STEPS + row.pop("step") + 1
@@ -147,36 +148,8 @@ def test_scalars_are_those_of_the_logs(watched: Path) -> None:
             if name.startswith("train_"):
                 tag = f"epochs/{name.removeprefix('train_')}"
                 wanted.setdefault(tag, []).append(((row["epoch"] + 1) * STEPS, pytest.approx(value)))
-    assert len(wanted) == 2 * 6
+    assert len(wanted) == 7 + 8  # the rate, five losses, the gradients' norm; of steps also the largest norm
     assert scalars == wanted
-
-
-def test_the_speed(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Samples of all steps since the last look, over the time in which no map was drawn."""
-    clock = [100.0]
-    monkeypatch.setattr(tensorboard.time, "monotonic", lambda: clock[0])
-
-    def slow_overlay(*_: object) -> None:
-        clock[0] += 1000
-
-    monkeypatch.setattr(tensorboard, "overlay", slow_overlay)
-    monkeypatch.setattr(tensorboard, "pixels", lambda _: np.zeros((2, 2, 3), np.uint8))
-    one = tensorboard.Watched(Image.new("RGB", (9, 9)), "red")
-    board = tensorboard.Board(explainer(place), [one], every=5, samples=6)
-    board.start(tmp_path / "tensorboard", 0, "")
-    for step in range(1, 16):
-        clock[0] += 2
-        if step % 10 == 0:
-            board.write_steps(step, {})
-        if step == 12:
-            clock[0] += 500  # a checkpoint is written
-            board.write_epoch(step, {})
-        board.after_step(step)
-    board.write_steps(15, {})
-    board.close()
-    scalars, images = read_events(tmp_path)
-    assert scalars == {"steps/samples_a_second": [(10, 3.0), (15, 3.0)]}
-    assert [step for step, _ in images["maps/01_red"]] == [0, 5, 10, 15]
 
 
 def test_the_config_is_shown(watched: Path) -> None:
@@ -217,8 +190,9 @@ def test_a_resumed_run_shows_no_step_twice(
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
     scalars, images = read_events(tmp_path)
     wanted_scalars, wanted_images = read_events(watched)
-    speed, wanted_speed = (of.pop("steps/samples_a_second") for of in (scalars, wanted_scalars))
-    assert [step for step, _ in speed] == [step for step, _ in wanted_speed]
+    for name in training_log.MEASURED:
+        series, other = (of.pop(f"steps/{name}") for of in (scalars, wanted_scalars))
+        assert [step for step, _ in series] == [step for step, _ in other]
     assert scalars == wanted_scalars
     assert images == wanted_images
 
@@ -287,7 +261,7 @@ def test_the_truth_is_drawn(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     draw = Mock(wraps=overlay)
     monkeypatch.setattr(tensorboard, "overlay", draw)
     shown = [tensorboard.Watched(Image.new("RGB", (9, 9)), "red", ((1, 2, 3, 4),))]
-    tensorboard.Board(explainer(place), shown, 1, 1).start(tmp_path / "new", 0, "")
+    tensorboard.Board(explainer(place), shown, 1).start(tmp_path / "new", 0, "")
     assert [call.args[2] for call in draw.call_args_list] == [((1, 2, 3, 4),)]
 
 
@@ -334,7 +308,7 @@ def test_maps_leave_no_gradients(place: Path, tmp_path: Path) -> None:
     before = {key: value.clone() for key, value in asked.model.state_dict().items()}
     image = read_photo(place / "photo.png")
     phrases = [tensorboard.Watched(image, "red"), tensorboard.Watched(image, "blue")]
-    board = tensorboard.Board(asked, phrases, every=1, samples=1)
+    board = tensorboard.Board(asked, phrases, every=1)
     passes: list[None] = []
     asked.model.visual_encoder.patch_embed.register_forward_pre_hook(lambda *_: passes.append(None))
     board.start(tmp_path / "new", 0, "")
