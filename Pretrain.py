@@ -45,7 +45,7 @@ from models.checkpoint import (
 )
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
-from models.student import locate, own_text_encoder
+from models.student import local_checkpoint, own_text_encoder
 from optim import create_optimizer, moments, restore_optimizer
 from runs import Position
 from saving import (
@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
         utils.init_distributed(device, args.dist_url)
     with runs.claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
         if args.checkpoint:
-            args.checkpoint = str(locate(args.checkpoint))
+            args.checkpoint = str(local_checkpoint(args.checkpoint))
             args.text_encoder = args.text_encoder or own_text_encoder(Path(args.checkpoint))
         args.text_encoder = args.text_encoder or "bert-base-uncased"
         run = Run(args, config, device)

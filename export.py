@@ -32,7 +32,7 @@ from grounding.results import ResultError, ResultFolder, percent
 from models.albef import build_albef
 from models.checkpoint import load_weights, read_checkpoint, student_of
 from models.interface import check_layer
-from models.student import check_free, locate, write_student
+from models.student import check_free, local_checkpoint, write_student
 from system_errors import megabytes
 
 CARD = """---
@@ -107,7 +107,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(args: argparse.Namespace) -> None:
     check_free(args.out, args.force)
-    checkpoint = locate(args.checkpoint)
+    checkpoint = local_checkpoint(args.checkpoint)
     content = read_checkpoint(checkpoint)
     sizes = load_any_config(args.config).model_dump(mode="json") if args.config else content.get("config")
     config, bert_config = student_config(sizes, args.config or checkpoint)

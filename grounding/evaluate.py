@@ -24,7 +24,7 @@ from grounding.load import check_config, own_sizes, ready
 from grounding.results import ResultFolder, percent, sources_of
 from models.albef import build_albef
 from models.checkpoint import read_checkpoint
-from models.student import is_student, lacking, locate, own_text_encoder
+from models.student import is_student, lacking, local_checkpoint, own_text_encoder
 from runs import claim, is_within_epoch, write_provenance
 from terminal import boolean, integer
 
@@ -89,7 +89,7 @@ def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
     with claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
-        checkpoint = locate(args.checkpoint)
+        checkpoint = local_checkpoint(args.checkpoint)
         checkpoints = find_checkpoints(checkpoint)
         args.text_encoder = args.text_encoder or own_text_encoder(checkpoint) or "bert-base-uncased"
         config = load_config(args.config, GroundingConfig, [*own_sizes(checkpoint), *args.set])

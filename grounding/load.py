@@ -28,7 +28,7 @@ from models.albef import ALBEF, build_albef
 from models.checkpoint import LoadReport, load_weights, read_checkpoint
 from models.interface import ExplainableModel, check_layer
 from models.onednn import use_onednn
-from models.student import CONFIG, is_student, locate, own_text_encoder
+from models.student import CONFIG, is_student, local_checkpoint, own_text_encoder
 
 CONFIG_FOLDERS = (Path("configs"), Path("configs/scenes"))
 # What decides the shapes of the weights, beside bert_config and image_res. A config that is saved has `vision_model` or
@@ -76,7 +76,7 @@ def open_model(
     Raises:
         UserError: the checkpoint, the config or the vocabulary is missing or does not fit the others.
     """
-    checkpoint = locate(checkpoint)
+    checkpoint = local_checkpoint(checkpoint)
     content = read_checkpoint(checkpoint)
     if config is None:
         chosen, origin = config_of(content, checkpoint, benchmark, list(overrides))

@@ -48,7 +48,7 @@ def own_text_encoder(path: Path) -> str | None:
     return str(path) if is_student(path) else None
 
 
-def locate(checkpoint: str | Path) -> Path:
+def local_checkpoint(checkpoint: str | Path) -> Path:
     """The local path of a --checkpoint: itself, or the folder that a name on the hub is downloaded to.
 
     A name on the hub is OWNER/NAME or OWNER/NAME@REVISION: one that is no local path, does not end as files of

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from dataset.scenes.paths import DEMO, DEMO_AMC, DEMO_CONTROL, SHIPPED, SHIPPED_AMC, SHIPPED_CONFIG, SHOWN
 from grounding.maps import THRESHOLD
 from grounding.pictures.render import COLORMAP
-from models.student import is_student, locate
+from models.student import is_student, local_checkpoint
 from runs import newest_checkpoint, shortest_ends
 from utils import UserError
 
@@ -62,7 +62,7 @@ def offered(checkpoints: Sequence[str] = (), config: str | None = None, demo: Pa
     Without `config`, each is opened by its sizes, the shipped stage 1 by its own config. A checkpoint that is no file,
     no student's folder and no name of one on the hub raises `UserError`.
     """
-    paths = {Path(checkpoint): locate(checkpoint) for checkpoint in checkpoints}
+    paths = {Path(checkpoint): local_checkpoint(checkpoint) for checkpoint in checkpoints}
     for path in paths.values():
         if not path.is_file() and not is_student(path):
             raise UserError(f"{path}: no such checkpoint; the page takes files, for instance {SHIPPED}")

@@ -27,7 +27,7 @@ from grounding.results import ResultError
 from grounding.web.examples import offered
 from models.checkpoint import CheckpointError, init_text_encoder, read_checkpoint
 from models.pretrain import PretrainModel
-from models.student import FILES, StudentError, locate
+from models.student import FILES, StudentError, local_checkpoint
 from tests.data_keys import data_keys
 from tests.training_runs import arguments
 from utils import UserError
@@ -299,7 +299,7 @@ def test_what_is_no_name_on_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     Path("owner").mkdir()
     paths = ["x.pth", "amc", "a/b/c", "some/checkpoint_01.pth", "owner/amc", "./owner", "../amc", "/tmp/x", "a/b@"]
-    assert [str(locate(path)) for path in paths] == [path.removeprefix("./") for path in paths]
+    assert [str(local_checkpoint(path)) for path in paths] == [path.removeprefix("./") for path in paths]
     assert hub.asked == []
 
 
@@ -330,7 +330,7 @@ def test_what_the_hub_does_not_give(answer: Any, message: str, monkeypatch: pyte
 def test_what_the_hub_refuses(kind: type[Exception], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
     Hub(monkeypatch, kind.__new__(kind))  # its arguments differ from version to version
     with pytest.raises(StudentError, match=f"such@v2: no such local .*hub: {message}"):
-        locate("no/such@v2")
+        local_checkpoint("no/such@v2")
 
 
 def test_a_student_reads_as_a_checkpoint(student: Path) -> None:
