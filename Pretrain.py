@@ -45,6 +45,7 @@ from models.checkpoint import (
 )
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
+from models.student import local_checkpoint, own_text_encoder
 from optim import create_optimizer, moments, restore_optimizer
 from runs import Position
 from saving import (
@@ -79,11 +80,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Train ALBEF with Attention Mask Consistency.")
     parser.add_argument("--config", default="./configs/Pretrain.yaml")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
-    parser.add_argument("--checkpoint", default="", help="weights to start from, for instance ALBEF.pth")
+    parser.add_argument("--checkpoint", default="", help="weights to start from: a file or a student (export.py)")
     resume = "continue a run: the newest checkpoint of --output_dir, or --checkpoint; auto: if there is one, else begin"
     parser.add_argument("--resume", type=resume_mode, nargs="?", const=True, default=False, help=resume)
     parser.add_argument("--output_dir", default="Pretrain/")
-    parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
+    parser.add_argument("--text_encoder", help="hub name or folder (default: the checkpoint's, or bert-base-uncased)")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
     parser.add_argument("--seed", default=42, type=integer(0, 2**63 - 1))
     parser.add_argument("--precision", choices=utils.PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
@@ -133,6 +134,10 @@ def main(args: argparse.Namespace) -> None:
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
     with runs.claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
+        if args.checkpoint:
+            args.checkpoint = str(local_checkpoint(args.checkpoint))
+            args.text_encoder = args.text_encoder or own_text_encoder(Path(args.checkpoint))
+        args.text_encoder = args.text_encoder or "bert-base-uncased"
         run = Run(args, config, device)
         with run.requests:
             train(run)

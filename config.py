@@ -143,10 +143,9 @@ VISION_SIZES = (
 )
 
 
-class ModelConfig(Section):
-    """What decides the model's shapes; shared by training and evaluation."""
+class ModelSizes(Section):
+    """What decides the model's shapes, beside bert_config."""
 
-    bert_config: PathText = "configs/config_bert.json"
     image_res: int = Field(256, ge=1)
     patch_size: int = Field(16, ge=1)
     vision_width: int = Field(768, ge=1)
@@ -158,18 +157,24 @@ class ModelConfig(Section):
     # bert_config's encoder_width must be its width. Any ViT with a CLS token; nothing is downloaded.
     vision_model: str | None = None
     embed_dim: int = Field(256, ge=1)
-    temp: float = Field(0.07, gt=0)
-    queue_size: int = Field(65536, ge=1)
-    momentum: float = Field(0.995, ge=0, le=1)
-    alpha: float = Field(0.4, ge=0, le=1)
-    optimizer: OptimizerConfig = OptimizerConfig()
-    schedular: ScheduleConfig = ScheduleConfig()
 
     @model_serializer(mode="wrap")
     def _one_image_encoder(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A saved config says `vision_model` or the sizes of the plain ViT, never both."""
         unused = ("vision_model",) if self.vision_model is None else VISION_SIZES
         return {key: value for key, value in values(self).items() if key not in unused}
+
+
+class ModelConfig(ModelSizes):
+    """The model and how it is trained; shared by training and evaluation."""
+
+    bert_config: PathText = "configs/config_bert.json"
+    temp: float = Field(0.07, gt=0)
+    queue_size: int = Field(65536, ge=1)
+    momentum: float = Field(0.995, ge=0, le=1)
+    alpha: float = Field(0.4, ge=0, le=1)
+    optimizer: OptimizerConfig = OptimizerConfig()
+    schedular: ScheduleConfig = ScheduleConfig()
 
 
 class PretrainConfig(ModelConfig):
@@ -269,6 +274,13 @@ class BertConfig(BaseModel):
         return range(self.fusion_layer, self.num_hidden_layers)
 
 
+class StudentConfig(ModelSizes):
+    """config.json of a folder that export.py writes: what it takes to build the student, and the layer to explain."""
+
+    bert_config: BertConfig
+    amc: AMCConfig = AMCConfig()
+
+
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
 
@@ -314,14 +326,27 @@ def parse_config(
 
 
 def load_bert_config(path: str | Path) -> BertConfig:
-    """Read config_bert.json; raises `ConfigError` naming the file and the key."""
-    text = _read_text(path, "bert_config")
+    """Read config_bert.json, or what a student's config.json holds of it.
+
+    Raises:
+        ConfigError: it is not such a file; names the file and the key.
+    """
+    values = _read_json(path, "bert_config")
+    return parse_config(path, BertConfig, values.get("bert_config", values) if isinstance(values, dict) else values)
+
+
+def load_student_config(path: str | Path) -> StudentConfig:
+    """Read config.json of a student's folder; raises `ConfigError` as `load_bert_config`."""
+    return parse_config(path, StudentConfig, _read_json(path, "the sizes of the model"))
+
+
+def _read_json(path: str | Path, what: str) -> Any:
+    text = _read_text(path, what)
     try:
-        values = parse_json(text)
+        return parse_json(text)
     except ValueError as error:
         what = "not valid JSON: " if isinstance(error, json.JSONDecodeError) else ""
         raise ConfigError(f"{path}: {what}{error}") from error
-    return parse_config(path, BertConfig, values)
 
 
 def _read_yaml(path: str | Path) -> dict[str, Any]:

@@ -49,7 +49,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("image_and_phrases", nargs="*", metavar="IMAGE PHRASE", help="an image, folder or quoted pattern, then phrases")
     add("--images", nargs="+", default=[], metavar="IMAGE", help="images, folders or patterns, in place of IMAGE")
     add("--phrase", action="append", default=[], help="a phrase to find; may be repeated")
-    add("--checkpoint", help=f"the model (default: the last one in {DEMO_AMC}, or else {SHIPPED_AMC})")
+    model = "the model: a file, a folder of export.py or its name on the hub"
+    add("--checkpoint", help=f"{model} (default: the last one in {DEMO_AMC}, or else {SHIPPED_AMC})")
     add("--config", help="a Grounding_*.yaml (default: the one that fits the sizes stated in the checkpoint)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key, for instance image_res")
     add(
@@ -59,7 +60,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default="refcoco+",
         help="benchmark whose config and image resize to use",
     )
-    add("--text_encoder", help="hub name or local folder (default: bert-base-uncased, or the scenes' vocabulary)")
+    add("--text_encoder", help="hub name or folder (default: the checkpoint's, the scenes' or bert-base-uncased)")
     add("--device", help="cuda or cpu (default: the GPU if there is one)")
     add("--gradcam_mode", choices=("itm", "itc"), default="itm", help="explain the matching head or the contrast")
     add("--block_num", type=int, help="layer to explain (default: the config's, 8)")

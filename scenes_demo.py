@@ -31,7 +31,6 @@ from grounding.benchmarks import BENCHMARKS, REFCOCO_PLUS, Benchmark
 from grounding.pictures.panels import Case, contact_sheet, loss_curves
 from grounding.report.write import section, write_report
 from grounding.results import ResultFolder, Source, percent
-from models.checkpoint import export_student
 from runs import STEPS_LOG, Position, checkpoint_path, newest_checkpoint, read_log
 from terminal import aligned
 
@@ -41,6 +40,7 @@ TITLES = {
     "first_look": 'A first look: where the AMC model that ships sees "the small red triangle"',
     "scenes": "Draw 12,750 synthetic scenes, in the formats of the real data sets",
     "stage1": "Train stage 1: plain ALBEF on captions, without boxes",
+    "student": "Write the student of stage 1 alone, in half precision",
     "control": "Train the control: stage 1 goes on with phrases of regions, without AMC",
     "amc": "Train AMC: the same phrases, with the AMC loss on their boxes",
 }
@@ -76,8 +76,9 @@ def main(args: argparse.Namespace) -> None:
     run_step("scenes", ["prepare.py", "scenes", str(SCENES)], output / "logs")
     stage1 = SHIPPED
     if args.full:
-        stage1 = output / SHIPPED.name
-        export_student(train(output / "stage1", CONFIGS / "Pretrain_stage1.yaml", []), stage1)
+        stage1 = output / "stage1" / "student"
+        trained = train(output / "stage1", CONFIGS / "Pretrain_stage1.yaml", [])
+        run_step("student", ["export.py", str(trained), str(stage1), "--half", "--force"], output / "logs")
     checkpoints = {"stage1": stage1}
     for name, config in (("control", "Pretrain_control.yaml"), ("amc", "Pretrain.yaml")):
         checkpoints[name] = train(output / name, CONFIGS / config, ["--checkpoint", str(stage1)], 2, training)

@@ -20,10 +20,11 @@ from grounding.batches import Ask, ImageData, Pair, answer_pairs, load_images
 from grounding.benchmarks import Benchmark, benchmark_of, with_splits
 from grounding.explain import Explainer, Resize
 from grounding.identity import Origin
-from grounding.load import check_config, ready
+from grounding.load import check_config, own_sizes, ready
 from grounding.results import ResultFolder, percent, sources_of
 from models.albef import build_albef
 from models.checkpoint import read_checkpoint
+from models.student import is_student, lacking, local_checkpoint, own_text_encoder
 from runs import claim, is_within_epoch, write_provenance
 from terminal import boolean, integer
 
@@ -46,11 +47,12 @@ def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = 
         help="a Grounding_*.yaml: data and sizes of the model",
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
-    parser.add_argument("--checkpoint", required=True, help="a checkpoint, or a folder of them (every *.pth)")
+    which = "a file, a folder of them (every *.pth), a folder of export.py, or the name of one on the hub"
+    parser.add_argument("--checkpoint", required=True, help=which)
     parser.add_argument("--output_dir", default="output/grounding")
     parser.add_argument("--gradcam_mode", choices=("itm", "itc"), default="itm", help="what the map explains")
     parser.add_argument("--block_num", type=int, default=None, help="layer to explain (default: the config's, 8)")
-    parser.add_argument("--text_encoder", default="bert-base-uncased", help="hub name or local folder")
+    parser.add_argument("--text_encoder", help="hub name or folder (default: the checkpoint's, or bert-base-uncased)")
     parser.add_argument("--evaluate", type=boolean, nargs="?", const=True, default=True, help="has no effect")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
     parser.add_argument(
@@ -87,8 +89,11 @@ def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
     with claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
-        checkpoints = find_checkpoints(args.checkpoint)
-        evaluation = Evaluation(benchmark, load_config(args.config, GroundingConfig, args.set), args, device)
+        checkpoint = local_checkpoint(args.checkpoint)
+        checkpoints = find_checkpoints(checkpoint)
+        args.text_encoder = args.text_encoder or own_text_encoder(checkpoint) or "bert-base-uncased"
+        config = load_config(args.config, GroundingConfig, [*own_sizes(checkpoint), *args.set])
+        evaluation = Evaluation(benchmark, config, args, device)
         on_rank_0(lambda: evaluation.begin(checkpoints))
         for epoch, path in checkpoints.items():
             evaluation.run(epoch, path)
@@ -96,14 +101,14 @@ def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
             evaluation.report()
 
 
-def find_checkpoints(checkpoint: str) -> dict[str, Path]:
-    """Two-character epoch -> file. A single file is "00"; in a folder it is the end of each name.
+def find_checkpoints(checkpoint: str | Path) -> dict[str, Path]:
+    """Two-character epoch -> checkpoint. A file or a student is "00"; in a folder of files it is the end of each name.
 
     Raises:
         EvaluationError: there is none, or two of a folder would have the same results.
     """
     path = Path(checkpoint)
-    if path.is_file():
+    if path.is_file() or is_student(path):
         return {"00": path}
     if not path.is_dir():
         raise EvaluationError(f"--checkpoint {checkpoint}: no such file or folder")
@@ -121,7 +126,9 @@ def find_checkpoints(checkpoint: str) -> dict[str, Path]:
             )
         found[epoch] = file
     if not found:
-        raise EvaluationError(f"--checkpoint {checkpoint}: the folder holds no *.pth")
+        raise EvaluationError(
+            f"--checkpoint {checkpoint}: the folder holds no *.pth, and no {' and no '.join(lacking(path))}"
+        )
     return found
 
 

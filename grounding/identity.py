@@ -21,6 +21,7 @@ from config import GroundingConfig, load_bert_config
 from dataset.expressions import Expression
 from dataset.matching import MatchingPair
 from grounding.load import SHAPE_KEYS
+from models.student import weights_of
 
 Origin = dict[str, Any]
 
@@ -81,16 +82,16 @@ def of_data(
 
 def of_checkpoint(path: Path, stored: Iterable[Origin]) -> Origin:
     """The parts of a checkpoint; hashed unless one of the `stored` origins has the hash of this very file."""
-    found: Origin = {"checkpoint": str(path.resolve()), "checkpoint state": _state(path)}
+    found: Origin = {"checkpoint": str(path.resolve()), "checkpoint state": _state(weights_of(path))}
     for origin in stored:
         if CHECKPOINT in origin and all(origin.get(key) == value for key, value in found.items()):
             return {**found, CHECKPOINT: origin[CHECKPOINT]}
-    return {**found, CHECKPOINT: f"sha256 {files.file_digest(str(path))}"}
+    return {**found, CHECKPOINT: f"sha256 {files.file_digest(weights_of(path))}"}
 
 
 def check_unchanged(path: Path, origin: Origin) -> None:
     """Raise `UserError` when a checkpoint is no longer the file that was hashed."""
-    if _state(path) != origin["checkpoint state"]:
+    if _state(weights_of(path)) != origin["checkpoint state"]:
         raise utils.UserError(f"{path} was replaced while it was evaluated; its result is not kept: evaluate it again")
 
 

@@ -1,5 +1,7 @@
 """Open a checkpoint: choose its config and vocabulary, build the model, load the weights."""
 
+import contextlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -7,7 +9,17 @@ from typing import Any, NamedTuple
 import torch
 
 import utils
-from config import VISION_SIZES, ConfigError, GroundingConfig, ModelConfig, load_bert_config, load_config, parse_config
+from config import (
+    VISION_SIZES,
+    BertConfig,
+    ConfigError,
+    GroundingConfig,
+    ModelConfig,
+    load_bert_config,
+    load_config,
+    load_student_config,
+    parse_config,
+)
 from dataset.scenes.paths import BERT_CONFIG, TEXT_ENCODER
 from dataset.text import Tokenizer, load_tokenizer
 from grounding.benchmarks import REFCOCO_PLUS, Benchmark
@@ -16,6 +28,7 @@ from models.albef import ALBEF, build_albef
 from models.checkpoint import LoadReport, load_weights, read_checkpoint
 from models.interface import ExplainableModel, check_layer
 from models.onednn import use_onednn
+from models.student import CONFIG, is_student, local_checkpoint, own_text_encoder
 
 CONFIG_FOLDERS = (Path("configs"), Path("configs/scenes"))
 # What decides the shapes of the weights, beside bert_config and image_res. A config that is saved has `vision_model` or
@@ -53,8 +66,9 @@ def open_model(
     """Open a checkpoint.
 
     Args:
+        checkpoint: a file, a student's folder, or such a folder's name on the hub.
         config: a Grounding_*.yaml; None: chosen by the config inside the checkpoint (`config_of`).
-        text_encoder: hub name or folder; None: the scenes' vocabulary for a model of the scenes, else BERT's.
+        text_encoder: hub name or folder; None: `choose_text_encoder`.
         device: "cuda" or "cpu"; None: the GPU if there is one.
         overrides: such as "image_res=256", laid over the config.
         benchmark: whose config is chosen.
@@ -62,20 +76,42 @@ def open_model(
     Raises:
         UserError: the checkpoint, the config or the vocabulary is missing or does not fit the others.
     """
+    checkpoint = local_checkpoint(checkpoint)
     content = read_checkpoint(checkpoint)
     if config is None:
         chosen, origin = config_of(content, checkpoint, benchmark, list(overrides))
     else:
-        chosen, origin = load_config(config, GroundingConfig, list(overrides)), str(config)
-    tokenizer = load_tokenizer(text_encoder or (str(TEXT_ENCODER) if of_scenes(chosen) else "bert-base-uncased"))
-    known = load_bert_config(chosen.bert_config).vocab_size
-    if tokenizer.vocab_size != known:
-        raise ConfigError(
-            f"{tokenizer.source}: {tokenizer.vocab_size} word pieces, and {chosen.bert_config} says {known}; pass the "
-            "--text_encoder that the model was trained with"
-        )
+        chosen, origin = load_config(config, GroundingConfig, [*own_sizes(checkpoint), *overrides]), str(config)
+    tokenizer = vocabulary_for(chosen.bert_config, text_encoder or choose_text_encoder(checkpoint, chosen.bert_config))
     model, where = build_albef(chosen), utils.choose_device(device)
     return OpenedModel(model, tokenizer, where, chosen, origin, ready(model, content, checkpoint, where))
+
+
+def choose_text_encoder(checkpoint: str | Path, bert_config: str) -> str:
+    """The --text_encoder of a checkpoint: a student's own folder, the scenes' for their models, or BERT's."""
+    scenes = str(TEXT_ENCODER) if Path(bert_config) == BERT_CONFIG else None
+    return own_text_encoder(Path(checkpoint)) or scenes or "bert-base-uncased"
+
+
+def vocabulary_for(bert_config: str, text_encoder: str) -> Tokenizer:
+    """The tokenizer of a --text_encoder; raises `ConfigError` unless it has as many word pieces as bert_config says."""
+    tokenizer, known = load_tokenizer(text_encoder), load_bert_config(bert_config).vocab_size
+    if tokenizer.vocab_size != known:
+        raise ConfigError(
+            f"{tokenizer.source}: {tokenizer.vocab_size} word pieces, and {bert_config} says {known}; pass the "
+            "--text_encoder that the model was trained with"
+        )
+    return tokenizer
+
+
+def own_sizes(checkpoint: Path) -> list[str]:
+    """The sizes that a student's folder states, as overrides of a config's; none of another checkpoint."""
+    if not is_student(checkpoint):
+        return []
+    path = checkpoint / CONFIG
+    sizes = {"vision_model": None, **load_student_config(path).model_dump(mode="json"), "bert_config": str(path)}
+    keys = ("bert_config", *(key for key in SHAPE_KEYS if key in sizes))
+    return [f"{key}={json.dumps(sizes[key], ensure_ascii=False)}" for key in keys]
 
 
 def ready(model: ALBEF, content: dict[str, Any], path: str | Path, device: torch.device) -> LoadReport:
@@ -121,7 +157,10 @@ def config_of(
 
 def _sizes(config: dict[str, Any]) -> tuple[Any, ...]:
     sizes = config if config.get("vision_model") else ModelConfig().model_dump() | config
-    return Path(config["bert_config"]), *(sizes.get(key) for key in SHAPE_KEYS)
+    bert: BertConfig | Path = Path(config["bert_config"])
+    with contextlib.suppress(ConfigError):  # of a machine where it lay elsewhere
+        bert = load_bert_config(config["bert_config"])
+    return bert, *(sizes.get(key) for key in SHAPE_KEYS)
 
 
 def of_scenes(config: GroundingConfig) -> bool:

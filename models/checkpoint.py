@@ -1,13 +1,13 @@
 """Checkpoints: read (safely), convert, check; `files.save_tensors` writes them.
 
-A checkpoint is a `torch.save` dict with `model` (state dict), `optimizer`, `lr_scheduler`, `config`, `epoch`; a
-`.safetensors` file holds the state dict, and the config if `export_student` wrote it. Others are converted: state dicts
-under other keys, names with prefixes of wrappers, ALBEF's fine-tuned names. Loading never hides a mismatch: what is
-converted, started afresh or left out on purpose is reported, and anything else that does not fit is an error.
+A checkpoint is a `torch.save` dict with `model` (state dict), `optimizer`, `lr_scheduler`, `config`, `epoch`; or a
+student's folder (models/student.py); or a `.safetensors` file with the state dict, and the config in its metadata if
+they have it, as those that ship. Others are converted: state dicts under other keys, names with prefixes of wrappers,
+ALBEF's fine-tuned names. Loading never hides a mismatch: what is converted, started afresh or left out on purpose is
+reported, and anything else that does not fit is an error.
 """
 
 import contextlib
-import json
 import math
 import re
 import reprlib
@@ -19,15 +19,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
+from config import ConfigError, load_student_config
 from files import UnreadableFile, load_tensors, parse_json, verify_archive, why_unreadable
 from models.albef import ALBEF
+from models.student import CONFIG, is_student, lacking, weights_of
 from models.vit import ViT
 from models.xbert import TextEncoder
-from utils import UserError, atomic_path
+from utils import UserError
 
 State = dict[str, Tensor]
 
@@ -36,6 +37,11 @@ QUEUE = re.compile(r"^(image_queue|text_queue|idx_queue|queue_ptr|queue_ptr_img|
 MLM_HEAD = re.compile(r"^text_encoder\.cls\.")
 POSITION_EMBEDDING = re.compile(r"^(visual_encoder(_m)?\.)?pos_embed$")
 POSITION_IDS = re.compile(r"embeddings\.position_ids$")
+# One parameter under two names in the MLM head; a student is written without the first of each pair.
+TIED = {
+    "text_encoder.cls.predictions.decoder.weight": "text_encoder.bert.embeddings.word_embeddings.weight",
+    "text_encoder.cls.predictions.decoder.bias": "text_encoder.cls.predictions.bias",
+}
 
 LARGEST_WEIGHT = 1e6  # those of a sound model stay below 100
 
@@ -96,11 +102,13 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         CheckpointError: missing, damaged, holding other objects than tensors and plain values, or no state dict.
     """
     path = Path(path)
-    if not path.is_file():
-        folder = " (it is a folder: give a file)" if path.is_dir() else ""
+    weights = weights_of(path)
+    if not weights.is_file():
+        absent = " and ".join(lacking(path))
+        folder = f" (it is a folder: give a file; as a student it lacks {absent})" if path.is_dir() else ""
         raise CheckpointError(f"{path}: no such checkpoint{folder}")
     try:
-        content = load_tensors(path)
+        content = load_tensors(weights)
     except (OSError, UnreadableFile) as error:
         if call := _refused_call(error.__cause__):
             raise CheckpointError(f"{path}: refused, it holds more than tensors and plain values ({call})") from error
@@ -111,7 +119,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             state = next((value for value in inside if isinstance(value, dict)), inside[0])
     if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path}: no state dict found, neither under 'model' nor at the top level")
-    size = path.stat().st_size
+    size = weights.stat().st_size
     for key, value in state.items():
         if fault := "a key that is no text" if not isinstance(key, str) else _fault(value, size):
             shown = f"{key!r:.200}" if isinstance(key, str) else reprlib.repr(key)
@@ -121,7 +129,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
 
 
 def _stated_config(path: Path) -> dict[str, Any]:
-    """{"config": ...} where `export_student` wrote the training config into a safetensors file, else {}."""
+    """{"config": ...} of a student's folder, or of a safetensors file with a training config in its metadata, else {}.
+
+    In place of a folder's bert_config stands the path of its config.json, for `load_bert_config`.
+    """
+    if is_student(path):
+        return {
+            "config": load_student_config(path / CONFIG).model_dump(mode="json") | {"bert_config": str(path / CONFIG)}
+        }
     with contextlib.suppress(SafetensorError, ValueError, KeyError), safe_open(path, framework="pt") as file:
         return {"config": parse_json((file.metadata() or {})["config"])}
     return {}
@@ -195,21 +210,31 @@ def diverged(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> 
     return None
 
 
-def export_student(checkpoint: str | Path, out: str | Path) -> None:
-    """Write a checkpoint's student alone, in half precision, as safetensors; its config becomes the file's metadata."""
-    content = read_checkpoint(checkpoint)
-    state, config = _by_our_names(content["model"], LoadReport(str(checkpoint))), content.get("config")
+def student_of(state: State, path: str | Path, dtype: torch.dtype) -> State:
+    """The student's weights out of a state dict, as `dtype` (float32 or float16), each in its own memory.
+
+    Without teacher, queues and position ids, and without the second name of a tied parameter.
+
+    Raises:
+        CheckpointError: weights are not sound, or too large for `dtype`.
+    """
+    state = _by_our_names(state, LoadReport(str(path)))
     left_out = (TEACHER, QUEUE, POSITION_IDS)
     kept = {key: value for key, value in state.items() if not any(pattern.search(key) for pattern in left_out)}
-    metadata = {"config": json.dumps(config)} if config is not None else None
-    with atomic_path(out) as temporary:
-        save_file({key: value.half().contiguous().clone() for key, value in kept.items()}, temporary, metadata)
+    for name, other in TIED.items():
+        if name in kept and other in kept and torch.equal(kept[name], kept[other]):
+            del kept[name]
+    student = {key: value.to(dtype, copy=True, memory_format=torch.contiguous_format) for key, value in kept.items()}
+    if problem := diverged(student):
+        raise CheckpointError(f"{path}: not to be given away, {problem} in {str(dtype).removeprefix('torch.')}")
+    return student
 
 
 def load_weights(model: ALBEF, state: State, path: str | Path) -> LoadReport:
     """Load a state dict into ALBEF, for training or for evaluation.
 
     Explained differences: position embeddings of another resolution are resized; `queue_ptr` serves for both pointers;
+    a parameter with two names may stand under one of them;
     a queue of another length starts afresh; a training model given student weights alone copies its teacher from them;
     a model without teacher, queues or MLM head leaves those out.
 
@@ -219,6 +244,7 @@ def load_weights(model: ALBEF, state: State, path: str | Path) -> LoadReport:
     report = LoadReport(str(path))
     target, state = model.state_dict(), _by_our_names(state, report)
     _convert_queues(state, target, report)
+    _convert_tied(state, target, report)
     _convert_teacher(state, target, report)
     _fit_positions(state, target, report, model.visual_encoder)
     state |= {key: target[key] for key in target.keys() - state if POSITION_IDS.search(key)}  # not always saved
@@ -246,6 +272,13 @@ def _convert_queues(state: State, target: State, report: LoadReport) -> None:
         return  # they fit, or `_load` says what does not
     report.fresh.append(f"queues ({was} in the file, {target['image_queue'].shape[1]} here)")
     state.update({name: target[name] for name in names})
+
+
+def _convert_tied(state: State, target: State, report: LoadReport) -> None:
+    absent = [name for name, other in TIED.items() if name in target and name not in state and other in state]
+    if absent:
+        report.converted.append(f"{len(absent)} tensors of the MLM head, tied to others")
+        state.update({name: state[TIED[name]] for name in absent})
 
 
 def _convert_teacher(state: State, target: State, report: LoadReport) -> None:
@@ -329,6 +362,9 @@ def init_text_encoder(encoder: TextEncoder, text_encoder: str) -> LoadReport:
     """
     report = LoadReport(text_encoder)
     folder = Path(text_encoder)
+    with contextlib.suppress(ConfigError):  # as for a BERT
+        load_student_config(folder / CONFIG)
+        raise CheckpointError(f"--text_encoder {text_encoder}: holds a whole model; pass it as --checkpoint")
     weights = ("[!.]*.safetensors", "pytorch_model*.bin")
     if folder.is_dir() and not any(file for pattern in weights for file in folder.glob(pattern)):
         report.fresh.append("text encoder (WARNING: the folder holds no weights, all of them are random)")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from dataset.scenes.paths import DEMO, DEMO_AMC, DEMO_CONTROL, SHIPPED, SHIPPED_AMC, SHIPPED_CONFIG, SHOWN
 from grounding.maps import THRESHOLD
 from grounding.pictures.render import COLORMAP
+from models.student import is_student, local_checkpoint
 from runs import newest_checkpoint, shortest_ends
 from utils import UserError
 
@@ -58,14 +59,14 @@ PHOTOGRAPHS = (
 def offered(checkpoints: Sequence[str] = (), config: str | None = None, demo: Path = DEMO) -> list[Offer]:
     """The checkpoints that are named, or else the two that ship and the newest ones of `make demo`.
 
-    Without `config`, each is opened by its sizes, the shipped stage 1 by its own config. A checkpoint that is no file
-    raises `UserError`.
+    Without `config`, each is opened by its sizes, the shipped stage 1 by its own config. A checkpoint that is no file,
+    no student's folder and no name of one on the hub raises `UserError`.
     """
-    paths = list(dict.fromkeys(map(Path, checkpoints)))
-    for path in paths:
-        if not path.is_file():
+    paths = {Path(checkpoint): local_checkpoint(checkpoint) for checkpoint in checkpoints}
+    for path in paths.values():
+        if not path.is_file() and not is_student(path):
             raise UserError(f"{path}: no such checkpoint; the page takes files, for instance {SHIPPED}")
-    named = dict(zip(shortest_ends(paths), paths, strict=True))
+    named = dict(zip(shortest_ends(list(paths)), paths.values(), strict=True))
     if not paths:
         named = {BEFORE: SHIPPED, "AMC": SHIPPED_AMC}
         for name, folder in (("control", DEMO_CONTROL), ("AMC", DEMO_AMC)):

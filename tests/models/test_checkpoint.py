@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from files import save_tensors
 from models.albef import ALBEF
-from models.checkpoint import CheckpointError, check_resumable, diverged, export_student, load_weights, read_checkpoint
+from models.checkpoint import CheckpointError, check_resumable, diverged, load_weights, read_checkpoint, student_of
 from models.pretrain import PretrainModel
 from tests.models.states import State, assert_holds, load, resized, state_of
 
@@ -307,33 +306,36 @@ def test_the_first_weight_that_is_not_sound(evaluation: ALBEF) -> None:
     assert diverged(state, math.inf) == "visual_encoder.blocks.1.norm1.bias holds NaN or infinity"
 
 
-# ---- exporting and resuming
+# ---- students, and resuming
 
 
-def test_exported_student_starts_another_training(training: PretrainModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_student_starts_another_training(training: PretrainModel, dtype: torch.dtype) -> None:
     state = state_of(training)
-    save_tensors(tmp_path / "trained.pth", {"model": state, "epoch": 0, "config": {"image_res": 96}})
-    export_student(tmp_path / "trained.pth", tmp_path / "student.safetensors")
-    content = read_checkpoint(tmp_path / "student.safetensors")
-    assert content.keys() == {"model", "config"}
-    assert content["config"] == {"image_res": 96}
-    exported = content["model"]
-    assert not [key for key in exported if "_m." in key or "queue" in key]
-    assert {value.dtype for value in exported.values()} == {torch.float16}
-    report = load_weights(training, exported, "student.safetensors")
+    student = student_of({f"module.{key}": value for key, value in state.items()}, "x.pth", dtype)
+    assert not [key for key in student if "_m." in key or "queue" in key or ".cls.predictions.decoder." in key]
+    assert {value.dtype for value in student.values()} == {dtype}
+    report = load_weights(training, dict(student), "student")
     assert len(report.fresh) == 2  # queues and teacher
+    assert report.converted == ["2 tensors of the MLM head, tied to others"]
     for key, value in training.state_dict().items():
-        if key in exported:
-            assert torch.equal(value, state[key].half().float()), key
+        if "_m." not in key and "queue" not in key:
+            assert torch.equal(value, state[key].to(dtype).to(value.dtype)), key
     assert torch.equal(training.vision_proj_m.weight, training.vision_proj.weight)
 
 
-def test_a_wrapped_checkpoint_is_exported_by_our_names(tmp_path: Path, training: PretrainModel) -> None:
-    torch.save({f"module.{key}": value for key, value in state_of(training).items()}, tmp_path / "wrapped.pth")
-    export_student(tmp_path / "wrapped.pth", tmp_path / "student.safetensors")
-    content = read_checkpoint(tmp_path / "student.safetensors")
-    assert "temp" in content["model"]
-    assert "config" not in content
+def test_a_head_that_is_not_tied_stays_whole(training: PretrainModel) -> None:
+    state = state_of(training)
+    state["text_encoder.cls.predictions.decoder.weight"] = state["text_encoder.cls.predictions.decoder.weight"] + 1
+    assert "text_encoder.cls.predictions.decoder.weight" in student_of(state, "x.pth", torch.float32)
+
+
+def test_what_half_precision_cannot_hold(training: PretrainModel) -> None:
+    state = state_of(training)
+    state["vision_proj.bias"][1] = 7e4
+    student_of(state, "x.pth", torch.float32)
+    with pytest.raises(CheckpointError, match=r"x\.pth: not .*, vision_proj\.bias holds NaN or infinity in float16"):
+        student_of(state, "x.pth", torch.float16)
 
 
 RESUMABLE: dict[str, Any] = {"model": {}, "optimizer": {"state": {}}, "lr_scheduler": {}, "epoch": 3}

@@ -131,7 +131,8 @@ def test_truncated_checkpoint(tmp_path: Path, write: Callable[[Any, Path], None]
 
 
 @pytest.mark.parametrize(
-    ("name", "more"), [("none.pth", ""), ("none.safetensors", ""), (".", r" \(it is a folder: give a file\)")]
+    ("name", "more"),
+    [("none.pth", ""), ("none.safetensors", ""), (".", r" \(it is a folder: give a file; as a student")],
 )
 def test_missing_checkpoint(tmp_path: Path, name: str, more: str) -> None:
     with pytest.raises(CheckpointError, match="no such checkpoint" + more):

@@ -32,7 +32,6 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
 
     monkeypatch.setattr(scenes_demo, "run_step", run_step)
     monkeypatch.setattr(scenes_demo, "report", lambda *args: "| the table |")
-    monkeypatch.setattr(scenes_demo, "export_student", lambda checkpoint, out: None)
     return found
 
 
@@ -70,11 +69,18 @@ def test_the_short_demo(commands: Commands, tmp_path: Path, capsys: pytest.Captu
 def test_the_whole_table(full: bool, commands: Commands, tmp_path: Path) -> None:
     demonstrate(tmp_path, **{"full" if full else "all": True})
     evaluated = [f"{model}_{benchmark}" for model in MODELS for benchmark in ("refcoco", "refclef", "flickr")]
-    assert list(commands) == ["first_look", "scenes", *(["stage1"] if full else []), "control", "amc", *evaluated]
+    assert list(commands) == [
+        "first_look",
+        "scenes",
+        *(["stage1", "student"] if full else []),
+        "control",
+        "amc",
+        *evaluated,
+    ]
     for name in ("control", "amc"):
         args, config = trained(commands[name])
         assert (args.max_steps, config.schedular.epochs) == (None, 3)
-        assert args.checkpoint == str(tmp_path / "scenes_stage1.safetensors" if full else scenes_demo.SHIPPED)
+        assert args.checkpoint == str(tmp_path / "stage1" / "student" if full else scenes_demo.SHIPPED)
     for name in ("refcoco", "refclef", "flickr"):
         program, *words = commands[f"amc_{name}"]
         args = evaluate.parse_args(None, words)
