@@ -19,7 +19,7 @@ from grounding.batches import Ask, Pair
 from grounding.benchmarks import Benchmark
 from grounding.explain import Explainer, Resize
 from grounding.identity import Origin
-from grounding.questions import Asking, Questions
+from grounding.questions import Asking, EvaluationError, Questions
 from grounding.results import ResultFolder, percent, sources_of
 from models.checkpoint import read_checkpoint
 from runs import claim, is_within_epoch, write_provenance
@@ -28,10 +28,6 @@ from terminal import boolean, integer
 EVALUATION_PRECISIONS = ("fp32", "bf16")  # of utils.PRECISIONS
 Line = dict[str, float | None]
 T = TypeVar("T")
-
-
-class EvaluationError(utils.UserError):
-    """An evaluation that cannot be done as asked."""
 
 
 def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -19,8 +19,8 @@ from models.albef import build_albef
 from models.checkpoint import LoadReport
 
 
-class QuestionError(utils.UserError):
-    """A question that a model cannot be asked."""
+class EvaluationError(utils.UserError):
+    """An evaluation that cannot be done as asked."""
 
 
 class Asking(NamedTuple):
@@ -77,7 +77,7 @@ class Questions:
                 continue
             tokens = self.tokenizer([text]).input_ids.shape[1]
             if tokens > longest:
-                raise QuestionError(
+                raise EvaluationError(
                     f"expression {text!r:.60} has {tokens} word pieces, and this model reads at most {longest} "
                     "(bert_config's max_position_embeddings); shorten it or leave it out"
                 )

@@ -22,7 +22,7 @@ from grounding import evaluate as program
 from grounding import questions
 from grounding.batches import Loaded, answer_pairs
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS, Benchmark
-from grounding.evaluate import EvaluationError
+from grounding.questions import EvaluationError
 from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef
 from tests.data_keys import data_keys
