@@ -10,7 +10,7 @@ import torch
 import utils
 from config import GroundingConfig, load_config
 from grounding import metrics
-from grounding.benchmarks import BENCHMARKS, benchmark_of, guessed
+from grounding.benchmarks import BENCHMARKS, guessed
 from grounding.explain import Explainer
 from grounding.questions import Asking, Questions
 from models.albef import ALBEF
@@ -70,8 +70,7 @@ class Validation:
     def _prepared(self, file: str, asking: Asking) -> Questions:
         try:
             config = load_config(file, GroundingConfig)
-            benchmark = None if config.benchmark else guessed(config)
-            questions = Questions(config, asking, self.device, benchmark and benchmark_of(config, benchmark))
+            questions = Questions(config, asking, self.device, None if config.benchmark else guessed(config))
             with torch.random.fork_rng([]):
                 self._explainer(questions)
         except utils.UserError as error:
