@@ -6,6 +6,7 @@
 
 Leaves in OUT: checkpoint_%02d.pth and a line of log.txt per epoch, a line of steps.jsonl every 20 steps, config.yaml
 and run.json (options, versions, git commit, seed); within an epoch, checkpoint_%02d_step_%06d.pth every `--save_every`.
+`--validate` adds accuracies of benchmarks to log.txt, and best.pth (docs/watching.md).
 A run that was killed goes on, as if it had not been, with `--resume auto`; SIGTERM and Ctrl-C save and end a run,
 SIGUSR1 saves (docs/long_runs.md). `--tensorboard` adds OUT/tensorboard, `--wandb` OUT/wandb (docs/watching.md).
 """
@@ -34,6 +35,8 @@ from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
 from dataset.workers import EpochOrder, check_shared_memory, killed_workers_explained
+from grounding.questions import Asking
+from grounding.validate import Validation
 from models.checkpoint import (
     CheckpointError,
     check_resumable,
@@ -105,6 +108,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     save.add_argument("--keep_last", default=2, type=integer(1), metavar="N", help=last)
     epochs = "checkpoints of whole epochs to keep (default: all)"
     save.add_argument("--keep_epochs", type=integer(1), metavar="N", help=epochs)
+    validate = parser.add_argument_group(
+        "validation", "accuracies of benchmarks in log.txt; best.pth is the best epoch"
+    )
+    what = "measure these benchmarks, a Grounding_*.yaml each, on their val split; the first decides on best.pth"
+    validate.add_argument("--validate", nargs="+", default=[], metavar="CONFIG", help=what)
+    often = "epochs from one validation to the next (default: 1)"
+    validate.add_argument("--validate_every", default=1, type=integer(1), metavar="N", help=often)
     watch = parser.add_argument_group("watching", "what is shown of the run; its numbers stay the same")
     watch.add_argument("--tensorboard", action="store_true", help="write OUTPUT_DIR/tensorboard: losses and heat maps")
     watch.add_argument(
@@ -153,8 +163,9 @@ def train(run: "Run") -> None:
             break
         run.train_epoch(epoch, steps)
         run.check_weights(epoch)
+        accuracies = run.validate(epoch)
         # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
-        run.log.end_epoch(broken_images=len(run.data.replaced()))
+        run.log.end_epoch(broken_images=len(run.data.replaced()), accuracies=accuracies)
         run.save(Position(epoch + 1))
         run.end_if_asked()
     run.saver.finish()
@@ -180,6 +191,7 @@ class Run:
         check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
         path, goes_on = choose_start(args)
         checkpoint = load_start(self.model, config, args, path)
+        self.validation = self.open_validation()
         self.parallel = prepare_model(self.model, args, device)
         self.optimizer = create_optimizer(config.optimizer, self.model)
         self.schedule = create_scheduler(config.schedular, self.optimizer)
@@ -190,7 +202,8 @@ class Run:
             check_resumable(checkpoint, path)
             self.restore(checkpoint, path)
         check_agreement(self.model, str(path), self.start)
-        self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every)
+        self.decisive = self.validation.decisive if self.validation else ""
+        self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive)
         total_steps = min(config.schedular.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
         wandb = WandbRun(args.wandb) if args.wandb and utils.rank() == 0 else None
         boards = self.open_board(tokenizer), wandb
@@ -277,6 +290,11 @@ class Run:
                 f"the weights diverged in epoch {epoch} ({problem}), and are not saved; "
                 f"{way_back(self.output, Position(epoch, self.log.window), True)}"
             )
+
+    def validate(self, epoch: int) -> dict[str, float]:
+        """The accuracies of --validate at the end of an epoch, by their names in log.txt; nothing if none are due."""
+        due = self.validation and (epoch + 1) % self.args.validate_every == 0
+        return self.validation.measure() if self.validation and due else {}
 
     # ---- checkpoints
 
@@ -373,6 +391,14 @@ class Run:
             "entries": len(self.data),
         }
 
+    def open_validation(self) -> Validation | None:
+        """What measures the model for --validate; all that can be wrong with it is an error now."""
+        args = self.args
+        if not args.validate:
+            return None
+        asking = Asking(args.text_encoder, args.num_workers, args.skip_broken)
+        return Validation(args.validate, self.model, asking, self.device)
+
     def open_board(self, tokenizer: Tokenizer) -> "Board | None":
         """What draws for --tensorboard; None without it, and on all ranks but 0."""
         args, config = self.args, self.config
@@ -393,6 +419,8 @@ class Run:
         if utils.rank() != 0:
             return
         runs.prepare_output(self.output, self.start, earlier_log)
+        if self.decisive:  # a killed run may not have come to it
+            runs.link_best(self.output, runs.read_log(self.output / runs.EPOCHS_LOG), self.decisive)
         save_config(self.config, self.output / "config.yaml")
         runs.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
         samples = f"{self.config.batch_size * self.args.accum_steps} x {utils.world_size()}"

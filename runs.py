@@ -148,6 +148,27 @@ def best_checkpoint(folder: Path) -> Path | None:
     return folder / os.readlink(link) if link.is_symlink() else None
 
 
+def link_best(folder: Path, rows: Rows, key: str) -> None:
+    """Let best.pth be a link to the checkpoint of the epoch whose row of log.txt has the highest `key`.
+
+    The first of equals, of the epochs whose checkpoints are there. A file system without links is told, and no error.
+    """
+    found, link = checkpoints(folder), folder / BEST
+    values = {Position(row["epoch"] + 1): row[key] for row in rows if isinstance(row.get(key), float)}
+    values = {at: value for at, value in values.items() if at in found}
+    best = max(values, key=lambda at: values[at], default=None)
+    if best is None or found[best] == best_checkpoint(folder):
+        return
+    try:
+        if link.exists() and not link.is_symlink():
+            raise RunError(f"{link} is a file of its own, and stays: rename it, so that the link can be made")
+        with utils.atomic_path(link) as temporary:
+            temporary.symlink_to(found[best].name)
+        utils.log(f"{link} is now {found[best].name}, {key} {100 * values[best]:.2f}%")
+    except utils.UserError as error:
+        utils.log(f"warning: {error}")
+
+
 def changes_since(before: Row, config: PretrainConfig, settings: Row) -> list[str]:
     """How a run differs from the one whose checkpoint it continues, in lines "key: old -> new".
 
@@ -194,6 +215,8 @@ def prepare_output(output: Path, start: Position, known: Any = None) -> None:
         earlier = [path for pattern in own for path in output.glob(pattern)]
     else:
         earlier = [path for at, path in checkpoints(output).items() if at > start]
+        if best_checkpoint(output) in earlier:
+            earlier.append(output / BEST)
     if earlier:
         taken = [re.fullmatch(r"earlier_([0-9]+)", path.name) for path in output.glob("earlier_*")]
         aside = output / f"earlier_{max((int(name[1]) for name in taken if name), default=0) + 1}"

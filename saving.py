@@ -54,10 +54,14 @@ class Saver:
         keep_last: how many checkpoints within epochs are kept.
         keep_epochs: how many checkpoints of whole epochs are kept; None: all.
         every: how often one is due within an epoch.
+        decisive: the key of log.txt by which best.pth is chosen; "": it is not.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_epochs: int | None, every: Interval) -> None:
+    def __init__(
+        self, folder: Path, keep_last: int, keep_epochs: int | None, every: Interval, decisive: str = ""
+    ) -> None:
         self.folder, self.keep_last, self.keep_epochs, self.every = folder, keep_last, keep_epochs, every
+        self.decisive = decisive
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
         self.failure: utils.UserError | None = None
@@ -95,6 +99,8 @@ class Saver:
             try:
                 save_tensors(path, content)
                 self.failure = None
+                if self.decisive:
+                    runs.link_best(self.folder, content["log"], self.decisive)
                 self._remove_old()
             except utils.UserError as error:
                 self.failure = error

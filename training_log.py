@@ -208,15 +208,18 @@ class TrainingLog:
             self.board.after_step(done)
             self.looked += time.monotonic() - started  # the time of maps is not that of training
 
-    def end_epoch(self, broken_images: int) -> None:
-        """Write and print the means of the epoch, over all processes (a collective call)."""
+    def end_epoch(self, broken_images: int, accuracies: Mapping[str, float]) -> None:
+        """Write and print the means of the epoch, over all processes (a collective call), and its validation's."""
         means = self.of_epoch.means_of_all()
         length = {"steps": self.count, "seconds": round(self.seconds, 2)}
         row = {f"train_{name}": value for name, value in means.items()} | length
-        self._write(runs.EPOCHS_LOG, row | {"epoch": self.epoch, "broken_images": broken_images})
+        self._write(runs.EPOCHS_LOG, row | {"epoch": self.epoch, "broken_images": broken_images, **accuracies})
         shown = " ".join(f"{name} {value:.4g}" for name, value in (means | length).items())
         utils.log(f"epoch {self.epoch}: {shown}")
-        self._draw("epochs", self.begun + self.count, means)
+        if accuracies:
+            shown = ", ".join(f"{name} {100 * value:.2f}%" for name, value in accuracies.items())
+            utils.log(f"epoch {self.epoch}: {shown}")
+        self._draw("epochs", self.begun + self.count, means | dict(accuracies))
 
     def state(self) -> dict[str, Any]:
         """What this process has counted since the epoch began and since the last line, as plain values."""

@@ -1,6 +1,6 @@
 """Evaluation's images: decoded by worker processes, in batches, and asked for everything about them at once."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +13,7 @@ from dataset.reading import DataError, read_image
 from dataset.transforms import normalise
 from dataset.workers import check_shared_memory
 from grounding.explain import Resize
+from signals import ignore_in_worker
 from utils import rank, world_size
 
 Pair = tuple[Path, str]
@@ -47,16 +48,25 @@ class ImageData(Dataset[Loaded]):
         return Loaded(path, normalise(self.resize(image, self.image_res)))
 
 
-def load_images(data: ImageData, batch_size: int, workers: int) -> Iterator[list[Loaded]]:
+def load_images(
+    data: ImageData, batch_size: int, workers: int, wanted: Collection[Path] | None = None
+) -> Iterator[list[Loaded]]:
     """This process's batches of images, decoded by `workers` processes while the model computes.
 
     Whole batches are dealt out to the processes, so results do not depend on their number. A terminal shows progress.
+
+    Args:
+        wanted: leave out batches with none of these images.
     """
     indices = list(range(len(data)))
     batches = [indices[start : start + batch_size] for start in range(0, len(data), batch_size)]
+    if wanted is not None:
+        batches = [batch for batch in batches if any(data.paths[index] in wanted for index in batch)]
     mine = batches[rank() :: world_size()]
     check_shared_memory(workers, len(mine), 4 * 3 * data.image_res**2 * batch_size)
-    loader: Iterable[list[Loaded]] = DataLoader(data, batch_sampler=mine, num_workers=workers, collate_fn=list)
+    loader: Iterable[list[Loaded]] = DataLoader(
+        data, batch_sampler=mine, num_workers=workers, collate_fn=list, worker_init_fn=ignore_in_worker
+    )
     with tqdm(total=sum(map(len, mine)), unit="image", disable=None if rank() == 0 else True) as bar:
         for batch in loader:
             for broken in (image for image in batch if image.pixels is None):

@@ -94,6 +94,15 @@ def benchmark_of(config: GroundingConfig, script: Benchmark | None = None) -> Be
     return BENCHMARKS[config.refer_dataset]._replace(splits={split: split for split in held_out})
 
 
+def guessed(config: GroundingConfig) -> Benchmark | None:
+    """Whose data keys a config has that names no benchmark, as the release's files: the script that would take it."""
+    if config.image_ids_file:
+        return FLICKR
+    if config.refcoco_data:
+        return REFCOCO_PLUS if config.det_file else REFCLEF
+    return None
+
+
 def with_splits(benchmark: Benchmark, expressions: Sequence[Expression]) -> Benchmark:
     """The benchmark with the splits that it reports: without its own, all those of the data, in order."""
     return benchmark._replace(splits=benchmark.splits or {one.split: one.split for one in expressions})

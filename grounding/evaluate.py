@@ -1,7 +1,7 @@
 """The evaluation program of all scripts: checkpoints -> maps -> metrics -> results (docs/method.md, Evaluation)."""
 
 import argparse
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -9,20 +9,19 @@ import torch
 from torch import Tensor
 
 import utils
-from config import BertConfig, GroundingConfig, load_bert_config, load_config, naming, save_config
+from config import GroundingConfig, load_config, naming, save_config
 from dataset.matching import load_pairs
 from dataset.reading import DataError
-from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from dataset.workers import killed_workers_explained
 from grounding import identity, metrics
-from grounding.batches import Ask, ImageData, Pair, answer_pairs, load_images
-from grounding.benchmarks import Benchmark, benchmark_of, with_splits
+from grounding.batches import Ask, Pair
+from grounding.benchmarks import Benchmark
 from grounding.explain import Explainer, Resize
 from grounding.identity import Origin
-from grounding.load import check_config, own_sizes, ready
+from grounding.load import own_sizes
+from grounding.questions import Asking, EvaluationError, Questions
 from grounding.results import ResultFolder, percent, sources_of
-from models.albef import build_albef
 from models.checkpoint import read_checkpoint
 from models.student import is_student, lacking, local_checkpoint, own_text_encoder
 from runs import claim, is_within_epoch, write_provenance
@@ -31,10 +30,6 @@ from terminal import boolean, integer
 EVALUATION_PRECISIONS = ("fp32", "bf16")  # of utils.PRECISIONS
 Line = dict[str, float | None]
 T = TypeVar("T")
-
-
-class EvaluationError(utils.UserError):
-    """An evaluation that cannot be done as asked."""
 
 
 def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -116,7 +111,8 @@ def find_checkpoints(checkpoint: str | Path) -> dict[str, Path]:
     for file in sorted(path.glob("*.pth")):
         if file.name.startswith(".") or not file.is_file():  # such as macOS's ._checkpoint_00.pth
             continue
-        if file.is_symlink() or is_within_epoch(file):  # best.pth, and what training saves in between
+        again = file.is_symlink() and file.resolve().parent == path.resolve()  # best.pth
+        if again or is_within_epoch(file):
             continue
         epoch = file.stem[-2:]
         if epoch in found:
@@ -130,21 +126,6 @@ def find_checkpoints(checkpoint: str | Path) -> dict[str, Path]:
             f"--checkpoint {checkpoint}: the folder holds no *.pth, and no {' and no '.join(lacking(path))}"
         )
     return found
-
-
-def check_readable(texts: Iterable[str], tokenizer: Tokenizer, bert: BertConfig) -> None:
-    """Raise `UserError` for a vocabulary or a text that the model has no embeddings for."""
-    check_vocabulary(tokenizer, bert.vocab_size)
-    longest = bert.max_position_embeddings
-    for text in dict.fromkeys(texts):
-        if len(text) * 4 < longest:  # no character is more than 3 pieces: spares tokenising nearly all
-            continue
-        tokens = tokenizer([text]).input_ids.shape[1]
-        if tokens > longest:
-            raise EvaluationError(
-                f"expression {text!r:.60} has {tokens} word pieces, and this model reads at most {longest} "
-                "(bert_config's max_position_embeddings); shorten it or leave it out"
-            )
 
 
 def on_rank_0(function: Callable[[], T]) -> T:
@@ -161,30 +142,25 @@ def on_rank_0(function: Callable[[], T]) -> T:
     return found  # type: ignore[return-value]
 
 
-class Evaluation:
-    """A benchmark's data, read and checked before anything is computed, and its result folder."""
+class Evaluation(Questions):
+    """A benchmark's questions and its result folder; checked before anything is computed."""
 
     def __init__(
         self, benchmark: Benchmark | None, config: GroundingConfig, args: argparse.Namespace, device: torch.device
     ) -> None:
-        self.config, self.args, self.device = config, args, device
-        self.block = config.block_num if args.block_num is None else args.block_num
-        benchmark = benchmark_of(config, benchmark)
-        self.expressions = benchmark.load(config, args.skip_broken)
-        metrics.check_metrics(benchmark.metrics, self.expressions)
-        self.benchmark = with_splits(benchmark, self.expressions)
+        asking = Asking(
+            args.text_encoder, args.num_workers, args.skip_broken, args.gradcam_mode, args.block_num, args.precision
+        )
+        super().__init__(config, asking, device, benchmark)
+        self.args = args
         files = config.matching_file
         self.pairs = {Path(file).stem: load_pairs(file, config.image_root, args.skip_broken) for file in files}
         if len(self.pairs) < len(files):
             raise EvaluationError(f"matching_file: two of {', '.join(files)} are called alike; rename one")
-        self.line_names = [*benchmark.metrics, *self.pairs]
-        self.tokenizer = load_tokenizer(args.text_encoder)
-        asked = [expression.text for expression in self.expressions]
-        asked += [pair.text for pairs in self.pairs.values() for pair in pairs]
-        check_readable(asked, self.tokenizer, load_bert_config(config.bert_config))
-        check_config(config, args.gradcam_mode, self.block)
+        self.line_names = [*self.benchmark.metrics, *self.pairs]
+        self.check_readable(pair.text for pairs in self.pairs.values() for pair in pairs)
         images = {expression.image for expression in self.expressions}
-        utils.log(f"{benchmark.name}: {len(self.expressions)} expressions of {len(images)} images, on {device}")
+        utils.log(f"{self.benchmark.name}: {len(self.expressions)} expressions of {len(images)} images, on {device}")
         self.results = ResultFolder(Path(args.output_dir) / "result")
         self.origin: Origin = {}
 
@@ -254,18 +230,16 @@ class Evaluation:
 
     def load(self, path: Path) -> Explainer:
         """The model of a checkpoint, ready for evaluation."""
-        args, model = self.args, build_albef(self.config)
-        utils.log(str(ready(model, read_checkpoint(path), path, self.device)))
-        precision = utils.PRECISIONS[args.precision]
-        return Explainer(model, self.tokenizer, self.device, args.gradcam_mode, self.block, precision, str(path))
+        explainer, report = self.explainer(read_checkpoint(path), path)
+        utils.log(str(report))
+        return explainer
 
     def maps(self, explainer: Explainer) -> list[Tensor | None]:
         """The map (h, w) of each expression; None where its image cannot be read."""
-        asked = [(expression.image, expression.text) for expression in self.expressions]
-        found = self.ask(explainer.maps, asked, self.benchmark.resize)
-        if missing := len(asked) - len(found):
+        found = self.ask(explainer.maps, self.asked, self.benchmark.resize)
+        if missing := len(self.asked) - len(found):
             utils.log(f"{missing} expressions of unreadable images are left out of results and metrics")
-        return [found.get(position) for position in range(len(asked))]
+        return [found.get(position) for position in range(len(self.asked))]
 
     def accuracies(self, maps: list[Tensor | None]) -> list[Line]:
         """A log line for each metric of the benchmark: reported split -> accuracy."""
@@ -287,13 +261,11 @@ class Evaluation:
 
     def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> dict[int, Tensor]:
         """Call a method of `Explainer` for (image, text) pairs in all processes; answers by the pairs' positions."""
-        images = list(dict.fromkeys(image for image, _ in pairs))
-        data = ImageData(images, resize, self.config.image_res, self.args.skip_broken)
-        batches = load_images(data, self.config.batch_size, self.args.num_workers)
-        parts = utils.gather_objects(dict(answer_pairs(function, pairs, batches)))
+        parts = utils.gather_objects(self.answers(function, pairs, resize))
         found = {position: answer for part in parts for position, answer in part.items()}
         if pairs and not found:
-            raise DataError(f"none of the {len(images)} images can be read; check image_root")
+            count = len({image for image, _ in pairs})
+            raise DataError(f"none of the {count} images can be read; check image_root")
         return found
 
     def report(self) -> None:

@@ -16,11 +16,13 @@ from config import GroundingConfig, load_config
 from dataset.expressions import Expression
 from dataset.reading import DataError, read_image
 from dataset.scenes import files as scenes_files
+from dataset.text import load_tokenizer
 from dataset.transforms import normalise
 from grounding import evaluate as program
+from grounding import questions
 from grounding.batches import Loaded, answer_pairs
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS, Benchmark
-from grounding.evaluate import EvaluationError
+from grounding.questions import EvaluationError
 from grounding.results import ResultError, ResultFolder
 from models.albef import build_albef
 from tests.data_keys import data_keys
@@ -106,7 +108,7 @@ def test_maps_are_those_of_each_pair_alone(mode: str, place: Path, tmp_path: Pat
     model = build_albef(config)
     model.load_state_dict(torch.load(place / ONE, weights_only=True)["model"])
     model.requires_grad_(False).eval()
-    tokenizer = program.load_tokenizer(str(place / "data" / "text_encoder"))
+    tokenizer = load_tokenizer(str(place / "data" / "text_encoder"))
     compared = 0
     for expression, record in list(zip(REFCOCO_PLUS.load(config), results(tmp_path), strict=True))[::5]:
         image = normalise(REFCOCO_PLUS.resize(read_image(expression.image, ""), config.image_res))[None]
@@ -153,7 +155,7 @@ def test_a_result_without_its_metrics_is_not_skipped(
     path = tmp_path / "result" / "log.txt"
     complete = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*complete[:3], complete[4][:20]]))  # "01" lacks a line, "02" is cut off
-    monkeypatch.setattr(program, "build_albef", None)  # the maps are there already
+    monkeypatch.setattr(questions, "build_albef", None)  # the maps are there already
     evaluate(REFCOCO_PLUS, place, tmp_path)
     assert sorted(path.read_text().splitlines()) == sorted(line.strip() for line in complete)
 
@@ -214,7 +216,7 @@ def test_missing_images_are_skipped_as_broken_ones(
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert f"<td>fp32</td><td>{len(expressions) - len(kept)}</td>" in html
     assert ">nan<" not in html
-    monkeypatch.setattr(program, "build_albef", None)  # nothing is computed again
+    monkeypatch.setattr(questions, "build_albef", None)  # nothing is computed again
     evaluate(benchmark, place, tmp_path / "out", *words, "--skip_broken", checkpoint=ONE)
     assert "already evaluated" in capsys.readouterr().out
 

@@ -11,7 +11,8 @@ from config import GroundingConfig, load_config
 from dataset.reading import DataError
 from grounding import evaluate as program
 from grounding.benchmarks import BENCHMARKS, FLICKR, REFCLEF, REFCOCO_PLUS, Benchmark, benchmark_of
-from grounding.evaluate import EvaluationError, find_checkpoints
+from grounding.evaluate import find_checkpoints
+from grounding.questions import EvaluationError
 from models.checkpoint import CheckpointError
 from tests.grounding import test_evaluate as base
 from tests.grounding.test_evaluate import ONE, evaluate
@@ -153,7 +154,7 @@ def test_what_can_be_known_is_said_first(words: list[str], message: str, place: 
 def test_matching_files_called_alike(place: Path, tmp_path: Path) -> None:
     other = Path(shutil.copy(place / "data" / "matching_val.json", tmp_path))
     files = f"{place / 'data' / 'matching_val.json'},{other}"
-    with pytest.raises(program.EvaluationError, match="called alike; rename one"):
+    with pytest.raises(EvaluationError, match="called alike; rename one"):
         evaluate(REFCLEF, place, tmp_path / "out", "--set", f"matching_file=[{files}]", checkpoint=ONE)
 
 

@@ -11,8 +11,9 @@ import torch
 from config import GroundingConfig, load_config
 from dataset.matching import load_pairs
 from dataset.reading import DataError, read_image
+from dataset.text import load_tokenizer
 from dataset.transforms import normalise, resize_bilinear_image
-from grounding import evaluate as program
+from grounding import questions
 from grounding.batches import answer_pairs
 from grounding.benchmarks import REFCLEF
 from models.albef import build_albef
@@ -34,7 +35,7 @@ def test_matching_accuracy(place: Path, tmp_path: Path) -> None:
     model = build_albef(config)
     model.load_state_dict(torch.load(place / ONE, weights_only=True)["model"])
     model.eval()
-    tokenizer = program.load_tokenizer(str(place / "data" / "text_encoder"))
+    tokenizer = load_tokenizer(str(place / "data" / "text_encoder"))
     right: dict[str, list[bool]] = {"caption": [], "phrase": []}
     for row in json.loads(file.read_text()):
         image = read_image(place / "data" / "images" / row["image"], "")
@@ -64,7 +65,7 @@ def test_matching_is_decided_at_one_half(
             return answer_pairs(function, asked, batches)
         return ((i, of_true if match else of_false) for i, match in enumerate(matches))
 
-    monkeypatch.setattr(program, "answer_pairs", answer)
+    monkeypatch.setattr(questions, "answer_pairs", answer)
     evaluate(REFCLEF, place, tmp_path, "--set", f"matching_file=[{file}]", checkpoint=ONE)
     assert log(tmp_path)[1]["matching_val"] == accuracy
 

@@ -17,6 +17,7 @@ import files
 import utils
 from config import GroundingConfig, load_config
 from grounding import evaluate as program
+from grounding import questions
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS
 from grounding.evaluate import on_rank_0
 from grounding.report.rows import ReportError, Source, read_maps
@@ -51,7 +52,7 @@ def matching(place: Path) -> list[str]:
 @pytest.fixture
 def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on, building a model fails."""
-    return lambda: monkeypatch.setattr(program, "build_albef", None)
+    return lambda: monkeypatch.setattr(questions, "build_albef", None)
 
 
 def edit_json(path: Path, change: Callable[[Any], object]) -> list[str]:
