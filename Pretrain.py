@@ -145,7 +145,7 @@ def train(run: "Run") -> None:
         run.train_epoch(epoch, steps)
         run.check_weights(epoch)
         # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
-        run.log.end_epoch(broken_images=len(run.data.replaced()))
+        run.log.end_epoch(broken_images=len(run.data.broken_anywhere()))
         run.save(Position(epoch + 1))
         run.end_if_asked()
     run.saver.finish()
@@ -388,8 +388,8 @@ def build_loader(
     data: TrainingData, order: EpochOrder, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
     """This process's batches; raises `DataError` where they do not fill a step."""
-    batch_bytes = config.batch_size * (3 * config.image_res**2 + config.mask_size**2)
-    check_shared_memory(args.num_workers, len(data) // config.batch_size, batch_bytes)
+    sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + 4 * 8 * config.max_tokens + 1  # of `Batch`
+    check_shared_memory(args.num_workers, len(data) // config.batch_size, config.batch_size * sample_bytes)
     loader = DataLoader(
         data,
         batch_size=config.batch_size,
