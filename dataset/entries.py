@@ -102,7 +102,7 @@ class PackedEntries(Dataset[TrainingEntry], Sequence[TrainingEntry]):
         """Raise `ValueError` if a byte is not as it was written; reads all of them."""
         checksum = 0
         for start in range(0, len(self.content), BLOCK):
-            checksum = zlib.crc32(self.content[start : start + BLOCK], checksum)
+            checksum = zlib.crc32(self.content[start : start + BLOCK].data, checksum)
         if checksum != self.checksum:
             raise ValueError("damaged packed entries")
 

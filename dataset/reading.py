@@ -81,7 +81,7 @@ def _streamed(path: str | Path) -> Iterator[Any]:
             ) from None
         raise DataError(f"{path}: entry {count}: not valid JSON ({error.msg}); is the file complete?") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: not a text file, from entry {count} on ({error.reason})") from error
+        raise DataError(f"{path}: not a text file ({error.reason}), after {count} entries or more") from error
     except (RecursionError, ValueError) as error:
         raise DataError(f"{path}: entry {count}: {why_unusable(error)}") from None
 

@@ -239,7 +239,7 @@ def _entries(
         raise DataError(f"{file}: holds no entries" + (" that have a caption" if rows else ""))
 
 
-_locate_recent = functools.lru_cache(1 << 12)(locate)  # a third of the time, and an image has many entries
+_locate_recent = functools.lru_cache(256)(locate)  # a third of the time, and an image has many entries
 
 
 def _entry(index: int, row: Any, image_root: str, max_words: int) -> RawEntry:
