@@ -15,13 +15,14 @@ from typing import IO, Any, NamedTuple, overload
 import numpy as np
 from torch.utils.data import Dataset
 
+from files import BLOCK
+
 FORM = b"amc entries 2\n"  # how a packed file ends; another form gets another number
 # Arrays behind the entries' bytes, one number an entry or (first) an image, by their types in `array`.
 # ends: where an entry's bytes end; rows: its index in the JSON file; first: the first entry of an image; boxed: whether
 # it has boxes.
 COLUMNS = {"ends": "q", "rows": "q", "first": "q", "boxed": "b"}
 HEAD = struct.Struct(f"<{2 + len(COLUMNS)}q")  # before `FORM`: sizes of the entries and of each array, and a checksum
-BLOCK = 16 << 20  # bytes that are summed at a time
 ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 

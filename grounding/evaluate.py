@@ -10,7 +10,7 @@ from torch import Tensor
 
 import utils
 from config import BertConfig, GroundingConfig, load_bert_config, load_config, naming, save_config
-from dataset.matching import load_pairs
+from dataset.own import load_pairs
 from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.transforms import resize_bilinear_image
