@@ -33,7 +33,7 @@ from dataset.expressions import SHOWN_PROBLEMS
 from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
-from dataset.workers import EpochOrder, check_shared_memory, killed_workers_explained
+from dataset.workers import EpochOrder, check_shared_memory, killed_workers_explained, spare_memory
 from models.checkpoint import (
     CheckpointError,
     check_resumable,
@@ -396,7 +396,7 @@ def build_loader(
         sampler=order,
         num_workers=args.num_workers,
         collate_fn=Collate(tokenizer, config),
-        worker_init_fn=ignore_in_worker,
+        worker_init_fn=begin_worker,
         persistent_workers=args.num_workers > 0,
         generator=torch.Generator(),  # not the one that `begin_epoch` seeds
         pin_memory=torch.cuda.is_available(),
@@ -406,6 +406,12 @@ def build_loader(
         needed = config.batch_size * utils.world_size() * args.accum_steps
         raise DataError(f"{len(data)} training entries do not fill one step of {needed}; lower batch_size")
     return loader
+
+
+def begin_worker(worker: int) -> None:
+    """Called at a loader process's start."""
+    ignore_in_worker(worker)
+    spare_memory(worker)
 
 
 def load_start(
