@@ -34,7 +34,7 @@ from dataset.expressions import SHOWN_PROBLEMS
 from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
-from dataset.workers import EpochOrder, check_shared_memory, killed_workers_explained
+from dataset.workers import EpochOrder, check_shared_memory, killed_workers_explained, spare_memory
 from grounding.questions import Asking
 from grounding.validate import Validation
 from models.checkpoint import (
@@ -165,7 +165,7 @@ def train(run: "Run") -> None:
         run.check_weights(epoch)
         accuracies = run.validate(epoch)
         # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
-        run.log.end_epoch(broken_images=len(run.data.replaced()), accuracies=accuracies)
+        run.log.end_epoch(broken_images=len(run.data.broken_anywhere()), accuracies=accuracies)
         run.save(Position(epoch + 1))
         run.end_if_asked()
     run.saver.finish()
@@ -442,15 +442,15 @@ def build_loader(
     data: TrainingData, order: EpochOrder, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
     """This process's batches; raises `DataError` where they do not fill a step."""
-    batch_bytes = config.batch_size * (3 * config.image_res**2 + config.mask_size**2)
-    check_shared_memory(args.num_workers, len(data) // config.batch_size, batch_bytes)
+    sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + 4 * 8 * config.max_tokens + 1  # of `Batch`
+    check_shared_memory(args.num_workers, len(data) // config.batch_size, config.batch_size * sample_bytes)
     loader = DataLoader(
         data,
         batch_size=config.batch_size,
         sampler=order,
         num_workers=args.num_workers,
         collate_fn=Collate(tokenizer, config),
-        worker_init_fn=ignore_in_worker,
+        worker_init_fn=begin_worker,
         persistent_workers=args.num_workers > 0,
         generator=torch.Generator(),  # not the one that `begin_epoch` seeds
         pin_memory=torch.cuda.is_available(),
@@ -460,6 +460,12 @@ def build_loader(
         needed = config.batch_size * utils.world_size() * args.accum_steps
         raise DataError(f"{len(data)} training entries do not fill one step of {needed}; lower batch_size")
     return loader
+
+
+def begin_worker(worker: int) -> None:
+    """Called at a loader process's start."""
+    ignore_in_worker(worker)
+    spare_memory(worker)
 
 
 def load_start(

@@ -221,7 +221,7 @@ class GroundingConfig(ModelConfig):
     phrase_box_file: list[PathText] = []
     sentences_file: list[PathText] = []
     block_num: int = Field(8, ge=0)  # the layer whose attention is explained; --block_num overrides it
-    # balanced pairs (dataset/matching.py) on which matching accuracy is measured as well
+    # balanced pairs (dataset/own.py) on which matching accuracy is measured as well
     matching_file: list[PathText] = []
     # Training keys of the released files that evaluation accepts and ignores.
     on_bbox: bool = False

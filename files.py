@@ -88,15 +88,17 @@ def parse_json(text: str) -> Any:
                 "holds JSON lines, one value each; make one list of them, say with: jq -s . FILE"
             ) from None
         raise
-    except RepeatedKey as error:
-        key = error.args[0]
-        raise ValueError(
-            f"an object holds the key {key!r:.80} more than once, so that all but one would be lost"
-        ) from None
-    except RecursionError:
-        raise ValueError("lists or objects are nested too deeply") from None
-    except ValueError:
-        raise ValueError("an integer has thousands of digits") from None
+    except (RecursionError, ValueError) as error:
+        raise ValueError(why_unusable(error)) from None
+
+
+def why_unusable(error: Exception) -> str:
+    """What is wrong with JSON that cannot be used."""
+    if isinstance(error, RepeatedKey):
+        return f"an object holds the key {error.args[0]!r:.80} more than once, so that all but one would be lost"
+    if isinstance(error, RecursionError):
+        return "lists or objects are nested too deeply"
+    return "an integer has thousands of digits"
 
 
 # ---- tensors

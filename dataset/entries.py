@@ -6,19 +6,24 @@ some 170 bytes once, and a few microseconds a look-up.
 
 import json
 import struct
+import zlib
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, NamedTuple, overload
+from typing import IO, Any, NamedTuple, overload
 
 import numpy as np
 from torch.utils.data import Dataset
 
-FORM = b"amc entries 1\n"  # how a packed file ends; another form gets another number
-# Arrays behind the entries' bytes, one number an entry or (the last two) an image, by their types in `array`.
-# ends: where an entry's bytes end; rows: its index in the JSON file; boxed: whether it has boxes; first: the first
-# entry of an image; image_ends: where the image's name ends.
-COLUMNS = {"ends": "q", "rows": "q", "boxed": "b", "first": "q", "image_ends": "q"}
+from files import BLOCK
+
+FORM = b"amc entries 2\n"  # how a packed file ends; another form gets another number
+# Arrays behind the entries' bytes, one number an entry or (first) an image, by their types in `array`.
+# ends: where an entry's bytes end; rows: its index in the JSON file; first: the first entry of an image; boxed: whether
+# it has boxes.
+COLUMNS = {"ends": "q", "rows": "q", "first": "q", "boxed": "b"}
+HEAD = struct.Struct(f"<{2 + len(COLUMNS)}q")  # before `FORM`: sizes of the entries and of each array, and a checksum
+ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 class TrainingEntry(NamedTuple):
@@ -40,60 +45,67 @@ class RawEntry(NamedTuple):
 
 
 def pack(entries: Iterable[RawEntry], out: IO[bytes]) -> None:
-    """Write entries as they come; in memory are some bytes of each, and the names of the images."""
-    columns = {name: array(kind) for name, kind in COLUMNS.items()}
-    images: dict[str, int] = {}
-    place = 0
-    for number, entry in enumerate(entries):
-        image = images.setdefault(entry.image, len(images))
-        if image == len(columns["first"]):
-            columns["first"].append(number)
-        text = json.dumps([image, entry.captions, entry.boxes], separators=(",", ":"))
-        place += out.write(text.encode())
-        for name, value in (("ends", place), ("rows", entry.row), ("boxed", bool(entry.boxes))):
-            columns[name].append(value)
+    """Write entries as they come; of each, 25 bytes stay in memory until all are written."""
+    ends, rows, images, boxed = array("q"), array("q"), array("q"), array("b")
+    place = checksum = 0
+    for entry in entries:
+        content = ENCODER.encode(entry[1:]).encode()
+        checksum = zlib.crc32(content, checksum)
+        place += out.write(content)
+        ends.append(place)
+        rows.append(entry.row)
+        images.append(hash(entry.image))  # of 64 bits, which tell millions of names apart
+        boxed.append(bool(entry.boxes))
+    first = np.sort(np.unique(np.frombuffer(images, np.int64), return_index=True)[1]).astype(np.int64)
     sizes = [place]
-    named = 0
-    for name in images:
-        named += out.write(name.encode())
-        columns["image_ends"].append(named)
-    sizes.append(named)
-    for column in columns.values():
-        sizes.append(out.write(column.tobytes()))
-    out.write(struct.pack(f"<{len(sizes)}q", *sizes) + FORM)
+    for column in (ends, rows, first, boxed):
+        content = column.tobytes()
+        checksum = zlib.crc32(content, checksum)
+        sizes.append(out.write(content))
+    out.write(HEAD.pack(*sizes, checksum) + FORM)
 
 
 class PackedEntries(Dataset[TrainingEntry], Sequence[TrainingEntry]):
     """The entries of one training file.
 
     Args:
-        content: uint8, what `pack` wrote; a mapped file is read where entries are looked up, and nowhere else.
+        packed: what `pack` wrote, as bytes or in a file. A file is mapped: it is read where entries are looked up.
         file: the JSON file, for `TrainingEntry.source`.
         image_root: what the images' names lie below.
 
     Raises:
-        ValueError: it is something else.
+        OSError, ValueError: it cannot be read, or is something else.
     """
 
-    def __init__(self, content: np.ndarray, file: str | Path, image_root: str) -> None:
-        self.file, self.image_root = file, image_root
-        count = 2 + len(COLUMNS)
-        head = struct.calcsize(f"<{count}q")
+    def __init__(self, packed: bytes | Path, file: str | Path, image_root: str) -> None:
+        self.packed, self.file, self.image_root = packed, file, image_root
+        # A plain array: what is cut from a `memmap` is one as well, and slow.
+        content = (
+            np.asarray(np.memmap(packed, np.uint8, "r")) if isinstance(packed, Path) else np.frombuffer(packed, "u1")
+        )
         end = len(content) - len(FORM)
-        if end < head or content[end:].tobytes() != FORM:
+        if end < HEAD.size or content[end:].tobytes() != FORM:
             raise ValueError("no packed entries")
-        sizes = struct.unpack(f"<{count}q", content[end - head : end].tobytes())
-        if min(sizes) < 0 or sum(sizes) != end - head:
+        *sizes, self.checksum = HEAD.unpack(content[end - HEAD.size : end].tobytes())
+        if min(sizes) < 0 or sum(sizes) != end - HEAD.size:
             raise ValueError("packed entries of another size")
-        self.content, self.names, *columns = np.split(content[: end - head], np.cumsum(sizes)[:-1])
-        for (name, kind), column in zip(COLUMNS.items(), columns, strict=True):
-            setattr(self, name, column.view(kind))
+        self.content = content[: end - HEAD.size]
+        self.entries, *columns = np.split(self.content, np.cumsum(sizes)[:-1])
+        self.ends, self.rows, self.first, self.boxed = (
+            column.view(kind) for kind, column in zip(COLUMNS.values(), columns, strict=True)
+        )
 
-    ends: np.ndarray
-    rows: np.ndarray
-    boxed: np.ndarray
-    first: np.ndarray
-    image_ends: np.ndarray
+    def __reduce__(self) -> Any:
+        """Another process maps the file itself."""
+        return PackedEntries, (self.packed, self.file, self.image_root)
+
+    def verify(self) -> None:
+        """Raise `ValueError` if a byte is not as it was written; reads all of them."""
+        checksum = 0
+        for start in range(0, len(self.content), BLOCK):
+            checksum = zlib.crc32(self.content[start : start + BLOCK].data, checksum)
+        if checksum != self.checksum:
+            raise ValueError("damaged packed entries")
 
     def __len__(self) -> int:
         return len(self.ends)
@@ -108,22 +120,17 @@ class PackedEntries(Dataset[TrainingEntry], Sequence[TrainingEntry]):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative ones, and `IndexError`
-        image, captions, boxes = json.loads(_piece(self.content, self.ends, index))
-        name = self.image_name(image)
-        return TrainingEntry(Path(self.image_root, name), captions, boxes, self.source(index, name))
-
-    def image_name(self, image: int) -> str:
-        return _piece(self.names, self.image_ends, image).decode()
-
-    def source(self, index: int, name: str) -> str:
-        return f"{self.file}: entry {self.rows[index]} ({name})"
+        name, captions, boxes = json.loads(self._text(index))
+        return TrainingEntry(Path(self.image_root, name), captions, boxes, self._source(index, name))
 
     def images(self) -> Iterator[tuple[Path, str]]:
         """Each image once, with the source of its first entry."""
-        for image, index in enumerate(self.first.tolist()):
-            name = self.image_name(image)
-            yield Path(self.image_root, name), self.source(index, name)
+        for index in map(int, self.first):
+            name = json.loads(self._text(index))[0]
+            yield Path(self.image_root, name), self._source(index, name)
 
+    def _text(self, index: int) -> bytes:
+        return self.entries[self.ends[index - 1] if index else 0 : self.ends[index]].tobytes()
 
-def _piece(content: np.ndarray, ends: np.ndarray, index: int) -> bytes:
-    return content[ends[index - 1] if index else 0 : ends[index]].tobytes()
+    def _source(self, index: int, name: str) -> str:
+        return f"{self.file}: entry {self.rows[index]} ({name})"

@@ -1,6 +1,6 @@
-"""Your own phrases and boxes, for evaluation: the benchmark `own`.
+"""Your own data, for evaluation: phrases and boxes (the benchmark `own`), and image-text pairs (`matching_file`).
 
-A file is a JSON list of entries, or JSON lines with one entry a line. An entry is an object with these keys:
+A file of phrases is a JSON list of entries, or JSON lines with one entry a line. An entry is an object with these keys:
 
     image            path of the image, below the config's image_root
     phrase, phrases  a text, or a list of texts; each is one expression
@@ -9,24 +9,29 @@ A file is a JSON list of entries, or JSON lines with one entry a line. An entry 
     split            optional: the split that the entry counts for; by default "test"
     category         optional: a word by which the report groups expressions
 
-Other keys are ignored.
+Other keys are ignored. A file of pairs is a JSON list of {"image", "text", "match": 1 or 0, "kind"?}.
 """
 
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from config import GroundingConfig
 from dataset.expressions import (
+    SURROGATE,
     DataFile,
     EntryProblem,
     Expression,
     Reading,
     is_box,
+    is_text,
     list_rows,
+    load,
     locate,
     require,
     shown,
@@ -34,7 +39,7 @@ from dataset.expressions import (
 from dataset.reading import read_text
 from files import parse_json
 
-MAX_WORDS = 50  # of a phrase, as for Flickr30k
+MAX_WORDS = 50  # of a phrase, as for Flickr30k, and of a text, as for a training caption
 SPLIT = "test"  # of an entry that names none
 
 
@@ -107,3 +112,40 @@ def _split(row: dict[str, Any]) -> str:
     if split in ("", "epoch"):
         raise EntryProblem("key 'split' must not be empty, nor 'epoch', which log.txt has for itself", shown(split))
     return split
+
+
+# ---- image-text pairs
+
+
+class MatchingPair(NamedTuple):
+    """A cleaned text and an image; `match`: the text is true of the image; `kind` groups pairs in the report.
+
+    Pairs measure how well a model matches. In balanced files every second pair is false, so chance is 0.5. Not part of
+    the published benchmarks: a map explains a match, so a model that cannot match has nothing to explain.
+    """
+
+    image: Path
+    text: str
+    match: bool
+    kind: str
+
+
+def load_pairs(file: str, image_root: str, skip_missing: bool = False) -> list[MatchingPair]:
+    """Read and check one file of pairs, their images unless `skip_missing`; raises `DataError` naming the entries."""
+    return load(partial(read_pairs, file=file, image_root=image_root), skip_missing)
+
+
+def read_pairs(reading: Reading, file: str, image_root: str) -> list[MatchingPair]:
+    def parse(file: DataFile, where: str, row: Any) -> list[MatchingPair]:
+        image = locate(image_root, require(row, "image", str))
+        match = require(row, "match", int)
+        if match not in (0, 1):
+            raise EntryProblem("key 'match' must be 0 or 1", f"found {match}")
+        text = file.clean(where, require(row, "text", str), MAX_WORDS)
+        kind = str(row.get("kind", "pair"))
+        if not is_text(kind):
+            raise EntryProblem(f"key 'kind' {SURROGATE}", shown(kind))
+        file.says(where, image, text=text)
+        return [MatchingPair(image, text, bool(match), kind)]
+
+    return reading.entries(file, "image-text pairs", "matching_file", parse)

@@ -4,6 +4,7 @@ Images are RGB uint8 arrays (h, w, 3); masks uint8 arrays (h, w) of 0 and 1. Eve
 generator passed in, so that a sample depends on its seed alone and not on worker or process.
 """
 
+import functools
 import math
 
 import cv2
@@ -30,10 +31,19 @@ def normalise(image: np.ndarray) -> Tensor:
 
 def normalise_batch(images: Tensor) -> Tensor:
     """(B, 3, h, w) uint8 -> float32 on the images' device: the very numbers of `normalise`, from a table of them."""
-    levels = np.arange(256, dtype=np.uint8)
-    table = normalise(np.stack([levels] * 3, axis=-1)[None])[:, 0].to(images.device)  # (3, 256)
-    channels = [table[channel][images[:, channel].int()] for channel in range(3)]
+    batch, _, *size = images.shape
+    channels = [
+        levels.index_select(0, images[:, channel].flatten().int()).view(batch, *size)
+        for channel, levels in enumerate(_levels(images.device))
+    ]
     return torch.stack(channels, dim=1)
+
+
+@functools.cache
+def _levels(device: torch.device) -> Tensor:
+    """(3, 256) float32: `normalise` of each level, on the CPU: a GPU divides with another rounding."""
+    levels = np.arange(256, dtype=np.uint8)
+    return normalise(np.stack([levels] * 3, axis=-1)[None])[:, 0].contiguous().to(device)
 
 
 def resize_bicubic(image: Image.Image, size: int) -> np.ndarray:

@@ -2,12 +2,15 @@
 
 import contextlib
 import difflib
+import functools
 import hashlib
 import io
+import itertools
 import json
 import os
+import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +22,7 @@ from torch.utils.data import ConcatDataset, Dataset
 
 from config import PretrainConfig
 from dataset.entries import FORM, PackedEntries, RawEntry, TrainingEntry, pack
-from dataset.expressions import SURROGATE, EntryProblem, Problems, first_of, is_box, is_text, locate, require, shown
+from dataset.expressions import SURROGATE, EntryProblem, Problems, is_box, is_text, locate, require, shown
 from dataset.reading import DataError, read_image, read_list
 from dataset.text import Tokenizer, clean_caption, has_content
 from dataset.transforms import augment_for_albef, augment_for_amc
@@ -67,7 +70,7 @@ class TrainingData(Dataset[Sample]):
         if config.add_gcam and not self.boxed.any():
             log(f"warning: {NO_BOXES}")
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
-            _check_images((image for file in files for image in file.images()), skip_broken)
+            _check_images(files, skip_broken)
         # One flag an entry, in shared memory: the loader's workers set them, the training process counts them.
         self.broken = torch.zeros(len(self.entries), dtype=torch.bool).share_memory_()
 
@@ -158,27 +161,30 @@ def _checked_entries(file: str | Path, config: PretrainConfig) -> PackedEntries:
 def packed_entries(file: str, config: PretrainConfig, cache_dir: str | None = None) -> PackedEntries:
     """`load_entries` for all processes together: of a large file, one makes packed entries that the others map.
 
-    They lie beside the file or in `cache_dir`, under a name that depends on the file's content and on how it is read.
+    They lie beside the file or in `cache_dir`. Their name tells the file's content and how it is read.
     """
-    try:
-        large = cache_dir is not None or os.path.getsize(file) >= LARGE
-    except OSError:
-        large = False  # reading it says what is wrong with it
-    if not large:
-        return _checked_entries(file, config)
-    options = [config.image_root, config.max_words, config.empty_captions, FORM.decode()]
-    key = hashlib.sha256(json.dumps([file_digest(file), *options]).encode()).hexdigest()[:16]
-    path = Path(cache_dir or Path(file).parent, f"{Path(file).name}.{key}.packed")
-    if rank() == 0:
-        _make_packed(file, config, path)
-    barrier()
-    _make_packed(file, config, path)  # nothing to do, but where another machine has another folder
-    return PackedEntries(np.memmap(path, np.uint8, "r"), file, config.image_root)
+    path = None
+    if os.path.exists(file) and (cache_dir is not None or os.path.getsize(file) >= LARGE):
+        form = f"{file_digest(file)} {FORM!r}"
+        options = json.dumps([config.image_root, config.max_words, config.empty_captions])
+        name = f"{Path(file).name}.{_short_digest(form)}-{_short_digest(options)}.packed"
+        path = Path(cache_dir or Path(file).parent, name)
+    first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
+    for makes in (rank() == 0, rank() != 0 and first_here):  # the second: where a machine has a folder of its own
+        if path and makes:
+            _make_packed(file, config, path)
+        barrier()
+    return PackedEntries(path, file, config.image_root) if path else _checked_entries(file, config)
+
+
+def _short_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _make_packed(file: str, config: PretrainConfig, path: Path) -> None:
+    """Write the packed entries of a file, unless they are there and intact; remove those of its earlier contents."""
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
-        PackedEntries(np.memmap(path, np.uint8, "r"), file, config.image_root)
+        PackedEntries(path, file, config.image_root).verify()
         return
     log(f"{file}: packing its entries into {path}, once")
     try:
@@ -188,6 +194,12 @@ def _make_packed(file: str, config: PretrainConfig, path: Path) -> None:
         raise
     except UserError as error:
         raise DataError(f"{error}; name a folder by --cache_dir for the packed entries of {file}") from error
+    name = re.compile(rf"{re.escape(Path(file).name)}\.(\w{{12}})-\w{{12}}\.packed")
+    for other in path.parent.iterdir():
+        found = name.fullmatch(other.name)
+        if found and not path.name.startswith(f"{Path(file).name}.{found[1]}-"):
+            other.unlink(missing_ok=True)
+            log(f"{other}: removed, packed from an earlier content of {file}")
 
 
 def read_entries(
@@ -199,7 +211,7 @@ def read_entries(
     """
     content = io.BytesIO()
     pack(_entries(file, image_root, max_words, problems, empty_captions), content)
-    return PackedEntries(np.frombuffer(content.getbuffer(), np.uint8), file, image_root)
+    return PackedEntries(content.getvalue(), file, image_root)
 
 
 def _entries(
@@ -227,10 +239,13 @@ def _entries(
         raise DataError(f"{file}: holds no entries" + (" that have a caption" if rows else ""))
 
 
+_locate_recent = functools.lru_cache(256)(locate)  # a third of the time, and an image has many entries
+
+
 def _entry(index: int, row: Any, image_root: str, max_words: int) -> RawEntry:
     _check_spelling(row)
     name = require(row, "image", str)
-    locate(image_root, name)
+    _locate_recent(image_root, name)
     if "caption" not in row:
         raise EntryProblem("key 'caption' is missing")
     texts = _texts(row)
@@ -258,16 +273,22 @@ def _check_spelling(row: Any) -> None:
             raise EntryProblem(f"unknown key {shown(others[close[0]])}; did you mean '{key}'?")
 
 
-def _check_images(images: Iterable[tuple[Path, str]], skip_broken: bool) -> None:
-    first = first_of(images)
-    missing = [source for image, source in first.items() if not os.path.isfile(image)]
+def _check_images(files: list[PackedEntries], skip_broken: bool) -> None:
+    """Look for each image once; raises `DataError` if one is missing, with `skip_broken` if all are."""
+    hashes = np.fromiter((hash(image) for file in files for image, _ in file.images()), np.int64)
+    new = np.zeros(len(hashes), bool)
+    new[np.unique(hashes, return_index=True)[1]] = True  # files may share images
+    count, missing, first = int(new.sum()), 0, ""
+    for image, source in itertools.compress((image for file in files for image in file.images()), new):
+        if not os.path.isfile(image):  # False, too, for a name that the system finds too long
+            missing, first = missing + 1, first or source
     if not missing:
         return
-    said = f"{len(missing)} of {len(first)} training images are missing, the first at {missing[0]}: "
+    said = f"{missing} of {count} training images are missing, the first at {first}: "
     if not skip_broken:
         raise DataError(f"{said}check image_root, or pass --skip_broken to train without them")
-    if len(missing) == len(first):
-        raise DataError(f"none of the {len(first)} training images can be read; check image_root")
+    if missing == count:
+        raise DataError(f"none of the {count} training images can be read; check image_root")
     log(f"{said}others take their place")
 
 

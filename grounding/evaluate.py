@@ -10,7 +10,7 @@ from torch import Tensor
 
 import utils
 from config import GroundingConfig, load_config, naming, save_config
-from dataset.matching import load_pairs
+from dataset.own import load_pairs
 from dataset.reading import DataError
 from dataset.transforms import resize_bilinear_image
 from dataset.workers import killed_workers_explained

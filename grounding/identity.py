@@ -19,7 +19,7 @@ import files
 import utils
 from config import GroundingConfig, load_bert_config
 from dataset.expressions import Expression
-from dataset.matching import MatchingPair
+from dataset.own import MatchingPair
 from grounding.load import SHAPE_KEYS
 from models.student import weights_of
 

@@ -39,7 +39,7 @@ from config import (
     size_problems,
 )
 from dataset.expressions import Expression
-from dataset.matching import load_pairs
+from dataset.own import load_pairs
 from dataset.photos import read_photo
 from dataset.raw import flickr_entities, visual_genome
 from dataset.raw import refer as raw_refer

@@ -83,7 +83,7 @@ def test_rates_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     log = TrainingLog(tmp_path, 25, 50, 8, torch.device("cpu"), board)
     for epoch in (0, 1):
         run_epoch(log, clock, epoch)
-        log.end_epoch(0)
+        log.end_epoch(0, {})
         clock.now += 500  # a checkpoint is written
     rows = lines(tmp_path)
     assert [(row["epoch"], row["step"]) for row in rows] == [(0, 19), (0, 24), (1, 19), (1, 24)]

@@ -8,7 +8,6 @@ from pathlib import Path, PurePosixPath
 
 from dataset.reading import DataError
 
-AT_ONCE = 16 << 20  # bytes of one annotation: a file of one image, or one entry of a list. The real ones are below 1 MB
 LARGE = 100 << 20  # bytes from which a member of a .zip must not unpack to more than
 MOST_RATIO = 100  # times what it weighs; the owners' JSON and XML unpack to 5 to 20 times
 

@@ -21,7 +21,7 @@ from dataset import vg
 from dataset.entries import TrainingEntry
 from dataset.expressions import DataFile, Expression, Reading
 from dataset.flickr import split_of
-from dataset.matching import read_pairs
+from dataset.own import read_pairs
 from dataset.raw.check_images import evenly, inspect_images, note_claims, note_images, note_training_boxes
 from dataset.raw.check_report import CheckReport
 from dataset.raw.refer import NOT_IN_SAIAPR

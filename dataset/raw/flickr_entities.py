@@ -19,8 +19,8 @@ from tqdm import tqdm
 
 from dataset.expressions import EntryProblem, Problems
 from dataset.flickr import load_ids
-from dataset.raw.archives import AT_ONCE, BROKEN_ZIP, require_file, visible_members
-from dataset.reading import DataError
+from dataset.raw.archives import BROKEN_ZIP, require_file, visible_members
+from dataset.reading import AT_ONCE, DataError
 from files import decode_text
 from utils import write_text
 

@@ -1,6 +1,6 @@
 """Visual Genome's files, unpacked or in the owners' .zip, read as a stream: one entry is in memory at a time.
 
-They have up to 4 GB. Python's `json`, which is fast, decodes each entry.
+They have up to 4 GB.
 """
 
 import codecs
@@ -17,19 +17,15 @@ from typing import IO, Any, NamedTuple
 
 from tqdm import tqdm
 
-from dataset.raw.archives import AT_ONCE, BROKEN_ZIP, check_ratio, visible_members
-from dataset.reading import DataError
-from files import RepeatedKey, unique_keys
+from dataset.raw.archives import BROKEN_ZIP, check_ratio, visible_members
+from dataset.reading import DataError, json_items
+from files import RepeatedKey
 
 Row = dict[str, Any]
 KINDS = ("image_data", "region_descriptions", "attributes", "objects")
 NAME = re.compile(
     rf"({'|'.join(KINDS)})(?:_v\d[\d_.]*)?\.(?:json|json\.gz|json\.zip|zip)"
 )  # objects_v1_2.json.zip, say
-PIECE = 1 << 20  # bytes that are read at a time
-OPENING = re.compile(r"\[\s*(?=\S)(\]?)\s*")  # up to the first item, or past an empty list
-CLOSING = re.compile(r"\s*([,\]])\s*")  # what follows an item
-DECODER = json.JSONDecoder(object_pairs_hook=unique_keys)
 
 
 class RawFile(NamedTuple):
@@ -104,40 +100,7 @@ def stream_items(source: RawFile) -> Iterator[Any]:
                 "line, make a list of them: [...], with commas between"
             )
         with tqdm.wrapattr(file, "read", total=size, desc=source.path.name, disable=None) as stream:
-            yield from _items(stream)
-
-
-def _items(file: IO[bytes]) -> Iterator[Any]:
-    """The items of a JSON list in UTF-8; what fails to decode is tried again with more of the file, up to `AT_ONCE`.
-
-    Raises:
-        json.JSONDecodeError, UnicodeDecodeError, RepeatedKey: the file is no such list.
-    """
-    decode = codecs.getincrementaldecoder("utf-8-sig")().decode
-    text, at, mark, data = "", 0, "", b""  # mark: what the list has before `at`: nothing yet, a comma, or its end
-    while mark != "]" or data:
-        data = file.read(max(PIECE, len(text) - at))
-        text, at = (text[at:] + decode(data, not data)).lstrip(), 0
-        if mark == "]" and text:
-            raise json.JSONDecodeError("Extra data after the list", text, 0)
-        try:
-            if not mark:
-                at, mark = _mark(OPENING, text, at, "Expecting value")
-            while mark != "]":
-                item, end = DECODER.raw_decode(text, at)
-                at, mark = _mark(CLOSING, text, end, "Expecting ',' delimiter")  # where the text is cut, 1 may be 12
-                yield item
-        except json.JSONDecodeError:
-            if not data or len(text) - at > AT_ONCE:
-                raise
-
-
-def _mark(pattern: re.Pattern[str], text: str, at: int, refusal: str) -> tuple[int, str]:
-    """Where a match at a place ends, and the mark in it; raises `JSONDecodeError` where nothing matches."""
-    match = pattern.match(text, at)
-    if match is None:
-        raise json.JSONDecodeError(refusal, text, at)
-    return match.end(), match[1] or ","
+            yield from json_items(stream)
 
 
 @contextmanager

@@ -137,7 +137,7 @@ def watched_entries(
     starts = [len(suitable) * number // count for number in range(count + 1)]
     watched = []
     for start, end in itertools.pairwise(starts):
-        for index in suitable[start:end].tolist():
+        for index in map(int, suitable[start:end]):
             entry = entries[index]
             phrase = next(filter(has_content, entry.captions), None)
             if phrase is None:

@@ -18,7 +18,7 @@ from config import PretrainConfig
 from dataset.expressions import EntryProblem, Problems, check_images, locate
 from dataset.flickr import load_ids
 from dataset.images import LONGEST_SIDE
-from dataset.matching import load_pairs
+from dataset.own import load_pairs
 from dataset.photos import read_photo
 from dataset.raw.check_images import inspect_image
 from dataset.raw.flickr_entities import load_splits

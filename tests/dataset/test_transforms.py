@@ -23,6 +23,7 @@ from dataset.transforms import (
     jitter_release,
     jitter_standard,
     normalise,
+    normalise_batch,
     randaugment,
     resize_bicubic,
     resize_bilinear_image,
@@ -54,6 +55,15 @@ class Fixed:
 
 
 # ---- normalising and resizing
+
+
+def test_batches_are_normalised_to_the_same_bits() -> None:
+    levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    images = [np.stack([levels, levels[::-1], levels.T], axis=-1), *(noise(16, 16) for _ in range(3))]
+    batch = torch.stack([torch.from_numpy(image.transpose(2, 0, 1).copy()) for image in images])
+    expected = torch.stack([normalise(image) for image in images])
+    assert torch.equal(normalise_batch(batch), expected)
+    assert normalise_batch(batch).dtype == torch.float32
 
 
 def test_normalise() -> None:

@@ -1,5 +1,6 @@
-"""Loader processes: shared memory that is too small for them, and a process that is killed."""
+"""Loading: shared memory that is too small for its processes, one that is killed, and the order of an epoch."""
 
+import json
 import os
 import signal
 from collections.abc import Callable
@@ -10,12 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import Pretrain
 from dataset import workers
+from dataset.text import load_tokenizer
 from dataset.transforms import resize_bilinear_image
-from dataset.workers import WorkerError, check_shared_memory, killed_workers_explained
+from dataset.vg import TrainingData
+from dataset.workers import EpochOrder, WorkerError, check_shared_memory, killed_workers_explained
 from grounding.batches import ImageData, load_images
 
 
@@ -100,8 +103,46 @@ def test_other_errors_stay_what_they_are(error: Any) -> None:
 
 
 def test_training_checks_it(tiny_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = tiny_config(batch_size=10, image_res=100, mask_size=100)  # 1.6 MB a batch
+    config = tiny_config(batch_size=10, image_res=100, mask_size=100)  # 0.4 MB a batch, and its words
     args = Pretrain.parse_args(["--num_workers", "2"])
-    with_free(monkeypatch, tmp_path, 6.3)
-    with pytest.raises(WorkerError, match=r"--num_workers 2: batches that are ready need 6\.4 MB"):
-        Pretrain.build_loader(range(100), None, config, args)  # type: ignore[arg-type]
+    with_free(monkeypatch, tmp_path, 1.59)
+    order = EpochOrder(100, 1, 0, seed=0)
+    with pytest.raises(WorkerError, match=r"--num_workers 2: batches that are ready need 1\.6 MB"):
+        Pretrain.build_loader(range(100), order, None, config, args)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("words", ["dog", "big brown dog " * 30])
+def test_what_is_checked_is_what_batches_take(
+    words: str, tiny_config: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At most one in a hundred more, and never less."""
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(tmp_path / "0.png")
+    rows = [{"image": "0.png", "caption": words, "bbox": [[0, 0, 4, 4]]}] * 8
+    (tmp_path / "train.json").write_text(json.dumps(rows))
+    (tmp_path / "vocab.txt").write_text("[PAD]\n[UNK]\n[CLS]\n[SEP]\n[MASK]\nbig\nbrown\ndog\n")
+    files = {"train_file": [str(tmp_path / "train.json")], "image_root": str(tmp_path)}
+    config = tiny_config(batch_size=4, image_res=256, mask_size=256, **files)
+    checked: list[int] = []
+    monkeypatch.setattr(Pretrain, "check_shared_memory", lambda _workers, _batches, size: checked.append(size))
+    args = Pretrain.parse_args(["--num_workers", "0"])
+    data = TrainingData(config, seed=0)
+    loader = Pretrain.build_loader(data, EpochOrder(8, 1, 0, 0), load_tokenizer(str(tmp_path)), config, args)
+    taken = [sum(tensor.nbytes for tensor in batch) for batch in loader]
+    assert len(taken) == 2
+    assert all(size <= checked[0] <= 1.01 * size for size in taken)
+
+
+# ---- the order of an epoch
+
+
+@pytest.mark.parametrize(("length", "processes"), [(1, 1), (7, 1), (10, 3), (12, 4), (2, 5), (97, 8)])
+def test_the_order_is_that_of_pytorch(length: int, processes: int) -> None:
+    for rank in range(processes):
+        order = EpochOrder(length, processes, rank, seed=3)
+        known = DistributedSampler(range(length), processes, rank, shuffle=True, seed=3)  # type: ignore[arg-type]
+        for order.epoch in (0, 1, 5):
+            known.set_epoch(order.epoch)
+            expected = list(known)
+            for order.begin in (0, len(expected) // 2, len(expected)):
+                assert list(order) == expected[order.begin :]
+                assert len(order) == len(expected) - order.begin

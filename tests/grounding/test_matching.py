@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from config import GroundingConfig, load_config
-from dataset.matching import load_pairs
+from dataset.own import load_pairs
 from dataset.reading import DataError, read_image
 from dataset.text import load_tokenizer
 from dataset.transforms import normalise, resize_bilinear_image

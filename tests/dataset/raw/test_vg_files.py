@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
-from dataset.raw import archives, vg_files
+from dataset import reading
+from dataset.raw import archives
 from dataset.raw.vg_files import Draft, RawFile, find_sources, stream_items
-from dataset.reading import DataError
+from dataset.reading import DataError, json_items
 from tests.dataset.raw.raw_layouts import contents, run, write
 from utils import UserError
 
@@ -74,7 +75,7 @@ def test_entries_are_read_one_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 1 << 20])
 def test_items_do_not_depend_on_the_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int) -> None:
     items: list[Any] = [{"a": [1, {"b": '],[}{ \\" é \u2028 𝄞'}]}, -12.5e-3, "x", None, [], 1234567, True, {}]
-    monkeypatch.setattr(vg_files, "PIECE", piece)
+    monkeypatch.setattr(reading, "PIECE", piece)
     for index, ascii_only in enumerate((True, False)):
         path = write(tmp_path / f"{index}.json", json.dumps(items, indent=1, ensure_ascii=ascii_only) + "\n \n")
         assert list(stream_items(RawFile(path))) == items
@@ -87,11 +88,11 @@ def test_items_do_not_depend_on_the_pieces(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_entry_has_a_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """A text without end is not read to its end: memory is what it would cost."""
-    monkeypatch.setattr(vg_files, "PIECE", 1 << 10)
-    monkeypatch.setattr(vg_files, "AT_ONCE", 1 << 14)
+    monkeypatch.setattr(reading, "PIECE", 1 << 10)
+    monkeypatch.setattr(reading, "AT_ONCE", 1 << 14)
     file = io.BytesIO(b'[1, "' + b"a" * (1 << 18) + b'"]')
     with pytest.raises(json.JSONDecodeError, match="Unterminated string"):
-        list(vg_files._items(file))
+        list(json_items(file))
     assert file.tell() < 1 << 16
 
 
