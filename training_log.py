@@ -56,8 +56,8 @@ class Meters:
             for name, total in state["sums"].items():
                 device = self.sums[name].device if name in self.sums else None
                 old = self.sums.get(name, torch.zeros((), dtype=torch.float64, device=device))
-                self.sums[name] = old + share * total
-                self.counts[name] = self.counts.get(name, 0) + share * state["counts"][name]
+                self.sums[name] = old + share * float(total)
+                self.counts[name] = self.counts.get(name, 0) + share * float(state["counts"][name])
 
 
 class TrainingLog:
@@ -70,7 +70,7 @@ class TrainingLog:
     """
 
     def __init__(self, folder: Path, epoch_steps: int, board: "Board | None" = None) -> None:
-        self.folder, self.epoch_steps, self.board = folder, epoch_steps, board
+        self.logs, self.epoch_steps, self.board = runs.Logs(folder), epoch_steps, board
         self.window = 0  # the step whose loss is the first since the last line, `opening`
 
     def begin_epoch(self, epoch: int, count: int, begin: int) -> None:
@@ -130,17 +130,27 @@ class TrainingLog:
         meters = {"of_epoch": self.of_epoch.state(), "recent": self.recent.state()}
         return {**meters, "window": self.window, "opening": self.opening, "seconds": time.monotonic() - self.started}
 
-    def restore(self, states: Sequence[Mapping[str, Any]], share: float) -> None:
-        """Go on from what processes had counted; see `Meters.restore`."""
+    def restore(self, states: Sequence[Mapping[str, Any]], own: int | None) -> None:
+        """Go on from what processes had counted at the step that the epoch now begins with.
+
+        Args:
+            own: which of the states was this process's; None: they stood at another step, or were another number of
+                processes, so that each takes an equal share of all.
+        """
         for name, meters in (("of_epoch", self.of_epoch), ("recent", self.recent)):
-            meters.restore([state[name] for state in states], share)
-        self.window, self.opening = states[0]["window"], dict(states[0]["opening"])
+            found = [state[name] for state in states]
+            meters.restore(found if own is None else [found[own]], 1.0 if own is not None else 1 / utils.world_size())
         self.seconds = float(states[0]["seconds"])
+        if own is not None:
+            self.window = int(states[own]["window"])
+            self.opening = {name: float(value) for name, value in states[own]["opening"].items()}
 
     def close(self) -> None:
+        """End what is shown; raises `UserError` where lines of the logs could not be written."""
         if self.board:
             self.board.close()
+        self.logs.finish()
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         if utils.rank() == 0:
-            runs.append_row(self.folder / name, row)
+            self.logs.append(name, row)
