@@ -190,12 +190,13 @@ def prepare_output(output: Path, start: Position, known: Any = None) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     if start == BEGINNING:
-        own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, BEST, "config.yaml", "run.json")
+        own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, "config.yaml", "run.json")
         earlier = [path for pattern in own for path in output.glob(pattern)]
     else:
         earlier = [path for at, path in checkpoints(output).items() if at > start]
-        if best_checkpoint(output) in earlier:
-            earlier.append(output / BEST)
+    best = best_checkpoint(output)
+    if best and (start == BEGINNING or best in earlier):  # a link may lead nowhere
+        earlier.append(output / BEST)
     if earlier:
         taken = [re.fullmatch(r"earlier_([0-9]+)", path.name) for path in output.glob("earlier_*")]
         aside = output / f"earlier_{max((int(name[1]) for name in taken if name), default=0) + 1}"
