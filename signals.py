@@ -1,9 +1,11 @@
 """What a run is asked from outside: SIGTERM and SIGINT end it, SIGUSR1 saves; all processes act after the same step."""
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -79,7 +81,19 @@ def _tell(message: str) -> None:
 
 
 def ignore_in_worker(worker: int = 0) -> None:
-    """In a loader's process: signals to the whole group of processes must not end it before the run has saved."""
-    for number in (*STOPS, SAVE):
+    """In a loader's process: signals to the whole group of processes must not end it before the run has saved.
+
+    SIGTERM from its training process alone ends it: so Python ends the children that are left at its exit.
+    """
+    for number in (signal.SIGINT, SAVE):
         if number is not None:
             signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while hasattr(signal, "sigwaitinfo"):  # Linux
+        if parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent.pid:
+            os._exit(0)
