@@ -23,6 +23,7 @@ SERVER.set_forkserver_preload(["Pretrain", "tests.launched"])
 
 def program(words: list[str], environment: dict[str, str], printed: Path, spoil: Callable[[], None] | None) -> None:
     """Run Pretrain.py, after `spoil`."""
+    multiprocessing.set_start_method("fork", force=True)  # of loader processes, as in a run that a shell starts
     os.environ.update(environment)
     sys.argv = ["Pretrain.py", *words]
     for stream in (1, 2):
