@@ -14,7 +14,9 @@ SIGUSR1 saves (docs/long_runs.md). `--tensorboard` adds OUT/tensorboard, `--wand
 import argparse
 import contextlib
 import inspect
+import itertools
 import math
+import os
 import shlex
 import signal
 import sys
@@ -57,6 +59,7 @@ from saving import (
     check_agreement,
     choose_start,
     interval,
+    on_host,
     progress_of,
     random_state,
     restore_random_state,
@@ -143,25 +146,21 @@ def main(args: argparse.Namespace) -> None:
     device = utils.choose_device(args.device)
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
-    with runs.claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
+    with Requests() as requests, runs.claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
         if args.checkpoint:
             args.checkpoint = str(local_checkpoint(args.checkpoint))
             args.text_encoder = args.text_encoder or own_text_encoder(Path(args.checkpoint))
         args.text_encoder = args.text_encoder or "bert-base-uncased"
-        run = Run(args, config, device)
-        with run.requests:
-            train(run)
+        run = Run(args, config, device, requests)
+        requests.begin()
+        train(run)
     utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
 
 
 def train(run: "Run") -> None:
     """Train the epochs that are left; each ends with a line of log.txt and a checkpoint."""
-    step_limit = run.args.max_steps or sys.maxsize
-    for epoch in range(run.start.epoch, run.config.schedular.epochs):
-        steps = min(run.epoch_steps, step_limit - epoch * run.epoch_steps)
-        if steps <= 0:
-            break
-        run.train_epoch(epoch, steps)
+    for epoch in itertools.takewhile(run.steps_of, itertools.count(run.start.epoch)):
+        run.train_epoch(epoch, run.steps_of(epoch))
         run.check_weights(epoch)
         accuracies = run.validate(epoch)
         # The line first: a resumed run drops the lines of epochs it repeats, but cannot make up a missing one.
@@ -178,7 +177,9 @@ def train(run: "Run") -> None:
 class Run:
     """One training run: its parts, ready for the first epoch or for the one to resume with."""
 
-    def __init__(self, args: argparse.Namespace, config: PretrainConfig, device: torch.device) -> None:
+    def __init__(
+        self, args: argparse.Namespace, config: PretrainConfig, device: torch.device, requests: Requests | None = None
+    ) -> None:
         """Make each part from those above it. The output folder comes last: an error leaves it as it was."""
         self.args, self.config, self.device, self.output = args, config, device, Path(args.output_dir)
         tokenizer = load_tokenizer(args.text_encoder)
@@ -191,31 +192,45 @@ class Run:
         check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
         path, goes_on = choose_start(args)
         checkpoint = load_start(self.model, config, args, path)
+        self.start, self.progress = runs.BEGINNING, dict[str, Any]()
+        if goes_on:
+            check_resumable(checkpoint, path)
+            self.progress = on_host(progress_of(checkpoint, path))  # not a part of the file, which may go
+            self.start = self.position()
+        check_agreement(self.model, path, self.start)
         self.validation = self.open_validation()
         self.parallel = prepare_model(self.model, args, device)
         self.optimizer = create_optimizer(config.optimizer, self.model)
         self.schedule = create_scheduler(config.schedular, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-        self.start, self.processes = runs.BEGINNING, list[dict[str, Any]]()
-        self.requests = Requests()
         if goes_on:
-            check_resumable(checkpoint, path)
             self.restore(checkpoint, path)
-        check_agreement(self.model, str(path), self.start)
+        self.requests = requests or Requests()
         self.decisive = self.validation.decisive if self.validation else ""
         self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive)
+        here = goes_on and Path(path).resolve().parent == self.output.resolve()
+        done = here and not self.steps_of(self.start.epoch)
         total_steps = min(config.schedular.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
-        wandb = WandbRun(args.wandb) if args.wandb and utils.rank() == 0 else None
-        boards = self.open_board(tokenizer), wandb
+        wandb = WandbRun(args.wandb) if args.wandb and utils.rank() == 0 and not done else None
+        boards = None if done else self.open_board(tokenizer), wandb
         self.log = TrainingLog(self.output, self.epoch_steps, total_steps, self.step_samples, device, *boards)
-        here = Path(path).resolve().parent == self.output.resolve()
-        self.open_output(checkpoint.get("log") if goes_on and here else None)
+        if done:  # and its folder stays as it is
+            utils.log(f"nothing is left to train: {path} is the end of this run")
+        else:
+            self.open_output(checkpoint.get("log") if here else None)
+
+    def steps_of(self, epoch: int) -> int:
+        """The steps of an epoch that this run comes to, done ones included; 0 where nothing of the epoch is left."""
+        limit = self.args.max_steps or sys.maxsize
+        steps = min(self.epoch_steps, limit - epoch * self.epoch_steps)
+        begun = self.start.step if epoch == self.start.epoch else 0
+        return steps if epoch < self.config.schedular.epochs and steps >= max(1, begun) else 0
 
     def train_epoch(self, epoch: int, steps: int) -> None:
         """Train the steps of an epoch that are left; raises `TrainingError` when a loss is no longer a number."""
         self.begin_epoch(epoch, steps)
         batches = self.log.waiting_for(iter(self.loader))
-        if self.processes:
+        if self.progress and self.start.step:
             self.restore_processes()
         for step in self.log.steps():
             self.log.add({"lr": torch.tensor(self.optimizer.param_groups[0]["lr"], dtype=torch.float64)})
@@ -312,8 +327,7 @@ class Run:
             return
         self.saver.finish()
         self.log.close()
-        command = f"{shlex.join(sys.argv)} --resume auto"
-        utils.log(f"{signal.Signals(stop).name}: saved {self.saver.path}\n  to go on: {command}")
+        utils.log(f"{signal.Signals(stop).name}: saved {self.saver.path}\n  to go on: {command_to_go_on()}")
         raise Stopped(stop)
 
     def save(self, at: Position) -> None:
@@ -353,24 +367,28 @@ class Run:
                 raise CheckpointError(f"{path}: its 'scaler' is no loss scale of fp16") from error
         if changed := runs.changes_since(checkpoint, self.config, self.settings()):
             utils.log("\n  ".join([f"{path}: this run differs from the one that it goes on with", *changed]))
-        progress = progress_of(checkpoint, path)
-        # By the samples that are done: another number of processes, or of samples a step, goes on after all of them.
-        step = min(-(-progress["samples"] // self.step_samples), self.epoch_steps)
-        self.start, self.processes = Position(progress["epoch"], step), progress["processes"] if step else []
-        if all(index < len(self.data) for index in progress["broken"]):
-            self.data.broken[progress["broken"]] = True
+        known, broken = checkpoint.get("run"), self.progress["broken"]
+        if isinstance(known, dict) and known.get("entries") == len(self.data) > max(broken, default=0):
+            self.data.broken[broken] = True
+
+    def position(self) -> Position:
+        """Where to go on: after the samples that are done, also with another number of them in a step.
+
+        What is left of a step that the earlier run had begun to count otherwise is left out.
+        """
+        step = min(-(-self.progress["samples"] // self.step_samples), self.epoch_steps)
+        return Position(self.progress["epoch"], step)
 
     def restore_processes(self) -> None:
         """Go on with the random numbers and the counts of the log, in the epoch that the run goes on in."""
-        states, self.processes = self.processes, []
+        progress, self.progress = self.progress, {}
+        states, position = progress["processes"], (progress["epoch"], progress["step"], progress["samples"])
+        same = len(states) == utils.world_size() and position == (*self.start, self.start.step * self.step_samples)
         try:
-            if len(states) == utils.world_size():
-                own = states[utils.rank()]
-                self.log.restore([own["log"]], 1.0)
-                restore_random_state(own["random"], self.device)
-            else:
-                self.log.restore([state["log"] for state in states], 1 / utils.world_size())
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            self.log.restore([state["log"] for state in states], utils.rank() if same else None)
+            if same:
+                restore_random_state(states[utils.rank()]["random"], self.device)
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
             raise CheckpointError(
                 f"the checkpoint's 'progress' is damaged ({error}); resume from the one before"
             ) from error
@@ -504,6 +522,13 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
+
+
+def command_to_go_on() -> str:
+    """The command that continues this run; of a group on several machines, the part of one of them."""
+    count = os.environ.get("LOCAL_WORLD_SIZE", utils.world_size())
+    launcher = f"torchrun --nproc_per_node={count}" if utils.world_size() > 1 else "python"
+    return f"{launcher} {shlex.join(sys.argv)}" + ("" if "auto" in sys.argv else " --resume auto")
 
 
 def way_back(output: Path, before: Position, inclusive: bool) -> str:

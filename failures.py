@@ -24,11 +24,14 @@ class Watch:
     """
 
     def __init__(self, dist_url: str) -> None:
-        place = urlparse(f"tcp://{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}")
-        place = place if dist_url == "env://" else urlparse(dist_url)
-        if place.scheme != "tcp" or place.hostname is None or place.port is None:
-            raise ValueError(f"{dist_url}: no address of a store")
-        self.store = TCPStore(place.hostname, place.port, is_master=False, timeout=datetime.timedelta(seconds=30))
+        if dist_url == "env://":
+            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        else:
+            place = urlparse(dist_url)
+            if place.scheme != "tcp" or place.hostname is None or place.port is None:
+                raise ValueError(f"{dist_url}: no address of a store")
+            host, port = place.hostname, place.port
+        self.store = TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=30))
         # torchrun's store outlives a restart.
         parts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"))
         self.key = "/".join(["amc_failed", *parts])
@@ -57,9 +60,9 @@ class Watch:
                 return
 
 
-def end(message: str) -> NoReturn:
+def end(message: str, status: int = 1) -> NoReturn:
     """Print a message, if there is one, and end this process at once: no destructor or thread can hold it up."""
     with contextlib.suppress(OSError, ValueError):
         print(message, end="\n" if message else "", file=sys.stderr, flush=True)
         sys.stdout.flush()
-    os._exit(1)
+    os._exit(status)

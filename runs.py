@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 import utils
 from config import PretrainConfig
+from system_errors import describe_os_error
 
 EPOCHS_LOG, STEPS_LOG, BOARD, LOCK, BEST = "log.txt", "steps.jsonl", "tensorboard", ".lock", "best.pth"
 WANDB = "wandb"  # the folder of wandb's own files, and of the id of the run
@@ -145,7 +146,7 @@ def newest_checkpoint(folder: Path) -> Path | None:
 def best_checkpoint(folder: Path) -> Path | None:
     """The checkpoint that best.pth is a link to."""
     link = folder / BEST
-    return folder / os.readlink(link) if link.is_symlink() else None
+    return folder / Path(os.readlink(link)).name if link.is_symlink() else None
 
 
 def link_best(folder: Path, rows: Rows, key: str) -> None:
@@ -211,12 +212,13 @@ def prepare_output(output: Path, start: Position, known: Any = None) -> None:
     """
     output.mkdir(parents=True, exist_ok=True)
     if start == BEGINNING:
-        own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, WANDB, BEST, "config.yaml", "run.json")
+        own = ("checkpoint_*.pth", EPOCHS_LOG, STEPS_LOG, BOARD, WANDB, "config.yaml", "run.json")
         earlier = [path for pattern in own for path in output.glob(pattern)]
     else:
         earlier = [path for at, path in checkpoints(output).items() if at > start]
-        if best_checkpoint(output) in earlier:
-            earlier.append(output / BEST)
+    best = best_checkpoint(output)
+    if best and (start == BEGINNING or best in earlier):  # a link may lead nowhere
+        earlier.append(output / BEST)
     if earlier:
         taken = [re.fullmatch(r"earlier_([0-9]+)", path.name) for path in output.glob("earlier_*")]
         aside = output / f"earlier_{max((int(name[1]) for name in taken if name), default=0) + 1}"
@@ -244,9 +246,49 @@ def timeless_log(output: Path) -> Rows:
     return [{key: row[key] for key in row if key != "seconds"} for row in read_log(output / EPOCHS_LOG)]
 
 
-def append_row(path: Path, row: Row) -> None:
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+class Logs:
+    """Appends to the logs of a run's folder. Lines that cannot be written, as on a full disk, wait for the next one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.waiting: dict[str, str] = {}
+        self.failure: utils.UserError | None = None
+
+    def append(self, name: str, row: Row) -> None:
+        self.waiting[name] = self.waiting.get(name, "") + json.dumps(row) + "\n"
+        self.write()
+
+    def write(self) -> None:
+        """Write what waits; says once why that cannot be done."""
+        before, self.failure = self.failure, None
+        for name, text in list(self.waiting.items()):
+            try:
+                _append(self.folder / name, text)
+                del self.waiting[name]
+            except OSError as error:
+                self.failure = utils.UserError(describe_os_error(error, self.folder / name))
+        if self.failure and not before:
+            utils.log(f"warning: {self.failure}\n  training goes on, and its lines wait")
+
+    def finish(self) -> None:
+        """Write what waits; raises `UserError` where that cannot be done."""
+        self.write()
+        if self.failure:
+            raise self.failure
+
+
+def _append(path: Path, text: str) -> None:
+    """Append all of a text to a file, or nothing of it; and have it on the disk, before a checkpoint that follows."""
+    with path.open("ab", buffering=0) as file:
+        length = file.tell()
+        try:
+            left = text.encode()
+            while left:
+                left = left[file.write(left) :]
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(length)
+            raise
 
 
 def _with_place(row: Row) -> Row:

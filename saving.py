@@ -1,7 +1,6 @@
 """Checkpoints of a training run, written while it goes on, and the state of each process that they hold."""
 
 import argparse
-import math
 import platform
 import random
 import re
@@ -19,6 +18,7 @@ import utils
 from files import save_tensors
 from models.checkpoint import CheckpointError, check_resumable, diverged, read_checkpoint
 from runs import Position
+from system_errors import describe_os_error
 
 Content = dict[str, Any]
 
@@ -104,6 +104,8 @@ class Saver:
                 self._remove_old()
             except utils.UserError as error:
                 self.failure = error
+            except OSError as error:  # of a folder that nobody may list or change
+                self.failure = utils.UserError(describe_os_error(error))
         if self.failure:
             kept = next(reversed(runs.checkpoints(self.folder).values()), None)
             last = f"the last checkpoint is {kept}" if kept else "there is no checkpoint yet"
@@ -159,6 +161,8 @@ def restore_random_state(state: Content, device: torch.device) -> None:
     version, words, gauss = state["python"]
     random.setstate((version, tuple(words), gauss))
     keys, place, has_gauss, cached = state["numpy"]
+    if not 0 <= place <= len(keys):  # NumPy would read beyond its words
+        raise ValueError(f"NumPy's generator stands at word {place} of {len(keys)}")
     np.random.set_state(("MT19937", keys.numpy().astype(np.uint32), place, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(state["torch"].clone())
     if device.type == "cuda" and "cuda" in state:
@@ -203,7 +207,7 @@ def newest_whole(folder: Path) -> Path | None:
             progress_of(content, path)
             return path
         except CheckpointError as error:
-            utils.log(f"warning: {error}\n  taking the checkpoint before it")
+            utils.log(f"warning: {error}\n  looking for a checkpoint before it")
     return None
 
 
@@ -231,10 +235,16 @@ def progress_of(checkpoint: Content, path: str | Path) -> Content:
     return progress
 
 
-def check_agreement(model: nn.Module, path: str, start: Position) -> None:
-    """Raise `CheckpointError` unless all processes begin alike, with the same weights (a collective call)."""
-    weights = math.fsum(float(tensor.double().sum()) for tensor in model.state_dict().values())
-    found = utils.gather_objects((path, start, repr(weights), platform.node()))
+def check_agreement(model: nn.Module, path: str | Path, start: Position) -> None:
+    """Raise `CheckpointError` unless all processes begin alike, with the same weights (a collective call).
+
+    Call it before `DistributedDataParallel` gives all of them those of process 0.
+    """
+    if utils.world_size() == 1:
+        return
+    # Of the weights' bits, as integers: that sum does not depend on the order in which a machine adds.
+    total = sum(int(tensor.reshape(-1).view(torch.int32).sum()) for tensor in model.state_dict().values())
+    found = utils.gather_objects((str(path), start, total, platform.node()))
     for rank, other in enumerate(found):
         if other[:3] != found[0][:3]:
             told = "; ".join(

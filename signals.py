@@ -1,8 +1,11 @@
 """What a run is asked from outside: SIGTERM and SIGINT end it, SIGUSR1 saves; all processes act after the same step."""
 
+import contextlib
+import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 from types import FrameType, TracebackType
 from typing import Any
@@ -15,7 +18,7 @@ SAVE = getattr(signal, "SIGUSR1", None)
 ECHO = 1.0  # seconds in which torchrun passes on a Ctrl-C that the terminal sent to its processes as well
 
 
-class Stopped(SystemExit):
+class Stopped(utils.AgreedExit):
     """A run that ends because a signal asked for it; the exit status is that of a program which the signal ended."""
 
     def __init__(self, number: int) -> None:
@@ -23,15 +26,24 @@ class Stopped(SystemExit):
 
 
 class Requests:
-    """Signals while a block runs: each is noted, to be acted upon between two steps. A second SIGINT ends at once."""
+    """Signals while a block runs: each is noted, to be acted upon between two steps. A second SIGINT ends at once.
+
+    SIGTERM and SIGINT are noted once training begins (`begin`): before, they end the process as always.
+    """
 
     def __init__(self) -> None:
         self.stop, self.save, self.interrupted = 0, False, 0.0
+        self.before: dict[int, Any] = {}
 
     def __enter__(self) -> "Requests":
-        wanted = [number for number in (*STOPS, SAVE) if number is not None]
-        self.before: dict[int, Any] = {number: signal.signal(number, self._note) for number in wanted}
+        if SAVE is not None:
+            self.before[SAVE] = signal.signal(SAVE, self._note)
         return self
+
+    def begin(self) -> None:
+        """From here on there is something to save."""
+        for number in STOPS:
+            self.before[number] = signal.signal(number, self._note)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self.before.items():
@@ -44,8 +56,10 @@ class Requests:
         if number == signal.SIGINT:
             echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.interrupted < ECHO
             if self.stop == signal.SIGINT and not echo:
-                os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, b"stopped at once, without a checkpoint\n")
+                _tell("stopped at once, without a checkpoint\n")
                 os._exit(128 + number)
+            if not self.stop:
+                _tell("SIGINT: the run saves and ends after this step; a second Ctrl-C ends it at once\n")
             self.interrupted = time.monotonic()
         self.stop = max(self.stop, number)
 
@@ -59,8 +73,27 @@ class Requests:
         return bool(save), stop
 
 
+def _tell(message: str) -> None:
+    """Write to the terminal from a signal's handler, which may have interrupted a print."""
+    if os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
+
+
 def ignore_in_worker(worker: int = 0) -> None:
-    """In a loader's process: signals to the whole group of processes must not end it before the run has saved."""
-    for number in (*STOPS, SAVE):
+    """In a loader's process: signals to the whole group of processes must not end it before the run has saved.
+
+    SIGTERM from its training process alone ends it: so Python ends the children that are left at its exit.
+    """
+    for number in (signal.SIGINT, SAVE):
         if number is not None:
             signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while hasattr(signal, "sigwaitinfo"):  # Linux
+        if parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent.pid:
+            os._exit(0)

@@ -55,8 +55,9 @@ class Meters:
         """Go on from `share` of the sums and counts in states, so that all processes together have all of them."""
         for state in states:
             for name, total in state["sums"].items():
-                self.sums[name] = self.sums.get(name, torch.zeros((), dtype=torch.float64)) + share * total
-                self.counts[name] = self.counts.get(name, 0) + share * state["counts"][name]
+                old = self.sums.get(name, torch.zeros((), dtype=torch.float64))
+                self.sums[name] = old + share * float(total)
+                self.counts[name] = self.counts.get(name, 0) + share * float(state["counts"][name])
 
 
 def average(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -139,7 +140,7 @@ class TrainingLog:
         board: "Board | None" = None,
         wandb: WandbRun | None = None,
     ) -> None:
-        self.folder, self.epoch_steps, self.total_steps = folder, epoch_steps, total_steps
+        self.logs, self.epoch_steps, self.total_steps = runs.Logs(folder), epoch_steps, total_steps
         self.step_samples, self.device, self.board, self.wandb = step_samples, device, board, wandb
         self.window = 0  # the step whose loss is the first since the last line, `opening`
         self.first = (-1, 0.0)  # steps that were done, and the time, when this process began to train
@@ -232,19 +233,29 @@ class TrainingLog:
             "seconds": time.monotonic() - self.started,
         }
 
-    def restore(self, states: Sequence[Mapping[str, Any]], share: float) -> None:
-        """Go on from what processes had counted; see `Meters.restore`."""
+    def restore(self, states: Sequence[Mapping[str, Any]], own: int | None) -> None:
+        """Go on from what processes had counted at the step that the epoch now begins with.
+
+        Args:
+            own: which of the states was this process's; None: they stood at another step, or were another number of
+                processes, so that each takes an equal share of all.
+        """
         for name, meters in (("of_epoch", self.of_epoch), ("recent", self.recent)):
-            meters.restore([state[name] for state in states], share)
-        norms = [state["largest_norm"] for state in states if state["largest_norm"] is not None]
+            found = [state[name] for state in states]
+            meters.restore(found if own is None else [found[own]], 1.0 if own is not None else 1 / utils.world_size())
+        norms = [float(state["largest_norm"]) for state in states if state["largest_norm"] is not None]
         self.largest_norm = torch.tensor(max(norms), device=self.device) if norms else None
-        self.window, self.opening = states[0]["window"], dict(states[0]["opening"])
         self.seconds = float(states[0]["seconds"])
+        if own is not None:
+            self.window = int(states[own]["window"])
+            self.opening = {name: float(value) for name, value in states[own]["opening"].items()}
 
     def close(self) -> None:
+        """End what is shown; raises `UserError` where lines of the logs could not be written."""
         for each in (self.board, self.wandb):
             if each:
                 each.close()
+        self.logs.finish()
 
     def _restart_clock(self, step: int) -> None:
         """What follows `step` steps of the epoch counts for the rates of the next line."""
@@ -281,7 +292,7 @@ class TrainingLog:
 
     def _write(self, name: str, row: dict[str, Any]) -> None:
         if utils.rank() == 0:
-            runs.append_row(self.folder / name, row)
+            self.logs.append(name, row)
 
 
 def is_loss(name: str) -> bool:

@@ -8,6 +8,7 @@ import os
 import platform
 import random
 import re
+import signal
 import sys
 import time
 import traceback
@@ -27,9 +28,19 @@ from terminal import Escaping, printable
 T = TypeVar("T")
 
 # What PyTorch says when another process of the group is gone.
-LOST = re.compile(r"[Cc]onnection (closed|reset|refused)|Broken pipe|gloo|Gloo|NCCL|ProcessGroup")
+LOST = re.compile(r"[Cc]onnection (was )?(closed|reset|refused)|Broken pipe|remote process|[Tt]im(ed |e)out|aborted")
+
+PATIENCE = datetime.timedelta(minutes=60)  # for a process that others wait for
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their names on command lines
+
+
+class AgreedExit(SystemExit):
+    """All processes of the group end here, with one status; any other `SystemExit` is the failure of one of them."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(status)
+        self.status = status
 
 
 class UserError(ValueError):
@@ -46,10 +57,10 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
         with contextlib.redirect_stdout(Escaping(sys.stdout)), contextlib.redirect_stderr(Escaping(sys.stderr)):
             main(args)
         leave_group(0)
-    except SystemExit as status:
-        leave_group(status.code if isinstance(status.code, int) else 1)
+    except AgreedExit as end_of_all:
+        leave_group(end_of_all.status)
         raise
-    except Exception as error:
+    except (Exception, SystemExit, KeyboardInterrupt) as error:
         message = _own_words(error) if isinstance(error, UserError) else explain(error, vars(args))
         if dist.is_initialized():
             fail(f"error: {message}" if message else traceback.format_exc(), error)
@@ -83,7 +94,7 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> None:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, init_method=dist_url, timeout=datetime.timedelta(minutes=60))
+        dist.init_process_group(backend, init_method=dist_url, timeout=PATIENCE)
     except (dist.DistError, ValueError) as error:
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
@@ -94,7 +105,7 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> None:
         ) from error
 
     if backend == "nccl":
-        control: Any = dist.new_group(backend="gloo")
+        control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
         _group.control = control
     with contextlib.suppress(ValueError):
         _group.watch = Watch(dist_url)
@@ -141,9 +152,12 @@ def leave_group(status: int) -> None:
     os._exit(status)
 
 
-def fail(message: str, error: Exception) -> NoReturn:
+def fail(message: str, error: BaseException) -> NoReturn:
     """End all processes of the group because this one failed; its message comes first."""
     own = f"process {rank()} of {world_size()} on {platform.node()}"
+    status = 1
+    if isinstance(error, KeyboardInterrupt):
+        message, status = "interrupted", 128 + signal.SIGINT
     lost = isinstance(error, RuntimeError) and LOST.search(str(error))
     first_line = str(error).strip().partition("\n")[0][:300]
     summary = f"{own} failed: {first_line or type(error).__name__}"
@@ -151,15 +165,16 @@ def fail(message: str, error: Exception) -> NoReturn:
         summary = f"{own} lost the connection to another one, which was killed or failed ({first_line})"
         message = f"{summary}; --resume auto goes on from the last checkpoint"
     else:
-        message = printable(f"{own}: {message}", sys.stderr)
-        print(message, file=sys.stderr, flush=True)
+        message = f"{own}: {message}"
+        with contextlib.suppress(OSError, ValueError):
+            print(printable(message, sys.stderr), file=sys.stderr, flush=True)
     first = summary
     if _group.watch:
         with contextlib.suppress(RuntimeError):  # the store is gone
             first = _group.watch.tell(summary)
     if first != summary:
-        end(printable(f"{own} ends: {first}", sys.stderr))
-    end(message if lost else "")
+        end(printable(f"{own} ends: {first}", sys.stderr), status)
+    end(printable(message, sys.stderr) if lost else "", status)
 
 
 def all_gather(tensor: Tensor) -> Tensor:

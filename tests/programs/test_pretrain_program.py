@@ -16,13 +16,15 @@ import torch.distributed as dist
 from torch import Tensor
 
 import Pretrain
+import saving
 import utils
 from config import ConfigError, PretrainConfig, load_config
 from dataset.reading import DataError
 from dataset.text import load_tokenizer
 from dataset.vg import TrainingData
+from dataset.workers import EpochOrder
 from models.checkpoint import CheckpointError
-from models.pretrain import PretrainModel
+from models.pretrain import Batch, PretrainModel
 from tests.training_runs import (
     KEYS,
     LOSSES,
@@ -128,10 +130,10 @@ def test_workers_change_nothing(place: Path) -> None:
     batches = []
     for workers in ("0", "2"):
         args = Pretrain.parse_args([*arguments(place, place), "--num_workers", workers])
-        data = TrainingData(config, seed=1)
-        loader = Pretrain.build_loader(data, tokenizer, config, args)
+        data, order = TrainingData(config, seed=1), EpochOrder(24, 1, 0, seed=1)
+        loader = Pretrain.build_loader(data, order, tokenizer, config, args)
         for epoch in (0, 1):
-            data.epoch = epoch
+            data.epoch = order.epoch = epoch
             batches.append(list(loader))
     alone, helped = batches[:2], batches[2:]
     for epoch in (0, 1):
@@ -187,7 +189,7 @@ def test_compiling_changes_no_loss(
 
 @pytest.mark.parametrize(
     ("owner", "name", "calls", "kept"),
-    [(Pretrain.Run, "backward", 2 * 9 + 3, 2), (Pretrain, "save_tensors", 1, 1)],
+    [(Pretrain.Run, "backward", 2 * 9 + 3, 2), (saving, "save_tensors", 1, 1)],
     ids=["within epoch 2", "before the checkpoint of epoch 1"],
 )
 def test_a_resumed_run_repeats_an_uninterrupted_one(
@@ -322,7 +324,7 @@ def test_accumulation_averages_the_gradients(place: Path, tmp_path: Path) -> Non
     run.parallel.eval()  # without dropout
     # The bias of the MLM head: MLM alone moves it, and its loss knows nothing of the queues that fill meanwhile.
     bias = dict(run.model.named_parameters())["text_encoder.cls.predictions.bias"]
-    batches = [Pretrain.Batch(*batch) for batch, _ in zip(run.loader, range(2), strict=False)]
+    batches = [Batch(*batch).to(torch.device("cpu")) for batch, _ in zip(run.loader, range(2), strict=False)]
     halves = []
     for batch in batches:
         run.backward(batch, 0.0, micro=1)

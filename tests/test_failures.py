@@ -1,0 +1,103 @@
+"""The order in which a process of a group ends: message, the others, its end; never a collective on the way."""
+
+import os
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+import failures
+import utils
+
+ROOT = Path(__file__).parents[1]
+
+
+class Ended(BaseException):
+    """What stands for the end of a process."""
+
+
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What process 1 of two does, in order, with NCCL; its end is an exception."""
+    done: list[Any] = []
+
+    def end(status: int) -> None:
+        done.append(status)
+        raise Ended
+
+    class Watch:
+        tell = staticmethod(lambda message: done.append("tell") or message)
+        close = staticmethod(lambda: done.append("close"))
+
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_backend", lambda: "nccl")
+    monkeypatch.setattr(dist, "get_rank", lambda: 1)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    for name in ("barrier", "destroy_process_group", "all_reduce", "all_gather_object"):
+        monkeypatch.setattr(dist, name, lambda *_, name=name: done.append(name))
+    monkeypatch.setattr(os, "_exit", end)
+    monkeypatch.setattr(utils._group, "watch", Watch())
+    return done
+
+
+def run(error: BaseException | None) -> None:
+    def main(args: Namespace) -> None:
+        if error:
+            raise error
+
+    with pytest.raises(Ended):
+        utils.run(main, Namespace())
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "status"),
+    [
+        (utils.UserError("no such file"), "error: no such file", 1),
+        (ZeroDivisionError("a fault"), "ZeroDivisionError: a fault", 1),
+        (SystemExit("stop"), "SystemExit: stop", 1),
+        (KeyboardInterrupt(), "interrupted", 130),
+        (RuntimeError("Connection closed by peer [10.0.0.1]"), "lost the connection to another one", 1),
+    ],
+)
+def test_a_failing_process_calls_no_collective(
+    error: BaseException, message: str, status: int, done: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(error)
+    assert done == ["tell", status]
+    said = capsys.readouterr().err
+    assert said.startswith("process 1 of 2 on ")
+    assert message in said
+
+
+@pytest.mark.parametrize(("error", "status"), [(None, 0), (utils.AgreedExit(143), 143)])
+def test_processes_that_agree_wait_for_each_other(error: BaseException | None, status: int, done: list[Any]) -> None:
+    run(error)
+    assert done == ["barrier", "close", "destroy_process_group", status]
+
+
+@pytest.mark.parametrize("url", ["file:///tmp/x", "tcp://10.0.0.1"])
+def test_a_store_without_an_address(url: str) -> None:
+    with pytest.raises(ValueError, match="no address of a store"):
+        failures.Watch(url)
+
+
+def test_a_second_interrupt_ends_at_once() -> None:
+    code = """
+import os, signal, signals
+with signals.Requests() as requests:
+    requests.begin()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert requests.agreed(False) == (False, signal.SIGINT)
+    os.kill(os.getpid(), signal.SIGINT)
+    raise SystemExit("not ended")
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ended.returncode == 128 + signal.SIGINT
+    first, second = ended.stderr.splitlines()
+    assert first == "SIGINT: the run saves and ends after this step; a second Ctrl-C ends it at once"
+    assert second == "stopped at once, without a checkpoint"
