@@ -218,6 +218,8 @@ class Run:
             utils.log(f"nothing is left to train: {path} is the end of this run")
         else:
             self.open_output(checkpoint.get("log") if here else None)
+        if self.decisive and utils.rank() == 0:  # a killed run may not have come to it
+            runs.link_best(self.output, runs.read_log(self.output / runs.EPOCHS_LOG), self.decisive)
 
     def steps_of(self, epoch: int) -> int:
         """The steps of an epoch that this run comes to, done ones included; 0 where nothing of the epoch is left."""
@@ -437,8 +439,6 @@ class Run:
         if utils.rank() != 0:
             return
         runs.prepare_output(self.output, self.start, earlier_log)
-        if self.decisive:  # a killed run may not have come to it
-            runs.link_best(self.output, runs.read_log(self.output / runs.EPOCHS_LOG), self.decisive)
         save_config(self.config, self.output / "config.yaml")
         runs.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
         samples = f"{self.config.batch_size * self.args.accum_steps} x {utils.world_size()}"
