@@ -88,12 +88,13 @@ def ignore_in_worker(worker: int = 0) -> None:
     for number in (signal.SIGINT, SAVE):
         if number is not None:
             signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
-    while hasattr(signal, "sigwaitinfo"):  # Linux
-        if parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid == parent.pid:
-            os._exit(0)
+    if parent and hasattr(signal, "sigwaitinfo"):  # Linux
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_with, args=(parent.pid,), daemon=True).start()
+
+
+def _end_with(parent: int | None) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
