@@ -300,11 +300,10 @@ def test_the_package_itself(place: Path, tmp_path: Path, monkeypatch: pytest.Mon
     """Where it is installed: offline, one id over two starts, and the same weights as without it."""
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "offline")
-    words = ("--max_steps", "3", "--save_every", "1")
-    train(place, tmp_path / "plain", *words)
-    for more in ((), ("--resume", "auto")):
-        train(place, tmp_path / "told", *words, *more, "--wandb", "amc")
+    for words in (("--max_steps", "3"), ("--max_steps", "12", "--resume", "auto")):  # 9 steps an epoch
+        train(place, tmp_path / "plain", *words)
+        train(place, tmp_path / "told", *words, "--wandb", "amc")
     run_id = (tmp_path / "told" / "wandb" / "run_id").read_text()
     assert len(list((tmp_path / "told" / "wandb").glob(f"offline-run-*/run-{run_id}.wandb"))) == 2
-    assert same_weights(saved(tmp_path / "plain", 0)["model"], saved(tmp_path / "told", 0)["model"])
+    assert same_weights(saved(tmp_path / "plain", 1)["model"], saved(tmp_path / "told", 1)["model"])
     assert step_rows(tmp_path / "plain") == step_rows(tmp_path / "told")
