@@ -14,6 +14,7 @@ from config import PretrainConfig, load_config
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from tests.grounding.pictures.test_watch import read_events
+from tests.launched import Launched
 from tests.training_runs import (
     KEYS,
     LOSSES,
@@ -123,8 +124,9 @@ def test_watching_changes_nothing(tmp_path: Path) -> None:
     place = make_workplace(tmp_path / "place")
     words = ["schedular.epochs=1", "batch_size=4"]
     plain, watched = tmp_path / "plain", tmp_path / "watched"
-    launch("torchrun", "Pretrain.py", *arguments(place, plain, *words))
-    launch("torchrun", "Pretrain.py", *arguments(place, watched, *words, "--tensorboard", "--heat_maps_every", "2"))
+    for output, more in ((plain, []), (watched, ["--tensorboard", "--heat_maps_every", "2"])):
+        launched = Launched(place, output, *words, *more, processes=2)
+        assert launched.wait() == [0, 0], launched.said()
     _, images = read_events(watched)
     steps = log_rows(plain)[0]["steps"]
     assert all([step for step, _ in shown] == [*range(0, steps, 2), steps] for shown in images.values())

@@ -16,7 +16,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 import Pretrain
-import saving
 import utils
 from config import ConfigError, PretrainConfig, load_config
 from dataset.reading import DataError
@@ -185,30 +184,6 @@ def test_compiling_changes_no_loss(
 
 
 # ---- interruption
-
-
-@pytest.mark.parametrize(
-    ("owner", "name", "calls", "kept"),
-    [(Pretrain.Run, "backward", 2 * 9 + 3, 2), (saving, "save_tensors", 1, 1)],
-    ids=["within epoch 2", "before the checkpoint of epoch 1"],
-)
-def test_a_resumed_run_repeats_an_uninterrupted_one(
-    owner: object, name: str, calls: int, kept: int, place: Path, finished: Path, tmp_path: Path
-) -> None:
-    assert log_rows(finished)[0]["steps"] == 9
-    with pytest.MonkeyPatch.context() as patch:
-        interrupt(patch, name, owner, name, after=calls)
-        with pytest.raises(Interruption):
-            train(place, tmp_path)
-    assert len(list(tmp_path.glob("checkpoint_*.pth"))) == kept
-
-    assert train(place, tmp_path, "--resume", "True") == log_rows(finished)
-    assert step_rows(tmp_path) == step_rows(finished)
-    last, wanted = saved(tmp_path, 2), saved(finished, 2)
-    assert same_weights(last["model"], wanted["model"])
-    assert last["lr_scheduler"] == wanted["lr_scheduler"]
-    for key, state in wanted["optimizer"]["state"].items():
-        assert same_weights(last["optimizer"]["state"][key], state)
 
 
 def test_a_new_run_sets_an_earlier_one_aside(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
