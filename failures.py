@@ -10,7 +10,6 @@ import os
 import sys
 import threading
 from typing import NoReturn
-from urllib.parse import urlparse
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, and not declared so
 
@@ -18,23 +17,12 @@ POLL, GRACE = 1.0, 10.0  # seconds between two looks, and until a process that d
 
 
 class Watch:
-    """Looks, in a thread, whether another process has failed; one for each process of a group.
+    """Looks, in a thread, under a key of the group's store whether another process has failed; one for each process."""
 
-    Raises `ValueError` where the group's store has no address (dist_url is neither env:// nor tcp://).
-    """
-
-    def __init__(self, dist_url: str) -> None:
-        if dist_url == "env://":
-            host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        else:
-            place = urlparse(dist_url)
-            if place.scheme != "tcp" or place.hostname is None or place.port is None:
-                raise ValueError(f"{dist_url}: no address of a store")
-            host, port = place.hostname, place.port
+    def __init__(self, host: str, port: int, key: str) -> None:
+        # Its own connection: the group's waits while a process waits for another.
         self.store = TCPStore(host, port, is_master=False, timeout=datetime.timedelta(seconds=30))
-        # torchrun's store outlives a restart.
-        parts = (os.environ.get(name, "") for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT"))
-        self.key = "/".join(["amc_failed", *parts])
+        self.key = key
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._look, name="failures", daemon=True)
         self.thread.start()

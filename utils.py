@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -20,6 +21,8 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, and not declared so
+from torch.distributed.rendezvous import rendezvous
 
 from failures import Watch, end
 from system_errors import describe_os_error, explain
@@ -94,7 +97,13 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> None:
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, init_method=dist_url, timeout=PATIENCE)
+        own, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        shared = next(rendezvous(dist_url, own, count, timeout=PATIENCE))[0]
+        if isinstance(shared, PrefixStore):  # PyTorch 2.4: by each host's own count of restarts
+            shared = shared.underlying_store
+        start = name_of_start(shared, own, count)
+        store = PrefixStore(start, shared)
+        dist.init_process_group(backend, store=store, rank=own, world_size=count, timeout=PATIENCE)
     except (dist.DistError, ValueError) as error:
         names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         found = ", ".join(f"{name}={os.environ.get(name, '')}" for name in names)
@@ -107,8 +116,36 @@ def init_distributed(device: torch.device, dist_url: str = "env://") -> None:
     if backend == "nccl":
         control: Any = dist.new_group(backend="gloo", timeout=PATIENCE)
         _group.control = control
-    with contextlib.suppress(ValueError):
-        _group.watch = Watch(dist_url)
+    if isinstance(shared, TCPStore):
+        _group.watch = Watch(shared.host, shared.port, f"{start}/failed")
+
+
+def name_of_start(store: Store, own: int, count: int, patience: datetime.timedelta = PATIENCE) -> str:
+    """A name on which the `count` processes of a group agree, and which no earlier start of the job had.
+
+    torchrun's store outlives a restart: by the addresses that it holds from before, Gloo waits for processes that are
+    gone. No variable of the environment tells two starts apart on all hosts (each host counts its own restarts). So
+    each process asks under a name of its own, and process 0 answers whatever it finds asked, until all have their
+    answer.
+
+    Raises:
+        dist.DistStoreError: the others have not come within `patience`.
+    """
+    name = f"amc/{uuid.uuid4().hex}"
+    if own:
+        store.set(f"amc/asked/{own}", name)
+        name = store.get(name).decode()  # waits
+        store.add(f"{name}/answered", 1)
+        return name
+    deadline = time.monotonic() + patience.total_seconds()
+    while (answered := store.add(f"{name}/answered", 0)) < count - 1:
+        if time.monotonic() > deadline:
+            raise dist.DistStoreError(f"{count - 1 - answered} of {count} processes have not come within {patience}")
+        for key in (f"amc/asked/{other}" for other in range(1, count)):
+            if store.check([key]):
+                store.set(store.get(key).decode(), name)
+        time.sleep(0.05)
+    return name
 
 
 class _Group:

@@ -1,17 +1,20 @@
 """The order in which a process of a group ends: message, the others, its end; never a collective on the way."""
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch.distributed as dist
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, and not declared so
 
-import failures
 import utils
 
 ROOT = Path(__file__).parents[1]
@@ -80,10 +83,22 @@ def test_processes_that_agree_wait_for_each_other(error: BaseException | None, s
     assert done == ["barrier", "close", "destroy_process_group", status]
 
 
-@pytest.mark.parametrize("url", ["file:///tmp/x", "tcp://10.0.0.1"])
-def test_a_store_without_an_address(url: str) -> None:
-    with pytest.raises(ValueError, match="no address of a store"):
-        failures.Watch(url)
+def test_a_start_has_a_name_that_no_earlier_one_had() -> None:
+    store, count = HashStore(), 3
+    names = set()
+    for came in (3, 2, 1, 3):  # a process that is killed early leaves its question, or none
+        name = functools.partial(utils.name_of_start, store, count=count, patience=timedelta(seconds=1))
+        with ThreadPoolExecutor(count) as processes:
+            asked = [processes.submit(name, own) for own in range(came)]
+        if came < count:
+            with pytest.raises(
+                dist.DistStoreError, match=rf"^{count - came} of 3 processes have not come within 0:00:01"
+            ):
+                asked[0].result()
+        else:
+            assert len(agreed := {each.result() for each in asked}) == 1
+            assert not names & agreed
+        names |= {each.result() for each in asked[1:]}
 
 
 def test_a_second_interrupt_ends_at_once() -> None:

@@ -179,7 +179,6 @@ utils.run(Pretrain.main, Pretrain.parse_args())
 """
 
 
-@pytest.mark.skipif(KILLS <= 2, reason="Gloo can wait for itself when torchrun starts again; set KILLS=3 to try")
 def test_torchrun_starts_again(place: Path, tmp_path: Path) -> None:
     words = ["batch_size=4", "--save_every", "2"]
     whole = Launched(place, tmp_path / "whole", *words, processes=2)
