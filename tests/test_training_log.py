@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 import Pretrain
-import training_log
 import utils
 from tests.training_runs import (
     Interruption,
@@ -25,7 +24,8 @@ from tests.training_runs import (
     step_rows,
     train,
 )
-from training_log import MEASURED, TrainingLog
+from training import log as training_log
+from training.log import MEASURED, TrainingLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -14,10 +14,11 @@ import torch
 
 import Pretrain
 import runs
-import saving
 from dataset.vg import TrainingData
 from tests.programs.test_interrupted import assert_equal_runs
 from tests.training_runs import log_rows, ready, saved, step_rows, train
+from training import saving
+from training.state import progress_of
 from utils import UserError
 
 EVERY = ("--save_every", "2")  # of nine steps an epoch
@@ -106,7 +107,7 @@ def test_what_is_kept(place: Path, whole: Path, tmp_path: Path) -> None:
     assert (tmp_path / "earlier_1" / runs.BEST).is_symlink()  # it was of an earlier run
     shutil.copytree(whole, tmp_path / "best")
     (tmp_path / "best" / runs.BEST).symlink_to("checkpoint_00.pth")
-    saving.Saver(tmp_path / "best", 1, 1, saving.Interval())._remove_old()
+    saving.Saver(tmp_path / "best", 1, 1, saving.Every())._remove_old()
     assert kept(tmp_path / "best") == [(1, 0), (2, 8), (3, 0)]
 
 
@@ -201,7 +202,7 @@ def test_of_two_processes_goes_on_alone(place: Path, whole: Path, tmp_path: Path
     torch.save(content, path)
     run = ready(place, output, "--resume", "auto")
     run.begin_epoch(0, 9)
-    run.restore_processes()
+    run.state.restore_processes(run.progress, run.start, run.log)
     counted = states[0]["log"]["of_epoch"]
     assert run.log.of_epoch.counts == {name: 2 * count for name, count in counted["counts"].items()}
     means = {name: total / counted["counts"][name] for name, total in counted["sums"].items()}
@@ -222,7 +223,7 @@ def test_progress_of_another_form(name: str, whole: Path) -> None:
     change, content = DAMAGE[name], saved(whole, 0)
     content["progress"] = change if isinstance(change, list) else content["progress"] | change
     with pytest.raises(UserError, match=r"x\.pth: cannot resume, its 'progress' is damaged"):
-        saving.progress_of(content, "x.pth")
+        progress_of(content, "x.pth")
 
 
 @pytest.mark.parametrize("part", ["random", "log"])
@@ -235,7 +236,7 @@ def test_a_process_state_of_another_form(part: str, value: Any, place: Path, who
     state[part] = value
     run.begin_epoch(0, 9)
     with pytest.raises(UserError, match="'progress' is damaged"):
-        run.restore_processes()
+        run.state.restore_processes(run.progress, run.start, run.log)
 
 
 # ---- disks

@@ -16,7 +16,6 @@ from grounding import evaluate, metrics
 from grounding.benchmarks import FLICKR, REFCOCO_PLUS
 from grounding.maps import ResizedMap
 from grounding.validate import BenchmarkError, Validation
-from saving import random_state
 from tests.data_keys import data_keys
 from tests.grounding.pictures.test_watch import read_events
 from tests.programs.test_interrupted import Launched, same
@@ -32,6 +31,7 @@ from tests.training_runs import (
     step_rows,
     train,
 )
+from training.state import random_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 SHORT = ("batch_size=24", "--save_every", "1")  # three steps an epoch
