@@ -15,6 +15,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, and not declared so
 
+import signals
 import utils
 
 ROOT = Path(__file__).parents[1]
@@ -101,13 +102,17 @@ def test_a_start_has_a_name_that_no_earlier_one_had() -> None:
         names |= {each.result() for each in asked[1:]}
 
 
-def test_a_second_interrupt_ends_at_once() -> None:
-    code = """
+@pytest.mark.parametrize("before", [0, signal.SIGTERM])
+@pytest.mark.parametrize("between", [0, signal.SIGTERM])
+def test_a_second_interrupt_ends_at_once(before: int, between: int) -> None:
+    code = f"""
 import os, signal, signals
 with signals.Requests() as requests:
     requests.begin()
+    os.kill(os.getpid(), {before})
     os.kill(os.getpid(), signal.SIGINT)
-    assert requests.agreed(False) == (False, signal.SIGINT)
+    os.kill(os.getpid(), {between})
+    assert requests.agreed(False) == (False, {max(before, between, signal.SIGINT)})
     os.kill(os.getpid(), signal.SIGINT)
     raise SystemExit("not ended")
 """
@@ -116,3 +121,16 @@ with signals.Requests() as requests:
     first, second = ended.stderr.splitlines()
     assert first == "SIGINT: the run saves and ends after this step; a second Ctrl-C ends it at once"
     assert second == "stopped at once, without a checkpoint"
+
+
+def test_a_signal_while_the_others_are_waited_for_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process waits for the slowest one in each step; a signal that comes meanwhile counts for the next step."""
+
+    def exchange(values: list[int]) -> list[int]:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return values
+
+    monkeypatch.setattr(utils, "largest_of_all", exchange)
+    with signals.Requests() as requests:
+        assert [requests.agreed(False)[0] for _ in range(3)] == [False, True, False]
