@@ -228,6 +228,13 @@ def test_best_follows_what_is_there(place: Path, words: list[str], told: list[fl
     assert os.readlink(tmp_path / runs.BEST) == "checkpoint_01.pth"
 
 
+def test_lines_of_no_epoch_are_no_best(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint_00.pth").touch()
+    rows = [{"val": 0.5, "epoch": 0}, {"val": 0.6}, {"val": 0.7, "epoch": None}, {"val": None, "epoch": 1}]
+    runs.link_best(tmp_path, rows, "val")
+    assert runs.best_checkpoint(tmp_path) == tmp_path / "checkpoint_00.pth"
+
+
 def test_a_file_called_best_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("checkpoint_00.pth", runs.BEST):
         (tmp_path / name).write_text(name)
