@@ -114,7 +114,14 @@ def test_an_epoch_that_goes_on_tells_the_same(tmp_path: Path, monkeypatch: pytes
     assert json.loads(json.dumps(state)) == state  # plain values
     second = TrainingLog(tmp_path / "cut", 25, 25, 8, torch.device("cpu"))
     begin = second.begin_epoch
-    monkeypatch.setattr(second, "begin_epoch", lambda *where: (begin(*where), second.restore([state], 0)))
+
+    def go_on(*where: int) -> None:
+        begin(*where)
+        second.restore([state], 0)
+        kept = {"window": second.window, "opening": second.opening, "seconds": second.seconds}
+        assert kept == {key: state[key] for key in kept}  # no line tells of these
+
+    monkeypatch.setattr(second, "begin_epoch", go_on)
     run_epoch(second, clock, 0, begin=cut)
     rows, wanted = lines(tmp_path / "cut"), lines(tmp_path / "whole")
     for row, other in zip(rows, wanted, strict=True):
