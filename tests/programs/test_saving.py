@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,6 +110,29 @@ def test_what_is_kept(place: Path, whole: Path, tmp_path: Path) -> None:
     (tmp_path / "best" / runs.BEST).symlink_to("checkpoint_00.pth")
     saving.Saver(tmp_path / "best", 1, 1, saving.Every())._remove_old()
     assert kept(tmp_path / "best") == [(1, 0), (2, 8), (3, 0)]
+
+
+def test_a_checkpoint_is_due_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((0.0, 9.0, 10.0, 11.0, 11.0, 20.0, 21.0))  # of the beginning, three questions, a save, two questions
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    saver = saving.Saver(tmp_path, 1, 1, saving.Every(seconds=10))
+    assert [saver.is_due(1) for _ in range(3)] == [False, True, True]
+    saver.save(runs.Position(0, 1), {"model": {}})
+    assert [saver.is_due(2) for _ in range(2)] == [False, True]
+    monkeypatch.setattr("utils.rank", lambda: 1)  # one clock decides
+    assert not saver.is_due(2)
+    saver.finish()
+
+
+def test_broken_images_are_counted_on(place: Path, whole: Path, tmp_path: Path) -> None:
+    output = copy(whole, tmp_path / "run", (0, 4))
+    path = output / "checkpoint_00_step_000004.pth"
+    content = torch.load(path, weights_only=True)
+    content["progress"]["broken"] = [3, 7]
+    torch.save(content, path)
+    assert ready(place, output, "--resume", "auto").data.broken_anywhere() == [3, 7]
+    other = ready(place, output, "--resume", "auto", "train_file=" + str([str(place / "data" / "train_captions.json")]))
+    assert other.data.broken_anywhere() == []  # its entries are others
 
 
 def test_a_run_that_is_done_stays_as_it_is(place: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
