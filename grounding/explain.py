@@ -76,9 +76,7 @@ class Explainer(NamedTuple):
 
     def match_probabilities(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
         """The probability that each text matches its image: (len(texts),) on the CPU; arguments as in `maps`."""
-        encoded = self.model.encode(
-            images.to(self.device, non_blocking=True), self.precision, only=("itm", self.block)
-        )
+        encoded = self.model.encode(images.to(self.device, non_blocking=True), self.precision, only=("itm", self.block))
         found = [self.model.match(encoded, *chunk) for chunk in self.chunks(texts, index)]
         return self.finite(torch.cat(found).cpu(), "the match probability")
 
