@@ -101,7 +101,7 @@ def _told(questions: Questions, names: dict[str, str]) -> str:
 
 
 def _accuracies(questions: Questions, names: dict[str, str], explainer: Explainer) -> dict[str, float]:
-    """The accuracies of some splits, by `names` and metric. Batches are those of the whole benchmark, as in evaluation."""
+    """Accuracies of some splits, by `names` and metric. Batches are those of the whole benchmark, as in evaluation."""
     benchmark = questions.benchmark
     chosen = [position for position, one in enumerate(questions.expressions) if one.split in names]
     expressions = [questions.expressions[position] for position in chosen]
