@@ -219,7 +219,7 @@ class Evaluation(Questions):
             explainer = self.load(path)
             if not has_maps:
                 own = self.ask(explainer.maps, self.asked, self.benchmark.resize)
-                maps = own.on_rank_0()
+                maps = own.gathered()
                 on_rank_0(lambda: identity.check_unchanged(path, origin))
                 if utils.rank() == 0:
                     self.write(epoch, maps, {**origin, **self.origin})
@@ -259,7 +259,7 @@ class Evaluation(Questions):
         """
         pairs = self.pairs[name]
         asked = [(pair.image, pair.text) for pair in pairs]
-        positions, probabilities = self.ask(explainer.match_probabilities, asked, resize_bilinear_image).on_rank_0()
+        positions, probabilities = self.ask(explainer.match_probabilities, asked, resize_bilinear_image).gathered()
         if missing := len(pairs) - len(positions):
             utils.log(f"{name}: {missing} pairs of unreadable images are left out")
         found = [pairs[position] for position in positions.tolist()]

@@ -55,8 +55,8 @@ class Answers(NamedTuple):
     positions: Tensor
     values: Tensor
 
-    def on_rank_0(self) -> "Answers":
-        """The answers of all processes on rank 0, and each other process's own there (a collective call)."""
+    def gathered(self) -> "Answers":
+        """On rank 0 the answers of all processes, elsewhere the own (a collective call)."""
         return Answers(*map(utils.rows_on_rank_0, self))
 
 
@@ -113,7 +113,7 @@ class Questions:
         """Call a method of `Explainer` for the (image, text) pairs that fall to this process.
 
         Args:
-            wanted: leave out batches with none of these images. The others stay as they are, and so do their answers,
+            wanted: leave out all but these images. Batches with any of them stay as they are, and so do the answers,
                 which depend on their batch by rounding.
 
         Returns:
@@ -125,6 +125,8 @@ class Questions:
         positions: list[int] = []
         values = torch.empty(0)
         for position, answer in answer_pairs(function, pairs, batches):
+            if wanted is not None and pairs[position][0] not in wanted:
+                continue
             if not positions:
                 values = answer.new_empty((len(pairs), *answer.shape))
             values[len(positions)] = answer
@@ -142,7 +144,7 @@ class Questions:
         """
         expressions = [self.expressions[position] for position in maps.positions.tolist()]
         own = metrics.score(maps.values, expressions, self.benchmark.metrics)
-        found = Answers(maps.positions, torch.from_numpy(own)).on_rank_0()
+        found = Answers(maps.positions, torch.from_numpy(own)).gathered()
         scores = np.full((len(self.expressions), len(self.benchmark.metrics)), np.nan)
         scores[found.positions.numpy()] = found.values.numpy()
         return scores
