@@ -21,7 +21,7 @@ from grounding.benchmarks import Benchmark
 from grounding.explain import Explainer, Resize
 from grounding.identity import Origin
 from grounding.load import own_sizes
-from grounding.questions import Answers, Asking, EvaluationError, Questions
+from grounding.questions import PairAnswers, Asking, EvaluationError, Questions
 from grounding.results import ResultFolder, percent, sources_of
 from models.checkpoint import read_checkpoint
 from models.student import is_student, lacking, local_checkpoint, own_text_encoder
@@ -238,7 +238,7 @@ class Evaluation(Questions):
         utils.log(str(report))
         return explainer
 
-    def write(self, epoch: str, found: Answers, origin: Origin) -> None:
+    def write(self, epoch: str, found: PairAnswers, origin: Origin) -> None:
         """Write the maps of all processes; for rank 0."""
         if missing := len(self.expressions) - len(found.positions):
             print(f"{missing} expressions of unreadable images are left out of results and metrics")
@@ -268,7 +268,7 @@ class Evaluation(Questions):
         by_kind = metrics.split_accuracies(right, [pair.kind for pair in found], kinds)
         return {name: metrics.accuracy(right), **by_kind}
 
-    def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> Answers:
+    def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> PairAnswers:
         """As `answers`, in all processes together; raises `DataError` on all of them where no pair has one."""
         own = self.answers(function, pairs, resize)
         if pairs and not any(utils.gather_objects(len(own.positions))):
