@@ -21,7 +21,7 @@ from grounding.benchmarks import Benchmark
 from grounding.explain import Explainer, Resize
 from grounding.identity import Origin
 from grounding.load import own_sizes
-from grounding.questions import PairAnswers, Asking, EvaluationError, Questions
+from grounding.questions import Asking, EvaluationError, PairAnswers, Questions
 from grounding.results import ResultFolder, percent, sources_of
 from models.checkpoint import read_checkpoint
 from models.student import is_student, lacking, local_checkpoint, own_text_encoder

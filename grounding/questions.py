@@ -45,7 +45,7 @@ class Asking(NamedTuple):
 
 
 class PairAnswers(NamedTuple):
-    """PairAnswers to some of many pairs, as two tensors on the CPU: however many they are, they are sent whole.
+    """Answers to some of many (image, text) pairs, as two tensors on the CPU, which are sent as they are.
 
     Args:
         positions: int64 (n,), of the pairs.
