@@ -194,7 +194,7 @@ def test_the_norm_is_that_before_clipping(place: Path, tmp_path: Path) -> None:
 
 def test_steps_that_fp16_skips_have_no_norm(place: Path, tmp_path: Path) -> None:
     """With a loss scale that is too large at first, steps are skipped until it is halved often enough."""
-    run = ready(place, tmp_path, "--precision", "fp16")
+    run = ready(place, tmp_path, "--precision", "fp16", "--force_precision")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     run.train_epoch(0, 2)
     (row,) = step_rows(tmp_path)
