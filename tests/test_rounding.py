@@ -1,4 +1,4 @@
-"""What TF32 does to maps, points and gradients of the scenes' model, emulated on the CPU: fewer bits break the bounds."""
+"""TF32, emulated on the CPU: maps, points and gradients of the scenes' model, within bounds that fewer bits break."""
 
 import statistics
 from pathlib import Path
