@@ -17,7 +17,7 @@ from models.pretrain import STUDENT_AND_TEACHER, Batch, Encoders, PretrainModel
 from tests.models.plain import IDS, MASK, images
 from tests.models.test_training_step import make_batch, make_model
 from tests.training_runs import make_workplace, ready
-from training_log import TrainingLog
+from training.log import TrainingLog
 
 TinyConfig = Callable[..., Any]
 pytestmark = pytest.mark.usefixtures("one_thread")
