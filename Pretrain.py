@@ -464,7 +464,7 @@ def build_loader(
     data: TrainingData, order: EpochOrder, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
     """This process's batches; raises `DataError` where they do not fill a step."""
-    sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + 4 * 8 * config.max_tokens + 1  # of `Batch`
+    sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + 5 * 8 * config.max_tokens + 1  # of `Batch`, at most
     check_shared_memory(args.num_workers, len(data) // config.batch_size, config.batch_size * sample_bytes)
     loader = DataLoader(
         data,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from config import PretrainConfig
 from dataset.transforms import normalise_batch
+from dataset.vg import mlm_targets
 from models import amc, losses
 from models.albef import ALBEF, build_encoders
 from models.vit import ViT
@@ -24,7 +25,8 @@ class Batch(NamedTuple):
     """One step's input: B samples of T tokens.
 
     image: (B, 3, r, r); input_ids, attention_mask: (B, T); mlm_input_ids: (B, T), masked; mlm_labels: (B, T), the
-    original id at targets and -100 elsewhere; box_mask: (B, s, s) in [0, 1]; has_box: (B,) bool.
+    original id at targets and -100 elsewhere; box_mask: (B, s, s) in [0, 1]; has_box: (B,) bool; mlm_targets: (K,),
+    int64, where they are in the flattened labels; without it the model looks for them, which waits for the device.
     """
 
     image: Tensor
@@ -34,13 +36,22 @@ class Batch(NamedTuple):
     mlm_labels: Tensor
     box_mask: Tensor
     has_box: Tensor
+    mlm_targets: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """On a device; images and masks that travelled as uint8 become the numbers described above there."""
-        moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        moved = Batch._make(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
         if moved.image.dtype == torch.uint8:
             moved = moved._replace(image=normalise_batch(moved.image), box_mask=moved.box_mask.float())
         return moved
+
+
+class TeacherOutput(NamedTuple):
+    """By the momentum teacher: L2-normalised features (B, E), and vocabulary logits (K, V) at the MLM targets."""
+
+    image: Tensor
+    text: Tensor
+    words: Tensor
 
 
 STUDENT_AND_TEACHER = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
@@ -108,41 +119,44 @@ class PretrainModel(ALBEF):
         if update_teacher:
             self.update_teacher()
 
+        if batch.mlm_targets is None:
+            batch = batch._replace(mlm_targets=mlm_targets(batch.mlm_labels))
         image_tokens = self.visual_encoder(batch.image)
-        text_tokens = self.text_encoder(batch.input_ids, batch.attention_mask)
+        text_tokens, masked_tokens = _both_texts(self.text_encoder, batch)
         images = self.text_encoder.image_keys_values(image_tokens)
-        image_tokens_m, image_m, text_m = self._teacher(batch)
+        teacher = self._teacher(batch)
 
         contrast = losses.contrastive_loss(
             self.image_feature(image_tokens),
             self.text_feature(text_tokens),
-            image_m,
-            text_m,
+            teacher.image,
+            teacher.text,
             self.image_queue,
             self.text_queue,
             self.temp,
             alpha,
         )
-        self.enqueue(all_gather(image_m), all_gather(text_m))
+        self.enqueue(all_gather(teacher.image), all_gather(teacher.text))
 
         positives, map_losses = self._positives(text_tokens, images, batch)
         negatives = self._negatives(text_tokens, images, batch.attention_mask, contrast)
         match_logits = torch.cat([positives, negatives])
         return {
-            "loss_mlm": self._mlm(images, image_tokens_m, batch, alpha),
+            "loss_mlm": self._mlm(masked_tokens, images, teacher.words, batch, alpha),
             "loss_ita": contrast.loss,
             "loss_itm": losses.matching_loss(match_logits, positives=len(positives)),
             **map_losses,
         }
 
     @torch.no_grad()
-    def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """By the momentum teacher: image tokens (B, S, W), L2-normalised image and text features (B, E)."""
+    def _teacher(self, batch: Batch) -> TeacherOutput:
+        encoder = self.text_encoder_m
         image_tokens = self.visual_encoder_m(batch.image)
-        text_tokens = self.text_encoder_m(batch.input_ids, batch.attention_mask)
+        text_tokens, masked_tokens = _both_texts(encoder, batch)
         image = F.normalize(self.vision_proj_m(image_tokens[:, 0]), dim=-1)
         text = F.normalize(self.text_proj_m(text_tokens[:, 0]), dim=-1)
-        return image_tokens, image, text
+        fused = encoder.fuse(masked_tokens, batch.attention_mask, encoder.image_keys_values(image_tokens))
+        return TeacherOutput(image, text, encoder.mlm_logits(_at_targets(fused.tokens, batch)))
 
     def _positives(self, text_tokens: Tensor, images: list[KeyValue], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Match logits (B, 2) of the true pairs, and the losses on their GradCAM maps by the names of the log."""
@@ -174,30 +188,24 @@ class PretrainModel(ALBEF):
         self, text_tokens: Tensor, images: list[KeyValue], attention_mask: Tensor, contrast: losses.ContrastiveOutput
     ) -> Tensor:
         """Match logits (2B, 2): each text with a hard image, then each image with a hard text."""
-        own = torch.arange(len(text_tokens), device=text_tokens.device)
         sharpness = self.config.negative_sharpness
-        image_index = torch.cat([losses.hard_negatives(contrast.sim_t2i, sharpness), own])
-        text_index = torch.cat([own, losses.hard_negatives(contrast.sim_i2t, sharpness)])
-        texts, mask = text_tokens[text_index], attention_mask[text_index]
+        image_index = losses.hard_negatives(contrast.sim_t2i, sharpness)
+        text_index = losses.hard_negatives(contrast.sim_i2t, sharpness)
+        texts, mask = (torch.cat([own, own.index_select(0, text_index)]) for own in (text_tokens, attention_mask))
         fused = self.text_encoder.fuse(texts, mask, images, image_index, cls_only=True)
         return self.match_logits(fused.tokens)
 
-    def _mlm(self, images: list[KeyValue], teacher_image_tokens: Tensor, batch: Batch, alpha: float) -> Tensor:
+    def _mlm(
+        self, masked_tokens: Tensor, images: list[KeyValue], teacher_words: Tensor, batch: Batch, alpha: float
+    ) -> Tensor:
         """Masked language modelling with the image, against the words and the teacher's prediction."""
-        masked, mask = batch.mlm_input_ids, batch.attention_mask
-        fused = self.text_encoder.fuse(self.text_encoder(masked, mask), mask, images)
-        with torch.no_grad():
-            teacher = self.text_encoder_m
-            teacher_images = teacher.image_keys_values(teacher_image_tokens)
-            teacher_fused = teacher.fuse(teacher(masked, mask), mask, teacher_images)
-        tokens, teacher_tokens, labels = fused.tokens, teacher_fused.tokens, batch.mlm_labels
-        axis = self.config.mlm_distill_axis
-        if axis == "vocabulary":  # needs no other position than the targets; "sequence" normalises over all of them
-            target = labels != -100
-            tokens, teacher_tokens, labels = (x[target][None] for x in (tokens, teacher_tokens, labels))
-        with torch.no_grad():
-            teacher_logits = teacher.mlm_logits(teacher_tokens)
-        return losses.mlm_loss(self.text_encoder.mlm_logits(tokens), labels, teacher_logits, alpha, axis)
+        encoder, labels = self.text_encoder, _at_targets(batch.mlm_labels, batch)
+        tokens = encoder.fuse(masked_tokens, batch.attention_mask, images).tokens
+        if self.config.mlm_distill_axis == "vocabulary":  # needs no other position than the targets
+            return losses.mlm_loss(encoder.mlm_logits(_at_targets(tokens, batch)), labels, teacher_words, alpha)
+        logits = encoder.mlm_logits(tokens)
+        distilled = _at_targets(logits.float().log_softmax(dim=1), batch)
+        return losses.mlm_loss(_at_targets(logits, batch), labels, teacher_words, alpha, distilled)
 
     @torch.no_grad()
     def update_teacher(self) -> None:
@@ -224,3 +232,15 @@ class PretrainModel(ALBEF):
         for queue, pointer, features in pairs:
             queue[:, (pointer + offsets) % size] = features[-size:].t().to(queue.dtype)
             pointer.copy_((pointer + len(features)) % size)
+
+
+def _both_texts(encoder: TextEncoder, batch: Batch) -> tuple[Tensor, ...]:
+    """Text tokens (B, T, W) of the captions and of the masked captions, in one pass."""
+    ids = torch.cat([batch.input_ids, batch.mlm_input_ids])
+    return encoder(ids, batch.attention_mask.repeat(2, 1)).chunk(2)
+
+
+def _at_targets(values: Tensor, batch: Batch) -> Tensor:
+    """(B, T, ...) -> (K, ...), the values at the MLM targets."""
+    assert batch.mlm_targets is not None
+    return values.flatten(0, 1).index_select(0, batch.mlm_targets)
