@@ -79,8 +79,8 @@ def has_units(name: str, device: torch.device) -> bool:
 class use:
     """Let float32 products and convolutions on GPUs be what a precision says; as a context, only within it.
 
-    tf32: TF32. fp32: IEEE. bf16, fp16: what stays in float32 is IEEE in evaluation, and TF32 in training where the device
-    has it: it is the AMC part there, and the rest is rounded by far more.
+    tf32: TF32. fp32: IEEE. bf16, fp16: what stays in float32 is IEEE in evaluation. In training it is the AMC part, and
+    TF32 where the device has it: the rest is rounded by far more.
 
     The caller autocasts to `DTYPES[name]`. The flags are the process's, not a thread's.
     """

@@ -153,18 +153,8 @@ def test_folders_and_lists_of_images(place: Path, tmp_path: Path) -> None:
 def test_options_reach_the_model(place: Path, tmp_path: Path) -> None:
     photo = place / "photos" / "a.png"
     words = ["--benchmark", "flickr", "--gradcam_mode", "itc", "--block_num", "0", "--set", "image_res=32"]
-    words += [
-        "--precision",
-        "bf16",
-        "--force_precision",
-        "--threshold",
-        "0.9",
-        "--json",
-        "--npz",
-        "--word_maps",
-        "--colormap",
-        "jet",
-    ]
+    words += ["--precision", "bf16", "--force_precision", "--threshold", "0.9"]
+    words += ["--json", "--npz", "--word_maps", "--colormap", "jet"]
     run(place, tmp_path, str(photo), "circle", *words)
     result, arrays = json.loads((tmp_path / "a.json").read_text()), np.load(tmp_path / "a.npz")
     said = [result[key] for key in ("resize", "gradcam_mode", "block_num", "image_res", "threshold", "precision")]
