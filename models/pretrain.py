@@ -54,7 +54,54 @@ class TeacherOutput(NamedTuple):
     words: Tensor
 
 
-STUDENT_AND_TEACHER = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
+class Encoders(NamedTuple):
+    """The parts that student and teacher have each."""
+
+    visual_encoder: ViT
+    vision_proj: nn.Linear
+    text_encoder: TextEncoder
+    text_proj: nn.Linear
+
+
+STUDENT_AND_TEACHER = Encoders._fields
+
+
+class RoundedEncoders:
+    """Encoders whose layers have weights of 16 bits already, as autocast would make them at each use.
+
+    Autocast keeps what it has rounded for weights that are trained alone. The teacher's would be rounded in each pass,
+    by a kernel each; here all of them are rounded at once, after `stale` was set. What autocast leaves alone is shared,
+    not copied.
+    """
+
+    def __init__(self, exact: Encoders, dtype: torch.dtype) -> None:
+        source = nn.ModuleList(exact)
+        shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+        self.exact, self.own = exact, Encoders(*copy.deepcopy(source, shared))
+        self.weights: list[Tensor] = []
+        self.rounded: list[Tensor] = []
+        for module in (module for part in self.own for module in part.modules()):
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    rounded = nn.Parameter(weight.to(dtype), requires_grad=False)
+                    setattr(module, name, rounded)
+                    self.weights.append(weight)
+                    self.rounded.append(rounded)
+        self.stale = False
+
+    def refreshed(self) -> Encoders:
+        """The encoders, with the weights that the exact ones have now."""
+        if self.stale:
+            torch._foreach_copy_(self.rounded, self.weights)
+            self.stale = False
+        for own, exact in zip(self.own, self.exact, strict=True):
+            if own.training != exact.training:
+                own.train(exact.training)
+        return self.own
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether this is for a type, and for the weights' device."""
+        return self.rounded[0].dtype == dtype and self.rounded[0].device == self.weights[0].device
 
 
 class PretrainModel(ALBEF):
@@ -75,6 +122,7 @@ class PretrainModel(ALBEF):
     text_encoder_m: TextEncoder
     vision_proj_m: nn.Linear
     text_proj_m: nn.Linear
+    compile_options: dict[str, Any] | None = None  # of the image encoders
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__(*build_encoders(config, mlm_head=True), config.embed_dim, config.temp)
@@ -84,6 +132,8 @@ class PretrainModel(ALBEF):
             self.loss_weights |= amc.map_loss_weights(config.amc)
         for name in STUDENT_AND_TEACHER:
             setattr(self, f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
+        self.rounded_teacher: RoundedEncoders | None = None  # no part of the checkpoint
+        self.register_load_state_dict_post_hook(lambda model, _: setattr(model, "rounded_teacher", None))
         for name in ("image_queue", "text_queue"):
             self.register_buffer(name, F.normalize(torch.randn(config.embed_dim, config.queue_size), dim=0))
         for name in ("queue_ptr_img", "queue_ptr_txt"):
@@ -104,8 +154,9 @@ class PretrainModel(ALBEF):
         Nothing else can be compiled: the AMC loss needs second derivatives through the fusion layers, which compiled
         code lacks. Parameters and their names stay as they are.
         """
+        self.compile_options = {"backend": backend}
         for encoder in (self.visual_encoder, self.visual_encoder_m):
-            encoder.compile(backend=backend)
+            encoder.compile(**self.compile_options)
 
     def forward(self, batch: Batch, alpha: float, update_teacher: bool = True) -> dict[str, Tensor]:
         """The named losses of one step, each a scalar: ITC, ITM and the losses on the map, MLM.
@@ -150,13 +201,26 @@ class PretrainModel(ALBEF):
 
     @torch.no_grad()
     def _teacher(self, batch: Batch) -> TeacherOutput:
-        encoder = self.text_encoder_m
-        image_tokens = self.visual_encoder_m(batch.image)
+        parts = self._teacher_parts(batch.image.device.type)
+        encoder = parts.text_encoder
+        image_tokens = parts.visual_encoder(batch.image)
         text_tokens, masked_tokens = _both_texts(encoder, batch)
-        image = F.normalize(self.vision_proj_m(image_tokens[:, 0]), dim=-1)
-        text = F.normalize(self.text_proj_m(text_tokens[:, 0]), dim=-1)
+        image = F.normalize(parts.vision_proj(image_tokens[:, 0]), dim=-1)
+        text = F.normalize(parts.text_proj(text_tokens[:, 0]), dim=-1)
         fused = encoder.fuse(masked_tokens, batch.attention_mask, encoder.image_keys_values(image_tokens))
         return TeacherOutput(image, text, encoder.mlm_logits(_at_targets(fused.tokens, batch)))
+
+    def _teacher_parts(self, device: str) -> Encoders:
+        """The momentum teacher, with rounded weights where autocast is on."""
+        exact = Encoders(*(getattr(self, f"{name}_m") for name in STUDENT_AND_TEACHER))
+        if not torch.is_autocast_enabled(device):
+            return exact
+        dtype = torch.get_autocast_dtype(device)
+        if self.rounded_teacher is None or not self.rounded_teacher.fits(dtype):
+            self.rounded_teacher = RoundedEncoders(exact, dtype)
+            if self.compile_options is not None:
+                self.rounded_teacher.own.visual_encoder.compile(**self.compile_options)
+        return self.rounded_teacher.refreshed()
 
     def _positives(self, text_tokens: Tensor, images: list[KeyValue], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Match logits (B, 2) of the true pairs, and the losses on their GradCAM maps by the names of the log."""
@@ -213,12 +277,15 @@ class PretrainModel(ALBEF):
         for name in STUDENT_AND_TEACHER:
             student, teacher = getattr(self, name), getattr(self, f"{name}_m")
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - self.config.momentum)
+        if self.rounded_teacher is not None:
+            self.rounded_teacher.stale = True
 
     @torch.no_grad()
     def copy_teacher(self) -> None:
         """Start the teacher as a copy of the student."""
         for name in STUDENT_AND_TEACHER:
             getattr(self, f"{name}_m").load_state_dict(getattr(self, name).state_dict())
+        self.rounded_teacher = None
 
     @torch.no_grad()
     def enqueue(self, image_features: Tensor, text_features: Tensor) -> None:
