@@ -74,7 +74,7 @@ def test_a_variant_that_fails_loses_no_other(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def in_rounds(trainer: Trainer, asked: list[Variant], rounds: int) -> dict[Variant, float]:
-        return {variant: 0.5 for variant in asked}
+        return dict.fromkeys(asked, 0.5)
 
     def step(trainer: Trainer, variant: Variant, times: int = 1) -> dict[str, torch.Tensor]:
         if variant.checkpointing:
@@ -204,7 +204,7 @@ def test_a_report_of_what_succeeds_and_what_fails(
 @pytest.mark.parametrize("program", [bench_gpu, bench_train, bench_eval])
 def test_without_a_gpu(program: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(UserError, match="^--device cuda: this machine has no CUDA device"):
+    with pytest.raises(UserError, match=r"^--device cuda: this machine has no CUDA device"):
         program.main(program.parse_args(["--device", "cuda"]))
 
 
