@@ -10,15 +10,17 @@ has its error there too; the others run all the same, and the exit status is 1. 
 """
 
 import argparse
+import contextlib
 import datetime
 import importlib.metadata
 import os
 import platform
+import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -96,14 +98,16 @@ def run_part(name: str, args: argparse.Namespace) -> Outcome:
     problem = ""
     with printed.open("w") as out, said.open("w") as err:
         environment = {**os.environ, "TEST_DEVICE": args.device}
-        process = subprocess.Popen([sys.executable, *words], cwd=ROOT, stdout=out, stderr=err, env=environment)
+        options: dict[str, Any] = {"cwd": ROOT, "env": environment, "start_new_session": True}
+        process = subprocess.Popen([sys.executable, *words], stdout=out, stderr=err, **options)
         try:
             if status := process.wait(60 * args.limit):
                 problem = f"exit status {status}"
         except subprocess.TimeoutExpired:
             problem = f"not done after {args.limit:g} minutes"
         finally:
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # what it has started holds the GPU as well
             process.wait()
     output = printed.read_text(errors="replace").strip()
     if not part.markdown:

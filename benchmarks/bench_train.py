@@ -188,8 +188,8 @@ def alone(variant: Variant, args: argparse.Namespace, device: torch.device) -> M
         if args.profile:
             write_trace(functools.partial(trainer.step, variant), device, args.profile, f"train {variant}")
         return Measured(clock.median("") / args.steps, clock.memory[""], found, *counted)
-    except RuntimeError as error:  # of a compiler, say: the others are measured all the same
-        return "out of memory" if "out of memory" in str(error) else f"failed: {error}"
+    except Exception as error:  # of a compiler, or of a kernel that is missing: the others are measured all the same
+        return "out of memory" if "out of memory" in str(error) else f"failed: {error!r}"
 
 
 def variants(args: argparse.Namespace) -> list[Variant]:

@@ -83,7 +83,7 @@ def test_a_variant_that_fails_loses_no_other(
 
     monkeypatch.setattr(bench_train, "in_rounds", in_rounds)
     monkeypatch.setattr(Trainer, "step", step)
-    with pytest.raises(UserError, match=r"^ours, bf16, checkpointing: failed: no such kernel$"):
+    with pytest.raises(UserError, match=r"^ours, bf16, checkpointing: failed: RuntimeError\('no such kernel'\)$"):
         bench_train.main(bench_train.parse_args(SMALL))
     rows = table(capsys.readouterr().out)
     assert rows["ours, bf16"]["s per step"] == "0.500"
@@ -175,10 +175,11 @@ def test_a_report_of_what_succeeds_and_what_fails(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     failing = "import sys; print('| half a table |'); sys.exit('the reason')"
+    waiting = "import subprocess as s, time; print('begun', s.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
     parts = {
         "train": Part("Training", ["-c", "import sys; print('| a table |', sys.argv[1:])"], ["--quick"]),
         "tests": Part("Tests", ["-c", failing], [], takes_device=False),
-        "eval": Part("Evaluation", ["-c", "import time; print('| begun |', flush=True); time.sleep(60)"], []),
+        "eval": Part("Evaluation", ["-c", waiting], []),
         "data": Part("Loading", ["-c", "import os; print(os.environ['TEST_DEVICE'])"], [], False, False),
     }
     monkeypatch.setattr(bench_gpu, "PARTS", parts)
@@ -194,10 +195,12 @@ def test_a_report_of_what_succeeds_and_what_fails(
         "| Loading | 0.0 | done |",
         "| a table | ['--quick', '--device', 'cpu']\n",
         "| half a table |\n\nexit status 1:\n\n```text\nthe reason\n```",
-        "| begun |\n",
+        "begun ",
         "### Loading\n\n```sh\npython -c import os; print(os.environ['TEST_DEVICE'])\n```\n\n```text\ncpu\n```\n",
     ):
         assert part in report
+    started = Path("/proc", (tmp_path / "logs" / "eval.txt").read_text().split()[1], "cmdline")
+    assert not started.exists() or not started.read_bytes()  # gone, or waiting to be reaped
     assert "report.md: paste it" in capsys.readouterr().out
 
 
