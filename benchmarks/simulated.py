@@ -1,0 +1,202 @@
+"""A CUDA device without one: the programs' own lines on fake tensors, which have shape, dtype and device but no numbers.
+
+PyTorch's `FakeTensorMode` computes what a kernel would return without computing it, refuses tensors of two devices in
+one operation, and raises where a program asks for a number or for a shape that depends on one: on a GPU, that is where
+the host waits for the device.
+"""
+
+import argparse
+import contextlib
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import Pretrain
+from config import PretrainConfig
+from dataset import transforms
+from models.pretrain import Batch, PretrainModel
+from optim import create_optimizer
+from runs import BEGINNING
+from scheduler import create_scheduler
+from training_log import TrainingLog
+
+Module = TypeVar("Module", bound=nn.Module)
+DEVICE = torch.device("cuda", 0)
+META = torch.device("meta")
+BLOCK = 512  # bytes: PyTorch's allocator gives memory of the device in multiples of it
+
+
+class Memory(TorchDispatchMode):
+    """Follows the tensors that operations return, as long as each one's storage lives.
+
+    Args:
+        device: the type of device that is watched.
+
+    Attributes:
+        held, peak: bytes now, and at most since the start or `reset`; scratch space inside a kernel is not among them.
+        dtypes: of all tensors of more than one element.
+    """
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+        self.held = self.peak = 0
+        self.dtypes: set[torch.dtype] = set()
+        self.storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def reset(self) -> None:
+        """Begin a new peak from what is held now."""
+        self.peak = self.held
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.device.type == self.device:
+                self._follow(tensor)
+        return result
+
+    def _follow(self, tensor: Tensor) -> None:
+        if tensor.numel() > 1:
+            self.dtypes.add(tensor.dtype)
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, -(-storage.nbytes() // BLOCK) * BLOCK
+        if key in self.storages:
+            return
+
+        def forget(_: Any) -> None:
+            del self.storages[key]
+            self.held -= size
+
+        self.storages[key] = weakref.ref(storage, forget)
+        self.held += size
+        self.peak = max(self.peak, self.held)
+
+
+class FakeCUDA(Memory):
+    """While active, all tensors are fake and "cuda" is a device; `peak` and `dtypes` are those of that device."""
+
+    def __init__(self) -> None:
+        super().__init__("cuda")
+        self.fake = FakeTensorMode()
+        self.active = contextlib.ExitStack()
+
+    def __enter__(self) -> "FakeCUDA":
+        # Else autocast and the loss scale of fp16 disable themselves where there is no GPU.
+        for owner, name, value in (
+            (torch.cuda.amp.common, "amp_definitely_not_available", False),
+            (torch.cuda, "is_bf16_supported", True),
+        ):
+            self.active.enter_context(mock.patch.object(owner, name, lambda *_, value=value: value))
+        self.active.enter_context(mock.patch.object(nn.Module, "to", _to))
+        # The one table that the CPU computes: it reads numbers for that.
+        levels = mock.patch.object(transforms, "_levels", lambda device: torch.empty(3, 256, device=device))
+        self.active.enter_context(levels)
+        self.active.enter_context(self.fake)
+        self.active.enter_context(_AttentionOfCUDA())
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.active.close()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        # What C++ asks: autograd would look for streams and the context of a real GPU. Answered "meta", it runs all on
+        # this thread. Autocast and the checks of `FakeTensorMode` know the device from elsewhere.
+        if func is torch.ops.prim.device.default:
+            device = args[0].fake_device
+            return META if device.type == "cuda" else device
+        if kwargs and kwargs.get("device") == META:  # such an answer comes back
+            kwargs = {**kwargs, "device": DEVICE}
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+    def put(self, tensor: Tensor) -> Tensor:
+        """The fake of a tensor on the CPU, as a loader gives it."""
+        return self.fake.from_tensor(tensor)
+
+    def build(self, make: Callable[[], Module]) -> Module:
+        """A module whose memory is never taken: without tensors until it is moved to a device (`.to`)."""
+        with _disable_current_modes(), META:
+            return make()
+
+
+def _to(module: Module, device: torch.device) -> Module:
+    """`nn.Module.to` for what `FakeCUDA.build` made. PyTorch's would write into tensors that fake ones cannot replace."""
+    made: dict[Tensor, Tensor] = {}  # a parameter that two modules share stays shared
+    for owner in module.modules():
+        for name, old in [*owner._parameters.items(), *owner._buffers.items()]:
+            if old is not None:
+                if old not in made:
+                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                    made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                setattr(owner, name, made[old])
+    return module
+
+
+class _AttentionOfCUDA(TorchFunctionMode):
+    """The fused kernels that PyTorch takes on GPUs; for fake tensors it would take none."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        function = _attention if func is F.scaled_dot_product_attention else func
+        return function(*args, **(kwargs or {}))
+
+
+def _attention(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **rest: Any
+) -> Tensor:
+    assert not any(rest.values()), rest  # a causal mask, a scale: no model here asks for one
+    if torch.is_autocast_enabled("cuda"):
+        query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
+    if attn_mask is None and query.dtype != torch.float32:
+        return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, dropout_p)[0]
+    if attn_mask is not None:  # PyTorch lays its rows out at multiples of 16
+        count = key.shape[-2]
+        padded = F.pad(attn_mask.to(query.dtype), (0, -count % 16))[..., :count]
+        attn_mask = padded.expand(*query.shape[:-1], count)
+    differentiable = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, attn_mask, differentiable, dropout_p)[0]
+
+
+class SilentLog(TrainingLog):
+    """A log to which no line is ever due: reading the means is where training waits for the device."""
+
+    def is_due(self, step: int) -> bool:
+        return False
+
+
+class SimulatedRun(Pretrain.Run):
+    """A training run on a fake device: what `Pretrain.Run` takes from files is given, the rest are its own lines."""
+
+    def __init__(
+        self, cuda: FakeCUDA, args: argparse.Namespace, config: PretrainConfig, batches: Sequence[Batch]
+    ) -> None:
+        self.args, self.config, self.device, self.output = args, config, DEVICE, Path(args.output_dir)
+        self.loader: Any = [tuple(map(cuda.put, batch)) for batch in batches]
+        self.epoch_steps = len(batches) // args.accum_steps
+        self.model = cuda.build(lambda: PretrainModel(config))
+        self.parallel = Pretrain.prepare_model(self.model, args, self.device)
+        self.optimizer = create_optimizer(config.optimizer, self.model)
+        self.schedule = create_scheduler(config.schedular, self.optimizer)
+        self.scaler = torch.amp.GradScaler("cuda", enabled=args.precision == "fp16")
+        self.start, self.progress = BEGINNING, {}
+        self.data: Any = SimpleNamespace()
+        self.order: Any = SimpleNamespace()
+        self.log = SilentLog(self.output, self.epoch_steps, self.epoch_steps, self.step_samples, self.device)
+
+    def save_if_asked(self, at: Any) -> None:
+        """Nobody asks."""
+
+    def train(self) -> None:
+        """One epoch: a step for each `--accum_steps` batches."""
+        self.train_epoch(0, self.epoch_steps)
