@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch.autograd.graph import get_gradient_edge
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -90,20 +90,25 @@ class FakeCUDA(Memory):
         super().__init__("cuda")
         self.fake = FakeTensorMode()
         self.active = contextlib.ExitStack()
+        self.fresh: set[int] = set()  # ids of what the last operation returned, if autograd records it
+        self.autocast = [False]  # whether it is enabled, in each context that is entered
+        self.enter_autocast, self.exit_autocast = torch.autocast.__enter__, torch.autocast.__exit__
+        self.leaves: list[Any] = []
 
     def __enter__(self) -> "FakeCUDA":
-        # Else autocast and the loss scale of fp16 disable themselves where there is no GPU.
-        for owner, name, value in (
-            (torch.cuda.amp.common, "amp_definitely_not_available", False),
-            (torch.cuda, "is_bf16_supported", True),
+        for owner, name, stand_in in (
+            # Else autocast and the loss scale of fp16 disable themselves where there is no GPU.
+            (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
+            (torch.cuda, "is_bf16_supported", lambda *_: True),
+            (torch.autocast, "__enter__", lambda *args: self._enter_autocast(*args)),
+            (torch.autocast, "__exit__", lambda *args: self._exit_autocast(*args)),
+            (nn.Module, "to", lambda *args: self._to(*args)),
+            (F, "scaled_dot_product_attention", _attention),
+            # The one table that the CPU computes: it reads numbers for that.
+            (transforms, "_levels", lambda device: torch.empty(3, 256, device=device)),
         ):
-            self.active.enter_context(mock.patch.object(owner, name, lambda *_, value=value: value))
-        self.active.enter_context(mock.patch.object(nn.Module, "to", _to))
-        # The one table that the CPU computes: it reads numbers for that.
-        levels = mock.patch.object(transforms, "_levels", lambda device: torch.empty(3, 256, device=device))
-        self.active.enter_context(levels)
+            self.active.enter_context(mock.patch.object(owner, name, stand_in))
         self.active.enter_context(self.fake)
-        self.active.enter_context(_AttentionOfCUDA())
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
@@ -111,14 +116,34 @@ class FakeCUDA(Memory):
         self.active.close()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What C++ asks: autograd would look for streams and the context of a real GPU. Answered "meta", it runs all on
-        # this thread. Autocast and the checks of `FakeTensorMode` know the device from elsewhere.
         if func is torch.ops.prim.device.default:
-            device = args[0].fake_device
-            return META if device.type == "cuda" else device
-        if kwargs and kwargs.get("device") == META:  # such an answer comes back
+            return self._told(args[0])
+        if kwargs and kwargs.get("device") == META:  # the answer of `_told` comes back
             kwargs = {**kwargs, "device": DEVICE}
-        return super().__torch_dispatch__(func, types, args, kwargs)
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        inputs = (each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
+        recorded = torch.is_grad_enabled() and any(each.requires_grad for each in inputs)
+        self.fresh = set(map(id, tree_leaves(result))) if recorded else set()
+        return result
+
+    def _told(self, tensor: Any) -> torch.device:
+        """What C++ is told of a tensor's device; Python, and the checks of `FakeTensorMode`, know the true one.
+
+        Autograd is told "meta": for "cuda" it would ask a real GPU for its context. Autocast must hear "cuda". It asks
+        of what goes into an operation; autograd asks once of what has just come out of one.
+        """
+        device: torch.device = tensor.fake_device
+        for_autograd = id(tensor) in self.fresh or not self.autocast[-1]
+        self.fresh.discard(id(tensor))
+        return META if device.type == "cuda" and for_autograd else device
+
+    def _enter_autocast(self, context: torch.autocast) -> Any:
+        self.autocast.append(context._enabled if context.device == "cuda" else self.autocast[-1])
+        return self.enter_autocast(context)
+
+    def _exit_autocast(self, context: torch.autocast, *error: Any) -> Any:
+        self.autocast.pop()
+        return self.exit_autocast(context, *error)
 
     def put(self, tensor: Tensor) -> Tensor:
         """The fake of a tensor on the CPU, as a loader gives it."""
@@ -129,31 +154,25 @@ class FakeCUDA(Memory):
         with _disable_current_modes(), META:
             return make()
 
-
-def _to(module: Module, device: torch.device) -> Module:
-    """`nn.Module.to` for what `FakeCUDA.build` made. PyTorch's would write into tensors that fake ones cannot replace."""
-    made: dict[Tensor, Tensor] = {}  # a parameter that two modules share stays shared
-    for owner in module.modules():
-        for name, old in [*owner._parameters.items(), *owner._buffers.items()]:
-            if old is not None:
-                if old not in made:
-                    new = torch.empty(old.shape, dtype=old.dtype, device=device)
-                    made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-                setattr(owner, name, made[old])
-    return module
-
-
-class _AttentionOfCUDA(TorchFunctionMode):
-    """The fused kernels that PyTorch takes on GPUs; for fake tensors it would take none."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        function = _attention if func is F.scaled_dot_product_attention else func
-        return function(*args, **(kwargs or {}))
+    def _to(self, module: Module, device: torch.device) -> Module:
+        """`nn.Module.to` for what `build` made. PyTorch's would write into tensors that fake ones cannot replace."""
+        made: dict[Tensor, Tensor] = {}  # a parameter that two modules share stays shared
+        for owner in module.modules():
+            for name, old in [*owner._parameters.items(), *owner._buffers.items()]:
+                if old is not None:
+                    if old not in made:
+                        new = torch.empty(old.shape, dtype=old.dtype, device=device)
+                        made[old] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+                    setattr(owner, name, made[old])
+        # Autograd asks of a parameter once: now, that it is told "meta".
+        self.leaves += [get_gradient_edge(new) for new in made.values() if new.requires_grad]
+        return module
 
 
 def _attention(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, dropout_p: float = 0.0, **rest: Any
 ) -> Tensor:
+    """`F.scaled_dot_product_attention` by the fused kernels that PyTorch takes on GPUs; of fake ones it takes none."""
     assert not any(rest.values()), rest  # a causal mask, a scale: no model here asks for one
     if torch.is_autocast_enabled("cuda"):
         query, key, value = (x.to(torch.get_autocast_dtype("cuda")) for x in (query, key, value))
