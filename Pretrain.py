@@ -243,7 +243,8 @@ class Run:
             norm = self.clip_gradients()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if not self.scaler.is_enabled() or norm.isfinite():  # fp16 has waited for the device, and skips the others
+            # fp16 waits for the device here: it skips steps whose gradients overflow, and so must the log.
+            if not self.scaler.is_enabled() or norm.isfinite():
                 self.log.add_gradient_norm(norm)
             self.optimizer.zero_grad(set_to_none=True)
             self.set_rate(epoch, step)
@@ -286,10 +287,13 @@ class Run:
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to a norm of at most `--grad_clip`, in place; returns their norm before, a scalar.
 
-        Without `--grad_clip` they are multiplied by 1.
+        Without `--grad_clip` they are read alone: multiplying by 1 would pass all of them through memory.
         """
         self.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip or math.inf)
+        if self.args.grad_clip:
+            return nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
     def check_losses(self, epoch: int, step: int) -> None:
         """Raise `TrainingError` naming a loss that has become NaN or infinite since the last line of steps.jsonl."""
@@ -460,7 +464,7 @@ def build_loader(
     data: TrainingData, order: EpochOrder, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
     """This process's batches; raises `DataError` where they do not fill a step."""
-    sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + 4 * 8 * config.max_tokens + 1  # of `Batch`
+    sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + 5 * 8 * config.max_tokens + 1  # of `Batch`, at most
     check_shared_memory(args.num_workers, len(data) // config.batch_size, config.batch_size * sample_bytes)
     loader = DataLoader(
         data,

@@ -23,6 +23,7 @@ import utils
 from benchmarks import published
 from benchmarks.machine import Clock, describe_machine, parser, peak_memory, print_table
 from config import OptimizerConfig, PretrainConfig, load_bert_config, load_config
+from dataset.vg import mlm_targets
 from models.pretrain import Batch, PretrainModel
 from models.xbert import Attention
 from optim import create_optimizer, parameter_groups
@@ -48,7 +49,8 @@ def make_batch(size: int, tokens: int, config: PretrainConfig, words: int) -> Ba
     boxes = torch.zeros(size, side, side)
     boxes[:, quarter : 2 * quarter, quarter : 3 * quarter] = 1
     image = torch.randn(size, 3, config.image_res, config.image_res, generator=generator)
-    return Batch(image, ids, torch.ones_like(ids), masked, labels, boxes, torch.ones(size, dtype=torch.bool))
+    has_box, targets = torch.ones(size, dtype=torch.bool), mlm_targets(labels)
+    return Batch(image, ids, torch.ones_like(ids), masked, labels, boxes, has_box, targets)
 
 
 def build_model(config: PretrainConfig) -> PretrainModel:

@@ -110,8 +110,10 @@ def training_losses(model: PretrainModel, batch: Batch, alpha: float) -> dict[st
     with torch.no_grad():
         words_m, _ = fuse(teacher, encode_text(teacher, masked, mask), mask, image_m)
         soft = teacher.mlm_logits(words_m)
+    target, predicted = batch.mlm_labels != -100, encoder.mlm_logits(words)
+    distilled = predicted.log_softmax(dim=1 if config.mlm_distill_axis == "sequence" else 2)[target]
     return {
-        "loss_mlm": losses.mlm_loss(encoder.mlm_logits(words), batch.mlm_labels, soft, alpha, config.mlm_distill_axis),
+        "loss_mlm": losses.mlm_loss(predicted[target], batch.mlm_labels[target], soft[target], alpha, distilled),
         "loss_ita": contrast.loss,
         "loss_itm": losses.matching_loss(matching, positives=len(logits)),
         **amc.map_losses(cam, batch.box_mask, batch.has_box, config.amc),

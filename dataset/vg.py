@@ -309,6 +309,11 @@ def mask_tokens(ids: np.ndarray, tokenizer: Tokenizer, probability: float, rng: 
     return Masked(np.where(target, replaced, ids), np.where(target, ids, -100))
 
 
+def mlm_targets(labels: Tensor) -> Tensor:
+    """MLM labels (B, T) -> (K,) int64, where their targets are when flattened; in a loader this waits for no device."""
+    return (labels.flatten() != -100).nonzero()[:, 0]
+
+
 class Collate:
     """Samples -> the tensors of `models.pretrain.Batch`, in its order."""
 
@@ -322,12 +327,14 @@ class Collate:
             mask_tokens(ids, self.tokenizer, self.config.mlm_probability, sample.rng)
             for ids, sample in zip(tokens.input_ids.numpy(), samples, strict=True)
         ]
+        labels = torch.from_numpy(np.stack([m.labels for m in masked]))
         return (
             torch.stack([sample.image for sample in samples]),
             tokens.input_ids,
             tokens.attention_mask,
             torch.from_numpy(np.stack([m.ids for m in masked])),
-            torch.from_numpy(np.stack([m.labels for m in masked])),
+            labels,
             torch.stack([sample.mask for sample in samples]),
             torch.tensor([sample.has_box for sample in samples]),
+            mlm_targets(labels),
         )

@@ -1,9 +1,9 @@
 """ALBEF's three objectives as pure functions of tensors (Li et al., NeurIPS 2021, arXiv 2107.07651, section 3.2-3.3).
 
-Shapes: B samples, E embedding size, Q queue length, T tokens, V vocabulary size.
+Shapes: B samples, E embedding size, Q queue length, K targets of MLM, V vocabulary size.
 """
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -69,8 +69,18 @@ def hard_negatives(similarity: Tensor, sharpness: float = 1.0) -> Tensor:
         raise ValueError("image-text matching needs a hard negative: use a batch of at least 2 samples per process")
     diagonal = torch.eye(len(similarity), dtype=torch.bool, device=similarity.device)
     scores = (sharpness * similarity.float()).masked_fill(diagonal, -torch.inf)
-    # A NaN is for the training loop to report, with the loss's name: here it would be an assertion on the device.
-    return torch.multinomial(scores.softmax(dim=1).nan_to_num(nan=1.0), 1)[:, 0]
+    # A NaN is for the training loop to report, with the loss's name: here every column would be drawn alike.
+    return draw_columns(scores.softmax(dim=1).nan_to_num(nan=1.0))
+
+
+def draw_columns(weights: Tensor) -> Tensor:
+    """Draw a column of each row (B, N) with a probability proportional to its weight; returns (B,) int64.
+
+    Of exponential waiting times whose rates are the weights, column j's is the shortest with probability w_j / sum(w).
+    `torch.multinomial` draws one sample so, the very same one; but it asks first whether the weights are sound, which
+    waits for the device.
+    """
+    return (weights / torch.empty_like(weights).exponential_()).argmax(dim=-1)
 
 
 def matching_loss(logits: Tensor, positives: int) -> Tensor:
@@ -81,23 +91,18 @@ def matching_loss(logits: Tensor, positives: int) -> Tensor:
 
 
 def mlm_loss(
-    logits: Tensor,
-    labels: Tensor,
-    teacher_logits: Tensor,
-    alpha: float,
-    axis: Literal["sequence", "vocabulary"] = "sequence",
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor, alpha: float, distilled: Tensor | None = None
 ) -> Tensor:
-    """Masked language modelling with distillation (MLM; ALBEF, equations 3 and 7), averaged over target positions.
+    """Masked language modelling with distillation (MLM; ALBEF, equations 3 and 7), averaged over K target positions.
 
     Args:
-        logits, teacher_logits: (B, T, V) of student and teacher.
-        labels: (B, T) token ids, -100 where there is no target.
-        axis: what the student's log-softmax of the distillation term runs over. "sequence" is the release's,
-            "vocabulary" the later correction of ALBEF.
+        logits, teacher_logits: (K, V) of student and teacher.
+        labels: (K,) token ids.
+        distilled: (K, V), the student's log-probabilities in the distillation term; None: its log-softmax over the
+            vocabulary, as ALBEF was later corrected. The release's run over the sequence of each sample.
     """
-    target = labels != -100
-    count = target.sum().clamp(min=1)
-    hard = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
-    student = logits.float().log_softmax(dim=1 if axis == "sequence" else 2)[target]
-    soft = -(teacher_logits[target].float().softmax(dim=-1) * student).sum()
-    return ((1 - alpha) * hard + alpha * soft) / count
+    hard = F.cross_entropy(logits.float(), labels, reduction="sum")
+    if distilled is None:
+        distilled = logits.float().log_softmax(dim=-1)
+    soft = -(teacher_logits.float().softmax(dim=-1) * distilled).sum()
+    return ((1 - alpha) * hard + alpha * soft) / max(1, len(labels))

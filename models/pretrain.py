@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from config import PretrainConfig
 from dataset.transforms import normalise_batch
+from dataset.vg import mlm_targets
 from models import amc, losses
 from models.albef import ALBEF, build_encoders
 from models.vit import ViT
@@ -24,7 +25,8 @@ class Batch(NamedTuple):
     """One step's input: B samples of T tokens.
 
     image: (B, 3, r, r); input_ids, attention_mask: (B, T); mlm_input_ids: (B, T), masked; mlm_labels: (B, T), the
-    original id at targets and -100 elsewhere; box_mask: (B, s, s) in [0, 1]; has_box: (B,) bool.
+    original id at targets and -100 elsewhere; box_mask: (B, s, s) in [0, 1]; has_box: (B,) bool; mlm_targets: (K,),
+    int64, where they are in the flattened labels; without it the model looks for them, which waits for the device.
     """
 
     image: Tensor
@@ -34,16 +36,72 @@ class Batch(NamedTuple):
     mlm_labels: Tensor
     box_mask: Tensor
     has_box: Tensor
+    mlm_targets: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """On a device; images and masks that travelled as uint8 become the numbers described above there."""
-        moved = Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        moved = Batch._make(tensor if tensor is None else tensor.to(device, non_blocking=True) for tensor in self)
         if moved.image.dtype == torch.uint8:
             moved = moved._replace(image=normalise_batch(moved.image), box_mask=moved.box_mask.float())
         return moved
 
 
-STUDENT_AND_TEACHER = ("visual_encoder", "vision_proj", "text_encoder", "text_proj")
+class TeacherOutput(NamedTuple):
+    """By the momentum teacher: L2-normalised features (B, E), and vocabulary logits (K, V) at the MLM targets."""
+
+    image: Tensor
+    text: Tensor
+    words: Tensor
+
+
+class Encoders(NamedTuple):
+    """The parts that student and teacher have each."""
+
+    visual_encoder: ViT
+    vision_proj: nn.Linear
+    text_encoder: TextEncoder
+    text_proj: nn.Linear
+
+
+STUDENT_AND_TEACHER = Encoders._fields
+
+
+class RoundedEncoders:
+    """Encoders whose layers have weights of 16 bits already, as autocast would make them at each use.
+
+    Autocast keeps what it has rounded for weights that are trained alone. The teacher's would be rounded in each pass,
+    by a kernel each; here all of them are rounded at once, after `stale` was set. What autocast leaves alone is shared,
+    not copied.
+    """
+
+    def __init__(self, exact: Encoders, dtype: torch.dtype) -> None:
+        source = nn.ModuleList(exact)
+        shared = {id(tensor): tensor for tensor in (*source.parameters(), *source.buffers())}
+        self.exact, self.own = exact, Encoders(*copy.deepcopy(source, shared))
+        self.weights: list[Tensor] = []
+        self.rounded: list[Tensor] = []
+        for module in (module for part in self.own for module in part.modules()):
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                for name, weight in list(module.named_parameters(recurse=False)):
+                    rounded = nn.Parameter(weight.to(dtype), requires_grad=False)
+                    setattr(module, name, rounded)
+                    self.weights.append(weight)
+                    self.rounded.append(rounded)
+        self.stale = False
+
+    def refreshed(self) -> Encoders:
+        """The encoders, with the weights that the exact ones have now."""
+        if self.stale:
+            torch._foreach_copy_(self.rounded, self.weights)
+            self.stale = False
+        for own, exact in zip(self.own, self.exact, strict=True):
+            if own.training != exact.training:
+                own.train(exact.training)
+        return self.own
+
+    def fits(self, dtype: torch.dtype) -> bool:
+        """Whether this is for a type, and for the weights' device."""
+        return self.rounded[0].dtype == dtype and self.rounded[0].device == self.weights[0].device
 
 
 class PretrainModel(ALBEF):
@@ -64,6 +122,7 @@ class PretrainModel(ALBEF):
     text_encoder_m: TextEncoder
     vision_proj_m: nn.Linear
     text_proj_m: nn.Linear
+    compile_options: dict[str, Any] | None = None  # of the image encoders
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__(*build_encoders(config, mlm_head=True), config.embed_dim, config.temp)
@@ -73,6 +132,8 @@ class PretrainModel(ALBEF):
             self.loss_weights |= amc.map_loss_weights(config.amc)
         for name in STUDENT_AND_TEACHER:
             setattr(self, f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
+        self.rounded_teacher: RoundedEncoders | None = None  # no part of the checkpoint
+        self.register_load_state_dict_post_hook(lambda model, _: setattr(model, "rounded_teacher", None))
         for name in ("image_queue", "text_queue"):
             self.register_buffer(name, F.normalize(torch.randn(config.embed_dim, config.queue_size), dim=0))
         for name in ("queue_ptr_img", "queue_ptr_txt"):
@@ -93,8 +154,9 @@ class PretrainModel(ALBEF):
         Nothing else can be compiled: the AMC loss needs second derivatives through the fusion layers, which compiled
         code lacks. Parameters and their names stay as they are.
         """
+        self.compile_options = {"backend": backend}
         for encoder in (self.visual_encoder, self.visual_encoder_m):
-            encoder.compile(backend=backend)
+            encoder.compile(**self.compile_options)
 
     def forward(self, batch: Batch, alpha: float, update_teacher: bool = True) -> dict[str, Tensor]:
         """The named losses of one step, each a scalar: ITC, ITM and the losses on the map, MLM.
@@ -108,41 +170,57 @@ class PretrainModel(ALBEF):
         if update_teacher:
             self.update_teacher()
 
+        if batch.mlm_targets is None:
+            batch = batch._replace(mlm_targets=mlm_targets(batch.mlm_labels))
         image_tokens = self.visual_encoder(batch.image)
-        text_tokens = self.text_encoder(batch.input_ids, batch.attention_mask)
+        text_tokens, masked_tokens = _both_texts(self.text_encoder, batch)
         images = self.text_encoder.image_keys_values(image_tokens)
-        image_tokens_m, image_m, text_m = self._teacher(batch)
+        teacher = self._teacher(batch)
 
         contrast = losses.contrastive_loss(
             self.image_feature(image_tokens),
             self.text_feature(text_tokens),
-            image_m,
-            text_m,
+            teacher.image,
+            teacher.text,
             self.image_queue,
             self.text_queue,
             self.temp,
             alpha,
         )
-        self.enqueue(all_gather(image_m), all_gather(text_m))
+        self.enqueue(all_gather(teacher.image), all_gather(teacher.text))
 
         positives, map_losses = self._positives(text_tokens, images, batch)
         negatives = self._negatives(text_tokens, images, batch.attention_mask, contrast)
         match_logits = torch.cat([positives, negatives])
         return {
-            "loss_mlm": self._mlm(images, image_tokens_m, batch, alpha),
+            "loss_mlm": self._mlm(masked_tokens, images, teacher.words, batch, alpha),
             "loss_ita": contrast.loss,
             "loss_itm": losses.matching_loss(match_logits, positives=len(positives)),
             **map_losses,
         }
 
     @torch.no_grad()
-    def _teacher(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """By the momentum teacher: image tokens (B, S, W), L2-normalised image and text features (B, E)."""
-        image_tokens = self.visual_encoder_m(batch.image)
-        text_tokens = self.text_encoder_m(batch.input_ids, batch.attention_mask)
-        image = F.normalize(self.vision_proj_m(image_tokens[:, 0]), dim=-1)
-        text = F.normalize(self.text_proj_m(text_tokens[:, 0]), dim=-1)
-        return image_tokens, image, text
+    def _teacher(self, batch: Batch) -> TeacherOutput:
+        parts = self._teacher_parts(batch.image.device.type)
+        encoder = parts.text_encoder
+        image_tokens = parts.visual_encoder(batch.image)
+        text_tokens, masked_tokens = _both_texts(encoder, batch)
+        image = F.normalize(parts.vision_proj(image_tokens[:, 0]), dim=-1)
+        text = F.normalize(parts.text_proj(text_tokens[:, 0]), dim=-1)
+        fused = encoder.fuse(masked_tokens, batch.attention_mask, encoder.image_keys_values(image_tokens))
+        return TeacherOutput(image, text, encoder.mlm_logits(_at_targets(fused.tokens, batch)))
+
+    def _teacher_parts(self, device: str) -> Encoders:
+        """The momentum teacher, with rounded weights where autocast is on."""
+        exact = Encoders(*(getattr(self, f"{name}_m") for name in STUDENT_AND_TEACHER))
+        if not torch.is_autocast_enabled(device):
+            return exact
+        dtype = torch.get_autocast_dtype(device)
+        if self.rounded_teacher is None or not self.rounded_teacher.fits(dtype):
+            self.rounded_teacher = RoundedEncoders(exact, dtype)
+            if self.compile_options is not None:
+                self.rounded_teacher.own.visual_encoder.compile(**self.compile_options)
+        return self.rounded_teacher.refreshed()
 
     def _positives(self, text_tokens: Tensor, images: list[KeyValue], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Match logits (B, 2) of the true pairs, and the losses on their GradCAM maps by the names of the log."""
@@ -174,30 +252,24 @@ class PretrainModel(ALBEF):
         self, text_tokens: Tensor, images: list[KeyValue], attention_mask: Tensor, contrast: losses.ContrastiveOutput
     ) -> Tensor:
         """Match logits (2B, 2): each text with a hard image, then each image with a hard text."""
-        own = torch.arange(len(text_tokens), device=text_tokens.device)
         sharpness = self.config.negative_sharpness
-        image_index = torch.cat([losses.hard_negatives(contrast.sim_t2i, sharpness), own])
-        text_index = torch.cat([own, losses.hard_negatives(contrast.sim_i2t, sharpness)])
-        texts, mask = text_tokens[text_index], attention_mask[text_index]
+        image_index = losses.hard_negatives(contrast.sim_t2i, sharpness)
+        text_index = losses.hard_negatives(contrast.sim_i2t, sharpness)
+        texts, mask = (torch.cat([own, own.index_select(0, text_index)]) for own in (text_tokens, attention_mask))
         fused = self.text_encoder.fuse(texts, mask, images, image_index, cls_only=True)
         return self.match_logits(fused.tokens)
 
-    def _mlm(self, images: list[KeyValue], teacher_image_tokens: Tensor, batch: Batch, alpha: float) -> Tensor:
+    def _mlm(
+        self, masked_tokens: Tensor, images: list[KeyValue], teacher_words: Tensor, batch: Batch, alpha: float
+    ) -> Tensor:
         """Masked language modelling with the image, against the words and the teacher's prediction."""
-        masked, mask = batch.mlm_input_ids, batch.attention_mask
-        fused = self.text_encoder.fuse(self.text_encoder(masked, mask), mask, images)
-        with torch.no_grad():
-            teacher = self.text_encoder_m
-            teacher_images = teacher.image_keys_values(teacher_image_tokens)
-            teacher_fused = teacher.fuse(teacher(masked, mask), mask, teacher_images)
-        tokens, teacher_tokens, labels = fused.tokens, teacher_fused.tokens, batch.mlm_labels
-        axis = self.config.mlm_distill_axis
-        if axis == "vocabulary":  # needs no other position than the targets; "sequence" normalises over all of them
-            target = labels != -100
-            tokens, teacher_tokens, labels = (x[target][None] for x in (tokens, teacher_tokens, labels))
-        with torch.no_grad():
-            teacher_logits = teacher.mlm_logits(teacher_tokens)
-        return losses.mlm_loss(self.text_encoder.mlm_logits(tokens), labels, teacher_logits, alpha, axis)
+        encoder, labels = self.text_encoder, _at_targets(batch.mlm_labels, batch)
+        tokens = encoder.fuse(masked_tokens, batch.attention_mask, images).tokens
+        if self.config.mlm_distill_axis == "vocabulary":  # needs no other position than the targets
+            return losses.mlm_loss(encoder.mlm_logits(_at_targets(tokens, batch)), labels, teacher_words, alpha)
+        logits = encoder.mlm_logits(tokens)
+        distilled = _at_targets(logits.float().log_softmax(dim=1), batch)
+        return losses.mlm_loss(_at_targets(logits, batch), labels, teacher_words, alpha, distilled)
 
     @torch.no_grad()
     def update_teacher(self) -> None:
@@ -205,12 +277,15 @@ class PretrainModel(ALBEF):
         for name in STUDENT_AND_TEACHER:
             student, teacher = getattr(self, name), getattr(self, f"{name}_m")
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - self.config.momentum)
+        if self.rounded_teacher is not None:
+            self.rounded_teacher.stale = True
 
     @torch.no_grad()
     def copy_teacher(self) -> None:
         """Start the teacher as a copy of the student."""
         for name in STUDENT_AND_TEACHER:
             getattr(self, f"{name}_m").load_state_dict(getattr(self, name).state_dict())
+        self.rounded_teacher = None
 
     @torch.no_grad()
     def enqueue(self, image_features: Tensor, text_features: Tensor) -> None:
@@ -224,3 +299,15 @@ class PretrainModel(ALBEF):
         for queue, pointer, features in pairs:
             queue[:, (pointer + offsets) % size] = features[-size:].t().to(queue.dtype)
             pointer.copy_((pointer + len(features)) % size)
+
+
+def _both_texts(encoder: TextEncoder, batch: Batch) -> tuple[Tensor, ...]:
+    """Text tokens (B, T, W) of the captions and of the masked captions, in one pass."""
+    ids = torch.cat([batch.input_ids, batch.mlm_input_ids])
+    return encoder(ids, batch.attention_mask.repeat(2, 1)).chunk(2)
+
+
+def _at_targets(values: Tensor, batch: Batch) -> Tensor:
+    """(B, T, ...) -> (K, ...), the values at the MLM targets."""
+    assert batch.mlm_targets is not None
+    return values.flatten(0, 1).index_select(0, batch.mlm_targets)

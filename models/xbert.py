@@ -67,12 +67,18 @@ class Attention(nn.Module):
         return KeyValue(self._split_heads(self.self.key(source)), self._split_heads(self.self.value(source)))
 
     def forward(
-        self, hidden: Tensor, source: KeyValue, bias: Tensor | None = None, explicit: bool = False
+        self,
+        hidden: Tensor,
+        source: KeyValue,
+        bias: Tensor | None = None,
+        explicit: bool = False,
+        rest: KeyValue | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Attend from `hidden` to `source`, one row of it per text or a single row shared by all texts.
 
         Args:
             hidden: (B, T, W).
+            rest: rows for the texts after those of `source`; joining the two would copy both.
             bias: (B, 1, 1, S), added to the scores (0, or -10000 where there is nothing to see).
             explicit: compute the probabilities as a tensor: they are returned, and can be differentiated twice.
 
@@ -88,6 +94,10 @@ class Attention(nn.Module):
             if torch.is_grad_enabled() and not attention.requires_grad:
                 attention.requires_grad_()  # evaluation: the graph of a map begins here
             mixed = _matmul(F.dropout(attention, dropout), source.value)
+        elif rest is not None:
+            rows = query.split([len(source.key), len(rest.key)])
+            pairs = zip(rows, (source, rest), strict=True)
+            mixed = torch.cat([F.scaled_dot_product_attention(own, *seen, dropout_p=dropout) for own, seen in pairs])
         elif len(source.key) == 1 < len(query):
             folded = query.transpose(0, 1).flatten(1, 2)[None]
             mixed = F.scaled_dot_product_attention(folded, *source, dropout_p=dropout)
@@ -139,8 +149,10 @@ class Layer(nn.Module):
         hidden, _ = self.attention(hidden[:, :1] if cls_only else hidden, source, text_bias, explicit_self)
         attention = None
         if image is not None:
-            image = image if image_index is None else KeyValue(image.key[image_index], image.value[image_index])
-            hidden, attention = self.crossattention(hidden, image, explicit=explicit_cross)
+            rest = image if image_index is not None and len(image_index) < len(hidden) else None
+            if image_index is not None:
+                image = KeyValue(image.key.index_select(0, image_index), image.value.index_select(0, image_index))
+            hidden, attention = self.crossattention(hidden, image, explicit=explicit_cross, rest=rest)
         return self.output(F.gelu(self.intermediate.dense(hidden)), hidden), attention
 
 
@@ -243,7 +255,8 @@ class TextEncoder(nn.Module):
         Args:
             text_tokens: (B, T, W), from `forward`.
             images: from `image_keys_values`, of B images, or of one image that all texts share.
-            image_index: (B,), which image each text looks at, where that is neither of the two.
+            image_index: (n,), which image each of the first n texts looks at, where that is neither of the two; after
+                them, if n < B, there is one text per image, in order. Such a half gives no attention.
             attention_layer: return the cross-attention of this BERT layer, one of `fusion_layers`.
             twice_differentiable: the graph from that attention to the output has second derivatives, which fused
                 attention kernels lack.

@@ -152,19 +152,18 @@ LABELS = torch.tensor([[-100, 2, -100, 4], [-100, -100, 0, -100]])
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.4, 1.0])
-@pytest.mark.parametrize("axis", [None, "vocabulary"])
-def test_mlm_loss_equals_plain_loops(axis: str | None, alpha: float) -> None:
-    logits, teacher = draw(2, 4, 6, seed=1, scale=2), draw(2, 4, 6, seed=2, scale=2)
-    options = () if axis is None else (axis,)
-    loss = losses.mlm_loss(logits, LABELS, teacher, alpha, *options)  # type: ignore[arg-type]
-    assert loss.item() == pytest.approx(plain_mlm(logits, LABELS, teacher, alpha, axis or "sequence"), rel=1e-5)
-
-
 @pytest.mark.parametrize("axis", ["sequence", "vocabulary"])
-def test_mlm_loss_without_targets_is_zero(axis: str) -> None:
-    logits = draw(2, 4, 6).requires_grad_()
-    loss = losses.mlm_loss(logits, torch.full((2, 4), -100), draw(2, 4, 6), 0.4, axis)  # type: ignore[arg-type]
+def test_mlm_loss_equals_plain_loops(axis: str, alpha: float) -> None:
+    logits, teacher = draw(2, 4, 6, seed=1, scale=2), draw(2, 4, 6, seed=2, scale=2)
+    target = LABELS != -100
+    distilled = logits.log_softmax(dim=1)[target] if axis == "sequence" else None
+    loss = losses.mlm_loss(logits[target], LABELS[target], teacher[target], alpha, distilled)
+    assert loss.item() == pytest.approx(plain_mlm(logits, LABELS, teacher, alpha, axis), rel=1e-5)
+
+
+def test_mlm_loss_without_targets_is_zero() -> None:
+    logits = draw(0, 6).requires_grad_()
+    loss = losses.mlm_loss(logits, torch.zeros(0, dtype=torch.int64), draw(0, 6), 0.4)
     loss.backward()
     assert loss.item() == 0
     assert logits.grad is not None
-    assert not logits.grad.any()
