@@ -92,4 +92,4 @@ def answer_pairs(ask: Ask, pairs: Sequence[Pair], batches: Iterable[list[Loaded]
         answers = ask(pixels, [row for row, _ in asked], [text for _, text in asked])
         for (row, text), answer in zip(asked, answers, strict=True):
             for position in positions[batch[row].path][text]:
-                yield position, answer.clone()
+                yield position, answer

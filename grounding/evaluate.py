@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,7 +21,7 @@ from grounding.benchmarks import Benchmark
 from grounding.explain import Explainer, Resize
 from grounding.identity import Origin
 from grounding.load import own_sizes
-from grounding.questions import Asking, EvaluationError, Questions
+from grounding.questions import Answers, Asking, EvaluationError, Questions
 from grounding.results import ResultFolder, percent, sources_of
 from models.checkpoint import read_checkpoint
 from models.student import is_student, lacking, local_checkpoint, own_text_encoder
@@ -205,25 +206,28 @@ class Evaluation(Questions):
 
     def run(self, epoch: str, path: Path) -> None:
         """Evaluate one checkpoint, or what an interrupted run left out of it. All processes call it together."""
-        maps = self.results.read(epoch, self.expressions) if utils.rank() == 0 else None
-        has_maps, complete = utils.gather_objects((maps is not None, self.complete(epoch)))[0]
+        stored = self.results.read(epoch, self.expressions) if utils.rank() == 0 else None
+        has_maps, complete = utils.gather_objects((stored is not None, self.complete(epoch)))[0]
         if has_maps and complete:
             utils.log(f"epoch {epoch}: already evaluated, skipped ({path})")
             return
         matching: list[Line] = []
+        # What rank 0 has read from a file, it scores alone.
+        scores = metrics.score(stored, self.expressions, self.benchmark.metrics) if stored is not None else np.empty(0)
         if not has_maps or self.pairs:
             origin = on_rank_0(lambda: identity.of_checkpoint(path, [self.results.origin(epoch)]))
             explainer = self.load(path)
             if not has_maps:
-                maps = self.maps(explainer)
+                own = self.ask(explainer.maps, self.asked, self.benchmark.resize)
+                maps = own.on_rank_0()
                 on_rank_0(lambda: identity.check_unchanged(path, origin))
                 if utils.rank() == 0:
-                    self.results.write(epoch, self.expressions, maps, {**origin, **self.origin})
+                    self.write(epoch, maps, {**origin, **self.origin})
+                scores = self.scores(own)
             matching = [self.matching(explainer, name) for name in self.pairs]
             on_rank_0(lambda: identity.check_unchanged(path, origin))
         if utils.rank() == 0:
-            assert maps is not None
-            lines = [*self.accuracies(maps), *matching]
+            lines = [*self.accuracies(scores), *matching]
             self.results.write_lines(epoch, lines)
             for name, line in zip(self.line_names, lines, strict=True):
                 print(f"epoch {epoch} {name}: " + ", ".join(f"{key} {percent(value)}" for key, value in line.items()))
@@ -234,39 +238,43 @@ class Evaluation(Questions):
         utils.log(str(report))
         return explainer
 
-    def maps(self, explainer: Explainer) -> list[Tensor | None]:
-        """The map (h, w) of each expression; None where its image cannot be read."""
-        found = self.ask(explainer.maps, self.asked, self.benchmark.resize)
-        if missing := len(self.asked) - len(found):
-            utils.log(f"{missing} expressions of unreadable images are left out of results and metrics")
-        return [found.get(position) for position in range(len(self.asked))]
+    def write(self, epoch: str, found: Answers, origin: Origin) -> None:
+        """Write the maps of all processes; for rank 0."""
+        if missing := len(self.expressions) - len(found.positions):
+            print(f"{missing} expressions of unreadable images are left out of results and metrics")
+        maps: list[Tensor | None] = [None] * len(self.expressions)
+        for position, cam in zip(found.positions.tolist(), found.values, strict=True):
+            maps[position] = cam
+        self.results.write(epoch, self.expressions, maps, origin)
 
-    def accuracies(self, maps: list[Tensor | None]) -> list[Line]:
-        """A log line for each metric of the benchmark: reported split -> accuracy."""
-        scores = metrics.score(maps, self.expressions, self.benchmark.metrics)
+    def accuracies(self, scores: np.ndarray) -> list[Line]:
+        """A log line for each metric of the benchmark, reported split -> accuracy, from (expressions, metrics)."""
         splits = [expression.split for expression in self.expressions]
         return [metrics.split_accuracies(column, splits, self.benchmark.splits) for column in scores.T.tolist()]
 
     def matching(self, explainer: Explainer, name: str) -> Line:
-        """A log line: the accuracy of matching on balanced pairs, over all and by kind of text."""
+        """A log line: the accuracy of matching on balanced pairs, over all and by kind of text.
+
+        On rank 0; elsewhere it is of the pairs of the process alone.
+        """
         pairs = self.pairs[name]
         asked = [(pair.image, pair.text) for pair in pairs]
-        found = self.ask(explainer.match_probabilities, asked, resize_bilinear_image)
-        if missing := len(pairs) - len(found):
+        positions, probabilities = self.ask(explainer.match_probabilities, asked, resize_bilinear_image).on_rank_0()
+        if missing := len(pairs) - len(positions):
             utils.log(f"{name}: {missing} pairs of unreadable images are left out")
-        right = [(float(p) > 0.5) == pairs[position].match for position, p in found.items()]
+        found = [pairs[position] for position in positions.tolist()]
+        right = [(p > 0.5) == pair.match for p, pair in zip(probabilities.tolist(), found, strict=True)]
         kinds = {kind: f"{name}_{kind}" for kind in sorted({pair.kind for pair in pairs})}
-        by_kind = metrics.split_accuracies(right, [pairs[position].kind for position in found], kinds)
+        by_kind = metrics.split_accuracies(right, [pair.kind for pair in found], kinds)
         return {name: metrics.accuracy(right), **by_kind}
 
-    def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> dict[int, Tensor]:
-        """Call a method of `Explainer` for (image, text) pairs in all processes; answers by the pairs' positions."""
-        parts = utils.gather_objects(self.answers(function, pairs, resize))
-        found = {position: answer for part in parts for position, answer in part.items()}
-        if pairs and not found:
+    def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> Answers:
+        """As `answers`, in all processes together; raises `DataError` on all of them where no pair has one."""
+        own = self.answers(function, pairs, resize)
+        if pairs and not any(utils.gather_objects(len(own.positions))):
             count = len({image for image, _ in pairs})
             raise DataError(f"none of the {count} images can be read; check image_root")
-        return found
+        return own
 
     def report(self) -> None:
         """Print all checkpoints as a table and, where it is asked for, write report.html; for rank 0."""

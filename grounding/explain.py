@@ -26,7 +26,7 @@ from dataset.transforms import normalise, resize_bicubic
 from grounding.maps import THRESHOLD, ResizedMap, ScoredBox, map_boxes, share_of_maximum
 from models.checkpoint import CheckpointError, diverged
 from models.interface import ExplainableModel, Explanation
-from utils import UserError
+from utils import UserError, upload
 
 MAX_PAIRS = 32  # (image, text) pairs in one pass of the fusion layers; each may copy its image's keys and values
 
@@ -71,14 +71,14 @@ class Explainer(NamedTuple):
         encoded = self.model.encode(images.to(self.device, non_blocking=True), self.precision, only=asked)
         # A similarity costs a text one backward pass through what all texts share: splitting them would repeat that.
         size = MAX_PAIRS if self.mode == "itm" else len(texts)
-        found = [self.model.explain(encoded, *chunk, *asked).maps.cpu() for chunk in self.chunks(texts, index, size)]
-        return self.finite(torch.cat(found))
+        found = [self.model.explain(encoded, *chunk, *asked).maps for chunk in self.chunks(texts, index, size)]
+        return self.finite(torch.cat(found).cpu())  # the one wait for a GPU
 
     def match_probabilities(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
         """The probability that each text matches its image: (len(texts),) on the CPU; arguments as in `maps`."""
-        encoded = self.model.encode(images.to(self.device), self.precision, only=("itm", self.block))
-        found = [self.model.match(encoded, *chunk).cpu() for chunk in self.chunks(texts, index)]
-        return self.finite(torch.cat(found), "the match probability")
+        encoded = self.model.encode(images.to(self.device, non_blocking=True), self.precision, only=("itm", self.block))
+        found = [self.model.match(encoded, *chunk) for chunk in self.chunks(texts, index)]
+        return self.finite(torch.cat(found).cpu(), "the match probability")
 
     def answers(self, encoded: Any, texts: list[str]) -> Iterator[tuple[Tokens, Explanation, Tensor, list[float]]]:
         """Explain texts about one encoded image, chunk by chunk.
@@ -94,11 +94,11 @@ class Explainer(NamedTuple):
 
     def chunks(
         self, texts: list[str], index: list[int] | None = None, size: int = MAX_PAIRS
-    ) -> Iterator[tuple[Tensor | None, Tokens]]:
-        """Up to `size` texts at a time, on the device: image index (n,), None without one, and tokens (n, T)."""
+    ) -> Iterator[tuple[list[int] | None, Tokens]]:
+        """Up to `size` texts at a time: image index, n numbers, None without one; and tokens (n, T) on the device."""
         for start in range(0, len(texts), size):
-            tokens = Tokens(*(tensor.to(self.device) for tensor in self.tokenizer(texts[start : start + size])))
-            yield None if index is None else torch.tensor(index[start : start + size], device=self.device), tokens
+            tokens = Tokens(*(upload(tensor, self.device) for tensor in self.tokenizer(texts[start : start + size])))
+            yield None if index is None else index[start : start + size], tokens
 
     def finite(self, answer: Tensor, what: str = "the map") -> Tensor:
         """The answer, on the CPU; raises `CheckpointError` where it holds NaN or infinity, and says why it does."""

@@ -8,7 +8,7 @@ which changes no metric. `cam` is a map resized to its image, float32 (height, w
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from torch import Tensor
@@ -52,7 +52,7 @@ def check_metrics(names: Sequence[str], expressions: Sequence[Expression]) -> No
                 )
 
 
-def score(found: Sequence[Tensor | None], expressions: Sequence[Expression], names: Sequence[str]) -> np.ndarray:
+def score(found: Iterable[Tensor | None], expressions: Sequence[Expression], names: Sequence[str]) -> np.ndarray:
     """How right the map (h, w) of each expression is by each metric: float64 (n, metrics) in 0..1, NaN without a map.
 
     Raises:

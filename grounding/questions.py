@@ -4,6 +4,7 @@ from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -41,6 +42,22 @@ class Asking(NamedTuple):
     mode: str = "itm"
     block: int | None = None
     precision: str = "fp32"
+
+
+class Answers(NamedTuple):
+    """Answers to some of many pairs, as two tensors on the CPU: however many they are, they are sent whole.
+
+    Args:
+        positions: int64 (n,), of the pairs.
+        values: (n, ...), a map or a number each.
+    """
+
+    positions: Tensor
+    values: Tensor
+
+    def on_rank_0(self) -> "Answers":
+        """The answers of all processes on rank 0, and each other process's own there (a collective call)."""
+        return Answers(*map(utils.rows_on_rank_0, self))
 
 
 class Questions:
@@ -92,7 +109,7 @@ class Questions:
 
     def answers(
         self, function: Ask, pairs: Sequence[Pair], resize: Resize, wanted: Collection[Path] | None = None
-    ) -> dict[int, Tensor]:
+    ) -> Answers:
         """Call a method of `Explainer` for the (image, text) pairs that fall to this process.
 
         Args:
@@ -100,9 +117,32 @@ class Questions:
                 which depend on their batch by rounding.
 
         Returns:
-            answers by the pairs' positions; without those of unreadable images.
+            without those of unreadable images.
         """
         images = list(dict.fromkeys(image for image, _ in pairs))
         data = ImageData(images, resize, self.config.image_res, self.asking.skip_broken)
         batches = load_images(data, self.config.batch_size, self.asking.num_workers, wanted)
-        return dict(answer_pairs(function, pairs, batches))
+        positions: list[int] = []
+        values = torch.empty(0)
+        for position, answer in answer_pairs(function, pairs, batches):
+            if not positions:
+                values = answer.new_empty((len(pairs), *answer.shape))
+            values[len(positions)] = answer
+            positions.append(position)
+        return Answers(torch.tensor(positions, dtype=torch.int64), values[: len(positions)])
+
+    def scores(self, maps: Answers) -> np.ndarray:
+        """How right maps are by the benchmark's metrics; each process scores its own (a collective call).
+
+        Args:
+            maps: those that this process has, of the expressions.
+
+        Returns:
+            on rank 0, float64 (expressions, metrics) in 0..1, NaN without a map; elsewhere, of the own maps alone.
+        """
+        expressions = [self.expressions[position] for position in maps.positions.tolist()]
+        own = metrics.score(maps.values, expressions, self.benchmark.metrics)
+        found = Answers(maps.positions, torch.from_numpy(own)).on_rank_0()
+        scores = np.full((len(self.expressions), len(self.benchmark.metrics)), np.nan)
+        scores[found.positions.numpy()] = found.values.numpy()
+        return scores

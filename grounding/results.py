@@ -120,9 +120,14 @@ class ResultFolder:
     def write(
         self, epoch: str, expressions: Sequence[Expression], maps: Sequence[Tensor | None], origin: Origin
     ) -> None:
-        """Store the map (h, w) of each expression; one without is left out of the records and noted as skipped."""
+        """Store the map (h, w) of each expression; one without is left out of the records and noted as skipped.
+
+        Each is stored by itself, whatever tensor it is a part of.
+        """
         pairs = list(zip(expressions, maps, strict=True))
-        records = [{"ref_id": item.ref_id, "pred": cam, **item.record} for item, cam in pairs if cam is not None]
+        records = [
+            {"ref_id": item.ref_id, "pred": cam.clone(), **item.record} for item, cam in pairs if cam is not None
+        ]
         skipped = [position for position, cam in enumerate(maps) if cam is None]
         self._write_origin(epoch, {**origin, "skipped": skipped})
         files.save_tensors(self.path(epoch), records)

@@ -101,17 +101,13 @@ def _told(questions: Questions, names: dict[str, str]) -> str:
 
 
 def _accuracies(questions: Questions, names: dict[str, str], explainer: Explainer) -> dict[str, float]:
-    """The accuracies of some splits, by `names` and metric.
-
-    A process scores the maps that it computes. Their batches are those of the whole benchmark, as in evaluation.
-    """
+    """Accuracies of some splits, by `names` and metric. Batches are those of the whole benchmark, as in evaluation."""
     benchmark = questions.benchmark
     chosen = [position for position, one in enumerate(questions.expressions) if one.split in names]
     expressions = [questions.expressions[position] for position in chosen]
     images = {one.image for one in expressions}
     maps = questions.answers(explainer.maps, questions.asked, benchmark.resize, images)
-    own = metrics.score([maps.get(position) for position in chosen], expressions, benchmark.metrics)
-    scores = np.fmax.reduce(utils.gather_objects(own))  # NaN where another process has the map
+    scores = questions.scores(maps)[chosen]
     if missing := int(np.isnan(scores[:, 0]).sum()):
         utils.log(f"{missing} expressions of unreadable images are left out of the validation")
     splits = [one.split for one in expressions]
@@ -120,4 +116,4 @@ def _accuracies(questions: Questions, names: dict[str, str], explainer: Explaine
         for name, value in metrics.split_accuracies(column, splits, names).items():
             if value is not None:
                 found[f"{name}_{metric}"] = value
-    return found
+    return utils.gather_objects(found)[0]  # rank 0 has the scores of all

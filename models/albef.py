@@ -3,6 +3,8 @@
 Encoders are injected; `build_albef` makes them from a config. `models.interface` says what evaluation asks of it.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from models import vit
 from models.interface import Explanation, check_layer
 from models.vit import ViT, build_vit
 from models.xbert import KeyValue, TextEncoder
+from utils import upload
 
 
 class EncodedImages(NamedTuple):
@@ -100,7 +103,7 @@ class ALBEF(nn.Module):
         return EncodedImages(images, keys_values, {block: x.float() for block, x in inputs.items()})
 
     def explain(
-        self, encoded: EncodedImages, image_index: Tensor | None, tokens: Tokens, mode: str, layer: int
+        self, encoded: EncodedImages, image_index: Sequence[int] | None, tokens: Tokens, mode: str, layer: int
     ) -> Explanation:
         """Attention and gradient, as in `ExplainableModel.explain`. Parameters should not require gradients."""
         check_layer(self, mode, layer)
@@ -108,21 +111,23 @@ class ALBEF(nn.Module):
         return function(encoded, image_index, tokens, layer)
 
     @torch.no_grad()
-    def match(self, encoded: EncodedImages, image_index: Tensor | None, tokens: Tokens) -> Tensor:
+    def match(self, encoded: EncodedImages, image_index: Sequence[int] | None, tokens: Tokens) -> Tensor:
         """Match probabilities (B,), as in `ExplainableModel.match`."""
         text = self.text_encoder(*tokens)
-        fused = self.text_encoder.fuse(text, tokens.attention_mask, encoded.keys_values, image_index, cls_only=True)
+        index = None if image_index is None else _beside(encoded, image_index)
+        fused = self.text_encoder.fuse(text, tokens.attention_mask, encoded.keys_values, index, cls_only=True)
         return self.match_logits(fused.tokens).softmax(dim=1)[:, 1]
 
     def _explain_match(
-        self, encoded: EncodedImages, image_index: Tensor | None, tokens: Tokens, layer: int
+        self, encoded: EncodedImages, image_index: Sequence[int] | None, tokens: Tokens, layer: int
     ) -> Explanation:
         """Cross-attention of fusion layer `layer`; the gradient of the match logit runs back to it and no further."""
         with torch.no_grad():
             text = self.text_encoder(*tokens)
+        index = None if image_index is None else _beside(encoded, image_index)
         with torch.enable_grad():
             mask, images = tokens.attention_mask, encoded.keys_values
-            fused = self.text_encoder.fuse(text, mask, images, image_index, attention_layer=layer, cls_only=True)
+            fused = self.text_encoder.fuse(text, mask, images, index, attention_layer=layer, cls_only=True)
             logits = self.match_logits(fused.tokens)
             assert fused.attention is not None
             (gradient,) = torch.autograd.grad(logits[:, 1].sum(), fused.attention)
@@ -130,25 +135,26 @@ class ALBEF(nn.Module):
         return Explanation(self._patches(fused.attention.detach()), self._patches(gradient), mask, match, self.grid)
 
     def _explain_similarity(
-        self, encoded: EncodedImages, image_index: Tensor | None, tokens: Tokens, layer: int
+        self, encoded: EncodedImages, image_index: Sequence[int] | None, tokens: Tokens, layer: int
     ) -> Explanation:
         """Self-attention of image block `layer`, its CLS row, and the gradient of the similarity over temperature.
 
         The image's way through the model does not depend on the text: it is computed once, a text adds a backward pass.
         """
-        if image_index is None:
-            image_index = tokens.input_ids.new_zeros(len(tokens.input_ids))
+        image_index = [0] * len(tokens.input_ids) if image_index is None else image_index
+        index = _beside(encoded, image_index)
         with torch.no_grad():
             text = self.text_feature(self.text_encoder(*tokens))
         with torch.enable_grad():
             final, attention = vit.forward_from(self.visual_encoder, encoded.pixels, encoded.block_inputs[layer], layer)
-            similarity = (self.image_feature(final)[image_index] * text).sum(dim=1) / self.temp
-        rows_seen = self._patches(attention.detach()[image_index, :, :1])
+            similarity = (self.image_feature(final)[index] * text).sum(dim=1) / self.temp
+        rows_seen = self._patches(attention.detach()[index, :, :1])
         gradients = torch.empty_like(rows_seen)
-        for rows in _one_text_per_image(image_index):
+        for group in _one_text_per_image(image_index):
+            rows = _beside(encoded, group)
             chosen = torch.zeros_like(similarity).index_fill(0, rows, 1.0)
             (gradient,) = torch.autograd.grad(similarity, attention, chosen, retain_graph=True)
-            gradients[rows] = self._patches(gradient[image_index[rows], :, :1])
+            gradients[rows] = self._patches(gradient[index[rows], :, :1])
         return Explanation(rows_seen, gradients, None, None, self.grid)
 
     def _patches(self, columns: Tensor) -> Tensor:
@@ -156,11 +162,21 @@ class ALBEF(nn.Module):
         return columns[..., self.visual_encoder.num_prefix_tokens :]
 
 
-def _one_text_per_image(image_index: Tensor) -> list[Tensor]:
+def _beside(encoded: EncodedImages, numbers: Sequence[int]) -> Tensor:
+    """Numbers as a tensor on the images' device."""
+    return upload(torch.tensor(numbers), encoded.pixels.device)
+
+
+def _one_text_per_image(image_index: Sequence[int]) -> list[list[int]]:
     """Rows of texts in groups that name no image twice: each group's gradients do not mix."""
-    images = image_index.tolist()
-    turns = torch.tensor([images[:row].count(image) for row, image in enumerate(images)], device=image_index.device)
-    return [(turns == turn).nonzero()[:, 0] for turn in turns.unique()]
+    groups: list[list[int]] = []
+    before = Counter[int]()
+    for row, image in enumerate(image_index):
+        if before[image] == len(groups):
+            groups.append([])
+        groups[before[image]].append(row)
+        before[image] += 1
+    return groups
 
 
 def build_encoders(config: ModelConfig, mlm_head: bool) -> tuple[ViT, TextEncoder]:

@@ -5,7 +5,7 @@
 Shapes: N images, B texts, T tokens, H heads, a grid of h x w image patches.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -88,21 +88,24 @@ class ExplainableModel(Protocol):
             the images as the model keeps them: to be given back to `explain` and `match`, not to be looked into.
         """
 
-    def explain(self, encoded: Any, image_index: Tensor | None, tokens: Tokens, mode: str, layer: int) -> Explanation:
+    def explain(
+        self, encoded: Any, image_index: Sequence[int] | None, tokens: Tokens, mode: str, layer: int
+    ) -> Explanation:
         """Attention of `layer`, and the gradient of each text's score with respect to it.
 
         The score is the match logit in mode "itm", the image-text similarity in mode "itc".
 
         Args:
             encoded: from `encode`.
-            image_index: (B,), which image each text is about; None: there is one image, and all texts are about it.
+            image_index: for each of B texts, its image among the N; None: there is one image, and all texts are about
+                it. Numbers of the host, so that a model that decides by them need not wait for a GPU.
             tokens: B texts, on the model's device.
 
         Raises:
             LayerError: `layer` is none of `layers(mode)`.
         """
 
-    def match(self, encoded: Any, image_index: Tensor | None, tokens: Tokens) -> Tensor:
+    def match(self, encoded: Any, image_index: Sequence[int] | None, tokens: Tokens) -> Tensor:
         """The probability that each text matches its image, (B,); arguments as in `explain`, mode "itm"."""
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]: ...

@@ -63,7 +63,7 @@ def test_matching_is_decided_at_one_half(
     def answer(function: Any, asked: Any, batches: Any) -> Any:
         if function.__name__ == "maps":
             return answer_pairs(function, asked, batches)
-        return ((i, of_true if match else of_false) for i, match in enumerate(matches))
+        return ((i, torch.tensor(of_true if match else of_false)) for i, match in enumerate(matches))
 
     monkeypatch.setattr(questions, "answer_pairs", answer)
     evaluate(REFCLEF, place, tmp_path, "--set", f"matching_file=[{file}]", checkpoint=ONE)

@@ -342,11 +342,13 @@ def test_run_json_is_of_the_run_that_computed(place: Path, tmp_path: Path) -> No
 
 
 def test_a_checkpoint_replaced_meanwhile(own: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def maps(*_: object) -> list[Any]:
-        shutil.copyfile(own / "ckpt" / "checkpoint_02.pth", own / ONE)
-        return []
+    ask = program.Evaluation.ask
 
-    monkeypatch.setattr(program.Evaluation, "maps", maps)
+    def replace(*args: Any) -> Any:
+        shutil.copyfile(own / "ckpt" / "checkpoint_02.pth", own / ONE)
+        return ask(*args)
+
+    monkeypatch.setattr(program.Evaluation, "ask", replace)
     with pytest.raises(UserError, match=r"checkpoint_01\.pth was replaced while it was evaluated"):
         evaluate(REFCLEF, own, tmp_path / "out", checkpoint=ONE)
     assert not (tmp_path / "out" / "result").exists()

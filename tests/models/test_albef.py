@@ -81,7 +81,7 @@ def test_cls_only_leaves_out_what_the_cls_token_does_not_need(model: ALBEF, laye
 )
 def test_layers_that_cannot_be_explained(model: ALBEF, mode: str, layer: int, message: str) -> None:
     with pytest.raises(LayerError, match=f"^{message}$"):
-        model.explain(model.encode(images(3)), torch.arange(3), TOKENS, mode, layer)
+        model.explain(model.encode(images(3)), [0, 1, 2], TOKENS, mode, layer)
 
 
 def test_features_are_normalised_projections_of_the_first_token(model: ALBEF) -> None:
@@ -113,7 +113,7 @@ def whole_model_match_gradcam(model: ALBEF, pictures: Tensor, layer: int) -> tup
     return plain_gradcam(attention.detach(), attention.grad, MASK), logits.detach()
 
 
-def explained(model: ALBEF, pictures: Tensor, layer: int, index: Tensor | None, mode: str = "itm") -> Explanation:
+def explained(model: ALBEF, pictures: Tensor, layer: int, index: list[int] | None, mode: str = "itm") -> Explanation:
     return model.explain(model.encode(pictures, only=(mode, layer)), index, TOKENS, mode, layer)
 
 
@@ -125,7 +125,7 @@ def same_maps(cam: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("layer", [1, 2])
 def test_match_maps_equal_autograd_through_the_whole_model(model: ALBEF, layer: int) -> None:
     expected, expected_logits = whole_model_match_gradcam(model, images(3), layer)
-    found = explained(model, images(3), layer, torch.arange(3))
+    found = explained(model, images(3), layer, [0, 1, 2])
     assert found.match is not None
     assert found.token_maps is not None
     assert expected.amax(dim=(1, 2)).count_nonzero() >= 2  # not a comparison of nothing with nothing
@@ -138,7 +138,7 @@ def test_match_maps_equal_autograd_through_the_whole_model(model: ALBEF, layer: 
 
 @pytest.mark.parametrize("layer", [1, 2])
 def test_match_maps_of_a_shared_and_of_indexed_images(model: ALBEF, layer: int) -> None:
-    index = torch.tensor([1, 1, 0])
+    index = [1, 1, 0]
     expected, logits = whole_model_match_gradcam(model, images(2)[index], layer)
     same_maps(explained(model, images(2), layer, index).maps, expected)
     close(model.match(model.encode(images(2)), index, TOKENS), logits.softmax(dim=1)[:, 1])
@@ -159,7 +159,7 @@ def test_match_map_of_a_padded_text_differs_by_a_factor_only(model: ALBEF) -> No
 @pytest.mark.parametrize("block", [0, 1])
 def test_similarity_maps_of_indexed_images(model: ALBEF, block: int) -> None:
     """Several texts of an image share its way through the model, and have the maps that each has alone."""
-    index, order = torch.tensor([1, 1, 0, 1, 2, 0]), torch.tensor([0, 1, 2, 2, 0, 1])
+    index, order = [1, 1, 0, 1, 2, 0], torch.tensor([0, 1, 2, 2, 0, 1])
     tokens = Tokens(IDS[order], MASK[order])
     found = model.explain(model.encode(images(3)), index, tokens, "itc", block)
     assert found.token_maps is found.match is None
@@ -171,7 +171,7 @@ def test_similarity_maps_of_indexed_images(model: ALBEF, block: int) -> None:
 
 def test_one_encoding_serves_every_mode_and_layer(model: ALBEF) -> None:
     """Whatever was asked before, and as if the images had been encoded for that question alone."""
-    encoded, index = model.encode(images(3)), torch.tensor([2, 0, 1])
+    encoded, index = model.encode(images(3)), [2, 0, 1]
     questions = [("itm", 1), ("itm", 2), ("itc", 0), ("itc", 1)]
     first = [model.explain(encoded, index, TOKENS, *question).maps for question in questions]
     second = [model.explain(encoded, index, TOKENS, *question).maps for question in reversed(questions)]
