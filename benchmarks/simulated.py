@@ -84,7 +84,11 @@ class Memory(TorchDispatchMode):
 
 
 class FakeCUDA(Memory):
-    """While active, all tensors are fake and "cuda" is a device; `peak` and `dtypes` are those of that device."""
+    """While active, all tensors are fake and "cuda" is a device; `peak` and `dtypes` are those of that device.
+
+    Whether something is true is answered with yes, and counted in `waits` where a GPU would be asked; any other question
+    for a number raises PyTorch's `DataDependentOutputException`, one for a size `DynamicOutputShapeException`.
+    """
 
     def __init__(self) -> None:
         super().__init__("cuda")
@@ -94,6 +98,7 @@ class FakeCUDA(Memory):
         self.autocast = [False]  # whether it is enabled, in each context that is entered
         self.enter_autocast, self.exit_autocast = torch.autocast.__enter__, torch.autocast.__exit__
         self.leaves: list[Any] = []
+        self.waits = 0
 
     def __enter__(self) -> "FakeCUDA":
         for owner, name, stand_in in (
@@ -118,6 +123,9 @@ class FakeCUDA(Memory):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:
             return self._told(args[0])
+        if func is torch.ops.aten._local_scalar_dense.default and args[0].dtype == torch.bool:
+            self.waits += args[0].fake_device.type == "cuda"
+            return True
         if kwargs and kwargs.get("device") == META:  # the answer of `_told` comes back
             kwargs = {**kwargs, "device": DEVICE}
         result = super().__torch_dispatch__(func, types, args, kwargs)
