@@ -138,7 +138,8 @@ class FakeCUDA(Memory):
         """What C++ is told of a tensor's device; Python, and the checks of `FakeTensorMode`, know the true one.
 
         Autograd is told "meta": for "cuda" it would ask a real GPU for its context. Autocast must hear "cuda". It asks
-        of what goes into an operation; autograd asks once of what has just come out of one.
+        of what goes into an operation; autograd asks once of what has just come out of one. A gradient must be taken
+        outside of autocast.
         """
         device: torch.device = tensor.fake_device
         for_autograd = id(tensor) in self.fresh or not self.autocast[-1]

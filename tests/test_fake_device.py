@@ -18,18 +18,18 @@ import Pretrain
 import utils
 from benchmarks.simulated import DEVICE, FakeCUDA, Memory, SimulatedRun
 from config import GroundingConfig, PretrainConfig, load_config
+from dataset.text import load_tokenizer
 from grounding.explain import Explainer
 from models import amc
-from models.albef import ALBEF, build_albef
+from models.albef import build_albef
 from models.pretrain import Batch
 from models.xbert import TextEncoder
-from tests.grounding import test_explain as base
+from tests.small_model import SIZES
 from tests.training_runs import arguments, make_workplace, ready
 
-explainer = base.explainer
 pytestmark = pytest.mark.usefixtures("one_thread")
-MOVED = {torch.uint8, torch.int64, torch.bool}  # a batch's own
-INSIDE = {torch.int32, torch.uint64}  # indices, and what fused attention keeps of its random numbers
+MOVED = {torch.uint8, torch.int64}  # a batch's own, beside masks
+INSIDE = {torch.int32, torch.uint64, torch.bool}  # indices, masks, and what fused attention keeps of random numbers
 
 
 @pytest.fixture(scope="module")
@@ -116,14 +116,87 @@ def test_a_step_of_two_batches(place: Path, batches: list[Batch]) -> None:
 # ---- evaluation
 
 
-def evaluate(explainer: Explainer, precision: str, mode: str, block: int, question: str) -> tuple[FakeCUDA, Tensor]:
-    """The answers about two images, three texts each."""
-    config = base.config_of(explainer)
+QUESTIONS = [("itm", 1, "maps"), ("itm", 1, "match_probabilities"), ("itc", 0, "maps"), ("itm", 2, "encode"), ("itc", 1, "encode")]
+INDEX, TEXTS = [0, 0, 1], ["the red star", "circle", "red"]
+
+
+@pytest.mark.parametrize(("mode", "block", "question"), QUESTIONS)
+@pytest.mark.parametrize("precision", utils.PRECISIONS)
+def test_evaluation(place: Path, precision: str, mode: str, block: int, question: str) -> None:
+    """Two images, encoded for one question; and one image, encoded for any, as the page and `ground` do."""
+    keys = {**SIZES, "bert_config": str(place / "bert.json"), "vision_width": 32, "image_root": ""}
+    config, tokenizer = GroundingConfig.model_validate(keys), load_tokenizer(str(place / "data" / "text_encoder"))
+    seen, dtype, full = Seen(), utils.PRECISIONS[precision], {torch.float32}
+    with FakeCUDA() as cuda, seen.wrap(amc, "gradcam"), seen.wrap(TextEncoder, "image_keys_values"):
+        model = cuda.build(lambda: build_albef(config)).requires_grad_(False).eval().to(DEVICE)
+        explainer = Explainer(model, tokenizer, DEVICE, mode, block, dtype)
+        images = torch.empty(2, 3, 48, 48)
+        if question == "encode":
+            encoded = model.encode(images[:1].to(DEVICE), dtype)
+            ((_, tokens),) = explainer.chunks(TEXTS)
+            found = model.explain(encoded, None, tokens, mode, block).maps.cpu()
+            assert model.match(encoded, None, tokens).dtype == torch.float32
+        else:
+            found = getattr(explainer, question)(images, INDEX, TEXTS)
+    assert (found.device.type, found.dtype) == ("cpu", torch.float32)
+    assert found.shape == ((3,) if question == "match_probabilities" else (3, 3, 3))
+    assert all(dtypes == full for dtypes in seen.dtypes.values())
+    assert cuda.dtypes - INSIDE == {torch.int64, torch.float32, dtype}
+    assert cuda.waits == 0
+
+
+# ---- the device itself
+
+
+FAULTS = {
+    "another device": (lambda x: x @ torch.ones(4, 4), RuntimeError),
+    "a number": (lambda x: float(x.sum()), DataDependentOutputException),
+    "a size": (lambda x: x[x > 0], DynamicOutputShapeException),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_noticed(fault: str) -> None:
+    cause, error = FAULTS[fault]
+    with FakeCUDA() as cuda, pytest.raises(error):
+        cause(torch.ones(4, 4, device="cuda"))
     with FakeCUDA() as cuda:
-        model: Any = cuda.build(lambda: build_albef(config)).requires_grad_(False).eval().to(DEVICE)
-        asked = explainer._replace(
-            model=model, device=DEVICE, mode=mode, block=block, precision=utils.PRECISIONS[precision]
-        )
-        images = torch.empty(2, 3, model.image_res, model.image_res)
-        answers = getattr(asked, question)(images, [0, 0, 0, 1, 1, 1], ["a red star", "circle", "red"] * 2)
-    return cuda, answers
+        assert torch.ones(4, device="cuda").all()
+    assert cuda.waits == 1
+
+
+def test_gradients_are_pytorchs() -> None:
+    """Of autocast layers, twice differentiated: shapes and dtypes of the CPU, and parameters that share memory."""
+
+    def gradients(device: str) -> list[tuple[Any, ...]]:
+        layer = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 4))
+        layer[2].weight = layer[0].weight
+        layer.to(torch.device(device))
+        with torch.autocast(device, torch.bfloat16):
+            tokens = layer(torch.ones(2, 4, device=device))
+            (first,) = torch.autograd.grad(tokens.float().exp().sum(), tokens, create_graph=True)
+        first.float().square().sum().backward()
+        assert layer[2].weight is layer[0].weight
+        return [(tokens.dtype, first.dtype), *((p.grad.shape, p.grad.dtype) for p in layer.parameters())]
+
+    with FakeCUDA():
+        fake = gradients("cuda")
+    assert fake == gradients("cpu")
+    assert fake[0] == (torch.bfloat16, torch.bfloat16)
+
+
+def test_memory_follows_storages() -> None:
+    """On real tensors; kilobytes are whole blocks of the allocator."""
+    with Memory("cpu") as memory:
+        kept = torch.zeros(1024)
+        view = kept.view(32, 32).t()
+        view.exp_().sum()
+        assert (memory.held, memory.peak) == (4096, 4096 + 512)
+        summed = (kept.exp() + kept.double()).sum()
+        assert (memory.held, memory.peak) == (4096 + 512, 4 * 1024 * (1 + 1 + 2 + 2))
+        memory.reset()
+        del kept
+        assert memory.held == 4096 + 512  # by the view
+        del view, summed
+        assert (memory.held, memory.peak) == (0, 4096 + 512)
+    assert memory.dtypes == {torch.float32, torch.float64}
