@@ -174,7 +174,7 @@ def test_gradients_are_pytorchs() -> None:
         layer.to(torch.device(device))
         with torch.autocast(device, torch.bfloat16):
             tokens = layer(torch.ones(2, 4, device=device))
-            (first,) = torch.autograd.grad(tokens.float().exp().sum(), tokens, create_graph=True)
+        (first,) = torch.autograd.grad(tokens.float().exp().sum(), tokens, create_graph=True)
         first.float().square().sum().backward()
         assert layer[2].weight is layer[0].weight
         return [(tokens.dtype, first.dtype), *((p.grad.shape, p.grad.dtype) for p in layer.parameters())]
