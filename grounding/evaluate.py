@@ -21,7 +21,7 @@ from grounding.benchmarks import Benchmark
 from grounding.explain import Explainer, Resize
 from grounding.identity import Origin
 from grounding.load import own_sizes
-from grounding.questions import Answers, Asking, EvaluationError, Questions
+from grounding.questions import Asking, EvaluationError, PairAnswers, Questions
 from grounding.results import ResultFolder, percent, sources_of
 from models.checkpoint import read_checkpoint
 from models.student import is_student, lacking, local_checkpoint, own_text_encoder
@@ -219,7 +219,7 @@ class Evaluation(Questions):
             explainer = self.load(path)
             if not has_maps:
                 own = self.ask(explainer.maps, self.asked, self.benchmark.resize)
-                maps = own.on_rank_0()
+                maps = own.gathered()
                 on_rank_0(lambda: identity.check_unchanged(path, origin))
                 if utils.rank() == 0:
                     self.write(epoch, maps, {**origin, **self.origin})
@@ -238,7 +238,7 @@ class Evaluation(Questions):
         utils.log(str(report))
         return explainer
 
-    def write(self, epoch: str, found: Answers, origin: Origin) -> None:
+    def write(self, epoch: str, found: PairAnswers, origin: Origin) -> None:
         """Write the maps of all processes; for rank 0."""
         if missing := len(self.expressions) - len(found.positions):
             print(f"{missing} expressions of unreadable images are left out of results and metrics")
@@ -259,7 +259,7 @@ class Evaluation(Questions):
         """
         pairs = self.pairs[name]
         asked = [(pair.image, pair.text) for pair in pairs]
-        positions, probabilities = self.ask(explainer.match_probabilities, asked, resize_bilinear_image).on_rank_0()
+        positions, probabilities = self.ask(explainer.match_probabilities, asked, resize_bilinear_image).gathered()
         if missing := len(pairs) - len(positions):
             utils.log(f"{name}: {missing} pairs of unreadable images are left out")
         found = [pairs[position] for position in positions.tolist()]
@@ -268,7 +268,7 @@ class Evaluation(Questions):
         by_kind = metrics.split_accuracies(right, [pair.kind for pair in found], kinds)
         return {name: metrics.accuracy(right), **by_kind}
 
-    def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> Answers:
+    def ask(self, function: Ask, pairs: Sequence[Pair], resize: Resize) -> PairAnswers:
         """As `answers`, in all processes together; raises `DataError` on all of them where no pair has one."""
         own = self.answers(function, pairs, resize)
         if pairs and not any(utils.gather_objects(len(own.positions))):

@@ -44,8 +44,8 @@ class Asking(NamedTuple):
     precision: str = "fp32"
 
 
-class Answers(NamedTuple):
-    """Answers to some of many pairs, as two tensors on the CPU: however many they are, they are sent whole.
+class PairAnswers(NamedTuple):
+    """Answers to some of many (image, text) pairs, as two tensors on the CPU, which are sent as they are.
 
     Args:
         positions: int64 (n,), of the pairs.
@@ -55,9 +55,9 @@ class Answers(NamedTuple):
     positions: Tensor
     values: Tensor
 
-    def on_rank_0(self) -> "Answers":
-        """The answers of all processes on rank 0, and each other process's own there (a collective call)."""
-        return Answers(*map(utils.rows_on_rank_0, self))
+    def gathered(self) -> "PairAnswers":
+        """On rank 0 the answers of all processes, elsewhere the own (a collective call)."""
+        return PairAnswers(*map(utils.rows_on_rank_0, self))
 
 
 class Questions:
@@ -109,11 +109,11 @@ class Questions:
 
     def answers(
         self, function: Ask, pairs: Sequence[Pair], resize: Resize, wanted: Collection[Path] | None = None
-    ) -> Answers:
+    ) -> PairAnswers:
         """Call a method of `Explainer` for the (image, text) pairs that fall to this process.
 
         Args:
-            wanted: leave out batches with none of these images. The others stay as they are, and so do their answers,
+            wanted: leave out all but these images. Batches with any of them stay as they are, and so do the answers,
                 which depend on their batch by rounding.
 
         Returns:
@@ -125,13 +125,15 @@ class Questions:
         positions: list[int] = []
         values = torch.empty(0)
         for position, answer in answer_pairs(function, pairs, batches):
+            if wanted is not None and pairs[position][0] not in wanted:
+                continue
             if not positions:
                 values = answer.new_empty((len(pairs), *answer.shape))
             values[len(positions)] = answer
             positions.append(position)
-        return Answers(torch.tensor(positions, dtype=torch.int64), values[: len(positions)])
+        return PairAnswers(torch.tensor(positions, dtype=torch.int64), values[: len(positions)])
 
-    def scores(self, maps: Answers) -> np.ndarray:
+    def scores(self, maps: PairAnswers) -> np.ndarray:
         """How right maps are by the benchmark's metrics; each process scores its own (a collective call).
 
         Args:
@@ -142,7 +144,7 @@ class Questions:
         """
         expressions = [self.expressions[position] for position in maps.positions.tolist()]
         own = metrics.score(maps.values, expressions, self.benchmark.metrics)
-        found = Answers(maps.positions, torch.from_numpy(own)).on_rank_0()
+        found = PairAnswers(maps.positions, torch.from_numpy(own)).gathered()
         scores = np.full((len(self.expressions), len(self.benchmark.metrics)), np.nan)
         scores[found.positions.numpy()] = found.values.numpy()
         return scores

@@ -104,7 +104,10 @@ def test_the_maps_are_those_of_the_evaluation(
 ) -> None:
     """By a metric that every bit of a map counts for: batches are the same, though val alone is asked for."""
 
+    scored: set[str] = set()
+
     def share_inside(cam: ResizedMap, expression: Expression) -> float:
+        scored.add(expression.split)
         x, y, w, h = (int(value) for value in expression.boxes[0])
         return float(cam.pixels[y : y + h, x : x + w].sum() / cam.pixels.sum())
 
@@ -114,6 +117,7 @@ def test_the_maps_are_those_of_the_evaluation(
     run = ready(place, tmp_path / "run", *words)
     assert run.validation
     measured = run.validation.measure()
+    assert scored == {"val"}
     for name, (key, _) in METRICS.items():
         (found,) = evaluated(place, configs[name], checkpoint, tmp_path / name).values()
         assert found[-1] == measured[f"val_{key}_point"]
