@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
+import precision
 import runs
 import utils
 from config import PretrainConfig, load_config, naming, save_config
@@ -93,7 +94,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--text_encoder", help="hub name or folder (default: the checkpoint's, or bert-base-uncased)")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
     parser.add_argument("--seed", default=42, type=integer(0, 2**63 - 1))
-    parser.add_argument("--precision", choices=utils.PRECISIONS, default="fp32", help="the AMC terms stay in fp32")
+    exact = "default: tf32 on GPUs that have it, else fp32; with bf16 and fp16, the AMC terms stay in tf32 or fp32"
+    precision.add_options(parser, None, exact)
     parser.add_argument("--accum_steps", default=1, type=integer(1), help="batches per optimizer step")
     clip = "scale the gradients of a step down to this norm where theirs is larger (default: never)"
     parser.add_argument("--grad_clip", type=positive, metavar="NORM", help=clip)
@@ -153,7 +155,8 @@ def main(args: argparse.Namespace) -> None:
         args.text_encoder = args.text_encoder or "bert-base-uncased"
         run = Run(args, config, device, requests)
         requests.begin()
-        train(run)
+        with precision.use(args.precision, device, training=True):
+            train(run)
     utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
 
 
@@ -181,6 +184,7 @@ class Run:
         self, args: argparse.Namespace, config: PretrainConfig, device: torch.device, requests: Requests | None = None
     ) -> None:
         """Make each part from those above it. The output folder comes last: an error leaves it as it was."""
+        args.precision = precision.choose(args.precision, device, args.force_precision)
         self.args, self.config, self.device, self.output = args, config, device, Path(args.output_dir)
         tokenizer = load_tokenizer(args.text_encoder)
         self.data = TrainingData(config, args.seed, args.skip_broken, args.cache_dir)
@@ -277,9 +281,9 @@ class Run:
         last = micro == self.args.accum_steps - 1
         parallel = self.parallel
         alone = parallel.no_sync() if isinstance(parallel, DistributedDataParallel) and not last else nullcontext()
-        precision = utils.PRECISIONS[self.args.precision]
+        dtype = precision.DTYPES[self.args.precision]
         with alone:
-            with torch.autocast(self.device.type, precision, enabled=precision != torch.float32):
+            with torch.autocast(self.device.type, dtype, enabled=dtype != torch.float32):
                 losses = parallel(batch, alpha, update_teacher=micro == 0)
             self.scaler.scale(self.model.total(losses) / self.args.accum_steps).backward()
         return losses

@@ -22,13 +22,14 @@ import numpy as np
 import torch
 from PIL import Image
 
+import precision
 import utils
 from dataset.photos import find_images, read_photo
 from dataset.reading import SKIP, DataError
 from dataset.scenes.paths import DEMO_AMC, SHIPPED_AMC
 from grounding import maps, metrics
 from grounding.benchmarks import BENCHMARKS
-from grounding.evaluate import EVALUATION_PRECISIONS
+from grounding.evaluate import EXTENT
 from grounding.explain import Explainer, Grounding, encode, ground_all, notes
 from grounding.load import OpenedModel, open_model
 from grounding.maps import THRESHOLD, check_threshold
@@ -64,12 +65,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     add("--device", help="cuda or cpu (default: the GPU if there is one)")
     add("--gradcam_mode", choices=("itm", "itc"), default="itm", help="explain the matching head or the contrast")
     add("--block_num", type=int, help="layer to explain (default: the config's, 8)")
-    add(
-        "--precision",
-        choices=EVALUATION_PRECISIONS,
-        default="fp32",
-        help="of the image encoder; maps are computed in fp32",
-    )
+    precision.add_options(parser, "fp32", EXTENT)
     add("--threshold", type=float, default=THRESHOLD, help="boxes enclose at least this share of the map's maximum")
     add("--skip_broken", action="store_true", help="skip missing and unreadable images, and say which")
     add = parser.add_argument_group("output").add_argument
@@ -96,12 +92,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> None:
     see_through(args.colormap)  # a wrong option is reported before the model is read
     check_threshold(args.threshold)
+    device = utils.choose_device(args.device)
+    args.device = str(device)
+    args.precision = precision.choose(args.precision, device, args.force_precision)
     if args.web:
         serve_page(args)
         return
     images, phrases = what_to_ask(args)
     opened = open_as_asked(args, args.checkpoint or demo_model(), args.config)
-    explainer = opened.explainer(args.gradcam_mode, args.block_num, utils.PRECISIONS[args.precision])
+    explainer = opened.explainer(args.gradcam_mode, args.block_num, args.precision)
     print(opened.report)
     print(f"config: {opened.origin}; {args.gradcam_mode} at layer {explainer.block}")
     for phrase in phrases:
@@ -132,7 +131,7 @@ def serve_page(args: argparse.Namespace) -> None:
         offered([*filter(None, [args.checkpoint]), *args.checkpoints], args.config),
         lambda offer: open_as_asked(args, offer.checkpoint, offer.config),
         BENCHMARKS[args.benchmark].resize,
-        precision=utils.PRECISIONS[args.precision],
+        precision=args.precision,
     )
     if args.block_num is not None:
         answers.check_layer(args.gradcam_mode, args.block_num)

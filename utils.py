@@ -35,8 +35,6 @@ LOST = re.compile(r"[Cc]onnection (was )?(closed|reset|refused)|Broken pipe|remo
 
 PATIENCE = datetime.timedelta(minutes=60)  # for a process that others wait for
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # by their names on command lines
-
 
 class AgreedExit(SystemExit):
     """All processes of the group end here, with one status; any other `SystemExit` is the failure of one of them."""

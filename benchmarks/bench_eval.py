@@ -116,7 +116,7 @@ def compare(mix: Mix, model: ALBEF, fast: ALBEF, tokenizer: Tokenizer, args: arg
         return chosen
 
     calls = {"published": baseline}
-    for label, precision in {"ours, fp32": torch.float32, "ours, bf16 image encoder": torch.bfloat16}.items():
+    for label, precision in {"ours, fp32": "fp32", "ours, bf16 image encoder": "bf16"}.items():
         explainer = Explainer(fast, tokenizer, device, "itm", layer, precision)
         run_ours(explainer, photos[:1], 1)  # the first call of a library is slow
         calls[label] = functools.partial(run_ours, explainer, photos, args.batch)

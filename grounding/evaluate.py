@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import precision
 import utils
 from config import GroundingConfig, load_config, naming, save_config
 from dataset.own import load_pairs
@@ -28,7 +29,7 @@ from models.student import is_student, lacking, local_checkpoint, own_text_encod
 from runs import claim, is_within_epoch, write_provenance
 from terminal import boolean, integer
 
-EVALUATION_PRECISIONS = ("fp32", "bf16")  # of utils.PRECISIONS
+EXTENT = "bf16 and fp16: of the image encoder, maps are computed in fp32; tf32: of both (default: fp32)"
 Line = dict[str, float | None]
 T = TypeVar("T")
 
@@ -51,12 +52,7 @@ def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = 
     parser.add_argument("--text_encoder", help="hub name or folder (default: the checkpoint's, or bert-base-uncased)")
     parser.add_argument("--evaluate", type=boolean, nargs="?", const=True, default=True, help="has no effect")
     parser.add_argument("--device", default=None, help="cuda or cpu (default: the GPU if there is one)")
-    parser.add_argument(
-        "--precision",
-        choices=EVALUATION_PRECISIONS,
-        default="fp32",
-        help="of the image encoder; maps are computed in fp32",
-    )
+    precision.add_options(parser, "fp32", EXTENT)
     parser.add_argument("--seed", type=integer(0), default=42)
     parser.add_argument("--num_workers", type=integer(0), default=4, help="processes that decode images")
     parser.add_argument(
@@ -84,6 +80,7 @@ def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
     device = utils.choose_device(args.device)
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
+    args.precision = precision.choose(args.precision, device, args.force_precision)
     with claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
         checkpoint = local_checkpoint(args.checkpoint)
         checkpoints = find_checkpoints(checkpoint)
@@ -161,7 +158,8 @@ class Evaluation(Questions):
         self.line_names = [*self.benchmark.metrics, *self.pairs]
         self.check_readable(pair.text for pairs in self.pairs.values() for pair in pairs)
         images = {expression.image for expression in self.expressions}
-        utils.log(f"{self.benchmark.name}: {len(self.expressions)} expressions of {len(images)} images, on {device}")
+        count = f"{len(self.expressions)} expressions of {len(images)} images"
+        utils.log(f"{self.benchmark.name}: {count}, on {device}, {args.precision}")
         self.results = ResultFolder(Path(args.output_dir) / "result")
         self.origin: Origin = {}
 

@@ -26,6 +26,7 @@ from dataset.transforms import normalise, resize_bicubic
 from grounding.maps import THRESHOLD, ResizedMap, ScoredBox, map_boxes, share_of_maximum
 from models.checkpoint import CheckpointError, diverged
 from models.interface import ExplainableModel, Explanation
+from precision import DTYPES, use
 from utils import UserError, upload
 
 MAX_PAIRS = 32  # (image, text) pairs in one pass of the fusion layers; each may copy its image's keys and values
@@ -43,7 +44,8 @@ class Explainer(NamedTuple):
     Args:
         mode: "itm" explains the match logit by cross-attention of BERT layer `block`; "itc" explains the image-text
             similarity by self-attention of image block `block`.
-        precision: of the image encoder up to the part that is explained; everything else is float32.
+        precision: a key of `precision.DTYPES`. bf16 and fp16 are of the image encoder up to the part that is explained,
+            and everything else is IEEE float32; tf32 is of everything, fp32 of nothing, also on a GPU.
         name: of the checkpoint, for messages.
 
     Answers that are not numbers raise `CheckpointError` (`finite`).
@@ -54,7 +56,7 @@ class Explainer(NamedTuple):
     device: torch.device
     mode: str
     block: int
-    precision: torch.dtype = torch.float32
+    precision: str = "fp32"
     name: str = "the model"
 
     def maps(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
@@ -68,16 +70,18 @@ class Explainer(NamedTuple):
             float32 (len(texts), h, w) on the CPU, at least 0, each up to a positive factor.
         """
         asked = self.mode, self.block
-        encoded = self.model.encode(images.to(self.device, non_blocking=True), self.precision, only=asked)
+        encoded = self.encode(images, asked)
         # A similarity costs a text one backward pass through what all texts share: splitting them would repeat that.
         size = MAX_PAIRS if self.mode == "itm" else len(texts)
-        found = [self.model.explain(encoded, *chunk, *asked).maps for chunk in self.chunks(texts, index, size)]
+        with self.arithmetic():
+            found = [self.model.explain(encoded, *chunk, *asked).maps for chunk in self.chunks(texts, index, size)]
         return self.finite(torch.cat(found).cpu())  # the one wait for a GPU
 
     def match_probabilities(self, images: Tensor, index: list[int], texts: list[str]) -> Tensor:
         """The probability that each text matches its image: (len(texts),) on the CPU; arguments as in `maps`."""
-        encoded = self.model.encode(images.to(self.device, non_blocking=True), self.precision, only=("itm", self.block))
-        found = [self.model.match(encoded, *chunk) for chunk in self.chunks(texts, index)]
+        encoded = self.encode(images, ("itm", self.block))
+        with self.arithmetic():
+            found = [self.model.match(encoded, *chunk) for chunk in self.chunks(texts, index)]
         return self.finite(torch.cat(found).cpu(), "the match probability")
 
     def answers(self, encoded: Any, texts: list[str]) -> Iterator[tuple[Tokens, Explanation, Tensor, list[float]]]:
@@ -87,10 +91,21 @@ class Explainer(NamedTuple):
             tokens (n, T), the explanation, its maps (n, h, w) on the CPU, and n match probabilities.
         """
         for index, tokens in self.chunks(texts):
-            found = self.model.explain(encoded, index, tokens, self.mode, self.block)
+            with self.arithmetic():
+                found = self.model.explain(encoded, index, tokens, self.mode, self.block)
+                match = self.model.match(encoded, index, tokens) if found.match is None else found.match
             maps = self.finite(found.maps.cpu())
-            match = self.model.match(encoded, index, tokens) if found.match is None else found.match
             yield tokens, found, maps, self.finite(match.cpu(), "the match probability").tolist()
+
+    def encode(self, images: Tensor, only: tuple[str, int] | None = None) -> Any:
+        """Images (N, 3, r, r), normalised, as the model keeps them; `only` as in `ExplainableModel.encode`."""
+        with self.arithmetic():
+            dtype = DTYPES[self.precision]
+            return self.model.encode(images.to(self.device, non_blocking=True), dtype, only)
+
+    def arithmetic(self) -> use:
+        """A context: float32 on a GPU is what `precision` says, whatever a training around it has chosen."""
+        return use(self.precision, self.device)
 
     def chunks(
         self, texts: list[str], index: list[int] | None = None, size: int = MAX_PAIRS
@@ -185,8 +200,8 @@ def encode(explainer: Explainer, image: Image.Image, resize: Resize = resize_bic
         resize: to the model's size; PIL's bicubic, antialiased, as for RefCOCO+ and RefCLEF. Flickr30k's evaluation
             takes `dataset.transforms.resize_bilinear_image`.
     """
-    pixels = normalise(resize(image, explainer.model.image_res))[None].to(explainer.device)
-    return EncodedImage(image.height, image.width, explainer.model.encode(pixels, explainer.precision))
+    pixels = normalise(resize(image, explainer.model.image_res))[None]
+    return EncodedImage(image.height, image.width, explainer.encode(pixels))
 
 
 def ground(

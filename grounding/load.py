@@ -46,9 +46,7 @@ class OpenedModel(NamedTuple):
     origin: str  # where that config comes from, for showing
     report: LoadReport  # what became of the file's tensors
 
-    def explainer(
-        self, mode: str = "itm", block: int | None = None, precision: torch.dtype = torch.float32
-    ) -> Explainer:
+    def explainer(self, mode: str = "itm", block: int | None = None, precision: str = "fp32") -> Explainer:
         """Explain by a mode ("itm", "itc") and a layer; raises `LayerError` when the model has no such layer."""
         block = self.config.block_num if block is None else block
         check_layer(self.model, mode, block)

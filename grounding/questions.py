@@ -33,7 +33,7 @@ class Asking(NamedTuple):
         skip_broken: leave out images that are missing or cannot be read.
         mode: what the maps explain, "itm" or "itc".
         block: the layer to explain; None: the config's.
-        precision: of the image encoder, a key of `utils.PRECISIONS`.
+        precision: of the image encoder, a key of `precision.DTYPES`.
     """
 
     text_encoder: str
@@ -103,8 +103,7 @@ class Questions:
         """A new model with a checkpoint's weights, ready for evaluation, and what became of the file's tensors."""
         model, asking = build_albef(self.config), self.asking
         report = ready(model, content, path, self.device)
-        precision = utils.PRECISIONS[asking.precision]
-        explainer = Explainer(model, self.tokenizer, self.device, asking.mode, self.block, precision, str(path))
+        explainer = Explainer(model, self.tokenizer, self.device, asking.mode, self.block, asking.precision, str(path))
         return explainer, report
 
     def answers(

@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 import Pretrain
-import utils
 from benchmarks.simulated import DEVICE, FakeCUDA, Memory, SimulatedRun
 from config import GroundingConfig, PretrainConfig, load_config
 from dataset.text import load_tokenizer
@@ -24,11 +23,13 @@ from models import amc
 from models.albef import build_albef
 from models.pretrain import Batch
 from models.xbert import TextEncoder
+from precision import DTYPES
 from tests.small_model import SIZES
 from tests.training_runs import arguments, make_workplace, ready
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MOVED = {torch.uint8, torch.int64}  # a batch's own, beside masks
+PRECISIONS = ["fp32", "bf16", "fp16"]  # tf32 is the flags of fp32, which change no tensor
 INSIDE = {torch.int32, torch.uint64, torch.bool}  # indices, masks, and what fused attention keeps of random numbers
 
 
@@ -85,12 +86,12 @@ def state_of(optimizer: Optimizer) -> Iterator[Tensor]:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("add_gcam", [True, False])
-@pytest.mark.parametrize("precision", utils.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_training_step(place: Path, batches: list[Batch], precision: str, add_gcam: bool, checkpointing: bool) -> None:
     words = ["--precision", precision, f"add_gcam={add_gcam}"]
     words += ["--grad_checkpointing"] if checkpointing else ["--grad_clip", "1", "mlm_distill_axis=vocabulary"]
     cuda, run, seen = train(place, batches[:1], *words)
-    dtype, full = utils.PRECISIONS[precision], {torch.float32}
+    dtype, full = DTYPES[precision], {torch.float32}
     assert seen.dtypes["out of image_keys_values"] == {dtype}  # of student and teacher
     assert seen.dtypes["out of backward"] == full  # the losses
     assert ("into gradcam" in seen.dtypes) == add_gcam
@@ -121,18 +122,18 @@ INDEX, TEXTS = [0, 0, 1], ["the red star", "circle", "red"]
 
 
 @pytest.mark.parametrize(("mode", "block", "question"), QUESTIONS)
-@pytest.mark.parametrize("precision", utils.PRECISIONS)
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_evaluation(place: Path, precision: str, mode: str, block: int, question: str) -> None:
     """Two images, encoded for one question; and one image, encoded for any, as the page and `ground` do."""
     keys = {**SIZES, "bert_config": str(place / "bert.json"), "vision_width": 32, "image_root": ""}
     config, tokenizer = GroundingConfig.model_validate(keys), load_tokenizer(str(place / "data" / "text_encoder"))
-    seen, dtype, full = Seen(), utils.PRECISIONS[precision], {torch.float32}
+    seen, dtype, full = Seen(), DTYPES[precision], {torch.float32}
     with FakeCUDA() as cuda, seen.wrap(amc, "gradcam"), seen.wrap(TextEncoder, "image_keys_values"):
         model = cuda.build(lambda: build_albef(config)).requires_grad_(False).eval().to(DEVICE)
-        explainer = Explainer(model, tokenizer, DEVICE, mode, block, dtype)
+        explainer = Explainer(model, tokenizer, DEVICE, mode, block, precision)
         images = torch.empty(2, 3, 48, 48)
         if question == "encode":
-            encoded = model.encode(images[:1].to(DEVICE), dtype)
+            encoded = explainer.encode(images[:1])
             ((_, tokens),) = explainer.chunks(TEXTS)
             found = model.explain(encoded, None, tokens, mode, block).maps.cpu()
             assert model.match(encoded, None, tokens).dtype == torch.float32

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up; a module belongs to the longest name that its own begins with, and programs are above all.
 FLOORS = (
-    ("utils", "files", "failures", "signals", "system_errors", "terminal"),
+    ("utils", "files", "failures", "precision", "signals", "system_errors", "terminal"),
     ("config", "runs"),
     ("dataset", "optim", "scheduler"),
     ("models",),

@@ -158,7 +158,7 @@ def gradients(run: Pretrain.Run) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 def test_gradients_are_clipped(place: Path, tmp_path: Path, precision: str) -> None:
     """To the norm that is asked for, of the sum over batches, without the loss scale; else they stay as they are."""
-    run = ready(place, tmp_path, "--precision", precision, "--accum_steps", "2", "batch_size=4")
+    run = ready(place, tmp_path, "--precision", precision, "--force_precision", "--accum_steps", "2", "batch_size=4")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=8.0, enabled=precision == "fp16")
     run.parallel.train()
     batches = iter(run.loader)
@@ -194,7 +194,7 @@ def test_the_norm_is_that_before_clipping(place: Path, tmp_path: Path) -> None:
 
 def test_steps_that_fp16_skips_have_no_norm(place: Path, tmp_path: Path) -> None:
     """With a loss scale that is too large at first, steps are skipped until it is halved often enough."""
-    run = ready(place, tmp_path, "--precision", "fp16")
+    run = ready(place, tmp_path, "--precision", "fp16", "--force_precision")
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
     run.train_epoch(0, 2)
     (row,) = step_rows(tmp_path)

@@ -254,14 +254,14 @@ def test_two_processes_write_the_files_of_one(place: Path, tmp_path: Path, one_t
             assert a == b
 
 
-@pytest.mark.parametrize("mode", ["itm", "itc"])
-def test_image_encoder_in_bfloat16(mode: str, place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "half"), [("itm", "bf16"), ("itc", "bf16"), ("itm", "fp16")])
+def test_image_encoder_in_half_precision(mode: str, half: str, place: Path, tmp_path: Path) -> None:
     block = ("--gradcam_mode", mode, "--block_num", "2" if mode == "itm" else "1")
     evaluate(REFCOCO_PLUS, place, tmp_path / "fp32", *block, checkpoint=ONE)
-    evaluate(REFCOCO_PLUS, place, tmp_path / "bf16", *block, "--precision", "bf16", checkpoint=ONE)
-    with pytest.raises(ResultError, match=r"precision bf16 \(asked for now: fp32\)"):
-        evaluate(REFCOCO_PLUS, place, tmp_path / "bf16", *block, checkpoint=ONE)
-    exact, rounded = (torch.stack([row["pred"] for row in results(tmp_path / name)]) for name in ("fp32", "bf16"))
+    evaluate(REFCOCO_PLUS, place, tmp_path / half, *block, "--precision", half, "--force_precision", checkpoint=ONE)
+    with pytest.raises(ResultError, match=rf"precision {half} \(asked for now: fp32\)"):
+        evaluate(REFCOCO_PLUS, place, tmp_path / half, *block, checkpoint=ONE)
+    exact, rounded = (torch.stack([row["pred"] for row in results(tmp_path / name)]) for name in ("fp32", half))
     assert not torch.equal(exact, rounded)
     assert rounded.dtype == torch.float32
     assert (exact - rounded).abs().max() < 0.1 * exact.max()

@@ -152,7 +152,7 @@ CHANGES: dict[str, tuple[Change, str]] = {
     "no pairs": (lambda _: ["--set", "matching_file=[]"], r"pairs \(matching_file\) "),
     "block_num": (lambda _: ["--block_num", "1"], r"block_num 2 \(asked for now: 1\)"),
     "mode": (lambda _: ["--gradcam_mode", "itc", "--block_num", "1"], "gradcam_mode itm .*itc.*, block_num 2 "),
-    "precision": (lambda _: ["--precision", "bf16"], "precision fp32 .*bf16"),
+    "precision": (lambda _: ["--precision", "bf16", "--force_precision"], "precision fp32 .*bf16"),
 }
 
 

@@ -153,7 +153,8 @@ def test_folders_and_lists_of_images(place: Path, tmp_path: Path) -> None:
 def test_options_reach_the_model(place: Path, tmp_path: Path) -> None:
     photo = place / "photos" / "a.png"
     words = ["--benchmark", "flickr", "--gradcam_mode", "itc", "--block_num", "0", "--set", "image_res=32"]
-    words += ["--precision", "bf16", "--threshold", "0.9", "--json", "--npz", "--word_maps", "--colormap", "jet"]
+    words += ["--precision", "bf16", "--force_precision", "--threshold", "0.9"]
+    words += ["--json", "--npz", "--word_maps", "--colormap", "jet"]
     run(place, tmp_path, str(photo), "circle", *words)
     result, arrays = json.loads((tmp_path / "a.json").read_text()), np.load(tmp_path / "a.npz")
     said = [result[key] for key in ("resize", "gradcam_mode", "block_num", "image_res", "threshold", "precision")]
@@ -161,11 +162,11 @@ def test_options_reach_the_model(place: Path, tmp_path: Path) -> None:
     assert sorted(arrays.files) == ["map_01", "phrases", "small_01"]
     opened = open_model(place / "tuned.pth", text_encoder=str(place), device="cpu", overrides=["image_res=32"])
     maps = []
-    for precision in (torch.bfloat16, torch.float32):
+    for precision in ("bf16", "fp32"):
         explainer = opened.explainer("itc", 0, precision)
         (found,) = ground_all(explainer, encode(explainer, read_photo(photo), resize_bilinear_image), ["circle"], 0.9)
         maps.append(found.map)
-        if precision == torch.bfloat16:
+        if precision == "bf16":
             assert result["phrases"][0]["boxes"][0]["box"] == list(found.boxes[0].box)
     np.testing.assert_allclose(arrays["map_01"], maps[0], atol=1e-5)
     assert 1e-4 < np.abs(maps[0] - maps[1]).max() < 0.1

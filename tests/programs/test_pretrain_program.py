@@ -319,11 +319,11 @@ def test_accumulation_averages_the_gradients(place: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(place: Path, tmp_path: Path, precision: str) -> None:
     (full,) = train(place, tmp_path / "full", "--max_steps", "1")
-    (half,) = train(place, tmp_path / "half", "--max_steps", "1", "--precision", precision)
+    (half,) = train(place, tmp_path / "half", "--max_steps", "1", "--precision", precision, "--force_precision")
     for name in LOSSES:
         assert half[name] == pytest.approx(full[name], rel=0.03)
     assert half["train_loss_mlm"] != full["train_loss_mlm"]
-    rows = train(place, tmp_path / "half", "--precision", precision)
+    rows = train(place, tmp_path / "half", "--precision", precision, "--force_precision")
     assert all(math.isfinite(total(row)) for row in rows)
     assert rows[-1]["train_loss_mlm"] < half["train_loss_mlm"]
     weights = saved(tmp_path / "full", 0)["model"]
@@ -342,7 +342,7 @@ def test_the_amc_terms_stay_in_full_precision(place: Path, tmp_path: Path, monke
         return cam
 
     monkeypatch.setattr(PretrainModel, "training_gradcam", record)
-    train(place, tmp_path, "--precision", "bf16", "--max_steps", "1")
+    train(place, tmp_path, "--precision", "bf16", "--force_precision", "--max_steps", "1")
     assert kinds == {torch.float32}
 
 

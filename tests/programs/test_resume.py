@@ -138,7 +138,8 @@ def test_without_a_change_nothing_is_said(place: Path, run: Path, capsys: pytest
         (["schedular.epochs=5", "amc.layer=2"], ["schedular.epochs: 3 -> 5", "amc.layer: 1 -> 2"]),
         (["batch_size=12"], ["batch_size: 24 -> 12"]),
         (["--seed", "7"], ["seed: 42 -> 7"]),
-        (["--accum_steps", "2", "--precision", "bf16"], ["accum_steps: 1 -> 2", 'precision: "fp32" -> "bf16"']),
+        (["--accum_steps", "2"], ["accum_steps: 1 -> 2"]),
+        (["--precision", "bf16", "--force_precision"], ['precision: "fp32" -> "bf16"']),
         (["vit_init=x.pth"], ['vit_init: null -> "x.pth"']),
     ],
 )
@@ -233,7 +234,7 @@ def test_parameters_without_a_state_are_said(place: Path, run: Path, capsys: pyt
 def test_a_loss_scale_that_is_none(place: Path, run: Path) -> None:
     changed(run / "checkpoint_01.pth", lambda content: content.update(scaler={"x": 1}))
     with pytest.raises(UserError, match=r"checkpoint_01\.pth: its 'scaler' is no loss scale"):
-        resumed(place, run, "--precision", "fp16")
+        resumed(place, run, "--precision", "fp16", "--force_precision")
 
 
 # ---- from which checkpoint

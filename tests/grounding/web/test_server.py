@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import demo
 from dataset.scenes.paths import SHIPPED, SHIPPED_CONFIG
@@ -109,14 +108,15 @@ def test_options_of_the_command_line(monkeypatch: pytest.MonkeyPatch, site: Site
     words = ["--web", "--checkpoints", str(SHIPPED), str(changed), "--config", str(SHIPPED_CONFIG), "--device", "cpu"]
     words += ["--text_encoder", str(site.scene.parents[1] / "text_encoder"), "--set", "block_num=4", "--port", "7999"]
     words += ["--gradcam_mode", "itc", "--block_num", "2", "--threshold", "0.3", "--colormap", "cividis"]
-    demo.main(demo.parse_args([*words, "--precision", "bf16", "--benchmark", "flickr", "--host", "0.0.0.0"]))
+    words += ["--precision", "bf16", "--force_precision"]
+    demo.main(demo.parse_args([*words, "--benchmark", "flickr", "--host", "0.0.0.0"]))
     ((answers, shown, host, port, start),) = calls
     assert (host, port, start) == ("0.0.0.0", 7999, ("itc", 2, 0.3, "cividis"))
     assert shown == examples()
     assert [offer.checkpoint for offer in answers.offers.values()] == [SHIPPED, changed]
     opened = answers.opened(changed.name)
     assert (opened.config.block_num, list(opened.model.layers("itm"))) == (4, [2, 3, 4])
-    assert answers.explain == {"precision": torch.bfloat16}
+    assert answers.explain == {"precision": "bf16"}
     assert answers.resize is demo.BENCHMARKS["flickr"].resize
     demo.main(demo.parse_args(["--web", "--checkpoint", str(SHIPPED)]))
     assert list(calls[1][0].offers) == [SHIPPED.name]

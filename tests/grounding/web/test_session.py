@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 from dataset.reading import DataError
@@ -75,7 +74,7 @@ def test_answers_are_those_of_ground(mode: str, words: list[str], answers: Answe
 
 def test_settings_reach_the_model(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     maps = []
-    for options in ({}, {"resize": resize_bilinear_image}, {"precision": torch.bfloat16}):
+    for options in ({}, {"resize": resize_bilinear_image}, {"precision": "bf16"}):
         answers = Counted(place, monkeypatch, **options).answers
         (answer,) = answers.ask(
             answers.add_picture(noise(), "x.jpg").key, ["circle"], "one", "itm", None
