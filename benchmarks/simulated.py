@@ -1,4 +1,4 @@
-"""A CUDA device without one: the programs' own lines on fake tensors, which have shape, dtype and device but no numbers.
+"""A CUDA device without one: the programs' own lines on fake tensors, which have shape, dtype and device, no numbers.
 
 PyTorch's `FakeTensorMode` computes what a kernel would return without computing it, refuses tensors of two devices in
 one operation, and raises where a program asks for a number or for a shape that depends on one: on a GPU, that is where
@@ -8,7 +8,7 @@ the host waits for the device.
 import argparse
 import contextlib
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, TypeVar
@@ -86,8 +86,8 @@ class Memory(TorchDispatchMode):
 class FakeCUDA(Memory):
     """While active, all tensors are fake and "cuda" is a device; `peak` and `dtypes` are those of that device.
 
-    Whether something is true is answered with yes, and counted in `waits` where a GPU would be asked; any other question
-    for a number raises PyTorch's `DataDependentOutputException`, one for a size `DynamicOutputShapeException`.
+    Whether something is true is answered with yes, and counted in `waits` where a GPU would be asked; any other
+    question for a number raises PyTorch's `DataDependentOutputException`, one for a size `DynamicOutputShapeException`.
     """
 
     def __init__(self) -> None:
@@ -154,9 +154,9 @@ class FakeCUDA(Memory):
         self.autocast.pop()
         return self.exit_autocast(context, *error)
 
-    def put(self, tensor: Tensor) -> Tensor:
+    def put(self, tensor: Tensor | None) -> Tensor | None:
         """The fake of a tensor on the CPU, as a loader gives it."""
-        return self.fake.from_tensor(tensor)
+        return None if tensor is None else self.fake.from_tensor(tensor)
 
     def build(self, make: Callable[[], Module]) -> Module:
         """A module whose memory is never taken: without tensors until it is moved to a device (`.to`)."""
@@ -204,13 +204,18 @@ class SilentLog(TrainingLog):
 
 
 class SimulatedRun(Pretrain.Run):
-    """A training run on a fake device: what `Pretrain.Run` takes from files is given, the rest are its own lines."""
+    """A training run on a fake device: what `Pretrain.Run` takes from files is given, the rest are its own lines.
+
+    Args:
+        args: with a precision, which a run otherwise chooses by its device.
+        batches: on the CPU, not fake.
+    """
 
     def __init__(
         self, cuda: FakeCUDA, args: argparse.Namespace, config: PretrainConfig, batches: Sequence[Batch]
     ) -> None:
         self.args, self.config, self.device, self.output = args, config, DEVICE, Path(args.output_dir)
-        self.loader: Any = [tuple(map(cuda.put, batch)) for batch in batches]
+        self.loader: Any = [tuple(cuda.put(field) for field in batch) for batch in batches]
         self.epoch_steps = len(batches) // args.accum_steps
         self.model = cuda.build(lambda: PretrainModel(config))
         self.parallel = Pretrain.prepare_model(self.model, args, self.device)

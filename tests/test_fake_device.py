@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 import Pretrain
+from benchmarks import simulate_memory
 from benchmarks.simulated import DEVICE, FakeCUDA, Memory, SimulatedRun
 from config import GroundingConfig, PretrainConfig, load_config
 from dataset.text import load_tokenizer
@@ -108,16 +109,16 @@ def test_training_step(place: Path, batches: list[Batch], precision: str, add_gc
     assert len(run.optimizer.state) == sum(p.requires_grad for p in run.model.parameters())
 
 
-def test_a_step_of_two_batches(place: Path, batches: list[Batch]) -> None:
-    cuda, run, seen = train(place, batches, "--accum_steps", "2", "--precision", "bf16")
-    assert run.log.recent.counts == dict.fromkeys(run.log.recent.counts, 2) | {"lr": 1, "grad_norm": 1}
-    assert cuda.waits == 0
-
-
 # ---- evaluation
 
 
-QUESTIONS = [("itm", 1, "maps"), ("itm", 1, "match_probabilities"), ("itc", 0, "maps"), ("itm", 2, "encode"), ("itc", 1, "encode")]
+QUESTIONS = [
+    ("itm", 1, "maps"),
+    ("itm", 1, "match_probabilities"),
+    ("itc", 0, "maps"),
+    ("itm", 2, "encode"),
+    ("itc", 1, "encode"),
+]
 INDEX, TEXTS = [0, 0, 1], ["the red star", "circle", "red"]
 
 
@@ -159,7 +160,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_are_noticed(fault: str) -> None:
     cause, error = FAULTS[fault]
-    with FakeCUDA() as cuda, pytest.raises(error):
+    with FakeCUDA(), pytest.raises(error):
         cause(torch.ones(4, 4, device="cuda"))
     with FakeCUDA() as cuda:
         assert torch.ones(4, device="cuda").all()
@@ -201,3 +202,35 @@ def test_memory_follows_storages() -> None:
         del view, summed
         assert (memory.held, memory.peak) == (0, 4096 + 512)
     assert memory.dtypes == {torch.float32, torch.float64}
+
+
+@pytest.mark.parametrize("words", [[], ["--grad_checkpointing"]])
+def test_simulated_memory_is_that_of_real_tensors(
+    place: Path, batches: list[Batch], tmp_path: Path, words: list[str]
+) -> None:
+    """A whole step on the CPU, counted alike. What differs is what the CPU's kernels of attention keep."""
+    with Memory("cpu") as real:
+        run = ready(place, tmp_path, *words)
+        run.loader = [tuple(batches[0])]  # type: ignore[assignment]
+        run.log.is_due = lambda step: False  # type: ignore[method-assign]
+        run.train_epoch(0, 1)
+    simulated = train(place, batches[:1], "--precision", "fp32", *words)
+    cuda = simulated[0]
+    assert cuda.peak == pytest.approx(real.peak, rel=0.1)
+    assert cuda.held == pytest.approx(real.held, rel=0.1)
+
+
+def test_memory_program(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(simulate_memory, "CHOICES", {"bf16": "bf16"})
+    simulate_memory.main(["--quick", "--batch", "16", "--images", "1"])
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    (kept, recomputed), evaluation = rows[2:4], rows[7:]
+    assert (kept[:2], recomputed[:2]) == (["bf16", "16"], ["bf16, recomputation", "16"])
+    assert [row[:2] for row in evaluation] == [["itm, bf16", "1"], ["itc, bf16", "1"]]
+    assert kept[3] == recomputed[3]  # between steps
+    assert float(kept[2]) > float(recomputed[2]) > float(kept[3])
+
+
+@pytest.mark.parametrize(("peak", "card"), [(10e9, "16"), (14.8e9, "16"), (15.0e9, "24"), (77e9, "80"), (78e9, "none")])
+def test_smallest_card(peak: float, card: str) -> None:
+    assert simulate_memory.smallest_card(int(peak)) == card
