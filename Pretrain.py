@@ -12,12 +12,9 @@ SIGUSR1 saves (docs/long_runs.md). `--tensorboard` adds OUT/tensorboard, `--wand
 """
 
 import argparse
-import contextlib
 import inspect
 import itertools
 import math
-import os
-import shlex
 import signal
 import sys
 from contextlib import nullcontext
@@ -40,35 +37,28 @@ from dataset.vg import Collate, TrainingData
 from dataset.workers import EpochOrder, check_shared_memory, killed_workers_explained, spare_memory
 from grounding.questions import Asking
 from grounding.validate import Validation
-from models.checkpoint import (
-    CheckpointError,
-    check_resumable,
-    diverged,
-    init_image_encoder,
-    init_text_encoder,
-    load_weights,
-    read_checkpoint,
-)
+from models.checkpoint import check_resumable, diverged
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from models.student import local_checkpoint, own_text_encoder
-from optim import create_optimizer, moments, restore_optimizer
+from optim import create_optimizer, moments
 from runs import Position
-from saving import (
-    Interval,
-    Saver,
-    check_agreement,
-    choose_start,
-    interval,
-    on_host,
-    progress_of,
-    random_state,
-    restore_random_state,
-)
 from scheduler import create_scheduler, epoch_time, iteration_time
 from signals import Requests, Stopped, ignore_in_worker
 from terminal import boolean, integer, positive
-from training_log import TrainingLog, WandbRun, is_loss
+from training.log import TrainingLog, WandbRun, is_loss
+from training.saving import Every, Saver, interval, on_host
+from training.state import (
+    TrainingState,
+    check_agreement,
+    choose_start,
+    command_to_go_on,
+    load_start,
+    position_after,
+    progress_of,
+    settings_of,
+    way_back,
+)
 
 if TYPE_CHECKING:
     from grounding.pictures.tensorboard import Board
@@ -108,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--cache_dir", metavar="DIR", help=cache)
     save = parser.add_argument_group("checkpoints", "written at the end of each epoch, and in between")
     every = "how often within an epoch: 30m, 2h, 90s, or a number of optimizer steps; 0: never (default: 30m)"
-    save.add_argument("--save_every", default=Interval(0, 1800), type=interval, metavar="EVERY", help=every)
+    save.add_argument("--save_every", default=Every(0, 1800), type=interval, metavar="EVERY", help=every)
     last = "checkpoints within epochs to keep (default: 2)"
     save.add_argument("--keep_last", default=2, type=integer(1), metavar="N", help=last)
     epochs = "checkpoints of whole epochs to keep (default: all)"
@@ -191,6 +181,7 @@ class Run:
         self.order = EpochOrder(len(self.data), utils.world_size(), utils.rank(), args.seed)
         self.loader = build_loader(self.data, self.order, tokenizer, config, args)
         self.epoch_steps = len(self.loader) // args.accum_steps
+        step_samples = config.batch_size * args.accum_steps * utils.world_size()
         utils.seed_everything(args.seed)  # it decides the random weights
         self.model = PretrainModel(config)
         check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
@@ -200,15 +191,17 @@ class Run:
         if goes_on:
             check_resumable(checkpoint, path)
             self.progress = on_host(progress_of(checkpoint, path))  # not a part of the file, which may go
-            self.start = self.position()
+            self.start = position_after(self.progress, step_samples, self.epoch_steps)
         check_agreement(self.model, path, self.start)
         self.validation = self.open_validation()
         self.parallel = prepare_model(self.model, args, device)
         self.optimizer = create_optimizer(config.optimizer, self.model)
         self.schedule = create_scheduler(config.schedular, self.optimizer)
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+        parts = self.data, self.model, self.optimizer, self.schedule, self.scaler, device
+        self.state = TrainingState(config, settings_of(args, len(self.data)), step_samples, *parts)
         if goes_on:
-            self.restore(checkpoint, path)
+            self.state.restore(checkpoint, path)
         self.requests = requests or Requests()
         self.decisive = self.validation.decisive if self.validation else ""
         self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive)
@@ -217,7 +210,7 @@ class Run:
         total_steps = min(config.schedular.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
         wandb = WandbRun(args.wandb) if args.wandb and utils.rank() == 0 and not done else None
         boards = None if done else self.open_board(tokenizer), wandb
-        self.log = TrainingLog(self.output, self.epoch_steps, total_steps, self.step_samples, device, *boards)
+        self.log = TrainingLog(self.output, self.epoch_steps, total_steps, step_samples, device, *boards)
         if done:  # and its folder stays as it is
             utils.log(f"nothing is left to train: {path} is the end of this run")
         else:
@@ -237,7 +230,8 @@ class Run:
         self.begin_epoch(epoch, steps)
         batches = self.log.waiting_for(iter(self.loader))
         if self.progress and self.start.step:
-            self.restore_processes()
+            self.state.restore_processes(self.progress, self.start, self.log)
+            self.progress = {}
         for step in self.log.steps():
             self.log.add({"lr": torch.tensor(self.optimizer.param_groups[0]["lr"], dtype=torch.float64)})
             alpha = self.config.alpha * (1.0 if epoch > 0 else min(1.0, step / self.epoch_steps))
@@ -342,82 +336,9 @@ class Run:
 
     def save(self, at: Position) -> None:
         """Begin to write the checkpoint of a position; rank 0 writes while all go on (a collective call)."""
-        states = utils.gather_objects(self.process_state() if at.step else {})
-        broken = self.data.broken_anywhere()
+        content = self.state.content(at, self.log)
         if utils.rank() == 0:
-            samples = at.step * self.step_samples
-            progress = {"epoch": at.epoch, "step": at.step, "samples": samples, "broken": broken, "processes": states}
-            content = {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "lr_scheduler": self.schedule.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "config": self.config.model_dump(mode="json"),
-                "epoch": at.epoch - 1,  # the last one that is done
-                "progress": progress,
-                "run": self.settings(),
-                "log": runs.timeless_log(self.output),
-            }
-            self.saver.save(at, content)
-
-    def process_state(self) -> dict[str, Any]:
-        """What the next step depends on in this process alone: random numbers, and what the log has counted."""
-        return {"random": random_state(self.device), "log": self.log.state()}
-
-    def restore(self, checkpoint: dict[str, Any], path: str | Path) -> None:
-        """Put moments, loss scale and position back, and say what else differs.
-
-        Rates and schedule are the config's: the schedule's time follows from epoch and step.
-        """
-        restore_optimizer(self.optimizer, checkpoint["optimizer"], self.config.optimizer, path)
-        if scale := checkpoint.get("scaler"):
-            try:
-                self.scaler.load_state_dict(scale)
-            except (KeyError, TypeError) as error:
-                raise CheckpointError(f"{path}: its 'scaler' is no loss scale of fp16") from error
-        if changed := runs.changes_since(checkpoint, self.config, self.settings()):
-            utils.log("\n  ".join([f"{path}: this run differs from the one that it goes on with", *changed]))
-        known, broken = checkpoint.get("run"), self.progress["broken"]
-        if isinstance(known, dict) and known.get("entries") == len(self.data) > max(broken, default=0):
-            self.data.broken[broken] = True
-
-    def position(self) -> Position:
-        """Where to go on: after the samples that are done, also with another number of them in a step.
-
-        What is left of a step that the earlier run had begun to count otherwise is left out.
-        """
-        step = min(-(-self.progress["samples"] // self.step_samples), self.epoch_steps)
-        return Position(self.progress["epoch"], step)
-
-    def restore_processes(self) -> None:
-        """Go on with the random numbers and the counts of the log, in the epoch that the run goes on in."""
-        progress, self.progress = self.progress, {}
-        states, position = progress["processes"], (progress["epoch"], progress["step"], progress["samples"])
-        same = len(states) == utils.world_size() and position == (*self.start, self.start.step * self.step_samples)
-        try:
-            self.log.restore([state["log"] for state in states], utils.rank() if same else None)
-            if same:
-                restore_random_state(states[utils.rank()]["random"], self.device)
-        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError, OverflowError) as error:
-            raise CheckpointError(
-                f"the checkpoint's 'progress' is damaged ({error}); resume from the one before"
-            ) from error
-
-    @property
-    def step_samples(self) -> int:
-        """Samples of one optimizer step, over all processes."""
-        return self.config.batch_size * self.args.accum_steps * utils.world_size()
-
-    def settings(self) -> dict[str, Any]:
-        """What decides a run's numbers, beside its config."""
-        return {
-            "seed": self.args.seed,
-            "world_size": utils.world_size(),
-            "accum_steps": self.args.accum_steps,
-            "precision": self.args.precision,
-            "grad_clip": self.args.grad_clip,
-            "entries": len(self.data),
-        }
+            self.saver.save(at, content | {"log": runs.timeless_log(self.output)})
 
     def open_validation(self) -> Validation | None:
         """What measures the model for --validate; all that can be wrong with it is an error now."""
@@ -494,21 +415,6 @@ def begin_worker(worker: int) -> None:
     spare_memory(worker)
 
 
-def load_start(
-    model: PretrainModel, config: PretrainConfig, args: argparse.Namespace, path: str | Path
-) -> dict[str, Any]:
-    """Load the weights to start from, a checkpoint's or those of other models; returns the checkpoint, {} for none."""
-    if not path:
-        if config.vit_init:
-            utils.log(str(init_image_encoder(model.visual_encoder, config.vit_init)))
-        utils.log(str(init_text_encoder(model.text_encoder, args.text_encoder)))
-        model.copy_teacher()
-        return {}
-    checkpoint = read_checkpoint(path)
-    utils.log(str(load_weights(model, checkpoint["model"], path)))
-    return checkpoint
-
-
 def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.device) -> nn.Module:
     """Move the model to its device, and apply what saves memory or time there.
 
@@ -530,22 +436,6 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
     option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     options: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
     return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
-
-
-def command_to_go_on() -> str:
-    """The command that continues this run; of a group on several machines, the part of one of them."""
-    count = os.environ.get("LOCAL_WORLD_SIZE", utils.world_size())
-    launcher = f"torchrun --nproc_per_node={count}" if utils.world_size() > 1 else "python"
-    return f"{launcher} {shlex.join(sys.argv)}" + ("" if "auto" in sys.argv else " --resume auto")
-
-
-def way_back(output: Path, before: Position, inclusive: bool) -> str:
-    """Advice for a run that has diverged: the last checkpoint before a position, or of it, whose weights are sound."""
-    for at, path in reversed(runs.checkpoints(output).items()):
-        with contextlib.suppress(CheckpointError):
-            if (at < before or (inclusive and at == before)) and not diverged(read_checkpoint(path)["model"]):
-                return f"{path} is intact: --resume --checkpoint {path} with a lower optimizer.lr, or --precision fp32"
-    return f"{output} holds no sound checkpoint: start anew with a lower optimizer.lr, or --precision fp32"
 
 
 if __name__ == "__main__":

@@ -155,8 +155,8 @@ def link_best(folder: Path, rows: Rows, key: str) -> None:
     The first of equals, of the epochs whose checkpoints are there. A file system without links is told, and no error.
     """
     found, link = checkpoints(folder), folder / BEST
-    values = {Position(row["epoch"] + 1): row[key] for row in rows if isinstance(row.get(key), float)}
-    values = {at: value for at, value in values.items() if at in found}
+    measured = (row for row in rows if isinstance(row.get(key), float) and isinstance(row.get("epoch"), int))
+    values = {at: row[key] for row in measured if (at := Position(row["epoch"] + 1)) in found}
     best = max(values, key=lambda at: values[at], default=None)
     if best is None or found[best] == best_checkpoint(folder):
         return

@@ -55,10 +55,10 @@ class Requests:
             return
         if number == signal.SIGINT:
             echo = "TORCHELASTIC_RUN_ID" in os.environ and time.monotonic() - self.interrupted < ECHO
-            if self.stop == signal.SIGINT and not echo:
+            if self.interrupted and not echo:
                 _tell("stopped at once, without a checkpoint\n")
                 os._exit(128 + number)
-            if not self.stop:
+            if not self.interrupted:
                 _tell("SIGINT: the run saves and ends after this step; a second Ctrl-C ends it at once\n")
             self.interrupted = time.monotonic()
         self.stop = max(self.stop, number)
@@ -68,8 +68,9 @@ class Requests:
 
         All processes get the same answer (a collective call).
         """
-        save, stop = utils.largest_of_all([int(due or self.save), self.stop])
-        self.save = False
+        if self.save:  # before the exchange: what is asked while this process waits counts for the next step
+            due, self.save = True, False
+        save, stop = utils.largest_of_all([int(due), self.stop])
         return bool(save), stop
 
 

@@ -1,6 +1,6 @@
 """What TF32 and bf16 change: maps and points of the scenes' AMC model, and the gradients of a training step.
 
-    python benchmarks/bench_precision.py            100 scenes of each split, 16 batches of 16
+    python benchmarks/bench_precision.py            100 scenes of each split, 8 batches of 16
     python benchmarks/bench_precision.py --quick    4 scenes, one batch
 
 TF32 is emulated: a GPU that multiplies in it rounds both operands of a product to 10 bits of mantissa and adds up in
@@ -214,7 +214,7 @@ def make_scenes(folder: Path, evaluation: int, train: int) -> Path:
 
 def main(args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        scenes, batches = (4, 1) if args.quick else (100, 16)
+        scenes, batches = (4, 1) if args.quick else (100, 8)
         data = make_scenes(Path(folder), scenes, train=16 * batches)
         heads = ["evaluation", "maps differ by (median)", "at most", "points moved", "point accuracy"]
         print_table(heads, compare_maps(Maps(data), EVALUATION))

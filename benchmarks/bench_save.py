@@ -17,7 +17,7 @@ from config import PretrainConfig, load_config
 from models.pretrain import PretrainModel
 from optim import create_optimizer
 from runs import Position
-from saving import Interval, Saver
+from training.saving import Every, Saver
 
 PUBLISHED = Path(__file__).parents[1] / "configs" / "Pretrain.yaml"
 
@@ -37,7 +37,7 @@ def main() -> None:
     optimizer.step()  # which makes the moments
     optimizer.zero_grad(set_to_none=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
-        saver = Saver(Path(folder), 1, None, Interval())
+        saver = Saver(Path(folder), 1, None, Every())
         for step in (1, 2):
             if device.type == "cuda":
                 torch.cuda.synchronize()

@@ -18,10 +18,10 @@ from torch.utils.data import Dataset
 from files import BLOCK
 
 FORM = b"amc entries 2\n"  # how a packed file ends; another form gets another number
-# Arrays behind the entries' bytes, one number an entry or (first) an image, by their types in `array`.
+# Arrays behind the entries' bytes, one number an entry or (first) an image, by their types.
 # ends: where an entry's bytes end; rows: its index in the JSON file; first: the first entry of an image; boxed: whether
 # it has boxes.
-COLUMNS = {"ends": "q", "rows": "q", "first": "q", "boxed": "b"}
+COLUMNS = {"ends": "<i8", "rows": "<i8", "first": "<i8", "boxed": "i1"}
 HEAD = struct.Struct(f"<{2 + len(COLUMNS)}q")  # before `FORM`: sizes of the entries and of each array, and a checksum
 ENCODER = json.JSONEncoder(separators=(",", ":"))
 
@@ -56,10 +56,10 @@ def pack(entries: Iterable[RawEntry], out: IO[bytes]) -> None:
         rows.append(entry.row)
         images.append(hash(entry.image))  # of 64 bits, which tell millions of names apart
         boxed.append(bool(entry.boxes))
-    first = np.sort(np.unique(np.frombuffer(images, np.int64), return_index=True)[1]).astype(np.int64)
+    first = np.sort(np.unique(np.frombuffer(images, np.int64), return_index=True)[1])
     sizes = [place]
-    for column in (ends, rows, first, boxed):
-        content = column.tobytes()
+    for column, kind in zip((ends, rows, first, boxed), COLUMNS.values(), strict=True):
+        content = np.asarray(column, kind).tobytes()
         checksum = zlib.crc32(content, checksum)
         sizes.append(out.write(content))
     out.write(HEAD.pack(*sizes, checksum) + FORM)

@@ -27,7 +27,7 @@ from dataset.reading import DataError, read_image, read_list
 from dataset.text import Tokenizer, clean_caption, has_content
 from dataset.transforms import augment_for_albef, augment_for_amc
 from files import file_digest
-from utils import UserError, atomic_path, barrier, gather_objects, log, rank
+from utils import UserError, atomic_path, barrier, gather_objects, log, rank, sweep
 
 KEYS = ("image", "caption", "bbox")  # of an entry
 LARGE = 64 << 20  # bytes of a JSON file whose entries are worth a packed file
@@ -165,9 +165,8 @@ def packed_entries(file: str, config: PretrainConfig, cache_dir: str | None = No
     """
     path = None
     if os.path.exists(file) and (cache_dir is not None or os.path.getsize(file) >= LARGE):
-        form = f"{file_digest(file)} {FORM!r}"
         options = json.dumps([config.image_root, config.max_words, config.empty_captions])
-        name = f"{Path(file).name}.{_short_digest(form)}-{_short_digest(options)}.packed"
+        name = f"{Path(file).name}.{_content_digest(file)}-{_short_digest(options)}.packed"
         path = Path(cache_dir or Path(file).parent, name)
     first_here = int(os.environ.get("LOCAL_RANK", 0)) == 0
     for makes in (rank() == 0, rank() != 0 and first_here):  # the second: where a machine has a folder of its own
@@ -177,25 +176,36 @@ def packed_entries(file: str, config: PretrainConfig, cache_dir: str | None = No
     return PackedEntries(path, file, config.image_root) if path else _checked_entries(file, config)
 
 
+def _content_digest(file: str) -> str:
+    return _short_digest(f"{file_digest(file)} {FORM!r}")
+
+
 def _short_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _make_packed(file: str, config: PretrainConfig, path: Path) -> None:
-    """Write the packed entries of a file, unless they are there and intact; remove those of its earlier contents."""
+    """Write the packed entries of a file, unless they are there and intact; remove those of its earlier contents.
+
+    These are known by the file's name. So none is removed from another folder, where files of that name may meet.
+    """
     with contextlib.suppress(OSError, ValueError):  # not there, or damaged
         PackedEntries(path, file, config.image_root).verify()
         return
+    sweep(path.parent)
     log(f"{file}: packing its entries into {path}, once")
     try:
         with atomic_path(path) as temporary, temporary.open("wb") as out, Problems() as problems:
             pack(_entries(file, config.image_root, config.max_words, problems, config.empty_captions), out)
+            out.flush()
+            if f".{_content_digest(file)}-" not in path.name:  # the name promises the content
+                raise DataError(f"{file}: changed while it was read; start again once it is written")
     except DataError:
         raise
     except UserError as error:
         raise DataError(f"{error}; name a folder by --cache_dir for the packed entries of {file}") from error
     name = re.compile(rf"{re.escape(Path(file).name)}\.(\w{{12}})-\w{{12}}\.packed")
-    for other in path.parent.iterdir():
+    for other in path.parent.iterdir() if path.parent == Path(file).parent else ():
         found = name.fullmatch(other.name)
         if found and not path.name.startswith(f"{Path(file).name}.{found[1]}-"):
             other.unlink(missing_ok=True)

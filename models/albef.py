@@ -164,14 +164,14 @@ class ALBEF(nn.Module):
 
 def _beside(encoded: EncodedImages, numbers: Sequence[int]) -> Tensor:
     """Numbers as a tensor on the images' device."""
-    return upload(torch.tensor(numbers), encoded.pixels.device)
+    return upload(torch.as_tensor(numbers), encoded.pixels.device)
 
 
 def _one_text_per_image(image_index: Sequence[int]) -> list[list[int]]:
     """Rows of texts in groups that name no image twice: each group's gradients do not mix."""
     groups: list[list[int]] = []
     before = Counter[int]()
-    for row, image in enumerate(image_index):
+    for row, image in enumerate(map(int, image_index)):
         if before[image] == len(groups):
             groups.append([])
         groups[before[image]].append(row)

@@ -1,6 +1,7 @@
 """The order in which a process of a group ends: message, the others, its end; never a collective on the way."""
 
 import functools
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -8,6 +9,7 @@ import sys
 from argparse import Namespace
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, and not declared so
 
+import signals
 import utils
 
 ROOT = Path(__file__).parents[1]
@@ -101,13 +104,17 @@ def test_a_start_has_a_name_that_no_earlier_one_had() -> None:
         names |= {each.result() for each in asked[1:]}
 
 
-def test_a_second_interrupt_ends_at_once() -> None:
-    code = """
+@pytest.mark.parametrize("before", [0, signal.SIGTERM])
+@pytest.mark.parametrize("between", [0, signal.SIGTERM])
+def test_a_second_interrupt_ends_at_once(before: int, between: int) -> None:
+    code = f"""
 import os, signal, signals
 with signals.Requests() as requests:
     requests.begin()
+    os.kill(os.getpid(), {before})
     os.kill(os.getpid(), signal.SIGINT)
-    assert requests.agreed(False) == (False, signal.SIGINT)
+    os.kill(os.getpid(), {between})
+    assert requests.agreed(False) == (False, {max(before, between, signal.SIGINT)})
     os.kill(os.getpid(), signal.SIGINT)
     raise SystemExit("not ended")
 """
@@ -116,3 +123,56 @@ with signals.Requests() as requests:
     first, second = ended.stderr.splitlines()
     assert first == "SIGINT: the run saves and ends after this step; a second Ctrl-C ends it at once"
     assert second == "stopped at once, without a checkpoint"
+
+
+def test_a_signal_while_the_others_are_waited_for_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process waits for the slowest one in each step; a signal that comes meanwhile counts for the next step."""
+
+    def exchange(values: list[int]) -> list[int]:
+        monkeypatch.undo()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        return values
+
+    monkeypatch.setattr(utils, "largest_of_all", exchange)
+    with signals.Requests() as requests:
+        assert [requests.agreed(False)[0] for _ in range(3)] == [False, True, False]
+
+
+def test_torchruns_echo_is_no_second_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = list[int]()
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(os, "_exit", ended.append)
+    with signals.Requests() as requests:
+        requests.begin()
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+        assert ended == []
+        monkeypatch.setattr(signals, "ECHO", 0.0)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert ended == [128 + signal.SIGINT]
+
+
+def _work(messages: Connection) -> None:
+    signals.ignore_in_worker()
+    messages.send("ready")
+    while True:
+        messages.send(messages.recv())
+
+
+@pytest.mark.skipif(not hasattr(signal, "sigwaitinfo"), reason="Linux alone tells who sent a signal")
+def test_a_loader_process_outlives_signals_of_others() -> None:
+    """Those to the group, as by Ctrl-C or a scheduler; of its training process, SIGTERM ends it."""
+    own, theirs = multiprocessing.Pipe()
+    worker = multiprocessing.get_context("fork").Process(target=_work, args=[theirs])
+    worker.start()
+    try:
+        assert own.recv() == "ready"
+        for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+            subprocess.run(["kill", f"-{int(number)}", str(worker.pid)], check=True)
+            own.send(number)
+            assert own.recv() == number
+        worker.terminate()
+        worker.join(20)
+        assert worker.exitcode == 0
+    finally:
+        worker.kill()

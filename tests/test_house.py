@@ -21,7 +21,7 @@ FLOORS = (
     ("models",),
     ("grounding",),
     ("grounding.web", "grounding.report", "grounding.pictures"),
-    ("grounding.evaluate",),
+    ("grounding.evaluate", "training"),
     ("",),
 )
 CORE = 4  # the floor of grounding
@@ -36,7 +36,7 @@ SHARED: dict[str, str] = {
 }
 # Files that programs write, or that examples have the reader write.
 MADE = {"table.md", "mine.yaml", "FIGURE.png", "lines.py", "Grounding_lines.yaml"}
-CODE = ("benchmarks", "dataset", "docs", "grounding", "models", "optim", "scheduler")
+CODE = ("benchmarks", "dataset", "docs", "grounding", "models", "optim", "scheduler", "training")
 TEXTS = (".py", ".md", ".yaml", ".html", ".ipynb", ".toml", ".yml", ".txt")
 
 

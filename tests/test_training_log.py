@@ -12,7 +12,6 @@ import torch
 from tqdm import tqdm
 
 import Pretrain
-import training_log
 import utils
 from tests.training_runs import (
     Interruption,
@@ -25,7 +24,8 @@ from tests.training_runs import (
     step_rows,
     train,
 )
-from training_log import MEASURED, TrainingLog
+from training import log as training_log
+from training.log import MEASURED, TrainingLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -114,7 +114,14 @@ def test_an_epoch_that_goes_on_tells_the_same(tmp_path: Path, monkeypatch: pytes
     assert json.loads(json.dumps(state)) == state  # plain values
     second = TrainingLog(tmp_path / "cut", 25, 25, 8, torch.device("cpu"))
     begin = second.begin_epoch
-    monkeypatch.setattr(second, "begin_epoch", lambda *where: (begin(*where), second.restore([state], 0)))
+
+    def go_on(*where: int) -> None:
+        begin(*where)
+        second.restore([state], 0)
+        kept = {"window": second.window, "opening": second.opening, "seconds": second.seconds}
+        assert kept == {key: state[key] for key in kept}  # no line tells of these
+
+    monkeypatch.setattr(second, "begin_epoch", go_on)
     run_epoch(second, clock, 0, begin=cut)
     rows, wanted = lines(tmp_path / "cut"), lines(tmp_path / "whole")
     for row, other in zip(rows, wanted, strict=True):

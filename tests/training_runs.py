@@ -12,7 +12,7 @@ import Pretrain
 from config import PretrainConfig, load_config
 from dataset.scenes import files as scenes_files
 from tests.small_model import BERT, SIZES
-from training_log import MEASURED
+from training.log import MEASURED
 
 REPOSITORY = Path(__file__).parents[1]
 LOSSES = {"train_loss_mlm", "train_loss_ita", "train_loss_itm", "train_loss_cam1", "train_loss_cam2"}

@@ -4,15 +4,18 @@ import io
 import json
 import os
 import pickle
+import platform
 import re
+import struct
 import tracemalloc
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
+import files
 from config import PretrainConfig
 from dataset import entries, reading, vg
 from dataset.entries import PackedEntries, RawEntry, pack
@@ -68,6 +71,16 @@ def test_entries_come_back_as_they_were() -> None:
     for index in (3, -4):
         with pytest.raises(IndexError):
             found[index]
+
+
+def test_the_bytes_are_those_of_any_machine() -> None:
+    """Numbers are little-endian wherever they are written: a folder may be shared by machines that differ."""
+    content = packed([RawEntry(3, "a", ["b"], [])])
+    text = b'["a",["b"],[]]'
+    numbers = (len(text), 3, 0)
+    checked = text + struct.pack("<3q", *numbers) + b"\0"
+    head = struct.pack("<6q", len(text), 8, 8, 8, 1, zlib.crc32(checked))
+    assert content == checked + head + b"amc entries 2\n"
 
 
 def test_no_entries() -> None:
@@ -192,6 +205,39 @@ def test_entries_that_cannot_be_used_leave_no_file(file: Path, config: PretrainC
     assert os.listdir(file.parent) == ["train.json"]
 
 
+def test_files_of_one_name_share_a_folder(
+    file: Path, config: PretrainConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (other := tmp_path / "train.json").write_text(json.dumps(ROWS[:1]))
+    for _ in range(2):
+        for path, rows in ((file, 3), (other, 1)):
+            assert len(packed_entries(str(path), config, str(tmp_path / "cache"))) == rows
+    assert len(packed_files(tmp_path / "cache")) == 2
+    said = capsys.readouterr().out
+    assert said.count("packing its entries") == 2
+    assert "removed" not in said
+
+
+def test_a_file_that_changes_while_it_is_read(
+    file: Path, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def rows(path: str) -> list[Any]:
+        file.write_text(json.dumps(ROWS[:1]))
+        return ROWS
+
+    monkeypatch.setattr(vg, "read_list", rows)
+    with pytest.raises(DataError, match=rf"^{file}: changed while it was read; start again"):
+        packed_entries(str(file), config)
+    assert os.listdir(file.parent) == ["train.json"]
+
+
+def test_what_a_killed_process_left_is_removed(file: Path, config: PretrainConfig) -> None:
+    left = file.parent / f".{file.name}.0123456789ab-0123456789ab.packed.{os.getpid()}@{platform.node()}.tmp"
+    left.touch()
+    packed_entries(str(file), config)
+    assert not left.exists()
+
+
 @pytest.mark.parametrize(("rank", "local", "makes"), [(0, "0", [0]), (1, "1", []), (8, "0", [1])])
 def test_one_process_of_each_machine_makes_it(
     file: Path, config: PretrainConfig, monkeypatch: pytest.MonkeyPatch, rank: int, local: str, makes: list[int]
@@ -288,12 +334,14 @@ def test_memory_does_not_grow_with_the_file(tmp_path: Path, monkeypatch: pytest.
     """Packing keeps a few bytes of each entry; the entries as objects would take ten times as much."""
     monkeypatch.setattr(reading, "WHOLE", 0)
     monkeypatch.setattr(reading, "PIECE", 1 << 12)
+    monkeypatch.setattr(files, "BLOCK", 1 << 12)
     file = tmp_path / "train.json"
     count = 4000
     file.write_text("[" + ",\n".join(GOOD.replace("0.png", f"{i}.png") for i in range(count)) + "]")
     config = PretrainConfig(train_file=[str(file)], image_root="images")
     whole = allocated(lambda: list(read_list(file)))
-    packing = allocated(lambda: vg._make_packed(str(file), config, tmp_path / "x.packed"))
+    packing = allocated(lambda: packed_entries(str(file), config, str(tmp_path / "cache")))
     assert whole > 400 * count
     assert packing < 100 * count + (1 << 17)
-    assert len(np.fromfile(tmp_path / "x.packed", np.uint8)) < 100 * count
+    (path,) = packed_files(tmp_path / "cache")
+    assert path.stat().st_size < 100 * count

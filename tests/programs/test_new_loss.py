@@ -8,7 +8,6 @@ import pytest
 from torch import Tensor
 from tqdm import tqdm
 
-import training_log
 from benchmarks import bench_train
 from config import AMCConfig, ConfigError, load_config
 from grounding.pictures.panels import loss_figure
@@ -16,6 +15,7 @@ from models import amc
 from runs import read_runs
 from tests.grounding.pictures.test_watch import read_events
 from tests.training_runs import log_rows, same_weights, saved, step_rows, train
+from training import log as training_log
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHT = "amc.weights.outside=0.5"

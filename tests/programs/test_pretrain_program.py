@@ -40,6 +40,7 @@ from tests.training_runs import (
     total,
     train,
 )
+from training import state
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
@@ -216,7 +217,7 @@ def test_a_checkpoint_to_start_from_replaces_all_others(
 ) -> None:
     """With one, no other weights are looked for: the release downloads DeiT's first."""
     for name in ("init_image_encoder", "init_text_encoder"):
-        monkeypatch.setattr(Pretrain, name, None)  # would be called
+        monkeypatch.setattr(state, name, None)  # would be called
     start = str(finished / "checkpoint_02.pth")
     train(place, tmp_path, "--checkpoint", start, "--max_steps", "1", "vit_init=nowhere.pth")
 

@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,11 @@ import torch
 
 import Pretrain
 import runs
-import saving
 from dataset.vg import TrainingData
 from tests.programs.test_interrupted import assert_equal_runs
 from tests.training_runs import log_rows, ready, saved, step_rows, train
+from training import saving
+from training.state import progress_of
 from utils import UserError
 
 EVERY = ("--save_every", "2")  # of nine steps an epoch
@@ -106,8 +108,31 @@ def test_what_is_kept(place: Path, whole: Path, tmp_path: Path) -> None:
     assert (tmp_path / "earlier_1" / runs.BEST).is_symlink()  # it was of an earlier run
     shutil.copytree(whole, tmp_path / "best")
     (tmp_path / "best" / runs.BEST).symlink_to("checkpoint_00.pth")
-    saving.Saver(tmp_path / "best", 1, 1, saving.Interval())._remove_old()
+    saving.Saver(tmp_path / "best", 1, 1, saving.Every())._remove_old()
     assert kept(tmp_path / "best") == [(1, 0), (2, 8), (3, 0)]
+
+
+def test_a_checkpoint_is_due_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter((0.0, 9.0, 10.0, 11.0, 11.0, 20.0, 21.0))  # of the beginning, three questions, a save, two questions
+    monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: next(times)))
+    saver = saving.Saver(tmp_path, 1, 1, saving.Every(seconds=10))
+    assert [saver.is_due(1) for _ in range(3)] == [False, True, True]
+    saver.save(runs.Position(0, 1), {"model": {}})
+    assert [saver.is_due(2) for _ in range(2)] == [False, True]
+    monkeypatch.setattr("utils.rank", lambda: 1)  # one clock decides
+    assert not saver.is_due(2)
+    saver.finish()
+
+
+def test_broken_images_are_counted_on(place: Path, whole: Path, tmp_path: Path) -> None:
+    output = copy(whole, tmp_path / "run", (0, 4))
+    path = output / "checkpoint_00_step_000004.pth"
+    content = torch.load(path, weights_only=True)
+    content["progress"]["broken"] = [3, 7]
+    torch.save(content, path)
+    assert ready(place, output, "--resume", "auto").data.broken_anywhere() == [3, 7]
+    other = ready(place, output, "--resume", "auto", "train_file=" + str([str(place / "data" / "train_captions.json")]))
+    assert other.data.broken_anywhere() == []  # its entries are others
 
 
 def test_a_run_that_is_done_stays_as_it_is(place: Path, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -201,7 +226,7 @@ def test_of_two_processes_goes_on_alone(place: Path, whole: Path, tmp_path: Path
     torch.save(content, path)
     run = ready(place, output, "--resume", "auto")
     run.begin_epoch(0, 9)
-    run.restore_processes()
+    run.state.restore_processes(run.progress, run.start, run.log)
     counted = states[0]["log"]["of_epoch"]
     assert run.log.of_epoch.counts == {name: 2 * count for name, count in counted["counts"].items()}
     means = {name: total / counted["counts"][name] for name, total in counted["sums"].items()}
@@ -222,7 +247,7 @@ def test_progress_of_another_form(name: str, whole: Path) -> None:
     change, content = DAMAGE[name], saved(whole, 0)
     content["progress"] = change if isinstance(change, list) else content["progress"] | change
     with pytest.raises(UserError, match=r"x\.pth: cannot resume, its 'progress' is damaged"):
-        saving.progress_of(content, "x.pth")
+        progress_of(content, "x.pth")
 
 
 @pytest.mark.parametrize("part", ["random", "log"])
@@ -235,7 +260,7 @@ def test_a_process_state_of_another_form(part: str, value: Any, place: Path, who
     state[part] = value
     run.begin_epoch(0, 9)
     with pytest.raises(UserError, match="'progress' is damaged"):
-        run.restore_processes()
+        run.state.restore_processes(run.progress, run.start, run.log)
 
 
 # ---- disks

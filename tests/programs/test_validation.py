@@ -16,7 +16,6 @@ from grounding import evaluate, metrics
 from grounding.benchmarks import FLICKR, REFCOCO_PLUS
 from grounding.maps import ResizedMap
 from grounding.validate import BenchmarkError, Validation
-from saving import random_state
 from tests.data_keys import data_keys
 from tests.grounding.pictures.test_watch import read_events
 from tests.programs.test_interrupted import Launched, same
@@ -32,6 +31,7 @@ from tests.training_runs import (
     step_rows,
     train,
 )
+from training.state import random_state
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 SHORT = ("batch_size=24", "--save_every", "1")  # three steps an epoch
@@ -230,6 +230,13 @@ def test_best_follows_what_is_there(place: Path, words: list[str], told: list[fl
     (tmp_path / runs.BEST).unlink()
     train(place, tmp_path, *line, "--resume", "auto")
     assert os.readlink(tmp_path / runs.BEST) == "checkpoint_01.pth"
+
+
+def test_lines_of_no_epoch_are_no_best(tmp_path: Path) -> None:
+    (tmp_path / "checkpoint_00.pth").touch()
+    rows = [{"val": 0.5, "epoch": 0}, {"val": 0.6}, {"val": 0.7, "epoch": None}, {"val": None, "epoch": 1}]
+    runs.link_best(tmp_path, rows, "val")
+    assert runs.best_checkpoint(tmp_path) == tmp_path / "checkpoint_00.pth"
 
 
 def test_a_file_called_best_stays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

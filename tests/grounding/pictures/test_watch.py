@@ -19,7 +19,6 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import Pretrain
 import runs
-import training_log
 from config import ConfigError, PretrainConfig, load_config
 from dataset.entries import TrainingEntry
 from dataset.photos import read_photo
@@ -44,6 +43,7 @@ from tests.training_runs import (
     step_rows,
     train,
 )
+from training import log as training_log
 from utils import UserError
 
 RUN = ["schedular.epochs=2"]

@@ -1,0 +1,1 @@
+"""A training run beside its loop: what a checkpoint holds, writing it, and the log."""
