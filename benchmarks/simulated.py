@@ -29,7 +29,7 @@ from models.pretrain import Batch, PretrainModel
 from optim import create_optimizer
 from runs import BEGINNING
 from scheduler import create_scheduler
-from training_log import TrainingLog
+from training.log import TrainingLog
 
 Module = TypeVar("Module", bound=nn.Module)
 DEVICE = torch.device("cuda", 0)
@@ -225,7 +225,8 @@ class SimulatedRun(Pretrain.Run):
         self.start, self.progress = BEGINNING, {}
         self.data: Any = SimpleNamespace()
         self.order: Any = SimpleNamespace()
-        self.log = SilentLog(self.output, self.epoch_steps, self.epoch_steps, self.step_samples, self.device)
+        samples = config.batch_size * args.accum_steps
+        self.log = SilentLog(self.output, self.epoch_steps, self.epoch_steps, samples, self.device)
 
     def save_if_asked(self, at: Any) -> None:
         """Nobody asks."""
