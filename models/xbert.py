@@ -40,7 +40,7 @@ class FusionOutput(NamedTuple):
 
 
 class MatchOutput(NamedTuple):
-    """logits: (B, 2); attention: (B, H, T, S) of the layer asked for, before dropout; gradient: d(logits[:, 1])/d it."""
+    """logits: (B, 2); attention: (B, H, T, S) of the layer asked for, before dropout; gradient: of the match by it."""
 
     logits: Tensor
     attention: Tensor
