@@ -98,7 +98,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     clip = "scale the gradients of a step down to this norm where theirs is larger (default: never)"
     parser.add_argument("--grad_clip", type=positive, metavar="NORM", help=clip)
     parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
-    parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
+    parser.add_argument("--compile", action="store_true", help="compile the training step (torch.compile)")
     parser.add_argument("--num_workers", default=4, type=integer(0), help="loader processes per process")
     parser.add_argument("--max_steps", type=integer(1), help="stop after this many optimizer steps in all")
     parser.add_argument("--skip_broken", action="store_true", help="replace missing or unreadable images; count them")
@@ -243,7 +243,8 @@ class Run:
             norm = self.clip_gradients()
             self.scaler.step(self.optimizer)
             self.scaler.update()
-            if not self.scaler.is_enabled() or norm.isfinite():  # fp16 has waited for the device, and skips the others
+            # fp16 waits for the device here: it skips steps whose gradients overflow, and so must the log.
+            if not self.scaler.is_enabled() or norm.isfinite():
                 self.log.add_gradient_norm(norm)
             self.optimizer.zero_grad(set_to_none=True)
             self.set_rate(epoch, step)
@@ -286,10 +287,13 @@ class Run:
     def clip_gradients(self) -> Tensor:
         """Scale the gradients down to a norm of at most `--grad_clip`, in place; returns their norm before, a scalar.
 
-        Without `--grad_clip` they are multiplied by 1.
+        Without `--grad_clip` they are read alone: multiplying by 1 would pass all of them through memory.
         """
         self.scaler.unscale_(self.optimizer)
-        return nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip or math.inf)
+        if self.args.grad_clip:
+            return nn.utils.clip_grad_norm_(self.model.parameters(), self.args.grad_clip)
+        gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
+        return torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
 
     def check_losses(self, epoch: int, step: int) -> None:
         """Raise `TrainingError` naming a loss that has become NaN or infinite since the last line of steps.jsonl."""
@@ -513,7 +517,7 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
     model.to(device)
     use_onednn(model)
     if args.compile:
-        model.compile_image_encoders()
+        model.compile_step()
     if utils.world_size() == 1:
         return model
     # The queues are equal on all processes by construction: nothing to broadcast at each step. Newer versions of

@@ -35,8 +35,8 @@ class Meters:
 
     def add(self, values: Mapping[str, Tensor]) -> None:
         for name, value in values.items():
-            total = self.sums.get(name, torch.zeros((), dtype=torch.float64)).to(value.device)
-            self.sums[name] = total + value.detach()
+            total = self.sums.get(name)  # on another device after `restore`
+            self.sums[name] = value.detach().double() if total is None else total.to(value.device) + value.detach()
             self.counts[name] = self.counts.get(name, 0) + 1
 
     def means(self) -> dict[str, float]:

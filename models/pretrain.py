@@ -92,7 +92,8 @@ class RoundedEncoders:
     """Encoders whose layers have weights of 16 bits already, as autocast would make them at each use.
 
     Autocast keeps what it has rounded for weights that are trained alone. The teacher's would be rounded in each pass,
-    by a kernel each. `refreshed` rounds all of them at once. What autocast leaves alone is shared, not copied.
+    by a kernel each; here all of them are rounded at once, after `stale` was set. What autocast leaves alone is shared,
+    not copied.
     """
 
     def __init__(self, exact: Encoders, dtype: torch.dtype) -> None:
@@ -108,13 +109,13 @@ class RoundedEncoders:
                     setattr(module, name, rounded)
                     self.weights.append(weight)
                     self.rounded.append(rounded)
-        self.version = self._version()
+        self.stale = False
 
     def refreshed(self) -> Encoders:
         """The encoders, with the weights that the exact ones have now."""
-        if self.version != (version := self._version()):
+        if self.stale:
             torch._foreach_copy_(self.rounded, self.weights)
-            self.version = version
+            self.stale = False
         for own, exact in zip(self.own, self.exact, strict=True):
             if own.training != exact.training:
                 own.train(exact.training)
@@ -123,10 +124,6 @@ class RoundedEncoders:
     def fits(self, dtype: torch.dtype) -> bool:
         """Whether this is for a type, and for the weights' device."""
         return self.rounded[0].dtype == dtype and self.rounded[0].device == self.weights[0].device
-
-    def _version(self) -> int:
-        """Another number after each change of the weights in place, by whatever made it."""
-        return sum(weight._version for weight in self.weights)
 
 
 class Queues(NamedTuple):
@@ -165,6 +162,7 @@ class PretrainModel(ALBEF):
         for name in STUDENT_AND_TEACHER:
             setattr(self, f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
         self.rounded_teacher: RoundedEncoders | None = None  # no part of the checkpoint
+        self.register_load_state_dict_post_hook(lambda model, _: setattr(model, "rounded_teacher", None))
         for name in ("image_queue", "text_queue"):
             self.register_buffer(name, F.normalize(torch.randn(config.embed_dim, config.queue_size), dim=0))
         for name in ("queue_ptr_img", "queue_ptr_txt"):
@@ -328,12 +326,15 @@ class PretrainModel(ALBEF):
         for name in STUDENT_AND_TEACHER:
             student, teacher = getattr(self, name), getattr(self, f"{name}_m")
             torch._foreach_lerp_(list(teacher.parameters()), list(student.parameters()), 1 - self.config.momentum)
+        if self.rounded_teacher is not None:
+            self.rounded_teacher.stale = True
 
     @torch.no_grad()
     def copy_teacher(self) -> None:
         """Start the teacher as a copy of the student."""
         for name in STUDENT_AND_TEACHER:
             getattr(self, f"{name}_m").load_state_dict(getattr(self, name).state_dict())
+        self.rounded_teacher = None
 
     @torch.no_grad()
     def enqueue(self, image_features: Tensor, text_features: Tensor) -> None:
