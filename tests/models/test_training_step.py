@@ -247,21 +247,20 @@ def test_temperature_is_clamped(tiny_config: TinyConfig, start: float, clamped: 
 
 def test_autocast_leaves_the_amc_terms_in_float32(tiny_config: TinyConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     explained: list[torch.dtype] = []
-    fuse = TextEncoder.fuse
+    explain = TextEncoder.explain_match
 
-    def spy(self: TextEncoder, text: Tensor, mask: Tensor, pictures: list[KeyValue], *args: Any, **kw: Any) -> Any:
-        out = fuse(self, text, mask, pictures, *args, **kw)
-        if kw.get("twice_differentiable"):
-            explained.extend(tensor.dtype for tensor in (out.tokens, out.attention, pictures[0].key))
+    def spy(self: TextEncoder, text: Tensor, mask: Tensor, pictures: list[KeyValue], *args: Any) -> Any:
+        out = explain(self, text, mask, pictures, *args)
+        explained.extend(tensor.dtype for tensor in (*out, pictures[0].key))
         return out
 
     model, batch = make_model(tiny_config()), make_batch()
     exact = model(batch, alpha=0.4, update_teacher=False)
-    monkeypatch.setattr(TextEncoder, "fuse", spy)
+    monkeypatch.setattr(TextEncoder, "explain_match", spy)
     with torch.autocast("cpu", torch.bfloat16):
         assert model.vision_proj(torch.ones(1, 8)).dtype == torch.bfloat16  # autocast is at work
         losses = model(batch, alpha=0.4, update_teacher=False)
-    assert explained == [torch.float32] * 3
+    assert explained == [torch.float32] * 4
     for name in ("loss_cam1", "loss_cam2"):
         assert losses[name].dtype == torch.float32
         assert losses[name].item() == pytest.approx(exact[name].item(), abs=0.1)

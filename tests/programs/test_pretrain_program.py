@@ -22,6 +22,7 @@ from dataset.reading import DataError
 from dataset.text import load_tokenizer
 from dataset.vg import TrainingData
 from dataset.workers import EpochOrder
+from models import amc
 from models.checkpoint import CheckpointError
 from models.pretrain import Batch, PretrainModel
 from tests.training_runs import (
@@ -334,14 +335,14 @@ def test_half_precision(place: Path, tmp_path: Path, precision: str) -> None:
 
 def test_the_amc_terms_stay_in_full_precision(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds: set[torch.dtype] = set()
-    original = PretrainModel.training_gradcam
+    original = amc.gradcam
 
-    def record(model: PretrainModel, logits: Tensor, attention: Tensor, attention_mask: Tensor) -> Tensor:
-        cam = original(model, logits, attention, attention_mask)
-        kinds.update((logits.dtype, attention.dtype, cam.dtype))
+    def record(attention: Tensor, gradient: Tensor, *args: Any) -> Tensor:
+        cam = original(attention, gradient, *args)
+        kinds.update((attention.dtype, gradient.dtype, cam.dtype))
         return cam
 
-    monkeypatch.setattr(PretrainModel, "training_gradcam", record)
+    monkeypatch.setattr(amc, "gradcam", record)
     train(place, tmp_path, "--precision", "bf16", "--max_steps", "1")
     assert kinds == {torch.float32}
 
