@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import published
 from benchmarks.counts import Counts
 from dataset.transforms import _levels
 from models import losses
@@ -128,3 +129,14 @@ def test_own_images_are_not_copied(tiny_config: TinyConfig, checkpointing: bool)
         copied.append(counts.written["index_select"])
     torch.testing.assert_close(results[1], results[0])
     assert copied[1] == 2 * copied[0]
+
+
+@pytest.mark.parametrize("axis", ["sequence", "vocabulary"])
+def test_what_is_shared_changes_no_loss(tiny_config: TinyConfig, axis: str) -> None:
+    """One pass for both texts, targets alone, no copies: within 1e-6 of each pass by itself."""
+    found = []
+    for losses_of in (published.training_losses, lambda model, *args: model(*args)):
+        model = make_model(tiny_config(mlm_distill_axis=axis))
+        torch.manual_seed(1)  # the hard negatives
+        found.append({name: value.detach() for name, value in losses_of(model, make_batch(), 0.4).items()})
+    torch.testing.assert_close(found[1], found[0], rtol=1e-6, atol=1e-6)
