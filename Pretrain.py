@@ -48,6 +48,7 @@ from models.checkpoint import (
     load_weights,
     read_checkpoint,
 )
+from models.compiling import token_sizes
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from models.student import local_checkpoint, own_text_encoder
@@ -518,6 +519,8 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
     use_onednn(model)
     if args.compile:
         model.compile_step()
+        sizes = ", ".join(map(str, token_sizes(model.config.max_tokens)))
+        utils.log(f"--compile: the first step at each length of captions, padded to {sizes} tokens, takes minutes")
     if utils.world_size() == 1:
         return model
     # The queues are equal on all processes by construction: nothing to broadcast at each step. Newer versions of

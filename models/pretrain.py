@@ -14,13 +14,11 @@ from torch import Tensor, nn
 from config import PretrainConfig
 from dataset.transforms import normalise_batch
 from dataset.vg import mlm_targets
-from models import amc, losses
+from models import amc, compiling, losses
 from models.albef import ALBEF, build_encoders
 from models.vit import ViT
 from models.xbert import KeyValue, TextEncoder
 from utils import all_gather
-
-TOKEN_SIZES = (8, 16, 25, 32, 64, 128, 256, 512)  # what captions are padded to where the step is compiled
 
 
 class Batch(NamedTuple):
@@ -50,15 +48,15 @@ class Batch(NamedTuple):
     def padded(self, max_tokens: int) -> "Batch":
         """With T and K filled up to a few sizes, at each of which a step is compiled once.
 
-        T grows to the next of `TOKEN_SIZES`, at most `max_tokens`; K to a quarter of B * T, nearly always, or else to
-        a half or all of it. What is filled in is no word, and no target: the first [CLS] never is one.
+        T grows to the next of `compiling.token_sizes(max_tokens)`; K to a quarter of B * T, nearly always, or else to a
+        half or all of it. What is filled in is no word, and no target: the first [CLS] never is one.
         """
         assert self.mlm_targets is not None
         rows, tokens = self.input_ids.shape
-        more = next((size for size in TOKEN_SIZES if tokens <= size < max_tokens), max(tokens, max_tokens)) - tokens
+        more = next((size for size in compiling.token_sizes(max_tokens) if size >= tokens), tokens) - tokens
         row, place = self.mlm_targets // tokens, self.mlm_targets % tokens
         targets, positions = row * (tokens + more) + place, rows * (tokens + more)
-        room = next(size for part in (4, 2, 1) if (size := -(-positions // part)) >= len(targets))
+        room = next(size for part in compiling.TARGET_PARTS if (size := -(-positions // part)) >= len(targets))
         return self._replace(
             input_ids=F.pad(self.input_ids, (0, more)),
             attention_mask=F.pad(self.attention_mask, (0, more)),
@@ -181,14 +179,12 @@ class PretrainModel(ALBEF):
         """Compile what `forward` computes with torch.compile, at the first batch of each size (`Batch.padded`).
 
         A step is two graphs: the image encoders, and all the rest. The second is compiled once per size. What cannot be
-        compiled is an error. The teacher's update and the queues' stay as they are, and so do parameters' names.
+        compiled is an error. The teacher's update and the queues' stay as they are, and so do parameters' names. Call
+        it when the model is on its device.
         """
         self.compiled = True
-        dynamo: Any = torch._dynamo.config
-        dynamo.cache_size_limit = max(dynamo.cache_size_limit, 3 * len(TOKEN_SIZES))
-        dynamo.optimize_ddp = False  # it would cut the graphs where its buckets of gradients end
         for name in ("_see", "_losses"):
-            setattr(self, name, torch.compile(getattr(self, name), fullgraph=True, dynamic=False, backend=backend))
+            setattr(self, name, compiling.whole(getattr(self, name), self.temp.device, backend))
 
     def forward(self, batch: Batch, alpha: float, update_teacher: bool = True) -> dict[str, Tensor]:
         """The named losses of one step, each a scalar: ITC, ITM and the losses on the map, MLM.
