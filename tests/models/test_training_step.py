@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -186,20 +185,14 @@ def test_hard_negatives_are_drawn_by_similarity_and_paired(
     assert found == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_checkpointing_and_compiling_change_nothing(tiny_config: TinyConfig, checkpointing: bool) -> None:
-    graphs, results = mock.Mock(wraps=torch._dynamo.lookup_backend("aot_eager")), []
-    for changed in (False, True):
+def test_checkpointing_changes_nothing(tiny_config: TinyConfig) -> None:
+    results = []
+    for enable in (False, True):
         model = make_model(tiny_config())
-        names = list(model.state_dict())
-        model.checkpoint_activations(changed and checkpointing)
-        if changed:
-            model.compile_image_encoders(graphs)
+        model.checkpoint_activations(enable)
         torch.manual_seed(1)  # the hard negatives
         losses = model(make_batch(), alpha=0.4)
         results.append((losses, gradients(model, total(model, losses))))
-        assert list(model.state_dict()) == names
-    assert graphs.call_count == 2  # student and teacher, whole
     torch.testing.assert_close(results[1], results[0])
 
 

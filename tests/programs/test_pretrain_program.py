@@ -172,16 +172,21 @@ def test_gradient_checkpointing_changes_no_loss(
 
 
 def test_compiling_changes_no_loss(
-    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compiled = mock.Mock(side_effect=partial(PretrainModel.compile_image_encoders, backend="aot_eager"))
-    monkeypatch.setattr(PretrainModel, "compile_image_encoders", lambda model: compiled(model))
-    steps = log_rows(finished)[0]["steps"]
-    (row,) = train(place, tmp_path, "--compile", "--max_steps", str(steps))
+    compiled = mock.Mock(side_effect=partial(PretrainModel.compile_step, backend="eager"))
+    monkeypatch.setattr(PretrainModel, "compile_step", lambda model: compiled(model))
+    bert = json.loads((place / "bert.json").read_text())
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # padding draws other numbers
+    (tmp_path / "bert.json").write_text(json.dumps(bert | still))
+    words = [f"bert_config={tmp_path / 'bert.json'}", "max_tokens=12", "--max_steps", "2"]
+    (plain,) = train(place, tmp_path / "plain", *words)
+    (row,) = train(place, tmp_path / "compiled", *words, "--compile")
     compiled.assert_called_once()
     for name in LOSSES:
-        assert row[name] == pytest.approx(log_rows(finished)[0][name], rel=1e-4)
-    assert saved(tmp_path, 0)["model"].keys() == saved(finished, 0)["model"].keys()
+        assert row[name] == pytest.approx(plain[name], rel=1e-4)
+    assert saved(tmp_path / "compiled", 0)["model"].keys() == saved(finished, 0)["model"].keys()
+    assert "--compile: the first step at each length of captions, padded to 8, 12 tokens" in capsys.readouterr().out
 
 
 # ---- interruption
