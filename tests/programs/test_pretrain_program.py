@@ -179,7 +179,7 @@ def test_compiling_changes_no_loss(
     bert = json.loads((place / "bert.json").read_text())
     still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # padding draws other numbers
     (tmp_path / "bert.json").write_text(json.dumps(bert | still))
-    words = [f"bert_config={tmp_path / 'bert.json'}", "max_tokens=12", "--max_steps", "2"]
+    words = [f"bert_config={tmp_path / 'bert.json'}", "max_tokens=12", "--max_steps", "1"]
     (plain,) = train(place, tmp_path / "plain", *words)
     (row,) = train(place, tmp_path / "compiled", *words, "--compile")
     compiled.assert_called_once()
