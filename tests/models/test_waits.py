@@ -72,6 +72,10 @@ def test_teacher_rounds_its_weights_once_a_step(tiny_config: TinyConfig, monkeyp
             with Counts() as counts, torch.autocast("cpu", torch.bfloat16):
                 results.append(model(make_batch(), alpha=0.4, update_teacher=step in (0, 1, 4)))
         casts.append(counts.launches["_to_copy"])
+        model.eval()
+        with torch.autocast("cpu", torch.bfloat16):
+            parts = model._teacher_parts("cpu")
+        assert not any(module.training for part in parts for module in part.modules())
         assert model.state_dict().keys() == state.keys()
     torch.testing.assert_close(results[:5], results[5:], rtol=0, atol=0)
     assert results[0]["loss_ita"] != results[1]["loss_ita"] != results[4]["loss_ita"]
