@@ -131,7 +131,7 @@ class Trainer:
     def compiled(self) -> PretrainModel:
         """A copy on the same parameters, compiled."""
         model = published.fast_copy(self.model)
-        model.compile_image_encoders()
+        model.compile_step()
         return model
 
     def reset(self) -> None:
