@@ -195,7 +195,6 @@ def compare_maps(maps: Maps, variants: Mapping[str, tuple[str, int | None]]) -> 
 
 def compare_gradients(gradients: Gradients, count: int) -> Iterator[list[str]]:
     batches = list(gradients.batches(count))
-
     exact = {losses: [gradients.of(batch, "fp32", None, losses) for batch in batches] for losses in LOSSES}
     for label, variant in TRAINING.items():
         row = [label]
