@@ -21,9 +21,10 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+import utils
 from benchmarks import published
 from benchmarks.inputs import HEIGHT, WIDTH, scene, scenes_tokenizer
-from benchmarks.machine import Clock, describe_machine, parser, print_table
+from benchmarks.machine import GLIBC_KEEPS, Clock, describe_machine, parser, print_table
 from config import GroundingConfig, load_config
 from dataset.text import Tokenizer
 from dataset.transforms import normalise, resize_bicubic
@@ -79,6 +80,7 @@ Choice = tuple[tuple[int, int], int]
 
 def run_published(model: ALBEF, tokenizer: Tokenizer, layer: int, photos: list[Photo]) -> list[Choice]:
     """The first batch of expressions."""
+    utils.return_freed_memory(GLIBC_KEEPS)
     asked = [(photo, phrase) for photo in photos for phrase in photo.texts][:PUBLISHED_BATCH]
     tokens = tokenizer([phrase for _, phrase in asked])
     images = torch.stack([photo.pixels for photo, _ in asked])
@@ -89,6 +91,7 @@ def run_published(model: ALBEF, tokenizer: Tokenizer, layer: int, photos: list[P
 
 def run_ours(explainer: Explainer, photos: list[Photo], batch: int) -> list[Choice]:
     """All expressions, images in batches, as evaluation asks them."""
+    utils.keep_freed_memory()
     asked = [(photo, phrase) for photo in photos for phrase in photo.texts]
     images = [Loaded(photo.path, photo.pixels) for photo in photos]
     batches = [images[start : start + batch] for start in range(0, len(images), batch)]

@@ -21,14 +21,13 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import utils
 from benchmarks import published
-from benchmarks.machine import Clock, describe_machine, parser, peak_memory, print_table
+from benchmarks.machine import GLIBC_KEEPS, Clock, describe_machine, parser, peak_memory, print_table
 from config import OptimizerConfig, PretrainConfig, load_bert_config, load_config
 from models.pretrain import Batch, PretrainModel
 from models.xbert import Attention
 from optim import create_optimizer, parameter_groups
 
 ALPHA = 0.4
-GLIBC_KEEPS = 2**25  # freed blocks of up to so many bytes, unless told otherwise (`utils.return_freed_memory`)
 STEP_VARIANTS = {  # precision, and whether activations are recomputed
     "published": (torch.float32, False),
     "ours, fp32": (torch.float32, False),
@@ -91,8 +90,7 @@ class Trainer:
             return self.finish(published.training_losses(self.model, self.batch, ALPHA), self.plain)
         precision, checkpointing = STEP_VARIANTS[label]
         self.fast.checkpoint_activations(checkpointing)
-        if checkpointing:
-            utils.return_freed_memory()
+        (utils.return_freed_memory if checkpointing else utils.keep_freed_memory)()
         with torch.autocast("cpu", precision, enabled=precision != torch.float32):
             values = self.fast(self.batch, ALPHA)
         return self.finish(values, self.ours)

@@ -16,6 +16,7 @@ import torch
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
+GLIBC_KEEPS = 2**25  # freed blocks of up to so many bytes, unless told otherwise (`utils.return_freed_memory`)
 T = TypeVar("T")
 
 
