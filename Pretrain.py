@@ -425,6 +425,8 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
     model.checkpoint_activations(args.grad_checkpointing)
     if args.grad_checkpointing:
         utils.return_freed_memory()
+    elif device.type == "cpu":
+        utils.keep_freed_memory()
     model.to(device)
     use_onednn(model)
     if args.compile:

@@ -33,6 +33,7 @@ import precision
 import utils
 from benchmarks import published
 from benchmarks.machine import (
+    GLIBC_KEEPS,
     CPU,
     Clock,
     count_flop,
@@ -54,7 +55,6 @@ from optim import create_optimizer, parameter_groups
 SERVER = multiprocessing.get_context("forkserver")  # has imported all this once, and has no model
 SERVER.set_forkserver_preload(["benchmarks.bench_train"])
 ALPHA = 0.4
-GLIBC_KEEPS = 2**25  # freed blocks of up to so many bytes, unless told otherwise (`utils.return_freed_memory`)
 DEFAULTS = {"cpu": {"batch": 8, "tokens": [12], "rounds": 3, "steps": 1}}
 DEFAULTS["cuda"] = {"batch": 64, "tokens": [14], "rounds": 5, "steps": 10}
 
@@ -148,8 +148,7 @@ class Trainer:
         if variant.procedure == "published":
             forward, optimizer = functools.partial(published.training_losses, self.model), self.plain
         model.checkpoint_activations(variant.checkpointing)
-        if variant.checkpointing:
-            utils.return_freed_memory()
+        (utils.return_freed_memory if variant.checkpointing else utils.keep_freed_memory)()
         dtype, scaler = precision.DTYPES[variant.precision], self.scalers[variant.precision == "fp16"]
         for _ in range(times):
             with precision.use(variant.precision, self.device, training=True):

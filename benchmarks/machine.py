@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import precision
 from benchmarks.counts import Counts
 
+GLIBC_KEEPS = 2**25  # freed blocks of up to so many bytes, unless told otherwise (`utils.return_freed_memory`)
 CLEAR_REFS = Path("/proc/self/clear_refs")
 STATUS = Path("/proc/self/status")
 LAUNCH = re.compile(r"cu(da)?(Graph)?Launch")  # what CUDA's calls are named in a profile

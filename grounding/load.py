@@ -117,6 +117,8 @@ def ready(model: ALBEF, content: dict[str, Any], path: str | Path, device: torch
     report = load_weights(model, content["model"], path)
     model.requires_grad_(False).eval().to(device)
     use_onednn(model)
+    if device.type == "cpu":
+        utils.keep_freed_memory()
     return report
 
 

@@ -44,6 +44,8 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        if not (weight.is_contiguous() or weight.t().is_contiguous()):  # gaps, as between CLS tokens
+            weight = weight.contiguous()  # otherwise oneDNN takes its reference kernel, 100 times slower
         return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
 
     @staticmethod

@@ -48,6 +48,29 @@ def test_equals_pytorch_up_to_the_second_derivative(calls: mock.Mock, shape: tup
         assert a.shape == b.shape
 
 
+class Part(nn.Module):
+    """The CLS tokens of (B, T, W), as a view with gaps."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, :1]
+
+
+def test_tokens_with_gaps_between_them_are_closed_up() -> None:
+    """As weights of a product they would go to oneDNN's reference kernel, 100 times slower."""
+    torch.manual_seed(0)
+    plain, x = nn.Sequential(Part(), nn.Linear(5, 7)), torch.randn(3, 4, 5)
+    product, seen = torch.ops.mkldnn._linear_pointwise, list[Tensor]()
+    spy = mock.patch.object(
+        torch.ops.mkldnn, "_linear_pointwise", side_effect=lambda *a: seen.append(a[1]) or product(*a)
+    )
+    with spy:
+        ours = results(fast(plain), x)
+    assert len(seen) > 3
+    assert all(weight.is_contiguous() or weight.t().is_contiguous() for weight in seen)
+    for a, b in zip(ours, results(plain, x), strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
 @pytest.mark.parametrize("shape", [(0, 5), (1, 0, 5), (5,)])
 def test_no_rows_and_a_single_vector(shape: tuple[int, ...]) -> None:
     """oneDNN refuses an empty product: a batch without a masked word has one, in the MLM head."""
