@@ -33,8 +33,8 @@ import precision
 import utils
 from benchmarks import published
 from benchmarks.machine import (
-    GLIBC_KEEPS,
     CPU,
+    GLIBC_KEEPS,
     Clock,
     count_flop,
     count_launches,
