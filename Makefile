@@ -5,7 +5,7 @@ PYTHON := $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 READY := $(VENV)/.ready
 
-.PHONY: demo demo-full web quick test check fuzz clean help
+.PHONY: demo demo-full web quick test check fuzz bench-gpu clean help
 
 demo: $(READY)  ## train, evaluate and compare on synthetic scenes, in minutes
 	$(PYTHON) scenes_demo.py
@@ -35,6 +35,9 @@ $(READY): requirements.txt requirements-web.txt requirements-dev.txt
 
 fuzz: $(READY)  ## damage input files of every kind, 5000 times
 	PYTHONPATH=. $(PYTHON) tests/fuzz.py --tries 5000
+
+bench-gpu: $(READY)  ## an hour on a GPU: tests on it, benchmarks, the demo; one report
+	$(PYTHON) benchmarks/bench_gpu.py
 
 clean:  ## remove what the other commands made
 	rm -rf $(VENV) data/scenes output .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -38,6 +38,7 @@ from dataset.workers import EpochOrder, check_shared_memory, killed_workers_expl
 from grounding.questions import Asking
 from grounding.validate import Validation
 from models.checkpoint import check_resumable, diverged
+from models.compiling import token_sizes
 from models.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from models.student import local_checkpoint, own_text_encoder
@@ -90,7 +91,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     clip = "scale the gradients of a step down to this norm where theirs is larger (default: never)"
     parser.add_argument("--grad_clip", type=positive, metavar="NORM", help=clip)
     parser.add_argument("--grad_checkpointing", action="store_true", help="recompute activations to save memory")
-    parser.add_argument("--compile", action="store_true", help="compile the image encoders (torch.compile)")
+    parser.add_argument("--compile", action="store_true", help="compile the training step (torch.compile)")
     parser.add_argument("--num_workers", default=4, type=integer(0), help="loader processes per process")
     parser.add_argument("--max_steps", type=integer(1), help="stop after this many optimizer steps in all")
     parser.add_argument("--skip_broken", action="store_true", help="replace missing or unreadable images; count them")
@@ -427,7 +428,9 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
     model.to(device)
     use_onednn(model)
     if args.compile:
-        model.compile_image_encoders()
+        model.compile_step()
+        sizes = ", ".join(map(str, token_sizes(model.config.max_tokens)))
+        utils.log(f"--compile: the first step at each length of captions, padded to {sizes} tokens, takes minutes")
     if utils.world_size() == 1:
         return model
     # The queues are equal on all processes by construction: nothing to broadcast at each step. Newer versions of

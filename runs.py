@@ -429,14 +429,14 @@ def write_provenance(path: Path, seed: int, **more: Any) -> None:
         "world_size": utils.world_size(),
         "python": sys.version.split()[0],
         "versions": versions,
-        "git_commit": _git_commit(),
+        "git_commit": git_commit(),
         "started": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         **more,
     }
     utils.write_text(path, json.dumps(record, indent=2) + "\n")
 
 
-def _git_commit() -> str | None:
+def git_commit() -> str | None:
     here = Path(__file__).parent
     with contextlib.suppress(OSError):
         found = subprocess.run(["git", "-C", here, "describe", "--always", "--dirty"], capture_output=True, text=True)

@@ -71,21 +71,25 @@ def main(args: argparse.Namespace) -> None:
     benchmarks = {name: found for name, found in scenes_benchmarks().items() if found is REFCOCO_PLUS or not short}
     torch.set_num_threads(1)  # for the report: its maps are small, and a busy machine makes threads wait for each other
     training, overrides = (SHORT_TRAINING, SHORT_EVALUATION) if short else ([], [])
-    run_step("first_look", ["demo.py", *LOOK, "--output_dir", str(output / "first_look")], output / "logs")
+    device = ["--device", args.device]  # after that of `COMMON`: the last one counts
+    look = ["demo.py", *LOOK, *device, "--output_dir", str(output / "first_look")]
+    run_step("first_look", look, output / "logs")
     print(*(f"   {path}" for path in (output / "first_look").glob("*.png")), flush=True)
     run_step("scenes", ["prepare.py", "scenes", str(SCENES)], output / "logs")
     stage1 = SHIPPED
     if args.full:
         stage1 = output / "stage1" / "student"
-        trained = train(output / "stage1", CONFIGS / "Pretrain_stage1.yaml", [])
+        trained = train(output / "stage1", CONFIGS / "Pretrain_stage1.yaml", [], options=device)
         run_step("student", ["export.py", str(trained), str(stage1), "--half", "--force"], output / "logs")
     checkpoints = {"stage1": stage1}
     for name, config in (("control", "Pretrain_control.yaml"), ("amc", "Pretrain.yaml")):
-        checkpoints[name] = train(output / name, CONFIGS / config, ["--checkpoint", str(stage1)], 2, training)
+        processes, options = shared_out(CONFIGS / config, args.device)
+        start = ["--checkpoint", str(stage1)]
+        checkpoints[name] = train(output / name, CONFIGS / config, start, processes, [*training, *options])
     shown = ", ".join(benchmark.name for benchmark in benchmarks.values())
     print(f"\n== Evaluate the three models on held-out scenes: {shown}", flush=True)
     steps = {
-        f"{name}_{benchmark}": evaluation(checkpoint, benchmark, output / name / benchmark, overrides)
+        f"{name}_{benchmark}": [*evaluation(checkpoint, benchmark, output / name / benchmark, overrides), *device]
         for name, checkpoint in checkpoints.items()
         for benchmark in benchmarks
     }
@@ -147,6 +151,13 @@ def train(output: Path, config: Path, start: list[str], processes: int = 1, opti
         words = ["Pretrain.py", "--config", str(config), "--output_dir", str(output), *COMMON, *options]
         run_step(output.name, [*words, *(["--resume"] if begun else start)], output.parent / "logs", processes)
     return last
+
+
+def shared_out(config: Path, device: str) -> tuple[int, list[str]]:
+    """Processes of a training of two, and its options: where there is one GPU, one process has the batches of both."""
+    if device == "cpu" or torch.cuda.device_count() > 1:
+        return 2, ["--device", device]
+    return 1, ["--device", device, "--set", f"batch_size={2 * load_config(config, PretrainConfig).batch_size}"]
 
 
 def evaluation(checkpoint: Path, benchmark: str, output: Path, overrides: Sequence[str] = ()) -> list[str]:
@@ -220,6 +231,9 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Train with and without AMC on the embedded scenes, and compare.")
     parser.add_argument("--all", action="store_true", help="all steps and benchmarks: the table of docs/scenes.md")
     parser.add_argument("--full", action="store_true", help="the same, and train stage 1 too")
+    parser.add_argument(
+        "--device", default="cpu", help="cpu, or cuda for the GPUs (default: cpu, which is quick enough)"
+    )
     parser.add_argument("--output_dir", type=Path, help="default: output/scenes, output/scenes_all, output/scenes_full")
     try:
         utils.run(main, parser.parse_args())

@@ -97,7 +97,9 @@ def training_losses(model: PretrainModel, batch: Batch, alpha: float) -> dict[st
 
     fused, attention = fuse(encoder, text, mask, image, config.amc.layer)
     logits = model.match_logits(fused)
-    cam = model.training_gradcam(logits, attention, mask)
+    assert attention is not None
+    (gradient,) = torch.autograd.grad(logits[:, 1].sum(), attention, create_graph=True)
+    cam = amc.gradcam(attention[..., 1:], gradient[..., 1:], mask, model.grid)
 
     image_choice = losses.hard_negatives(contrast.sim_t2i)
     text_choice = losses.hard_negatives(contrast.sim_i2t)

@@ -26,7 +26,7 @@ def contrastive_loss(
     image_queue: Tensor,
     text_queue: Tensor,
     temp: Tensor,
-    alpha: float,
+    alpha: float | Tensor,
 ) -> ContrastiveOutput:
     """Image-text contrast with soft targets from the momentum teacher (ITC; ALBEF, equations 1, 2 and 6).
 
@@ -91,18 +91,19 @@ def matching_loss(logits: Tensor, positives: int) -> Tensor:
 
 
 def mlm_loss(
-    logits: Tensor, labels: Tensor, teacher_logits: Tensor, alpha: float, distilled: Tensor | None = None
+    logits: Tensor, labels: Tensor, teacher_logits: Tensor, alpha: float | Tensor, distilled: Tensor | None = None
 ) -> Tensor:
     """Masked language modelling with distillation (MLM; ALBEF, equations 3 and 7), averaged over K target positions.
 
     Args:
         logits, teacher_logits: (K, V) of student and teacher.
-        labels: (K,) token ids.
+        labels: (K,) token ids, -100 where there is no target.
         distilled: (K, V), the student's log-probabilities in the distillation term; None: its log-softmax over the
             vocabulary, as ALBEF was later corrected. The release's run over the sequence of each sample.
     """
     hard = F.cross_entropy(logits.float(), labels, reduction="sum")
     if distilled is None:
         distilled = logits.float().log_softmax(dim=-1)
-    soft = -(teacher_logits.float().softmax(dim=-1) * distilled).sum()
-    return ((1 - alpha) * hard + alpha * soft) / max(1, len(labels))
+    target = labels != -100
+    soft = -((teacher_logits.float().softmax(dim=-1) * distilled).sum(dim=-1) * target).sum()
+    return ((1 - alpha) * hard + alpha * soft) / target.sum().clamp(min=1)

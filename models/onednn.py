@@ -4,10 +4,11 @@ PyTorch multiplies float32 matrices on the CPU by MKL. oneDNN, which PyTorch car
 nearly twice as fast on an AMD processor with AVX-512: benchmarks/bench_linear.py, docs/performance.md.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 
@@ -17,10 +18,14 @@ def use_onednn(model: nn.Module) -> None:
     Parameters stay as they are. Results differ from MKL's by rounding; gradients of any order exist. Where PyTorch has
     no oneDNN, nothing changes.
     """
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if _available():
         for module in model.modules():
             if type(module) is nn.Linear:
                 module.__class__ = OneDNNLinear
+
+
+def _available() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
 
 
 class OneDNNLinear(nn.Linear):
@@ -38,9 +43,12 @@ class _Product(torch.autograd.Function):
     """input (..., K) of at least one row, weight (N, K), bias (N,) or None -> (..., N)."""
 
     @staticmethod
-    def forward(ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(input, weight)
+    def forward(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])  # apart from `forward`, as torch.func asks
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -49,3 +57,31 @@ class _Product(torch.autograd.Function):
         to_input = _Product.apply(gradient, weight.t(), None) if ctx.needs_input_grad[0] else None
         to_weight = _Product.apply(rows.t(), input.flatten(0, -2).t(), None) if ctx.needs_input_grad[1] else None
         return to_input, to_weight, rows.sum(dim=0) if ctx.needs_input_grad[2] else None
+
+
+@torch.library.custom_op("amc::product", mutates_args=(), schema="(Tensor rows, Tensor matrix, Tensor? bias) -> Tensor")
+def _product(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """(R, K) @ (K, N) + (N,) in compiled code, which has no derivatives left to take."""
+    return torch.ops.mkldnn._linear_pointwise(rows, matrix.t(), bias, "none", [], "")
+
+
+@_product.register_fake
+def _product_shape(rows: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    return rows.new_empty(len(rows), matrix.shape[1])
+
+
+def product_pass() -> Callable[[fx.Graph], None] | None:
+    """What lets compiled code for the CPU multiply through oneDNN too; None where PyTorch has none."""
+    return _compile_products if _available() else None
+
+
+def _compile_products(graph: fx.Graph) -> None:
+    """A pass of inductor, over forward and backward graphs as they are about to become code."""
+    aten: Any = torch.ops.aten
+    for node in graph.nodes:
+        found: Any = node.meta.get("val")
+        if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs or found.dtype != torch.float32:
+            continue
+        bias, rows, matrix = (None, *node.args)[-3:]
+        if bias is None or bias.meta["val"].ndim == 1:
+            node.target, node.args = torch.ops.amc.product.default, (rows, matrix, bias)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from config import PretrainConfig
 from dataset.transforms import normalise_batch
 from dataset.vg import mlm_targets
-from models import amc, losses
+from models import amc, compiling, losses
 from models.albef import ALBEF, build_encoders
 from models.vit import ViT
 from models.xbert import KeyValue, TextEncoder
@@ -44,6 +44,26 @@ class Batch(NamedTuple):
         if moved.image.dtype == torch.uint8:
             moved = moved._replace(image=normalise_batch(moved.image), box_mask=moved.box_mask.float())
         return moved
+
+    def padded(self, max_tokens: int) -> "Batch":
+        """With T and K filled up to a few sizes, at each of which a step is compiled once.
+
+        T grows to the next of `compiling.token_sizes(max_tokens)`; K to a quarter of B * T, nearly always, or else to a
+        half or all of it. What is filled in is no word, and no target: the first [CLS] never is one.
+        """
+        assert self.mlm_targets is not None
+        rows, tokens = self.input_ids.shape
+        more = next((size for size in compiling.token_sizes(max_tokens) if size >= tokens), tokens) - tokens
+        row, place = self.mlm_targets // tokens, self.mlm_targets % tokens
+        targets, positions = row * (tokens + more) + place, rows * (tokens + more)
+        room = next(size for part in compiling.TARGET_PARTS if (size := -(-positions // part)) >= len(targets))
+        return self._replace(
+            input_ids=F.pad(self.input_ids, (0, more)),
+            attention_mask=F.pad(self.attention_mask, (0, more)),
+            mlm_input_ids=F.pad(self.mlm_input_ids, (0, more)),
+            mlm_labels=F.pad(self.mlm_labels, (0, more), value=-100),
+            mlm_targets=F.pad(targets, (0, room - len(targets))),
+        )
 
 
 class TeacherOutput(NamedTuple):
@@ -104,6 +124,13 @@ class RoundedEncoders:
         return self.rounded[0].dtype == dtype and self.rounded[0].device == self.weights[0].device
 
 
+class Queues(NamedTuple):
+    """The teacher's features of earlier steps, (E, Q) each."""
+
+    image: Tensor
+    text: Tensor
+
+
 class PretrainModel(ALBEF):
     """ALBEF with its teacher and queues; `forward` gives the named losses of one step, `total` their weighted sum.
 
@@ -122,7 +149,7 @@ class PretrainModel(ALBEF):
     text_encoder_m: TextEncoder
     vision_proj_m: nn.Linear
     text_proj_m: nn.Linear
-    compile_options: dict[str, Any] | None = None  # of the image encoders
+    compiled = False
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__(*build_encoders(config, mlm_head=True), config.embed_dim, config.temp)
@@ -148,15 +175,16 @@ class PretrainModel(ALBEF):
         self.visual_encoder.set_grad_checkpointing(enable)
         self.text_encoder.checkpoint_activations = enable
 
-    def compile_image_encoders(self, backend: str | Callable[..., Any] = "inductor") -> None:
-        """Compile the image encoders of student and teacher with torch.compile, at their first batch.
+    def compile_step(self, backend: str | Callable[..., Any] = "inductor") -> None:
+        """Compile what `forward` computes with torch.compile, at the first batch of each size (`Batch.padded`).
 
-        Nothing else can be compiled: the AMC loss needs second derivatives through the fusion layers, which compiled
-        code lacks. Parameters and their names stay as they are.
+        A step is two graphs: the image encoders, and all the rest. The second is compiled once per size. What cannot be
+        compiled is an error. The teacher's update and the queues' stay as they are, and so do parameters' names. Call
+        it when the model is on its device.
         """
-        self.compile_options = {"backend": backend}
-        for encoder in (self.visual_encoder, self.visual_encoder_m):
-            encoder.compile(**self.compile_options)
+        self.compiled = True
+        for name in ("_see", "_losses"):
+            setattr(self, name, compiling.whole(getattr(self, name), self.temp.device, backend))
 
     def forward(self, batch: Batch, alpha: float, update_teacher: bool = True) -> dict[str, Tensor]:
         """The named losses of one step, each a scalar: ITC, ITM and the losses on the map, MLM.
@@ -172,38 +200,59 @@ class PretrainModel(ALBEF):
 
         if batch.mlm_targets is None:
             batch = batch._replace(mlm_targets=mlm_targets(batch.mlm_labels))
-        image_tokens = self.visual_encoder(batch.image)
+        teacher, queues = self._teacher_parts(batch.image.device.type), Queues(self.image_queue, self.text_queue)
+        weight: float | Tensor = alpha
+        if self.compiled:
+            batch = batch.padded(self.config.max_tokens)
+            weight = torch.full((), alpha, device=batch.image.device)  # a number would be a part of the graph
+            queues = Queues(*(queue.clone() for queue in queues))  # the backward pass reads them, after `enqueue`
+        images = self._see(batch.image, teacher)
+        named, image_m, text_m = self._losses(*images, batch, teacher, queues, weight)
+        self.enqueue(all_gather(image_m), all_gather(text_m))
+        return named
+
+    def _see(self, pixels: Tensor, teacher: Encoders) -> tuple[Tensor, Tensor]:
+        """Image tokens (B, S, W) by student and teacher."""
+        with torch.no_grad():
+            tokens_m = teacher.visual_encoder(pixels)
+        return self.visual_encoder(pixels), tokens_m
+
+    def _losses(
+        self,
+        image_tokens: Tensor,
+        image_tokens_m: Tensor,
+        batch: Batch,
+        parts: Encoders,
+        queues: Queues,
+        alpha: float | Tensor,
+    ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """The named losses, and the teacher's features (B, E) for the queues, of images and texts."""
         text_tokens, masked_tokens = _both_texts(self.text_encoder, batch)
         images = self.text_encoder.image_keys_values(image_tokens)
-        teacher = self._teacher(batch)
-
+        teacher = self._teacher(image_tokens_m, batch, parts)
         contrast = losses.contrastive_loss(
             self.image_feature(image_tokens),
             self.text_feature(text_tokens),
             teacher.image,
             teacher.text,
-            self.image_queue,
-            self.text_queue,
+            *queues,
             self.temp,
             alpha,
         )
-        self.enqueue(all_gather(teacher.image), all_gather(teacher.text))
-
         positives, map_losses = self._positives(text_tokens, images, batch)
         negatives = self._negatives(text_tokens, images, batch.attention_mask, contrast)
         match_logits = torch.cat([positives, negatives])
-        return {
+        named = {
             "loss_mlm": self._mlm(masked_tokens, images, teacher.words, batch, alpha),
             "loss_ita": contrast.loss,
             "loss_itm": losses.matching_loss(match_logits, positives=len(positives)),
             **map_losses,
         }
+        return named, teacher.image, teacher.text
 
     @torch.no_grad()
-    def _teacher(self, batch: Batch) -> TeacherOutput:
-        parts = self._teacher_parts(batch.image.device.type)
+    def _teacher(self, image_tokens: Tensor, batch: Batch, parts: Encoders) -> TeacherOutput:
         encoder = parts.text_encoder
-        image_tokens = parts.visual_encoder(batch.image)
         text_tokens, masked_tokens = _both_texts(encoder, batch)
         image = F.normalize(parts.vision_proj(image_tokens[:, 0]), dim=-1)
         text = F.normalize(parts.text_proj(text_tokens[:, 0]), dim=-1)
@@ -218,8 +267,6 @@ class PretrainModel(ALBEF):
         dtype = torch.get_autocast_dtype(device)
         if self.rounded_teacher is None or not self.rounded_teacher.fits(dtype):
             self.rounded_teacher = RoundedEncoders(exact, dtype)
-            if self.compile_options is not None:
-                self.rounded_teacher.own.visual_encoder.compile(**self.compile_options)
         return self.rounded_teacher.refreshed()
 
     def _positives(self, text_tokens: Tensor, images: list[KeyValue], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -230,23 +277,18 @@ class PretrainModel(ALBEF):
             return self.match_logits(fused.tokens), {f"loss_{name}": zero for name in amc.MAP_LOSSES}
         # fp32 whatever the rest runs in: these gradients are tiny, and maps are divided by their maximum.
         with torch.autocast(text_tokens.device.type, enabled=False):
-            fused = self.text_encoder.fuse(
+            match = self.text_encoder.explain_match(
                 text_tokens.float(),
                 batch.attention_mask,
                 [KeyValue(image.key.float(), image.value.float()) for image in images],
-                attention_layer=self.config.amc.layer,
-                twice_differentiable=True,
-                cls_only=True,
+                self.config.amc.layer,
+                self.match_logits,
             )
-            logits = self.match_logits(fused.tokens)
-            cam = self.training_gradcam(logits, fused.attention, batch.attention_mask)
-            return logits, amc.map_losses(cam, batch.box_mask, batch.has_box, self.config.amc)
-
-    def training_gradcam(self, logits: Tensor, attention: Tensor | None, attention_mask: Tensor) -> Tensor:
-        """GradCAM (B, h, w) of the match logits by `attention`, itself differentiable (AMC, equation 3)."""
-        assert attention is not None
-        (gradient,) = torch.autograd.grad(logits[:, 1].sum(), attention, create_graph=True)
-        return amc.gradcam(self._patches(attention), self._patches(gradient), attention_mask, self.grid)
+            patches = self._patches(match.attention), self._patches(match.gradient)
+            cam = amc.gradcam(*patches, batch.attention_mask, self.grid)
+            if self.compiled:  # the map is a mean over tokens: over those that there were before they were padded
+                cam = cam * (batch.input_ids.shape[1] / _unpadded(batch).sum())
+            return match.logits, amc.map_losses(cam, batch.box_mask, batch.has_box, self.config.amc)
 
     def _negatives(
         self, text_tokens: Tensor, images: list[KeyValue], attention_mask: Tensor, contrast: losses.ContrastiveOutput
@@ -260,7 +302,7 @@ class PretrainModel(ALBEF):
         return self.match_logits(fused.tokens)
 
     def _mlm(
-        self, masked_tokens: Tensor, images: list[KeyValue], teacher_words: Tensor, batch: Batch, alpha: float
+        self, masked_tokens: Tensor, images: list[KeyValue], teacher_words: Tensor, batch: Batch, alpha: float | Tensor
     ) -> Tensor:
         """Masked language modelling with the image, against the words and the teacher's prediction."""
         encoder, labels = self.text_encoder, _at_targets(batch.mlm_labels, batch)
@@ -268,7 +310,10 @@ class PretrainModel(ALBEF):
         if self.config.mlm_distill_axis == "vocabulary":  # needs no other position than the targets
             return losses.mlm_loss(encoder.mlm_logits(_at_targets(tokens, batch)), labels, teacher_words, alpha)
         logits = encoder.mlm_logits(tokens)
-        distilled = _at_targets(logits.float().log_softmax(dim=1), batch)
+        scores = logits.float()
+        if self.compiled:
+            scores = scores.masked_fill(~_unpadded(batch)[:, None], -torch.inf)
+        distilled = _at_targets(scores.log_softmax(dim=1), batch)
         return losses.mlm_loss(_at_targets(logits, batch), labels, teacher_words, alpha, distilled)
 
     @torch.no_grad()
@@ -311,3 +356,8 @@ def _at_targets(values: Tensor, batch: Batch) -> Tensor:
     """(B, T, ...) -> (K, ...), the values at the MLM targets."""
     assert batch.mlm_targets is not None
     return values.flatten(0, 1).index_select(0, batch.mlm_targets)
+
+
+def _unpadded(batch: Batch) -> Tensor:
+    """(T,) bool: the positions that the batch had before `Batch.padded`, as many as its longest text."""
+    return batch.attention_mask.any(dim=0)

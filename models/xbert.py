@@ -14,6 +14,7 @@ Shapes: B texts, T tokens, N images, S image tokens, W hidden size, H heads, D =
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,14 @@ class FusionOutput(NamedTuple):
 
     tokens: Tensor
     attention: Tensor | None
+
+
+class MatchOutput(NamedTuple):
+    """logits: (B, 2); attention: (B, H, T, S) of the layer asked for, before dropout; gradient: of the match by it."""
+
+    logits: Tensor
+    attention: Tensor
+    gradient: Tensor
 
 
 class ResidualOutput(nn.Module):
@@ -85,16 +94,14 @@ class Attention(nn.Module):
         Returns:
             the new hidden states (B, T, W) and the probabilities (B, H, T, S) before dropout, None unless `explicit`.
         """
-        query = self._split_heads(self.self.query(hidden))
-        dropout = self.dropout_prob if self.training else 0.0
-        attention = None
         if explicit:
-            scores = _matmul(query, source.key.transpose(-2, -1)) / math.sqrt(query.shape[-1])
-            attention = (scores if bias is None else scores + bias).softmax(dim=-1)
+            attention = self.probabilities(hidden, source.key, bias)
             if torch.is_grad_enabled() and not attention.requires_grad:
                 attention.requires_grad_()  # evaluation: the graph of a map begins here
-            mixed = _matmul(F.dropout(attention, dropout), source.value)
-        elif rest is not None:
+            return self.mix(attention, source.value, hidden), attention
+        query = self._split_heads(self.self.query(hidden))
+        dropout = self.dropout_prob if self.training else 0.0
+        if rest is not None:
             rows = query.split([len(source.key), len(rest.key)])
             pairs = zip(rows, (source, rest), strict=True)
             mixed = torch.cat([F.scaled_dot_product_attention(own, *seen, dropout_p=dropout) for own, seen in pairs])
@@ -105,7 +112,20 @@ class Attention(nn.Module):
         else:
             mask = None if bias is None else bias.to(query.dtype)
             mixed = F.scaled_dot_product_attention(query, *source, attn_mask=mask, dropout_p=dropout)
-        return self.output(mixed.transpose(1, 2).flatten(2), hidden), attention
+        return self._join_heads(mixed, hidden), None
+
+    def probabilities(self, hidden: Tensor, key: Tensor, bias: Tensor | None = None) -> Tensor:
+        """(B, T, W) and keys (B or 1, H, S, D) -> the attention (B, H, T, S), before dropout."""
+        query = self._split_heads(self.self.query(hidden))
+        scores = _matmul(query, key.transpose(-2, -1)) / math.sqrt(query.shape[-1])
+        return (scores if bias is None else scores + bias).softmax(dim=-1)
+
+    def mix(self, attention: Tensor, value: Tensor, hidden: Tensor) -> Tensor:
+        """The new hidden states (B, T, W) by an attention (B, H, T, S) to values (B or 1, H, S, D)."""
+        return self._join_heads(_matmul(F.dropout(attention, self.dropout_prob, self.training), value), hidden)
+
+    def _join_heads(self, mixed: Tensor, hidden: Tensor) -> Tensor:
+        return self.output(mixed.transpose(1, 2).flatten(2), hidden)
 
     def _split_heads(self, x: Tensor) -> Tensor:
         return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
@@ -153,7 +173,11 @@ class Layer(nn.Module):
             if image_index is not None:
                 image = KeyValue(image.key.index_select(0, image_index), image.value.index_select(0, image_index))
             hidden, attention = self.crossattention(hidden, image, explicit=explicit_cross, rest=rest)
-        return self.output(F.gelu(self.intermediate.dense(hidden)), hidden), attention
+        return self.finish(hidden), attention
+
+    def finish(self, hidden: Tensor) -> Tensor:
+        """The MLP, after the attentions."""
+        return self.output(F.gelu(self.intermediate.dense(hidden)), hidden)
 
 
 class Embeddings(nn.Module):
@@ -247,7 +271,6 @@ class TextEncoder(nn.Module):
         images: list[KeyValue],
         image_index: Tensor | None = None,
         attention_layer: int | None = None,
-        twice_differentiable: bool = False,
         cls_only: bool = False,
     ) -> FusionOutput:
         """Read texts together with images.
@@ -258,21 +281,54 @@ class TextEncoder(nn.Module):
             image_index: (n,), which image each of the first n texts looks at, where that is neither of the two; after
                 them, if n < B, there is one text per image, in order. Such a half gives no attention.
             attention_layer: return the cross-attention of this BERT layer, one of `fusion_layers`.
-            twice_differentiable: the graph from that attention to the output has second derivatives, which fused
-                attention kernels lack.
             cls_only: the tokens of the result are (B, 1, W), the CLS token alone. The last layer then computes nothing
                 for the others, which see the image no more; an attention asked for in the last layer is whole still.
         """
         hidden, bias, seen = text_tokens, _additive(attention_mask), None
         for index, image in zip(self.fusion_layers, images, strict=True):
             asked = index == attention_layer
-            above = twice_differentiable and attention_layer is not None and index > attention_layer
             first = cls_only and index == self.fusion_layers[-1] and not asked
-            explicit = asked or above
-            inputs = (hidden, bias, image, image_index, above, explicit, first)
-            hidden, attention = self._run(self.layers[index], explicit, *inputs)
+            inputs = (hidden, bias, image, image_index, False, asked, first)
+            hidden, attention = self._run(self.layers[index], asked, *inputs)
             seen = attention if asked else seen
         return FusionOutput(hidden[:, :1] if cls_only else hidden, seen)
+
+    def explain_match(
+        self,
+        text_tokens: Tensor,
+        attention_mask: Tensor,
+        images: list[KeyValue],
+        layer: int,
+        match_logits: Callable[[Tensor], Tensor],
+    ) -> MatchOutput:
+        """Read each text with its own image, and differentiate the match by the cross-attention of a fusion layer.
+
+        The gradient can be differentiated itself: from that attention on there are no fused kernels, which lack second
+        derivatives, and no recomputed activations. The gradient is a part of the function here, not of a graph that it
+        leaves: so this can be compiled, while compiled code cannot be differentiated twice from outside.
+
+        Args:
+            text_tokens, attention_mask, images: as in `fuse`, with one image per text.
+            match_logits: fused tokens (B, 1, W), CLS alone -> logits (B, 2); class 1 is the match.
+        """
+        hidden, bias = text_tokens, _additive(attention_mask)
+        steps = dict(zip(self.fusion_layers, images, strict=True))
+        for index in (index for index in self.fusion_layers if index < layer):
+            hidden, _ = self._run(self.layers[index], False, hidden, bias, steps[index])
+        asked, image = self.layers[layer], steps[layer]
+        hidden, _ = asked.attention(hidden, asked.attention.keys_values(hidden), bias)
+        attention = asked.crossattention.probabilities(hidden, image.key)
+
+        def match(attention: Tensor) -> tuple[Tensor, Tensor]:
+            tokens = asked.finish(asked.crossattention.mix(attention, image.value, hidden))
+            for index in (index for index in self.fusion_layers if index > layer):
+                first = index == self.fusion_layers[-1]
+                tokens, _ = self.layers[index](tokens, bias, steps[index], None, True, True, first)
+            logits = match_logits(tokens[:, :1])
+            return logits[:, 1].sum(), logits
+
+        gradient, logits = torch.func.grad(match, has_aux=True)(attention)
+        return MatchOutput(logits, attention, gradient)
 
     def mlm_logits(self, hidden: Tensor) -> Tensor:
         """(..., W) -> (..., V); only of an encoder built with its MLM head."""

@@ -58,6 +58,12 @@ def main(args):
     seen["half"] = gradients()
     run.backward(batches[2], {ALPHA}, micro=1)
     seen["accumulated"] = gradients()
+    args.accum_steps = 1
+    run.optimizer.zero_grad()
+    run.model.load_state_dict(seen["start"])
+    run.model.compile_step("eager")
+    seen["compiled losses"] = run.backward(batches[0], {ALPHA}, micro=0)
+    seen["compiled"] = gradients()
     torch.save(seen, f"{{args.output_dir}}/rank{{utils.rank()}}.pth")
 
 utils.run(main, Pretrain.parse_args())
@@ -201,6 +207,12 @@ def test_both_begin_and_end_alike(step: list[dict[str, Any]]) -> None:
     assert not torch.equal(first["half"]["itm_head.weight"], second["half"]["itm_head.weight"])  # not yet exchanged
     moved = {key for key in first["start"] if not torch.equal(first["start"][key], first["after"][key])}
     assert {"image_queue", "text_queue", "temp", "itm_head.weight", "vision_proj.weight"} <= moved
+
+
+def test_a_compiled_step_is_the_same(step: list[dict[str, Any]]) -> None:
+    for seen in step:
+        torch.testing.assert_close(seen["compiled losses"], seen["losses"], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(seen["compiled"], seen["gradients"], rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("queue", ["image_queue", "text_queue"])

@@ -198,7 +198,7 @@ def test_what_is_taken_is_kept(
 ) -> None:
     monkeypatch.setattr(precision, "has_units", lambda name, device: name == "fp32")
     run = ready(place, tmp_path / "out", "--precision", "bf16")
-    assert run.settings()["precision"] == run.args.precision == "fp32"
+    assert run.state.settings["precision"] == run.args.precision == "fp32"
     assert re.search("--precision bf16: .*computing in fp32.*\n(.*\n)*.*epochs 0 to 2, fp32", capsys.readouterr().out)
     assert json.loads((tmp_path / "out" / "run.json").read_text())["options"]["precision"] == "fp32"
     assert not run.scaler.is_enabled()

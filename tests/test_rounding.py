@@ -38,6 +38,11 @@ def test_every_derivative_is_rounded() -> None:
     assert torch.equal(first, rounded(up, 10) @ rounded(w, 10))
     torch.testing.assert_close(second, rounded(x, 10).t().mm(rounded(up, 10)).t(), rtol=0, atol=1e-6)
     assert not torch.equal(first, up @ w)
+    a, b, bias = torch.randn(2, 4, 4), torch.randn(2, 4, 4), torch.randn(4)
+    with Rounded(10):
+        products, linear = torch.bmm(a, b), F.linear(a[0], b[0], bias)
+    assert torch.equal(products, torch.bmm(rounded(a, 10), rounded(b, 10)))
+    torch.testing.assert_close(linear, F.linear(rounded(a[0], 10), rounded(b[0], 10), bias), rtol=0, atol=1e-6)
     image, kernel = torch.randn(1, 2, 4, 4), torch.randn(3, 2, 2, 2)
     with Rounded(10):
         found = F.conv2d(image, kernel, stride=2)

@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 import utils
-from runs import LOCK, RunError, claim, read_log, read_runs, run_names
+from runs import EPOCHS_LOG, LOCK, STEPS_LOG, Position, RunError, claim, prepare_output, read_log, read_runs, run_names
 
 ROOT = Path(__file__).parents[1]
 
@@ -269,3 +269,14 @@ def test_a_file_without_rows(
         SystemExit, match=r"^error: .*: no steps\.jsonl or log\.txt of a training run with losses in it"
     ):
         plot(capsys, monkeypatch, str(tmp_path / name), "--output", str(tmp_path / "x.png"))
+
+
+def test_lines_of_what_is_to_come_go(tmp_path: Path) -> None:
+    """A line names the last step that it tells of, counted from 0: after four steps, that of step 3 stays."""
+    places = [(0, 3), (0, 4), (1, 3)]
+    steps, epochs = tmp_path / STEPS_LOG, tmp_path / EPOCHS_LOG
+    for start, left in ((Position(1, 4), (3, 1)), (Position(1), (2, 1)), (Position(0, 4), (1, 0))):
+        write(steps, *({"epoch": epoch, "step": step} for epoch, step in places))
+        write(epochs, {"epoch": 0}, {"epoch": 1})
+        prepare_output(tmp_path, start)
+        assert (len(read_log(steps)), len(read_log(epochs))) == left

@@ -33,12 +33,11 @@ def test_text_half_equals_plain_layers(model: ALBEF) -> None:
 
 
 @pytest.mark.parametrize("layer", [None, 1, 2])
-@pytest.mark.parametrize("twice", [False, True])
-def test_fusion_equals_plain_layers(model: ALBEF, layer: int | None, twice: bool) -> None:
+def test_fusion_equals_plain_layers(model: ALBEF, layer: int | None) -> None:
     encoder = model.text_encoder
     image_tokens, text = model.visual_encoder(images(3)), encoder(*TOKENS)
     plain, attention = plain_layers(encoder, text, MASK, image_tokens, range(1, 3), seen=layer)
-    fused = encoder.fuse(text, MASK, encoder.image_keys_values(image_tokens), None, layer, twice)
+    fused = encoder.fuse(text, MASK, encoder.image_keys_values(image_tokens), None, layer)
     close(fused.tokens, plain)
     assert (fused.attention is None) == (layer is None)
     if layer is not None:
@@ -46,15 +45,14 @@ def test_fusion_equals_plain_layers(model: ALBEF, layer: int | None, twice: bool
 
 
 @pytest.mark.parametrize("layer", [None, 1, 2])
-@pytest.mark.parametrize("twice", [False, True])
-def test_cls_only_leaves_out_what_the_cls_token_does_not_need(model: ALBEF, layer: int | None, twice: bool) -> None:
+def test_cls_only_leaves_out_what_the_cls_token_does_not_need(model: ALBEF, layer: int | None) -> None:
     encoder = model.text_encoder
     text, pictures = encoder(IDS, MASK), encoder.image_keys_values(model.visual_encoder(images(3)))
     computed: list[int] = []
     handle = encoder.layers[2].intermediate.dense.register_forward_hook(
         lambda *args: computed.append(args[1][0].shape[1])
     )
-    whole, part = (encoder.fuse(text, MASK, pictures, None, layer, twice, cls_only) for cls_only in (False, True))
+    whole, part = (encoder.fuse(text, MASK, pictures, None, layer, cls_only) for cls_only in (False, True))
     handle.remove()
     assert part.tokens.shape == (3, 1, whole.tokens.shape[2])
     assert computed == [5, 5 if layer == 2 else 1]

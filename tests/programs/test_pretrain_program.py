@@ -22,6 +22,7 @@ from dataset.reading import DataError
 from dataset.text import load_tokenizer
 from dataset.vg import TrainingData
 from dataset.workers import EpochOrder
+from models import amc
 from models.checkpoint import CheckpointError
 from models.pretrain import Batch, PretrainModel
 from tests.training_runs import (
@@ -172,16 +173,21 @@ def test_gradient_checkpointing_changes_no_loss(
 
 
 def test_compiling_changes_no_loss(
-    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    place: Path, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    compiled = mock.Mock(side_effect=partial(PretrainModel.compile_image_encoders, backend="aot_eager"))
-    monkeypatch.setattr(PretrainModel, "compile_image_encoders", lambda model: compiled(model))
-    steps = log_rows(finished)[0]["steps"]
-    (row,) = train(place, tmp_path, "--compile", "--max_steps", str(steps))
+    compiled = mock.Mock(side_effect=partial(PretrainModel.compile_step, backend="eager"))
+    monkeypatch.setattr(PretrainModel, "compile_step", lambda model: compiled(model))
+    bert = json.loads((place / "bert.json").read_text())
+    still = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}  # padding draws other numbers
+    (tmp_path / "bert.json").write_text(json.dumps(bert | still))
+    words = [f"bert_config={tmp_path / 'bert.json'}", "max_tokens=12", "--max_steps", "1"]
+    (plain,) = train(place, tmp_path / "plain", *words)
+    (row,) = train(place, tmp_path / "compiled", *words, "--compile")
     compiled.assert_called_once()
     for name in LOSSES:
-        assert row[name] == pytest.approx(log_rows(finished)[0][name], rel=1e-4)
-    assert saved(tmp_path, 0)["model"].keys() == saved(finished, 0)["model"].keys()
+        assert row[name] == pytest.approx(plain[name], rel=1e-4)
+    assert saved(tmp_path / "compiled", 0)["model"].keys() == saved(finished, 0)["model"].keys()
+    assert "--compile: the first step at each length of captions, padded to 8, 12 tokens" in capsys.readouterr().out
 
 
 # ---- interruption
@@ -335,14 +341,14 @@ def test_half_precision(place: Path, tmp_path: Path, precision: str) -> None:
 
 def test_the_amc_terms_stay_in_full_precision(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kinds: set[torch.dtype] = set()
-    original = PretrainModel.training_gradcam
+    original = amc.gradcam
 
-    def record(model: PretrainModel, logits: Tensor, attention: Tensor, attention_mask: Tensor) -> Tensor:
-        cam = original(model, logits, attention, attention_mask)
-        kinds.update((logits.dtype, attention.dtype, cam.dtype))
+    def record(attention: Tensor, gradient: Tensor, *args: Any) -> Tensor:
+        cam = original(attention, gradient, *args)
+        kinds.update((attention.dtype, gradient.dtype, cam.dtype))
         return cam
 
-    monkeypatch.setattr(PretrainModel, "training_gradcam", record)
+    monkeypatch.setattr(amc, "gradcam", record)
     train(place, tmp_path, "--precision", "bf16", "--force_precision", "--max_steps", "1")
     assert kinds == {torch.float32}
 

@@ -233,6 +233,17 @@ def test_of_two_processes_goes_on_alone(place: Path, whole: Path, tmp_path: Path
     assert run.log.of_epoch.means() == pytest.approx(means)
 
 
+def test_steps_of_another_size_are_no_steps_of_its_own(place: Path, whole: Path, tmp_path: Path) -> None:
+    """Counts go on; the random numbers, and the step at which the next line's means begin, are the run's own."""
+    run = ready(place, copy(whole, tmp_path / "run", (0, 4)), "--resume", "auto", "batch_size=4")
+    run.begin_epoch(0, 19)
+    before = torch.get_rng_state()
+    run.state.restore_processes(run.progress, run.start, run.log)
+    assert run.log.window == run.start.step == 8
+    assert torch.equal(torch.get_rng_state(), before)
+    assert set(run.log.of_epoch.counts.values()) == {4}
+
+
 DAMAGE: dict[str, Any] = {
     "a list": [1],
     "no samples": {"samples": None},

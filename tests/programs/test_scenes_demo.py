@@ -35,8 +35,10 @@ def commands(monkeypatch: pytest.MonkeyPatch) -> Commands:
     return found
 
 
-def demonstrate(folder: Path, **options: bool) -> None:
-    scenes_demo.main(argparse.Namespace(**{"all": False, "full": False, "output_dir": folder, **options}))
+def demonstrate(folder: Path, **options: bool | str) -> None:
+    scenes_demo.main(
+        argparse.Namespace(**{"all": False, "full": False, "device": "cpu", "output_dir": folder, **options})
+    )
 
 
 def trained(words: list[str]) -> tuple[argparse.Namespace, PretrainConfig]:
@@ -86,6 +88,20 @@ def test_the_whole_table(full: bool, commands: Commands, tmp_path: Path) -> None
         args = evaluate.parse_args(None, words)
         assert (program, args.config) == ("grounding_eval.py", f"configs/scenes/Grounding_{name}.yaml")
         assert args.set == []
+
+
+@pytest.mark.parametrize(("gpus", "batch"), [(1, 32), (2, 16)])
+def test_on_gpus(gpus: int, batch: int, commands: Commands, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two processes need two; one has the batches of both."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    demonstrate(tmp_path, device="cuda")
+    assert demo.parse_args(commands.pop("first_look")[1:]).device == "cuda"
+    for name in ("control", "amc"):
+        args, config = trained(commands.pop(name))
+        assert (args.device, config.batch_size) == ("cuda", batch)
+        assert scenes_demo.shared_out(scenes_demo.CONFIGS / "Pretrain.yaml", "cuda")[0] == gpus
+    for name in (f"{model}_refcoco" for model in MODELS):
+        assert evaluate.parse_args(None, commands[name][1:]).device == "cuda"
 
 
 def test_training_goes_on_where_it_stopped(commands: Commands, tmp_path: Path) -> None:
