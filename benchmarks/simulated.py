@@ -142,7 +142,8 @@ class FakeCUDA(Memory):
         outside of autocast.
         """
         device: torch.device = tensor.fake_device
-        for_autograd = id(tensor) in self.fresh or not self.autocast[-1]
+        casting = self.autocast[-1] and not torch.is_autocast_enabled("cuda")  # which a casting operation suspends
+        for_autograd = id(tensor) in self.fresh or not casting
         self.fresh.discard(id(tensor))
         return META if device.type == "cuda" and for_autograd else device
 
