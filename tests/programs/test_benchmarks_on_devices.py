@@ -40,18 +40,14 @@ def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("in_this_process")
 def test_training(capsys: pytest.CaptureFixture[str]) -> None:
-    bench_train.main(bench_train.parse_args([*SMALL, "--peak_tflops", "0.01"]))
+    bench_train.main(bench_train.parse_args([*SMALL, "--precisions", "fp32", "--peak_tflops", "0.01"]))
     printed = capsys.readouterr().out
     rows = table(printed)
-    assert list(rows) == [
-        *("published, fp32", "ours, fp32", "ours, bf16"),
-        *("ours, fp32, checkpointing", "ours, bf16, checkpointing"),
-    ]
+    assert list(rows) == ["published, fp32", "ours, fp32", "ours, fp32, checkpointing"]
     ours, published = rows["ours, fp32"], rows["published, fp32"]
     assert published["ratio"] == "1.00"
     assert published["losses differ by at most"] == "0.0e+00"
     assert 0 < float(ours["losses differ by at most"]) < 1e-5
-    assert 1e-5 < float(rows["ours, bf16"]["losses differ by at most"]) < 0.1
     assert int(ours["launches"]) < int(published["launches"])
     assert int(ours["launches"]) < int(rows["ours, fp32, checkpointing"]["launches"])
     assert (ours["waits"], int(published["waits"]) > 0) == ("0", True)
