@@ -6,8 +6,8 @@ float32; bf16, fp16: autocast. docs/performance.md, Precision, has the errors of
 
 import argparse
 import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
 
 import torch
 
@@ -76,32 +76,22 @@ def has_units(name: str, device: torch.device) -> bool:
     return bool(supported())
 
 
-class use:
-    """Let float32 products and convolutions on GPUs be what a precision says; as a context, only within it.
+@contextlib.contextmanager
+def use(name: str, device: torch.device, training: bool = False) -> Iterator[None]:
+    """Within it, float32 products and convolutions on GPUs are what a precision says.
 
     tf32: TF32. fp32: IEEE. bf16, fp16: what stays in float32 is IEEE in evaluation. In training it is the AMC part, and
     TF32 where the device has it: the rest is rounded by far more.
 
     The caller autocasts to `DTYPES[name]`. The flags are the process's, not a thread's.
     """
-
-    def __init__(self, name: str, device: torch.device, training: bool = False) -> None:
-        # These two names exist in all versions of PyTorch from 2.4 on; `fp32_precision` is newer, and must not be mixed
-        # with them.
-        self.before = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
-        half = DTYPES[name] != torch.float32
-        tf32 = name == "tf32" or (half and training and has_tf32(device))
-        self._allow(tf32, tf32)
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._allow(*self.before)
-
-    @staticmethod
-    def _allow(products: bool, convolutions: bool) -> None:
-        torch.backends.cuda.matmul.allow_tf32 = products
-        torch.backends.cudnn.allow_tf32 = convolutions
+    half = DTYPES[name] != torch.float32
+    # These two names exist in all versions of PyTorch from 2.4 on; `fp32_precision` is newer, and must not be mixed
+    # with them.
+    products, convolutions = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = products.allow_tf32, convolutions.allow_tf32
+    products.allow_tf32 = convolutions.allow_tf32 = name == "tf32" or (half and training and has_tf32(device))
+    try:
+        yield
+    finally:
+        products.allow_tf32, convolutions.allow_tf32 = before

@@ -11,6 +11,7 @@ are those of the published evaluation (docs/method.md, Evaluation).
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -103,7 +104,7 @@ class Explainer(NamedTuple):
             dtype = DTYPES[self.precision]
             return self.model.encode(images.to(self.device, non_blocking=True), dtype, only)
 
-    def arithmetic(self) -> use:
+    def arithmetic(self) -> AbstractContextManager[None]:
         """A context: float32 on a GPU is what `precision` says, whatever a training around it has chosen."""
         return use(self.precision, self.device)
 

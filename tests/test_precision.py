@@ -142,8 +142,6 @@ def test_both_flags(
             raise KeyError(flags())
         assert flags() == (tf32, tf32)
     assert flags() == (False, True)
-    precision.use(name, GPU, training)  # as a call
-    assert flags() == (tf32, tf32)
 
 
 def test_a_simulated_gpu_is_not_asked() -> None:
