@@ -31,7 +31,6 @@ from dataset.scenes.paths import CONFIGS, SHIPPED_AMC
 from dataset.text import load_tokenizer
 from dataset.vg import Collate, TrainingData
 from grounding import metrics
-from grounding.batches import ImageData, answer_pairs, load_images
 from grounding.maps import ResizedMap
 from grounding.questions import Asking, Questions
 from models.checkpoint import load_weights, read_checkpoint
@@ -107,18 +106,15 @@ class Maps:
         keys |= {"det_file": f"{folder}/dets.json", "test_file": files, "matching_file": "[]"}
         overrides = [f"{key}={value}" for key, value in keys.items()]
         self.config = load_config(CONFIGS / "Grounding_refcoco.yaml", GroundingConfig, overrides)
-        self.questions = Questions(self.config, Asking(str(CONFIGS)), torch.device("cpu"))
+        self.questions = Questions(self.config, Asking(str(CONFIGS), num_workers=0), torch.device("cpu"))
         self.explainer = self.questions.explainer(read_checkpoint(SHIPPED_AMC), SHIPPED_AMC)[0]
 
     def of(self, name: str, bits: int | None) -> list[Tensor]:
         """The map (h, w) of each expression, the image encoder in a precision, operands of float32 in some bits."""
-        explainer, benchmark = self.explainer._replace(precision=name), self.questions.benchmark
-        images = list(dict.fromkeys(image for image, _ in self.questions.asked))
-        data = ImageData(images, benchmark.resize, self.config.image_res, False)
-        batches = load_images(data, self.config.batch_size, 0, None)
+        questions, explainer = self.questions, self.explainer._replace(precision=name)
         with sdpa_kernel(SDPBackend.MATH), rounding(bits):
-            found = dict(answer_pairs(explainer.maps, self.questions.asked, batches))
-        return [found[position] for position in range(len(self.questions.asked))]
+            found = questions.answers(explainer.maps, questions.asked, questions.benchmark.resize)
+        return list(found.values[found.positions.argsort()])
 
     def points(self, maps: list[Tensor]) -> list[tuple[int, int]]:
         sizes = [one.size for one in self.questions.expressions]
