@@ -130,7 +130,7 @@ class Trainer:
     @functools.cached_property
     def compiled(self) -> PretrainModel:
         """A copy on the same parameters, compiled."""
-        model = published.fast_copy(self.model)
+        model = published.shared_copy(self.fast)
         model.compile_step()
         return model
 

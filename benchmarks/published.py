@@ -22,12 +22,17 @@ from models.xbert import TextEncoder
 Model = TypeVar("Model", bound=ALBEF)
 
 
+def shared_copy(model: Model) -> Model:
+    """The same model, its parameters and buffers shared."""
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+
+
 def fast_copy(model: Model) -> Model:
     """The same model, its parameters shared, as the programs here run it on the CPU.
 
     `model` itself is left to the published procedure: timm's blocks write attention out, without a fused kernel.
     """
-    own = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
+    own = shared_copy(model)
     use_onednn(own)
     blocks: list[Any] = list(model.visual_encoder.blocks)
     for block in blocks:

@@ -9,6 +9,7 @@ import pickle
 import re
 import shutil
 import tarfile
+import threading
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -212,6 +213,25 @@ def test_no_flipped_bit_changes_a_number(tmp_path: Path) -> None:
             refused += 1
         path.write_bytes(whole)
     assert refused > len(whole) / 13 / 3
+
+
+def test_no_two_threads_share_an_open_archive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python 3.12 on, zipfile then reads one record's bytes as another's: intact files were refused as damaged."""
+    torch.save([torch.randn(20) for _ in range(300)], tmp_path / "many.pth")
+    threads: dict[int, set[int]] = {}
+    kept = []
+
+    class Watched(zipfile.ZipFile):
+        def open(self, *args: Any, **keys: Any) -> Any:
+            kept.append(self)  # or the next may have its id
+            threads.setdefault(id(self), set()).add(threading.get_ident())
+            return super().open(*args, **keys)
+
+    monkeypatch.setattr(zipfile, "ZipFile", Watched)
+    monkeypatch.setattr(os, "cpu_count", lambda: 4)
+    files.verify_archive(tmp_path / "many.pth")
+    assert len(threads) == 4
+    assert all(len(found) == 1 for found in threads.values())
 
 
 @pytest.mark.usefixtures("without_checksums")
