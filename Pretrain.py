@@ -31,15 +31,15 @@ import runs
 import utils
 from config import PretrainConfig, load_config, naming, save_config
 from dataset.expressions import SHOWN_PROBLEMS
+from dataset.loader.workers import EpochOrder, check_shared_memory, killed_workers_explained, spare_memory
 from dataset.reading import DataError
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from dataset.vg import Collate, TrainingData
-from dataset.workers import EpochOrder, check_shared_memory, killed_workers_explained, spare_memory
 from grounding.questions import Asking
 from grounding.validate import Validation
 from models.checkpoint import check_resumable, diverged
-from models.compiling import token_sizes
-from models.onednn import use_onednn
+from models.kernels.compiling import token_sizes
+from models.kernels.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from models.student import local_checkpoint, own_text_encoder
 from optim import create_optimizer, moments

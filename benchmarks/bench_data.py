@@ -31,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.inputs import scene, scenes_tokenizer
 from benchmarks.machine import Clock, describe_machine, parser, peak_memory, print_table
 from config import AugmentConfig, PretrainConfig
+from dataset.loader.workers import EpochOrder, spare_memory
 from dataset.transforms import augment_for_albef, augment_for_amc, normalise, normalise_batch, resize_bicubic
 from dataset.vg import Collate, TrainingData, packed_entries
-from dataset.workers import EpochOrder, spare_memory
 from grounding.batches import ImageData
 
 SMAPS = Path("/proc/self/smaps_rollup")

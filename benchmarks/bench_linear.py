@@ -1,4 +1,4 @@
-"""A linear layer in float32 on the CPU: PyTorch's own against `models/onednn.py`, at the sizes of ALBEF.
+"""A linear layer in float32 on the CPU: PyTorch's own against `models/kernels/onednn.py`, at the sizes of ALBEF.
 
 python benchmarks/bench_linear.py
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from benchmarks.machine import describe_machine, print_table
-from models.onednn import use_onednn
+from models.kernels.onednn import use_onednn
 
 # rows, input width, output width: image tokens of a 384 px image, text tokens of seven phrases; the small model's
 LAYER_SHAPES = ((577, 768, 2304), (577, 768, 3072), (577, 3072, 768), (56, 768, 3072), (1040, 128, 512))

@@ -28,7 +28,7 @@ from grounding.web.examples import Offer
 from grounding.web.session import Answers
 from models.albef import build_albef
 from models.checkpoint import LoadReport
-from models.onednn import use_onednn
+from models.kernels.onednn import use_onednn
 
 PHOTO_SIZES = ((512, 512), (640, 427), (4000, 3000))
 STEPS = ("upload", "first phrase", "new phrase", "another threshold")

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from models import amc, losses
 from models.albef import ALBEF
-from models.onednn import use_onednn
+from models.kernels.onednn import use_onednn
 from models.pretrain import STUDENT_AND_TEACHER, Batch, PretrainModel
 from models.xbert import TextEncoder
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset
 
 from config import PretrainConfig
-from dataset.entries import FORM, PackedEntries, RawEntry, TrainingEntry, pack
 from dataset.expressions import SURROGATE, EntryProblem, Problems, is_box, is_text, locate, require, shown
+from dataset.loader.entries import FORM, PackedEntries, RawEntry, TrainingEntry, pack
 from dataset.reading import DataError, read_image, read_list
 from dataset.text import Tokenizer, clean_caption, has_content
 from dataset.transforms import augment_for_albef, augment_for_amc

@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from dataset.loader.workers import check_shared_memory
 from dataset.reading import DataError, read_image
 from dataset.transforms import normalise
-from dataset.workers import check_shared_memory
 from grounding.explain import Resize
 from signals import ignore_in_worker
 from utils import rank, world_size

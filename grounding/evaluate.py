@@ -12,10 +12,10 @@ from torch import Tensor
 import precision
 import utils
 from config import GroundingConfig, load_config, naming, save_config
+from dataset.loader.workers import killed_workers_explained
 from dataset.own import load_pairs
 from dataset.reading import DataError
 from dataset.transforms import resize_bilinear_image
-from dataset.workers import killed_workers_explained
 from grounding import identity, metrics
 from grounding.batches import Ask, Pair
 from grounding.benchmarks import Benchmark

@@ -27,7 +27,7 @@ from grounding.explain import Explainer
 from models.albef import ALBEF, build_albef
 from models.checkpoint import LoadReport, load_weights, read_checkpoint
 from models.interface import ExplainableModel, check_layer
-from models.onednn import use_onednn
+from models.kernels.onednn import use_onednn
 from models.student import CONFIG, is_student, local_checkpoint, own_text_encoder
 
 CONFIG_FOLDERS = (Path("configs"), Path("configs/scenes"))

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from config import PretrainConfig
 from dataset.transforms import normalise_batch
 from dataset.vg import mlm_targets
-from models import amc, compiling, losses
+from models import amc, losses
 from models.albef import ALBEF, build_encoders
+from models.kernels import compiling
 from models.vit import ViT
 from models.xbert import KeyValue, TextEncoder
 from utils import all_gather

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from config import PretrainConfig, load_config
-from models.onednn import use_onednn
+from models.kernels.onednn import use_onednn
 from models.pretrain import Batch, PretrainModel
 from tests.grounding.pictures.test_watch import read_events
 from tests.launched import Launched

@@ -18,9 +18,9 @@ from config import (
     size_problems,
 )
 from dataset import vg
-from dataset.entries import TrainingEntry
 from dataset.expressions import DataFile, Expression, Reading
 from dataset.flickr import split_of
+from dataset.loader.entries import TrainingEntry
 from dataset.own import read_pairs
 from dataset.raw.check_images import evenly, inspect_images, note_claims, note_images, note_training_boxes
 from dataset.raw.check_report import CheckReport

@@ -11,9 +11,9 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.entries import TrainingEntry
 from dataset.expressions import DataFile, Problems, first_of
 from dataset.images import as_rgb, opened
+from dataset.loader.entries import TrainingEntry
 from dataset.vg import clip_box
 
 Item = TypeVar("Item")

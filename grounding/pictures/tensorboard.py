@@ -19,7 +19,7 @@ from PIL import Image
 from torch.utils.data import ConcatDataset
 
 from config import ConfigError
-from dataset.entries import TrainingEntry
+from dataset.loader.entries import TrainingEntry
 from dataset.photos import read_photo
 from dataset.reading import DataError, read_image
 from dataset.text import has_content

@@ -17,8 +17,9 @@ import pytest
 
 import files
 from config import PretrainConfig
-from dataset import entries, reading, vg
-from dataset.entries import PackedEntries, RawEntry, pack
+from dataset import reading, vg
+from dataset.loader import entries
+from dataset.loader.entries import PackedEntries, RawEntry, pack
 from dataset.reading import DataError, read_list
 from dataset.vg import TrainingData, load_entries, packed_entries
 

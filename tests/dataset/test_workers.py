@@ -14,11 +14,11 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 import Pretrain
-from dataset import workers
+from dataset.loader import workers
+from dataset.loader.workers import EpochOrder, WorkerError, check_shared_memory, killed_workers_explained
 from dataset.text import load_tokenizer
 from dataset.transforms import resize_bilinear_image
 from dataset.vg import TrainingData
-from dataset.workers import EpochOrder, WorkerError, check_shared_memory, killed_workers_explained
 from grounding.batches import ImageData, load_images
 
 

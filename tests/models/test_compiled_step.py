@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.profiler import ProfilerActivity, profile
 
-from models import amc, compiling, onednn
+from models import amc
+from models.kernels import compiling, onednn
 from models.pretrain import Batch, PretrainModel
 from models.xbert import KeyValue
 from tests.models.plain import IDS, MASK, images
@@ -127,7 +128,7 @@ def test_inductor_differentiates_a_gradcam(tiny_config: TinyConfig) -> None:
             loss = function(text, pictures)
             found.append((loss.detach(), gradients(model, loss)))
         counts = {event.key: event.count for event in profiled.key_averages()}
-        assert counts["mkldnn::_linear_pointwise"] > 10  # as models/onednn.py multiplies
+        assert counts["mkldnn::_linear_pointwise"] > 10  # as models/kernels/onednn.py multiplies
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
 
 

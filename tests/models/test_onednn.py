@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from models import onednn
-from models.onednn import OneDNNLinear, use_onednn
+from models.kernels import onednn
+from models.kernels.onednn import OneDNNLinear, use_onednn
 
 
 @pytest.fixture

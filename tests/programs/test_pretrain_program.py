@@ -18,10 +18,10 @@ from torch import Tensor
 import Pretrain
 import utils
 from config import ConfigError, PretrainConfig, load_config
+from dataset.loader.workers import EpochOrder
 from dataset.reading import DataError
 from dataset.text import load_tokenizer
 from dataset.vg import TrainingData
-from dataset.workers import EpochOrder
 from models import amc
 from models.checkpoint import CheckpointError
 from models.pretrain import Batch, PretrainModel

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import Pretrain
 import runs
 from config import ConfigError, PretrainConfig, load_config
-from dataset.entries import TrainingEntry
+from dataset.loader.entries import TrainingEntry
 from dataset.photos import read_photo
 from dataset.reading import DataError
 from dataset.text import load_tokenizer

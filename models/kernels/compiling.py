@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from models.onednn import product_pass
+from models.kernels.onednn import product_pass
 from utils import UserError
 
 TOKEN_SIZES = (8, 16, 25, 32, 64, 128, 256, 512)  # what captions are padded to
@@ -23,7 +23,7 @@ def whole(
 ) -> Callable[..., Any]:
     """The function compiled as one graph for each set of shapes, when it is first called with them.
 
-    The call raises `UserError` where that cannot be done. On the CPU, inductor multiplies through `models.onednn` too.
+    The call raises `UserError` where that cannot be done. On the CPU, inductor multiplies through oneDNN too.
     """
     dynamo: Any = torch._dynamo.config
     dynamo.cache_size_limit = max(dynamo.cache_size_limit, len(TOKEN_SIZES) * len(TARGET_PARTS))
