@@ -30,8 +30,8 @@ from models.interface import ExplainableModel, Explanation
 from precision import DTYPES, use
 from utils import UserError, upload
 
-# (image, text) pairs in one pass of the fusion layers, by device; each may copy its image's keys and values. A pass asks
-# for as many kernels whatever its size, and on a GPU the host cannot keep up with passes of 32 (measured).
+# (image, text) pairs in one pass of the fusion layers, by device; each may copy its image's keys and values. A pass
+# launches as many kernels whatever its size, and in passes of 32 an H100 waited for its host.
 MAX_PAIRS = {"cpu": 32, "cuda": 128}
 
 Resize = Callable[[Image.Image, int], np.ndarray]
