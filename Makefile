@@ -4,6 +4,8 @@ VENV := .venv
 PYTHON := $(VENV)/bin/python
 SYSTEM_PYTHON ?= python3
 READY := $(VENV)/.ready
+# Tests by a process for each core, each with one thread; in the order of tests/conftest.py.
+SHARED_OUT := --numprocesses logical --maxprocesses 4 --no-loadscope-reorder
 
 .PHONY: demo demo-full web quick test check fuzz bench-gpu clean help
 
@@ -17,10 +19,10 @@ web: $(READY)  ## a page to try images and phrases on
 	$(PYTHON) demo.py --web
 
 quick: $(READY)  ## the quick tests: no full-size checkpoint, browser or long training
-	$(PYTHON) -m pytest -m "not golden and not browser and not slow"
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(SHARED_OUT) -m "not golden and not browser and not slow"
 
 test: check  ## format, lint, types and all tests
-	$(PYTHON) -m pytest
+	OMP_NUM_THREADS=1 $(PYTHON) -m pytest $(SHARED_OUT)
 	@echo "make test: format, lint, types and all tests passed; nothing is left behind"
 
 check: $(READY)  ## format, lint and types

@@ -15,14 +15,30 @@ import torch
 from config import ModelConfig, PretrainConfig
 
 GOLDEN = Path(__file__).parent / "golden"
+FULL_SIZE = ("test_golden_eval.py", "test_golden_train.py", "test_published_config.py", "test_on_gpu.py")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `golden` what asks for the full-size checkpoint."""
+    """Mark as `golden` what asks for the full-size checkpoint; begin with files that take long, to end together."""
     for item in items:
         if "golden_checkpoint" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.golden)
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: (item.path.name not in FULL_SIZE, item.path not in slow))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Share out whole files, for the sake of their fixtures; full-size models, of up to 11 GB, to one worker."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduler(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = super()._split_scope(nodeid)
+            return "full size" if file.endswith(FULL_SIZE) else file
+
+    return Scheduler(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
