@@ -63,7 +63,8 @@ def test_entries_come_back_as_they_were() -> None:
     found = PackedEntries(packed(rows), "t.json", "root")
     assert len(found) == 3
     for row, entry in zip(rows, found, strict=True):
-        assert entry == (Path("root", row.image), row.captions, row.boxes, f"t.json: entry {row.row} ({row.image})")
+        source = f"t.json: entry {row.row} ({row.image})"
+        assert entry == (Path("root", row.image), row.captions, row.boxes, source, [])
         assert [type(x) for box in entry.boxes for x in box] == [type(x) for box in row.boxes for x in box]
     assert found[-1] == found[2]
     assert found[0:2] == [found[0], found[1]]
