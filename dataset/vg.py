@@ -303,7 +303,7 @@ def _entry(index: int, row: Any, image_root: str, max_words: int) -> RawEntry:
 
 def _relation(relation: Any, max_words: int) -> list[str]:
     """The group of a relation and its synonyms, cleaned; nothing if there are none."""
-    if not relation:
+    if relation is None or (isinstance(relation, dict) and not relation.get("synonym")):
         return []
     group, synonyms = map(relation.get, ("group", "synonym")) if isinstance(relation, dict) else (None, None)
     if not is_text(group) or not isinstance(synonyms, list) or not all(map(is_text, synonyms)):

@@ -78,11 +78,11 @@ def test_entries_come_back_as_they_were() -> None:
 def test_the_bytes_are_those_of_any_machine() -> None:
     """Numbers are little-endian wherever they are written: a folder may be shared by machines that differ."""
     content = packed([RawEntry(3, "a", ["b"], [])])
-    text = b'["a",["b"],[]]'
+    text = b'["a",["b"],[],[]]'
     numbers = (len(text), 3, 0)
-    checked = text + struct.pack("<3q", *numbers) + b"\0"
-    head = struct.pack("<6q", len(text), 8, 8, 8, 1, zlib.crc32(checked))
-    assert content == checked + head + b"amc entries 2\n"
+    checked = text + struct.pack("<3q", *numbers) + b"\0\0"
+    head = struct.pack("<7q", len(text), 8, 8, 8, 1, 1, zlib.crc32(checked))
+    assert content == checked + head + b"amc entries 3\n"
 
 
 def test_no_entries() -> None:
