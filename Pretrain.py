@@ -54,6 +54,7 @@ from training.state import (
     check_agreement,
     choose_start,
     command_to_go_on,
+    has_ended_epoch_0,
     load_start,
     position_after,
     progress_of,
@@ -144,15 +145,29 @@ def main(args: argparse.Namespace) -> None:
             args.checkpoint = str(local_checkpoint(args.checkpoint))
             args.text_encoder = args.text_encoder or own_text_encoder(Path(args.checkpoint))
         args.text_encoder = args.text_encoder or "bert-base-uncased"
-        run = Run(args, config, device, requests)
-        requests.begin()
-        with precision.use(args.precision, device, training=True):
-            train(run)
+        if config.relation_file:
+            train_relations(args, config, device, requests)
+        train(Run(args, config, device, requests))
     utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
+
+
+def train_relations(args: argparse.Namespace, config: PretrainConfig, device: torch.device, requests: Requests) -> None:
+    """SelfEQ's relation epoch, unless it is done: a run of its own, whose checkpoint the other epochs go on from."""
+    path, goes_on = choose_start(args)
+    args.checkpoint, args.resume = str(path), goes_on
+    if not (goes_on and has_ended_epoch_0(path)):
+        train(Run(args, config, device, requests, relation=True))
+        args.checkpoint, args.resume = str(runs.checkpoint_path(Path(args.output_dir), Position(1), True)), True
 
 
 def train(run: "Run") -> None:
     """Train the epochs that are left; each ends with a line of log.txt and a checkpoint."""
+    run.requests.begin()
+    with precision.use(run.args.precision, run.device, training=True):
+        train_epochs(run)
+
+
+def train_epochs(run: "Run") -> None:
     for epoch in itertools.takewhile(run.steps_of, itertools.count(run.start.epoch)):
         run.train_epoch(epoch, run.steps_of(epoch))
         run.check_weights(epoch)
@@ -172,11 +187,24 @@ class Run:
     """One training run: its parts, ready for the first epoch or for the one to resume with."""
 
     def __init__(
-        self, args: argparse.Namespace, config: PretrainConfig, device: torch.device, requests: Requests | None = None
+        self,
+        args: argparse.Namespace,
+        config: PretrainConfig,
+        device: torch.device,
+        requests: Requests | None = None,
+        relation: bool = False,
     ) -> None:
-        """Make each part from those above it. The output folder comes last: an error leaves it as it was."""
+        """Make each part from those above it. The output folder comes last: an error leaves it as it was.
+
+        Args:
+            relation: with `relation_file`, whether this is SelfEQ's relation epoch, or what follows it.
+        """
         args.precision = precision.choose(args.precision, device, args.force_precision)
-        self.args, self.config, self.device, self.output = args, config, device, Path(args.output_dir)
+        self.args, self.given, self.device, self.output = args, config, device, Path(args.output_dir)
+        follows = bool(config.relation_file) and not relation
+        if config.relation_file:
+            config = config.relation_epoch() if relation else config.plain_epochs()
+        self.config = config
         tokenizer = load_tokenizer(args.text_encoder)
         self.data = TrainingData(config, args.seed, args.skip_broken, args.cache_dir)
         self.order = EpochOrder(len(self.data), utils.world_size(), utils.rank(), args.seed)
@@ -201,11 +229,11 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         parts = self.data, self.model, self.optimizer, self.schedule, self.scaler, device
         self.state = TrainingState(config, settings_of(args, len(self.data)), step_samples, *parts)
-        if goes_on:
+        if goes_on and not (follows and self.start == Position(1)):  # there, optimizer and schedule are new
             self.state.restore(checkpoint, path)
         self.requests = requests or Requests()
         self.decisive = self.validation.decisive if self.validation else ""
-        self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive)
+        self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive, relation)
         here = goes_on and Path(path).resolve().parent == self.output.resolve()
         done = here and not self.steps_of(self.start.epoch)
         total_steps = min(config.schedular.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
@@ -268,6 +296,8 @@ class Run:
 
     def set_rate(self, epoch: int, step: int) -> None:
         """Set the learning rate after a step."""
+        if self.config.relation_file and self.config.selfeq.rate == "fixed":
+            return
         if (time := iteration_time(self.config.schedular, epoch, step, self.epoch_steps)) is not None:
             self.schedule.step(time)  # type: ignore[arg-type]  # timm counts in fractions of epochs as well
 
@@ -369,18 +399,19 @@ class Run:
         if utils.rank() != 0:
             return
         runs.prepare_output(self.output, self.start, earlier_log)
-        save_config(self.config, self.output / "config.yaml")
+        save_config(self.given, self.output / "config.yaml")
         runs.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
         samples = f"{self.config.batch_size * self.args.accum_steps} x {utils.world_size()}"
         utils.log(f"{len(self.data)} entries, {self.epoch_steps} steps of {samples} samples an epoch, {self.device}")
-        begin = f"epochs {self.start.epoch} to {self.config.schedular.epochs - 1}, {self.args.precision}"
+        kind = "the relation epoch: " if self.config.relation_file else ""
+        begin = f"{kind}epochs {self.start.epoch} to {self.config.schedular.epochs - 1}, {self.args.precision}"
         utils.log(begin + (f", from step {self.start.step} of the first" if self.start.step else ""))
         if board := self.log.board:
             config_text = (self.output / "config.yaml").read_text(encoding="utf-8")
             board.start(self.output / runs.BOARD, self.start.epoch * self.epoch_steps + self.start.step, config_text)
             utils.log(f"watch it: tensorboard --logdir {self.output}")
         if wandb := self.log.wandb:
-            wandb.start(self.output / runs.WANDB, self.config.model_dump(mode="json"))
+            wandb.start(self.output / runs.WANDB, self.given.model_dump(mode="json"))
 
 
 # ---- the parts of a run
@@ -390,7 +421,8 @@ def build_loader(
     data: TrainingData, order: EpochOrder, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
     """This process's batches; raises `DataError` where they do not fill a step."""
-    sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + 5 * 8 * config.max_tokens + 1  # of `Batch`, at most
+    tokens, flags = (7, 2) if config.selfeq.is_trained else (5, 1)  # tensors of `Batch`
+    sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + tokens * 8 * config.max_tokens + flags
     check_shared_memory(args.num_workers, len(data) // config.batch_size, config.batch_size * sample_bytes)
     loader = DataLoader(
         data,
@@ -429,6 +461,10 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
         utils.keep_freed_memory()
     model.to(device)
     use_onednn(model)
+    if args.compile and model.config.selfeq.is_trained:
+        raise utils.UserError(
+            "--compile: SelfEQ's losses cannot be compiled yet: leave it out, or train without selfeq"
+        )
     if args.compile:
         model.compile_step()
         sizes = ", ".join(map(str, token_sizes(model.config.max_tokens)))

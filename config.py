@@ -108,9 +108,34 @@ class AMCConfig(Section):
     empty_box: Literal["zero_mask", "no_box"] = "zero_mask"
 
 
+class SelfEQConfig(Section):
+    """Keys of `selfeq:` (SelfEQ, section 3): the losses on the maps of a caption and of its paraphrase."""
+
+    # Of 0 and 0, the losses are left out. With `relation_file`, the published 1 and 0.5 are the defaults.
+    weight_similarity: float = Field(0, ge=0)
+    weight_consistency: float = Field(0, ge=0)
+    threshold: float = 0.8  # of the sum of both maps, in the region where they must agree
+    floor: float = 0.4  # for the mean of each map there
+    # release: "batch", one region of all samples; "sample": a region and a loss each, then their mean.
+    over: Literal["batch", "sample"] = "batch"
+    # release: "all", the deviation counts patches outside the region as zeros; "region": those inside alone.
+    std_over: Literal["all", "region"] = "all"
+    # release: "text", the group is replaced inside of longer words as well, "cat" in "cattle"; "word": as a word alone.
+    replace: Literal["text", "word"] = "text"
+    # release: "fixed", the relation epoch stays at warmup_lr of relation_schedular; "schedule": its rate changes by it.
+    rate: Literal["fixed", "schedule"] = "fixed"
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether its losses are a part of the step."""
+        return bool(self.weight_similarity or self.weight_consistency)
+
+
 class AugmentConfig(Section):
     """Training augmentation; the release's values are the defaults (docs/method.md, Training)."""
 
+    # Whose; "none": images are resized alone (PIL, bicubic). None: ALBEF's with `add_gcam: False`, else AMC's.
+    kind: Literal["amc", "albef", "none"] | None = None
     flip_prob: float = Field(0.5, ge=0, le=1)
     # release: "keep" leaves "left" and "right" in the caption of a flipped image; "swap" exchanges them, so that a
     # spatial phrase stays true.
@@ -119,7 +144,7 @@ class AugmentConfig(Section):
     jitter_prob: float = Field(0.5, ge=0, le=1)
     # release: saturation always rises by 153..357 of 255; "standard" is torchvision's ColorJitter at equal strengths.
     jitter: Literal["release", "standard"] = "release"
-    # The next two are used without AMC only (`add_gcam: False`): ALBEF's random resized crop and RandAugment.
+    # The next two are ALBEF's alone: random resized crop and RandAugment.
     crop_scale: tuple[float, float] = (0.2, 1.0)
     randaugment: bool = True
 
@@ -201,7 +226,51 @@ class PretrainConfig(ModelConfig):
     add_gcam: bool = True  # False: plain ALBEF, with ALBEF's augmentation
     mask_size: int = Field(256, ge=1)
     amc: AMCConfig = AMCConfig()
+    # SelfEQ's: epoch 0 then trains on these entries' paraphrases, with an optimizer and a schedule of its own; later
+    # epochs are plain ALBEF on `train_file`, with AMC's augmentation, whatever `add_gcam` says.
+    relation_file: list[PathText] = []
+    relation_optimizer: OptimizerConfig = OptimizerConfig()
+    relation_schedular: ScheduleConfig = ScheduleConfig()
+    selfeq: SelfEQConfig = SelfEQConfig()
     augment: AugmentConfig = AugmentConfig()
+
+    @field_validator("augment")
+    @classmethod
+    def _boxes_stay_true(cls, augment: AugmentConfig, info: ValidationInfo) -> AugmentConfig:
+        if augment.kind in ("albef", "none") and info.data.get("add_gcam") and not info.data.get("relation_file"):
+            message = "kind must be amc where add_gcam is True: boxes follow no other augmentation"
+            raise PydanticCustomError("augment_kind", message)
+        return augment
+
+    @model_validator(mode="before")
+    @classmethod
+    def _published_weights(cls, values: Any) -> Any:
+        """Let the losses of SelfEQ's relation epoch have the published weights, where none are given."""
+        given = values.get("selfeq", {}) if isinstance(values, dict) and values.get("relation_file") else None
+        if not isinstance(given, dict):
+            return values
+        return {**values, "selfeq": {"weight_similarity": 1.0, "weight_consistency": 0.5, **given}}
+
+    @property
+    def explains(self) -> bool:
+        """Whether a step has losses on maps."""
+        return self.add_gcam or self.selfeq.is_trained
+
+    def relation_epoch(self) -> "PretrainConfig":
+        """What epoch 0 of a run with `relation_file` trains by."""
+        own = {"train_file": self.relation_file, "add_gcam": False, "augment": self._augmented("none")}
+        schedule = self.relation_schedular.model_copy(update={"epochs": 1})
+        return self.model_copy(update={**own, "optimizer": self.relation_optimizer, "schedular": schedule})
+
+    def plain_epochs(self) -> "PretrainConfig":
+        """What the epochs after it train by."""
+        own = {"relation_file": [], "selfeq": SelfEQConfig()}
+        return self.model_copy(
+            update={**own, "add_gcam": False, "augment": self._augmented(self.augment.kind or "amc")}
+        )
+
+    def _augmented(self, kind: str) -> AugmentConfig:
+        return self.augment.model_copy(update={"kind": kind})
 
 
 class GroundingConfig(ModelConfig):
@@ -404,7 +473,7 @@ def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
     if not fusion:
         layers = bert.num_hidden_layers
         problems.append(f"bert_config has fusion_layer {bert.fusion_layer} of {layers} layers: none sees the image")
-    elif isinstance(config, PretrainConfig) and config.add_gcam and config.amc.layer not in fusion:
+    elif isinstance(config, PretrainConfig) and config.explains and config.amc.layer not in fusion:
         problems.append(f"amc.layer is {config.amc.layer}; the fusion layers are {fusion.start} to {fusion[-1]}")
     return problems
 

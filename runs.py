@@ -112,14 +112,19 @@ class Position(NamedTuple):
 
 
 BEGINNING = Position(0)
-NAME = re.compile(r"checkpoint_([0-9]+)(?:_step_([0-9]+))?\.pth")
+NAME = re.compile(r"checkpoint_(?:relation_)?([0-9]+)(?:_step_([0-9]+))?\.pth")
 
 
-def checkpoint_path(folder: Path, at: Position) -> Path:
-    """checkpoint_01.pth at the end of epoch 1, checkpoint_01_step_000200.pth after 200 steps of it."""
+def checkpoint_path(folder: Path, at: Position, relation: bool = False) -> Path:
+    """checkpoint_01.pth at the end of epoch 1, checkpoint_01_step_000200.pth after 200 steps of it.
+
+    Args:
+        relation: of SelfEQ's relation epoch, which is in the name: checkpoint_relation_00.pth.
+    """
+    kind = "checkpoint_relation" if relation else "checkpoint"
     if at.step:
-        return folder / f"checkpoint_{at.epoch:02d}_step_{at.step:06d}.pth"
-    return folder / f"checkpoint_{at.epoch - 1:02d}.pth"
+        return folder / f"{kind}_{at.epoch:02d}_step_{at.step:06d}.pth"
+    return folder / f"{kind}_{at.epoch - 1:02d}.pth"
 
 
 def checkpoints(folder: Path) -> dict[Position, Path]:

@@ -43,7 +43,7 @@ class Requests:
     def begin(self) -> None:
         """From here on there is something to save."""
         for number in STOPS:
-            self.before[number] = signal.signal(number, self._note)
+            self.before.setdefault(number, signal.signal(number, self._note))
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for number, handler in self.before.items():

@@ -17,15 +17,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.random import Generator
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import ConcatDataset, Dataset
+from torch.utils.data import ConcatDataset, Dataset, Subset
 
 from config import PretrainConfig
 from dataset.expressions import SURROGATE, EntryProblem, Problems, is_box, is_text, locate, require, shown
 from dataset.loader.entries import FORM, PackedEntries, RawEntry, TrainingEntry, pack
 from dataset.reading import DataError, read_image, read_list
-from dataset.text import Tokenizer, clean_caption, has_content
-from dataset.transforms import augment_for_albef, augment_for_amc
+from dataset.text import Tokenizer, clean_caption, has_content, swap_left_right
+from dataset.transforms import augment_for_albef, augment_for_amc, resize_bicubic
 from files import file_digest
 from utils import UserError, atomic_path, barrier, gather_objects, log, rank, sweep
 
@@ -34,14 +35,21 @@ LARGE = 64 << 20  # bytes of a JSON file whose entries are worth a packed file
 NO_BOXES = "add_gcam is True, but no entry has boxes for AMC to learn from; is their key spelled 'bbox'?"
 
 
+NO_SYNONYMS = "no entry has a relation with synonyms for SelfEQ to learn from; is its key spelled 'relation'?"
+
+
 class Sample(NamedTuple):
-    """image: (3, r, r) uint8; mask: (s, s) uint8 of 0 and 1; rng: where the sample's later draws come from."""
+    """image: (3, r, r) uint8; mask: (s, s) uint8 of 0 and 1; rng: where the sample's later draws come from.
+
+    other: the caption in other words, None without synonyms. In SelfEQ's relation epoch the two change places.
+    """
 
     image: Tensor
     caption: str
     mask: Tensor
     has_box: bool
     rng: Generator
+    other: str | None = None
 
 
 class TrainingData(Dataset[Sample]):
@@ -67,15 +75,22 @@ class TrainingData(Dataset[Sample]):
         files = [packed_entries(file, config, cache_dir) for file in config.train_file]
         self.entries = ConcatDataset[TrainingEntry](files)
         self.boxed = np.concatenate([file.boxed for file in files]).astype(bool)
+        related = np.flatnonzero(np.concatenate([file.related for file in files]))
+        if config.selfeq.is_trained and not len(related):
+            raise DataError(f"{', '.join(config.train_file)}: {NO_SYNONYMS}")
+        if config.relation_file:
+            log(f"relation_file: {len(related)} of {len(self.boxed)} entries have synonyms; the others take no part")
+            self.entries = ConcatDataset([Subset(self.entries, related)])  # type: ignore[arg-type]  # NumPy's take less memory
+            self.boxed = self.boxed[related]
         if config.add_gcam and not self.boxed.any():
             log(f"warning: {NO_BOXES}")
         if int(os.environ.get("LOCAL_RANK", 0)) == 0:
             _check_images(files, skip_broken)
         # One flag an entry, in shared memory: the loader's workers set them, the training process counts them.
-        self.broken = torch.zeros(len(self.entries), dtype=torch.bool).share_memory_()
+        self.broken = torch.zeros(len(self), dtype=torch.bool).share_memory_()
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self.boxed)
 
     @property
     def epoch(self) -> int:
@@ -109,16 +124,31 @@ class TrainingData(Dataset[Sample]):
                 index = int(rng.integers(len(self)))
 
     def _sample(self, entry: TrainingEntry, rng: Generator) -> Sample:
-        config = self.config
+        config, kind = self.config, self.config.augment.kind or ("amc" if self.config.add_gcam else "albef")
         image = np.asarray(read_image(entry.image, entry.source))
-        caption = entry.captions[int(rng.integers(len(entry.captions)))]
+        drawn = caption = entry.captions[int(rng.integers(len(entry.captions)))]
         size = config.mask_size
-        if not config.add_gcam:
+        mask, has_box, other = np.zeros((size, size), np.uint8), False, None
+        if kind == "amc":
+            mask, has_box = self._mask(entry, image.shape[0], image.shape[1], rng)
+        if kind == "amc":
+            image, mask, caption = augment_for_amc(image, mask, caption, config.augment, config.image_res, size, rng)
+        elif kind == "albef":
             image, caption = augment_for_albef(image, caption, config.augment, config.image_res, rng)
-            return Sample(_as_tensor(image), caption, torch.zeros(size, size, dtype=torch.uint8), False, rng)
-        mask, has_box = self._mask(entry, image.shape[0], image.shape[1], rng)
-        image, mask, caption = augment_for_amc(image, mask, caption, config.augment, config.image_res, size, rng)
-        return Sample(_as_tensor(image), caption, torch.from_numpy(mask.copy()), has_box, rng)
+        else:
+            image = resize_bicubic(Image.fromarray(image), config.image_res)
+        if config.selfeq.is_trained and entry.relation:
+            other = self._paraphrase(caption, entry.relation, caption != drawn, rng)
+            caption, other = (other, caption) if config.relation_file else (caption, other)
+        return Sample(_as_tensor(image), caption, torch.from_numpy(mask.copy()), has_box, rng, other)
+
+    def _paraphrase(self, caption: str, relation: Sequence[str], mirrored: bool, rng: Generator) -> str:
+        """The caption with its words replaced by a drawn synonym; `mirrored`: it has changed left and right already."""
+        words = relation[0], relation[1 + int(rng.integers(len(relation) - 1))]
+        old, new = map(swap_left_right, words) if mirrored else words
+        if self.config.selfeq.replace == "word":
+            return re.sub(rf"(?<!\w){re.escape(old)}(?!\w)", lambda _: new, caption)
+        return caption.replace(old, new)
 
     def _mask(self, entry: TrainingEntry, height: int, width: int, rng: Generator) -> tuple[np.ndarray, bool]:
         """The mask (h, w) of a drawn box, or of all boxes, and whether there is one."""
@@ -256,21 +286,42 @@ def _entry(index: int, row: Any, image_root: str, max_words: int) -> RawEntry:
     _check_spelling(row)
     name = require(row, "image", str)
     _locate_recent(image_root, name)
-    if "caption" not in row:
+    key = _caption_key(row)
+    if key not in row:
         raise EntryProblem("key 'caption' is missing")
     texts = _texts(row)
     if not texts or not all(isinstance(text, str) for text in texts):
-        raise EntryProblem("key 'caption' must be a string or a list of strings", f"found {shown(row['caption'])}")
+        raise EntryProblem(f"key '{key}' must be a string or a list of strings", f"found {shown(row[key])}")
     if not all(map(is_text, texts)):
-        raise EntryProblem(f"key 'caption' {SURROGATE}", shown(row["caption"]))
+        raise EntryProblem(f"key '{key}' {SURROGATE}", shown(row[key]))
     boxes = row.get("bbox", [])
     if not isinstance(boxes, list) or not all(map(is_box, boxes)):
         raise EntryProblem("key 'bbox' must be a list of [x1, y1, x2, y2]", f"found {shown(boxes)}")
-    return RawEntry(index, name, [clean_caption(text, max_words) for text in texts], boxes)
+    captions = [clean_caption(text, max_words) for text in texts]
+    return RawEntry(index, name, captions, boxes, _relation(row.get("relation"), max_words))
+
+
+def _relation(relation: Any, max_words: int) -> list[str]:
+    """The group of a relation and its synonyms, cleaned; nothing if there are none."""
+    if relation is None or (isinstance(relation, dict) and not relation.get("synonym")):
+        return []
+    group, synonyms = map(relation.get, ("group", "synonym")) if isinstance(relation, dict) else (None, None)
+    if not is_text(group) or not isinstance(synonyms, list) or not all(map(is_text, synonyms)):
+        form = 'key \'relation\' must be {"group": words of the caption, "synonym": a list of texts}'
+        raise EntryProblem(form, f"found {shown(relation)}")
+    words = [clean_caption(text, max_words) for text in (group, *synonyms)]
+    synonyms = list(filter(has_content, words[1:]))
+    return [words[0], *synonyms] if has_content(words[0]) and synonyms else []
+
+
+def _caption_key(row: dict[str, Any]) -> str:
+    """`caption`, in its place `phrase_chunks` in SelfEQ's files of COCO."""
+    return "phrase_chunks" if "caption" not in row and "phrase_chunks" in row else "caption"
 
 
 def _texts(row: dict[str, Any]) -> list[Any]:
-    return row["caption"] if isinstance(row["caption"], list) else [row["caption"]]
+    texts = row[_caption_key(row)]
+    return texts if isinstance(texts, list) else [texts]
 
 
 def _check_spelling(row: Any) -> None:
@@ -338,6 +389,9 @@ class Collate:
             for ids, sample in zip(tokens.input_ids.numpy(), samples, strict=True)
         ]
         labels = torch.from_numpy(np.stack([m.labels for m in masked]))
+        others = [sample.caption if sample.other is None else sample.other for sample in samples]
+        has_other = torch.tensor([sample.other is not None for sample in samples])
+        more = (*self.tokenizer(others, self.config.max_tokens), has_other) if self.config.selfeq.is_trained else ()
         return (
             torch.stack([sample.image for sample in samples]),
             tokens.input_ids,
@@ -347,4 +401,5 @@ class Collate:
             torch.stack([sample.mask for sample in samples]),
             torch.tensor([sample.has_box for sample in samples]),
             mlm_targets(labels),
+            *more,
         )

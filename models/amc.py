@@ -83,7 +83,7 @@ def mean_margin_loss(
         hinge = (_weighted_mean(cam, outside, (0, 1, 2)) - _weighted_mean(cam, inside, (0, 1, 2)) + margin).relu()
         return hinge * has_box.any()
     hinge = (_weighted_mean(cam, outside, (1, 2)) - _weighted_mean(cam, inside, (1, 2)) + margin).relu()
-    return _mean_where(hinge, has_box)
+    return mean_where(hinge, has_box)
 
 
 def max_margin_loss(cam: Tensor, mask: Tensor, has_box: Tensor, margin: float) -> Tensor:
@@ -92,7 +92,7 @@ def max_margin_loss(cam: Tensor, mask: Tensor, has_box: Tensor, margin: float) -
     Arguments and result as in `mean_margin_loss`.
     """
     hinge = ((cam * (1 - mask)).amax(dim=(1, 2)) - (cam * mask).amax(dim=(1, 2)) + margin).relu()
-    return _mean_where(hinge, has_box)
+    return mean_where(hinge, has_box)
 
 
 def _weighted_mean(values: Tensor, weights: Tensor, dim: tuple[int, ...]) -> Tensor:
@@ -100,7 +100,8 @@ def _weighted_mean(values: Tensor, weights: Tensor, dim: tuple[int, ...]) -> Ten
     return (values * weights).sum(dim) / weights.sum(dim).clamp(min=torch.finfo(values.dtype).tiny)
 
 
-def _mean_where(values: Tensor, keep: Tensor) -> Tensor:
+def mean_where(values: Tensor, keep: Tensor) -> Tensor:
+    """The mean of values (B,) where `keep` (B,) is 1; 0 where it never is."""
     keep = keep.to(values.dtype)
     return (values * keep).sum() / keep.sum().clamp(min=1)
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from config import PretrainConfig
 from dataset.transforms import normalise_batch
 from dataset.vg import mlm_targets
-from models import amc, losses
+from models import amc, losses, selfeq
 from models.albef import ALBEF, build_encoders
 from models.kernels import compiling
 from models.vit import ViT
@@ -28,6 +28,9 @@ class Batch(NamedTuple):
     image: (B, 3, r, r); input_ids, attention_mask: (B, T); mlm_input_ids: (B, T), masked; mlm_labels: (B, T), the
     original id at targets and -100 elsewhere; box_mask: (B, s, s) in [0, 1]; has_box: (B,) bool; mlm_targets: (K,),
     int64, where they are in the flattened labels; without it the model looks for them, which waits for the device.
+
+    For SelfEQ, other_ids, other_mask: (B, U), the same in other words: a paraphrase, or in the relation epoch, which
+    trains on paraphrases, the caption; has_other: (B,) bool, rows that have one.
     """
 
     image: Tensor
@@ -38,6 +41,9 @@ class Batch(NamedTuple):
     box_mask: Tensor
     has_box: Tensor
     mlm_targets: Tensor | None = None
+    other_ids: Tensor | None = None
+    other_mask: Tensor | None = None
+    has_other: Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         """On a device; images and masks that travelled as uint8 become the numbers described above there."""
@@ -136,7 +142,8 @@ class PretrainModel(ALBEF):
     """ALBEF with its teacher and queues; `forward` gives the named losses of one step, `total` their weighted sum.
 
     The losses are `loss_mlm`, `loss_ita`, `loss_itm` and `loss_<name>` of each loss on the map (`amc.MAP_LOSSES`). With
-    `add_gcam: False` those on the map are 0 and have no weight.
+    `add_gcam: False` those on the map are 0 and have no weight. `selfeq` adds `loss_similarity`, `loss_consistency`. In
+    its relation epoch (`relation_file`) texts are paraphrases, and the teacher's features of captions are enqueued.
 
     Raises:
         ConfigError: sizes that do not fit; a loss on the map without a weight, or a weight without a loss.
@@ -158,6 +165,8 @@ class PretrainModel(ALBEF):
         self.loss_weights = {"loss_mlm": 1.0, "loss_ita": 1.0, "loss_itm": 1.0}
         if config.add_gcam:
             self.loss_weights |= amc.map_loss_weights(config.amc)
+        if config.selfeq.is_trained:
+            self.loss_weights |= selfeq.loss_weights(config.selfeq)
         for name in STUDENT_AND_TEACHER:
             setattr(self, f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
         self.rounded_teacher: RoundedEncoders | None = None  # no part of the checkpoint
@@ -249,7 +258,14 @@ class PretrainModel(ALBEF):
             "loss_itm": losses.matching_loss(match_logits, positives=len(positives)),
             **map_losses,
         }
-        return named, teacher.image, teacher.text
+        captions = self._teacher_captions(batch, parts) if self.config.relation_file else teacher.text
+        return named, teacher.image, captions
+
+    @torch.no_grad()
+    def _teacher_captions(self, batch: Batch, parts: Encoders) -> Tensor:
+        """The teacher's features (B, E) of the captions, in a batch that trains on their paraphrases."""
+        tokens = parts.text_encoder(batch.other_ids, batch.other_mask)
+        return F.normalize(parts.text_proj(tokens[:, 0]), dim=-1)
 
     @torch.no_grad()
     def _teacher(self, image_tokens: Tensor, batch: Batch, parts: Encoders) -> TeacherOutput:
@@ -272,24 +288,33 @@ class PretrainModel(ALBEF):
 
     def _positives(self, text_tokens: Tensor, images: list[KeyValue], batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
         """Match logits (B, 2) of the true pairs, and the losses on their GradCAM maps by the names of the log."""
-        if not self.config.add_gcam:
+        config, zero = self.config, torch.zeros((), device=text_tokens.device)
+        named = {f"loss_{name}": zero for name in amc.MAP_LOSSES}
+        if not config.explains:
             fused = self.text_encoder.fuse(text_tokens, batch.attention_mask, images, cls_only=True)
-            zero = torch.zeros((), device=text_tokens.device)
-            return self.match_logits(fused.tokens), {f"loss_{name}": zero for name in amc.MAP_LOSSES}
+            return self.match_logits(fused.tokens), named
+        other_tokens = self.text_encoder(batch.other_ids, batch.other_mask) if config.selfeq.is_trained else None
         # fp32 whatever the rest runs in: these gradients are tiny, and maps are divided by their maximum.
         with torch.autocast(text_tokens.device.type, enabled=False):
-            match = self.text_encoder.explain_match(
-                text_tokens.float(),
-                batch.attention_mask,
-                [KeyValue(image.key.float(), image.value.float()) for image in images],
-                self.config.amc.layer,
-                self.match_logits,
-            )
-            patches = self._patches(match.attention), self._patches(match.gradient)
-            cam = amc.gradcam(*patches, batch.attention_mask, self.grid)
+            images = [KeyValue(image.key.float(), image.value.float()) for image in images]
+            logits, cam = self._explained(text_tokens, batch.attention_mask, images)
             if self.compiled:  # the map is a mean over tokens: over those that there were before they were padded
                 cam = cam * (batch.input_ids.shape[1] / _unpadded(batch).sum())
-            return match.logits, amc.map_losses(cam, batch.box_mask, batch.has_box, self.config.amc)
+            if config.add_gcam:
+                named = amc.map_losses(cam, batch.box_mask, batch.has_box, config.amc)
+            if other_tokens is not None:
+                assert batch.other_mask is not None
+                assert batch.has_other is not None
+                _, other = self._explained(other_tokens, batch.other_mask, images)
+                named |= selfeq.named_losses(cam, other, batch.has_other, config.selfeq)
+        return logits, named
+
+    def _explained(self, text_tokens: Tensor, mask: Tensor, images: list[KeyValue]) -> tuple[Tensor, Tensor]:
+        """Match logits (B, 2) of the true pairs, and their GradCAM maps (B, h, w), which can be differentiated."""
+        encoder, layer = self.text_encoder, self.config.amc.layer
+        match = encoder.explain_match(text_tokens.float(), mask, images, layer, self.match_logits)
+        patches = self._patches(match.attention), self._patches(match.gradient)
+        return match.logits, amc.gradcam(*patches, mask, self.grid)
 
     def _negatives(
         self, text_tokens: Tensor, images: list[KeyValue], attention_mask: Tensor, contrast: losses.ContrastiveOutput

@@ -80,7 +80,11 @@ negative_sharpness: 1
 empty_captions: keep
 max_tokens: 25
 amc: {layer: 8, margin_mean: 0.1, margin_max: 0.5, weight_mean: 0.2, weight_max: 0.8, weights: {}, mean_over: batch, empty_box: zero_mask}
-augment: {flip_prob: 0.5, flip_words: keep, grayscale_prob: 0.2, jitter_prob: 0.5, jitter: release, crop_scale: [0.2, 1], randaugment: true}
+relation_file: []
+relation_optimizer: {opt: adamW, lr: 1e-5, weight_decay: 0.02}
+relation_schedular: {sched: cosine, lr: 1e-5, epochs: 30, min_lr: 1e-6, decay_rate: 1, warmup_lr: 1e-6, warmup_epochs: 20, cooldown_epochs: 0, warmup_interval: 100, interval: epoch}
+selfeq: {weight_similarity: 0, weight_consistency: 0, threshold: 0.8, floor: 0.4, over: batch, std_over: all, replace: text, rate: fixed}
+augment: {kind: null, flip_prob: 0.5, flip_words: keep, grayscale_prob: 0.2, jitter_prob: 0.5, jitter: release, crop_scale: [0.2, 1], randaugment: true}
 """  # noqa: E501
 SCHEDULE_DEFAULTS = {"warmup_interval": 100, "interval": "epoch"}
 PARTS = ("val", "test")

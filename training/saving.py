@@ -48,11 +48,20 @@ class Saver:
         keep_epochs: how many checkpoints of whole epochs are kept; None: all.
         every: how often one is due within an epoch.
         decisive: the key of log.txt by which best.pth is chosen; "": it is not.
+        relation: whether this is SelfEQ's relation epoch.
     """
 
-    def __init__(self, folder: Path, keep_last: int, keep_epochs: int | None, every: Every, decisive: str = "") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int,
+        keep_epochs: int | None,
+        every: Every,
+        decisive: str = "",
+        relation: bool = False,
+    ) -> None:
         self.folder, self.keep_last, self.keep_epochs, self.every = folder, keep_last, keep_epochs, every
-        self.decisive = decisive
+        self.decisive, self.relation = decisive, relation
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
         self.failure: utils.UserError | None = None
@@ -67,7 +76,7 @@ class Saver:
     def save(self, at: Position, content: Content) -> None:
         """Begin to write the checkpoint of a position, once the one before is written."""
         self.wait()
-        self.path = runs.checkpoint_path(self.folder, at)
+        self.path = runs.checkpoint_path(self.folder, at, self.relation)
         self.pending = self.thread.submit(self._write, self.path, on_host(content))
         self.saved_at = time.monotonic()
 

@@ -194,6 +194,13 @@ def choose_start(args: argparse.Namespace) -> tuple[str | Path, bool]:
     return path, goes_on
 
 
+def has_ended_epoch_0(path: str | Path) -> bool:
+    """Whether a checkpoint to go on from is of a later epoch; raises `CheckpointError` where it is none."""
+    checkpoint = read_checkpoint(path)
+    check_resumable(checkpoint, path)
+    return checkpoint["epoch"] >= 0
+
+
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint of a run's folder that is whole; those that are not are named."""
     for path in reversed(runs.checkpoints(folder).values()):

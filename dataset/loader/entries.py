@@ -17,22 +17,26 @@ from torch.utils.data import Dataset
 
 from files import BLOCK
 
-FORM = b"amc entries 2\n"  # how a packed file ends; another form gets another number
+FORM = b"amc entries 3\n"  # how a packed file ends; another form gets another number
 # Arrays behind the entries' bytes, one number an entry or (first) an image, by their types.
 # ends: where an entry's bytes end; rows: its index in the JSON file; first: the first entry of an image; boxed: whether
-# it has boxes.
-COLUMNS = {"ends": "<i8", "rows": "<i8", "first": "<i8", "boxed": "i1"}
+# it has boxes; related: whether it has synonyms.
+COLUMNS = {"ends": "<i8", "rows": "<i8", "first": "<i8", "boxed": "i1", "related": "i1"}
 HEAD = struct.Struct(f"<{2 + len(COLUMNS)}q")  # before `FORM`: sizes of the entries and of each array, and a checksum
 ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 class TrainingEntry(NamedTuple):
-    """One training entry; `source` names its file and index in messages. Boxes are [x1, y1, x2, y2] in pixels."""
+    """One training entry; `source` names its file and index in messages. Boxes are [x1, y1, x2, y2] in pixels.
+
+    `relation`: words of the captions and, after them, their synonyms; empty if it has none.
+    """
 
     image: Path
     captions: list[str]
     boxes: list[list[float]]
     source: str
+    relation: Sequence[str] = ()
 
 
 class RawEntry(NamedTuple):
@@ -42,11 +46,12 @@ class RawEntry(NamedTuple):
     image: str
     captions: list[str]
     boxes: list[list[float]]
+    relation: Sequence[str] = ()
 
 
 def pack(entries: Iterable[RawEntry], out: IO[bytes]) -> None:
-    """Write entries as they come; of each, 25 bytes stay in memory until all are written."""
-    ends, rows, images, boxed = array("q"), array("q"), array("q"), array("b")
+    """Write entries as they come; of each, 26 bytes stay in memory until all are written."""
+    ends, rows, images, boxed, related = array("q"), array("q"), array("q"), array("b"), array("b")
     place = checksum = 0
     for entry in entries:
         content = ENCODER.encode(entry[1:]).encode()
@@ -56,9 +61,10 @@ def pack(entries: Iterable[RawEntry], out: IO[bytes]) -> None:
         rows.append(entry.row)
         images.append(hash(entry.image))  # of 64 bits, which tell millions of names apart
         boxed.append(bool(entry.boxes))
+        related.append(bool(entry.relation))
     first = np.sort(np.unique(np.frombuffer(images, np.int64), return_index=True)[1])
     sizes = [place]
-    for column, kind in zip((ends, rows, first, boxed), COLUMNS.values(), strict=True):
+    for column, kind in zip((ends, rows, first, boxed, related), COLUMNS.values(), strict=True):
         content = np.asarray(column, kind).tobytes()
         checksum = zlib.crc32(content, checksum)
         sizes.append(out.write(content))
@@ -91,7 +97,7 @@ class PackedEntries(Dataset[TrainingEntry], Sequence[TrainingEntry]):
             raise ValueError("packed entries of another size")
         self.content = content[: end - HEAD.size]
         self.entries, *columns = np.split(self.content, np.cumsum(sizes)[:-1])
-        self.ends, self.rows, self.first, self.boxed = (
+        self.ends, self.rows, self.first, self.boxed, self.related = (
             column.view(kind) for kind, column in zip(COLUMNS.values(), columns, strict=True)
         )
 
@@ -120,8 +126,8 @@ class PackedEntries(Dataset[TrainingEntry], Sequence[TrainingEntry]):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative ones, and `IndexError`
-        name, captions, boxes = json.loads(self._text(index))
-        return TrainingEntry(Path(self.image_root, name), captions, boxes, self._source(index, name))
+        name, captions, boxes, relation = json.loads(self._text(index))
+        return TrainingEntry(Path(self.image_root, name), captions, boxes, self._source(index, name), relation)
 
     def images(self) -> Iterator[tuple[Path, str]]:
         """Each image once, with the source of its first entry."""

@@ -5,7 +5,7 @@ Checked here alone: repeated entries, boxes outside of their images, stated size
 """
 
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from config import (
 from dataset import vg
 from dataset.expressions import DataFile, Expression, Reading
 from dataset.flickr import split_of
-from dataset.loader.entries import TrainingEntry
+from dataset.loader.entries import PackedEntries
 from dataset.own import read_pairs
 from dataset.raw.check_images import evenly, inspect_images, note_claims, note_images, note_training_boxes
 from dataset.raw.check_report import CheckReport
@@ -81,7 +81,7 @@ class Checker:
         self.find = find
         self.roots: dict[str, DataFile] = {}  # image_root -> its row in the report
         self.images: dict[str, dict[Path, str]] = {}  # image_root -> image -> the first entry that names it
-        self.training: list[tuple[DataFile, Sequence[TrainingEntry]]] = []
+        self.training: list[tuple[DataFile, PackedEntries]] = []
 
     def check_config(self, path: str) -> None:
         """Check one config and the data files that it names."""
@@ -115,17 +115,32 @@ class Checker:
             row.fail("train_file lists no files")
         options = config.image_root, config.max_words, config.empty_captions
         boxes = [self.reading.once(self.read_training_file, file, *options) for file in config.train_file]
+        for file in config.relation_file:
+            self.reading.once(self.read_training_file, file, *options, "relation_file")
         if config.add_gcam and boxes and None not in boxes and not any(boxes):
             row.remarks.add(row.name, vg.NO_BOXES)
+        paraphrased = [
+            entries for file, entries in self.training if file.name in (config.relation_file or config.train_file)
+        ]
+        if config.selfeq.is_trained and paraphrased and not any(entries.related.any() for entries in paraphrased):
+            row.fail(vg.NO_SYNONYMS)
 
     def read_training_file(
-        self, reading: Reading, name: str, image_root: str, max_words: int, empty_captions: str
+        self,
+        reading: Reading,
+        name: str,
+        image_root: str,
+        max_words: int,
+        empty_captions: str,
+        key: str = "train_file",
     ) -> int | None:
         """Read one training file; returns the number of its boxes, None if it cannot be read."""
         entries = None
-        with reading.file(name, "training entries", "train_file") as file:
+        with reading.file(name, "training entries", key) as file:
             entries = vg.read_entries(name, image_root, max_words, file.problems, empty_captions)
             file.count = len(entries)
+            if (lacking := len(entries) - int(entries.related.sum())) and key == "relation_file":
+                file.notes.append(f"{lacking:,} of {len(entries):,} entries have no synonyms, and take no part")
             self.training.append((file, entries))
             self.keep_images(file, image_root, ((one.source, one.image, tuple(one.captions)) for one in entries))
         return None if entries is None else sum(len(entry.boxes) for entry in entries)
