@@ -248,7 +248,8 @@ class Evaluation(Questions):
     def accuracies(self, scores: np.ndarray) -> list[Line]:
         """A log line for each metric of the benchmark, reported split -> accuracy, from (expressions, metrics)."""
         splits = [expression.split for expression in self.expressions]
-        return [metrics.split_accuracies(column, splits, self.benchmark.splits) for column in scores.T.tolist()]
+        columns = zip(self.benchmark.metrics, scores.T.tolist(), strict=True)
+        return [metrics.split_accuracies(of, splits, self.benchmark.log_keys(name)) for name, of in columns]
 
     def matching(self, explainer: Explainer, name: str) -> Line:
         """A log line: the accuracy of matching on balanced pairs, over all and by kind of text.
@@ -276,7 +277,7 @@ class Evaluation(Questions):
 
     def report(self) -> None:
         """Print all checkpoints as a table and, where it is asked for, write report.html; for rank 0."""
-        decisive = (self.benchmark.metrics[-1], next(iter(self.benchmark.splits.values())))
+        decisive = (self.benchmark.decisive, next(iter(self.benchmark.splits.values())))
         print(self.results.table(self.line_names, decisive))
         print(f"Results and log.txt are in {self.results.folder}")
         if self.args.report or self.args.compare:
