@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 
 from config import GroundingConfig
-from dataset.expressions import DataFile, EntryProblem, Expression, Problems, Reading, locate
+from dataset.expressions import DataFile, EntryProblem, Expression, Problems, Reading, locate, require
 from dataset.flickr import read_ids, split_of
-from dataset.raw.vg_fields import Image, read_image_id, read_image_row, read_number, read_region, read_side
+from dataset.raw.vg_fields import Image, read_id, read_image_id, read_image_row, read_number, read_side
 from dataset.reading import read_list
 
 MAX_WORDS = 50  # as in training and for Flickr30k
-ANOTHER_IMAGE = "the region says that it is of another image; it is left out"
 
 
 def read_vg(config: GroundingConfig, reading: Reading) -> list[Expression]:
@@ -96,22 +95,18 @@ def _regions(
     file: DataFile, where: str, image_id: int, image: Image, row: dict[str, Any], image_root: str
 ) -> list[Expression]:
     """The regions of an image, of no split yet."""
-    if not isinstance(row.get("regions"), list):
-        raise EntryProblem("key 'regions' must be a list", f"image {image_id}")
-    path, size, found = locate(image_root, image.name), (image.height, image.width), []
-    for index, region in enumerate(row["regions"]):
+    path, size = locate(image_root, image.name), (image.height, image.width)
+    found = []
+    for index, region in enumerate(require(row, "regions", list)):
         place = f"{where}, region {index}"
         with file.problems.at(place):
-            if not isinstance(region, dict):
-                raise EntryProblem("a region must be an object {key: value}", f"found a {type(region).__name__}")
-            read = read_region(image, region)
-            if read.image_id not in (None, image_id):
-                file.problems.warnings.add(place, ANOTHER_IMAGE, f"image {read.image_id}, in the entry of {image_id}")
+            text = file.clean(place, require(region, "phrase", str, type(None)) or "", MAX_WORDS)
+            if (other := read_id(region, "image_id")) not in (None, image_id):
+                kind = "the region says that it is of another image; it is left out"
+                file.problems.warnings.add(place, kind, f"image {other}, in the entry of {image_id}")
                 continue
             box = read_number(region, "x"), read_number(region, "y")
             boxes = np.array([[*box, read_side(region, "w", "width"), read_side(region, "h", "height")]], np.float64)
-            text = file.clean(place, read.phrase, MAX_WORDS)
             file.says(place, path, text=text, boxes=boxes, size=size)
-            record = {"image_path": image.name}
-            found.append(Expression(path, text, 0, "", boxes, record, annotated_size=size))
+            found.append(Expression(path, text, 0, "", boxes, {"image_path": image.name}, annotated_size=size))
     return found

@@ -34,7 +34,7 @@ from terminal import aligned, boolean, integer
 
 EXTENT = "bf16 and fp16: of the image encoder, maps are computed in fp32; tf32: of both (default: fp32)"
 Line = dict[str, float | None]
-Models = dict[str, Explainer]  # the models of one checkpoint, by what they are besides its weights
+Models = dict[str, Explainer]  # the models of one checkpoint, by what they were made of
 T = TypeVar("T")
 
 
@@ -131,17 +131,11 @@ def one_each(args: argparse.Namespace) -> list[argparse.Namespace]:
         raise EvaluationError(
             f"--config {' '.join(args.config)}: two are called alike, and so would be their folders; rename one"
         )
-    return [
-        argparse.Namespace(
-            **vars(args)
-            | {
-                "config": config,
-                "output_dir": str(Path(args.output_dir, name)),
-                "compare": [str(Path(folder, name)) for folder in args.compare],
-            }
-        )
-        for config, name in zip(args.config, names, strict=True)
-    ]
+    found = []
+    for config, name in zip(args.config, names, strict=True):
+        output, *compare = (str(Path(folder, name)) for folder in (args.output_dir, *args.compare))
+        found.append(argparse.Namespace(**vars(args) | {"config": config, "output_dir": output, "compare": compare}))
+    return found
 
 
 def table_of_all(evaluations: Sequence["Evaluation"], epochs: Sequence[str]) -> str:
@@ -278,7 +272,7 @@ class Evaluation(Questions):
         scores = metrics.score(stored, self.expressions, self.benchmark.metrics) if stored is not None else np.empty(0)
         if not has_maps or self.pairs:
             origin = on_rank_0(lambda: identity.of_checkpoint(path, [self.results.origin(epoch)]))
-            explainer = self.load(path, loaded)
+            explainer = self.load(path, origin, loaded)
             if not has_maps:
                 own = self.ask(explainer.maps, self.asked, self.benchmark.resize)
                 maps = own.gathered()
@@ -294,9 +288,10 @@ class Evaluation(Questions):
             for name, line in zip(self.line_names, lines, strict=True):
                 print(f"epoch {epoch} {name}: " + ", ".join(f"{key} {percent(value)}" for key, value in line.items()))
 
-    def load(self, path: Path, loaded: Models) -> Explainer:
+    def load(self, path: Path, origin: Origin, loaded: Models) -> Explainer:
         """The model of a checkpoint, ready for evaluation: one of `loaded`, or a new one, which is added there."""
-        key = json.dumps([identity.of_model(self.config, self.tokenizer.source), self.block])
+        sizes = identity.of_model(self.config, self.tokenizer.source)
+        key = json.dumps([sizes, self.block, origin[identity.CHECKPOINT]])
         if key not in loaded:
             loaded[key], report = self.explainer(read_checkpoint(path), path)
             utils.log(str(report))

@@ -112,6 +112,30 @@ def test_only_what_is_lacking_is_computed(
     assert builds == [48, 48]
 
 
+def test_a_checkpoint_that_is_replaced_between_two_configs_is_loaded_again(
+    configs: dict[str, Path],
+    evaluate: Callable[..., Path],
+    builds: list[int],
+    place: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The model in memory is not taken for the file that is there now."""
+    file = Path(shutil.copy(place / ONE, place / "replaced.pth"))
+    first = place / "ckpt" / "checkpoint_00.pth"
+    run = program.Evaluation.run
+
+    def and_replace(evaluation: program.Evaluation, *rest: Any) -> None:
+        run(evaluation, *rest)
+        shutil.copy(first, file)
+
+    monkeypatch.setattr(program.Evaluation, "run", and_replace)
+    out = evaluate("all", configs["refcoco"], configs["refcoco+"], checkpoint="replaced.pth")
+    assert builds == [48, 48]
+    for name, checkpoint in (("refcoco", ONE), ("refcoco+", "ckpt/checkpoint_00.pth")):
+        alone = evaluate(f"{name} alone", configs[name], checkpoint=checkpoint)
+        assert log(out / name) == log(alone)
+
+
 def test_reports_compare_the_folders_of_the_same_config(
     configs: dict[str, Path], evaluate: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
