@@ -15,24 +15,29 @@ from typing import IO, Any, NamedTuple, overload
 import numpy as np
 from torch.utils.data import Dataset
 
+from dataset.segmentation import Segmentation
 from files import BLOCK
 
-FORM = b"amc entries 2\n"  # how a packed file ends; another form gets another number
+FORM = b"amc entries 3\n"  # how a packed file ends; another form gets another number
 # Arrays behind the entries' bytes, one number an entry or (first) an image, by their types.
 # ends: where an entry's bytes end; rows: its index in the JSON file; first: the first entry of an image; boxed: whether
-# it has boxes.
+# it has boxes or segmentations.
 COLUMNS = {"ends": "<i8", "rows": "<i8", "first": "<i8", "boxed": "i1"}
 HEAD = struct.Struct(f"<{2 + len(COLUMNS)}q")  # before `FORM`: sizes of the entries and of each array, and a checksum
 ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 class TrainingEntry(NamedTuple):
-    """One training entry; `source` names its file and index in messages. Boxes are [x1, y1, x2, y2] in pixels."""
+    """One training entry; `source` names its file and index in messages.
+
+    Boxes are [x1, y1, x2, y2] in pixels. An entry with segmentations (`dataset.segmentation.Segmentation`) has no box.
+    """
 
     image: Path
     captions: list[str]
     boxes: list[list[float]]
     source: str
+    segmentations: Sequence[Segmentation] = ()
 
 
 class RawEntry(NamedTuple):
@@ -42,6 +47,7 @@ class RawEntry(NamedTuple):
     image: str
     captions: list[str]
     boxes: list[list[float]]
+    segmentations: Sequence[Segmentation] = ()
 
 
 def pack(entries: Iterable[RawEntry], out: IO[bytes]) -> None:
@@ -49,13 +55,13 @@ def pack(entries: Iterable[RawEntry], out: IO[bytes]) -> None:
     ends, rows, images, boxed = array("q"), array("q"), array("q"), array("b")
     place = checksum = 0
     for entry in entries:
-        content = ENCODER.encode(entry[1:]).encode()
+        content = ENCODER.encode(entry[1:] if entry.segmentations else entry[1:-1]).encode()
         checksum = zlib.crc32(content, checksum)
         place += out.write(content)
         ends.append(place)
         rows.append(entry.row)
         images.append(hash(entry.image))  # of 64 bits, which tell millions of names apart
-        boxed.append(bool(entry.boxes))
+        boxed.append(bool(entry.boxes or entry.segmentations))
     first = np.sort(np.unique(np.frombuffer(images, np.int64), return_index=True)[1])
     sizes = [place]
     for column, kind in zip((ends, rows, first, boxed), COLUMNS.values(), strict=True):
@@ -120,8 +126,8 @@ class PackedEntries(Dataset[TrainingEntry], Sequence[TrainingEntry]):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative ones, and `IndexError`
-        name, captions, boxes = json.loads(self._text(index))
-        return TrainingEntry(Path(self.image_root, name), captions, boxes, self._source(index, name))
+        name, captions, boxes, *more = json.loads(self._text(index))
+        return TrainingEntry(Path(self.image_root, name), captions, boxes, self._source(index, name), *more)
 
     def images(self) -> Iterator[tuple[Path, str]]:
         """Each image once, with the source of its first entry."""

@@ -22,7 +22,7 @@ from dataset.expressions import DataFile, Expression, Reading
 from dataset.flickr import split_of
 from dataset.loader.entries import TrainingEntry
 from dataset.own import read_pairs
-from dataset.raw.check_images import evenly, inspect_images, note_claims, note_images, note_training_boxes
+from dataset.raw.check_images import evenly, inspect_images, note_claims, note_images, note_training_regions
 from dataset.raw.check_report import CheckReport
 from dataset.raw.refer import NOT_IN_SAIAPR
 from dataset.refer import SPLITS, split_by_of
@@ -121,14 +121,14 @@ class Checker:
     def read_training_file(
         self, reading: Reading, name: str, image_root: str, max_words: int, empty_captions: str
     ) -> int | None:
-        """Read one training file; returns the number of its boxes, None if it cannot be read."""
+        """Read one training file; returns the number of its boxes and segmentations, None if it cannot be read."""
         entries = None
         with reading.file(name, "training entries", "train_file") as file:
             entries = vg.read_entries(name, image_root, max_words, file.problems, empty_captions)
             file.count = len(entries)
             self.training.append((file, entries))
             self.keep_images(file, image_root, ((one.source, one.image, tuple(one.captions)) for one in entries))
-        return None if entries is None else sum(len(entry.boxes) for entry in entries)
+        return None if entries is None else sum(len(one.boxes) + len(one.segmentations) for one in entries)
 
     def check_evaluation(self, config: GroundingConfig, bert: BertConfig | None, row: DataFile) -> None:
         row.holds = "evaluation config"
@@ -207,7 +207,7 @@ class Checker:
         for file in files:
             note_claims(file, sizes)
         for file, entries in self.training:
-            note_training_boxes(file, entries, sizes)
+            note_training_regions(file, entries, sizes)
 
 
 def benchmarks_of(path: str, config: GroundingConfig) -> list[str]:
