@@ -1,4 +1,7 @@
-"""AMC training data: JSON entries {"image", "caption", "bbox"} -> samples -> batches (Visual Genome in the paper)."""
+"""AMC training data (Visual Genome in the paper): JSON entries -> samples -> batches.
+
+An entry is {"image", "caption", "bbox"}, or has "segmentation" in place of "bbox".
+"""
 
 import contextlib
 import difflib
@@ -25,12 +28,13 @@ from config import PretrainConfig
 from dataset.expressions import SURROGATE, EntryProblem, Problems, is_box, is_text, locate, require, shown
 from dataset.loader.entries import FORM, PackedEntries, RawEntry, TrainingEntry, pack
 from dataset.reading import DataError, read_image, read_list
+from dataset.segmentation import RLE, area, check_segmentation, to_mask, to_rle
 from dataset.text import Tokenizer, clean_caption, has_content, swap_left_right
 from dataset.transforms import augment_for_albef, augment_for_amc, resize_bicubic
 from files import file_digest
 from utils import UserError, atomic_path, barrier, gather_objects, log, rank, sweep
 
-KEYS = ("image", "caption", "bbox")  # of an entry
+KEYS = ("image", "caption", "bbox", "segmentation")  # of an entry
 LARGE = 64 << 20  # bytes of a JSON file whose entries are worth a packed file
 NO_BOXES = "add_gcam is True, but no entry has boxes for AMC to learn from; is their key spelled 'bbox'?"
 
@@ -151,18 +155,24 @@ class TrainingData(Dataset[Sample]):
         return caption.replace(old, new)
 
     def _mask(self, entry: TrainingEntry, height: int, width: int, rng: Generator) -> tuple[np.ndarray, bool]:
-        """The mask (h, w) of a drawn box, or of all boxes, and whether there is one."""
+        """The mask (h, w) of a drawn box or segmentation, or of all of them, and whether there is one."""
         mask = np.zeros((height, width), np.uint8)
-        if not entry.boxes or not (self.config.phrase_input or self.config.mask_all):
+        if not (entry.boxes or entry.segmentations) or not (self.config.phrase_input or self.config.mask_all):
             return mask, False
         boxes = [box for box in (clip_box(box, height, width) for box in entry.boxes) if box is not None]
-        if not boxes:
-            warnings.warn(f"{entry.source}: no box covers a pixel of the {width}x{height} image", stacklevel=2)
+        regions: list[tuple[int, int, int, int] | RLE] = [*boxes, *_covering_regions(entry, height, width)]
+        if not regions:
+            what = "segmentation" if entry.segmentations else "box"
+            warnings.warn(f"{entry.source}: no {what} covers a pixel of the {width}x{height} image", stacklevel=2)
             return mask, self.config.amc.empty_box == "zero_mask"
         if not self.config.mask_all:
-            boxes = [boxes[int(rng.integers(len(boxes)))]]
-        for x1, y1, x2, y2 in boxes:
-            mask[y1:y2, x1:x2] = 1
+            regions = [regions[int(rng.integers(len(regions)))]]
+        for region in regions:
+            if isinstance(region, tuple):
+                x1, y1, x2, y2 = region
+                mask[y1:y2, x1:x2] = 1
+            else:
+                mask |= to_mask(region)
         return mask, True
 
 
@@ -176,6 +186,15 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
     x1, x2 = (int(min(max(x, 0), width)) for x in (box[0], box[2]))
     y1, y2 = (int(min(max(y, 0), height)) for y in (box[1], box[3]))
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
+
+
+def _covering_regions(entry: TrainingEntry, height: int, width: int) -> list[RLE]:
+    """The segmentations that cover a pixel of the image; raises `DataError` for an RLE of another size."""
+    try:
+        regions = [to_rle(one, height, width) for one in entry.segmentations]
+    except EntryProblem as problem:
+        raise DataError(f"{entry.source}: {problem.kind} ({problem.detail})") from None
+    return [region for region in regions if area(region)]
 
 
 def load_entries(file: str | Path, config: PretrainConfig) -> list[TrainingEntry]:
@@ -297,8 +316,16 @@ def _entry(index: int, row: Any, image_root: str, max_words: int) -> RawEntry:
     boxes = row.get("bbox", [])
     if not isinstance(boxes, list) or not all(map(is_box, boxes)):
         raise EntryProblem("key 'bbox' must be a list of [x1, y1, x2, y2]", f"found {shown(boxes)}")
+    segmentations = row.get("segmentation", [])
+    if not isinstance(segmentations, list):
+        kind = "key 'segmentation' must be a list, with a list of polygons or an RLE for each region"
+        raise EntryProblem(kind, f"found {shown(segmentations)}")
+    for one in segmentations:
+        check_segmentation(one, "each region of 'segmentation'")
+    if boxes and segmentations:
+        raise EntryProblem("an entry may have 'bbox' or 'segmentation', not both: AMC takes one mask; remove a key")
     captions = [clean_caption(text, max_words) for text in texts]
-    return RawEntry(index, name, captions, boxes, _relation(row.get("relation"), max_words))
+    return RawEntry(index, name, captions, boxes, _relation(row.get("relation"), max_words), segmentations)
 
 
 def _relation(relation: Any, max_words: int) -> list[str]:
@@ -329,8 +356,9 @@ def _check_spelling(row: Any) -> None:
     if not isinstance(row, dict) or len(row) <= sum(key in row for key in KEYS):
         return
     others = {other.lower(): other for other in row if other not in KEYS}
-    for key in KEYS:
-        if key not in row and (close := difflib.get_close_matches(key, others, n=1, cutoff=0.65)):
+    for key in KEYS[:3] if row.get("bbox") else KEYS:
+        cutoff = 0.9 if key == "segmentation" else 0.65  # the long one is like many others
+        if key not in row and (close := difflib.get_close_matches(key, others, n=1, cutoff=cutoff)):
             raise EntryProblem(f"unknown key {shown(others[close[0]])}; did you mean '{key}'?")
 
 

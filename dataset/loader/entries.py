@@ -15,20 +15,23 @@ from typing import IO, Any, NamedTuple, overload
 import numpy as np
 from torch.utils.data import Dataset
 
+from dataset.segmentation import Segmentation
 from files import BLOCK
 
 FORM = b"amc entries 3\n"  # how a packed file ends; another form gets another number
 # Arrays behind the entries' bytes, one number an entry or (first) an image, by their types.
 # ends: where an entry's bytes end; rows: its index in the JSON file; first: the first entry of an image; boxed: whether
-# it has boxes; related: whether it has synonyms.
+# it has boxes or segmentations; related: whether it has synonyms.
 COLUMNS = {"ends": "<i8", "rows": "<i8", "first": "<i8", "boxed": "i1", "related": "i1"}
 HEAD = struct.Struct(f"<{2 + len(COLUMNS)}q")  # before `FORM`: sizes of the entries and of each array, and a checksum
+REQUIRED = 3  # parts of an entry: image, captions, boxes
 ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 class TrainingEntry(NamedTuple):
-    """One training entry; `source` names its file and index in messages. Boxes are [x1, y1, x2, y2] in pixels.
+    """One training entry; `source` names its file and index in messages.
 
+    Boxes are [x1, y1, x2, y2] in pixels. An entry with segmentations (`dataset.segmentation.Segmentation`) has no box.
     `relation`: words of the captions and, after them, their synonyms; empty if it has none.
     """
 
@@ -37,6 +40,7 @@ class TrainingEntry(NamedTuple):
     boxes: list[list[float]]
     source: str
     relation: Sequence[str] = ()
+    segmentations: Sequence[Segmentation] = ()
 
 
 class RawEntry(NamedTuple):
@@ -47,6 +51,7 @@ class RawEntry(NamedTuple):
     captions: list[str]
     boxes: list[list[float]]
     relation: Sequence[str] = ()
+    segmentations: Sequence[Segmentation] = ()
 
 
 def pack(entries: Iterable[RawEntry], out: IO[bytes]) -> None:
@@ -54,13 +59,16 @@ def pack(entries: Iterable[RawEntry], out: IO[bytes]) -> None:
     ends, rows, images, boxed, related = array("q"), array("q"), array("q"), array("b"), array("b")
     place = checksum = 0
     for entry in entries:
-        content = ENCODER.encode(entry[1:]).encode()
+        parts: tuple[Any, ...] = entry[1:]
+        while len(parts) > REQUIRED and not parts[-1]:  # few entries have what is optional
+            parts = parts[:-1]
+        content = ENCODER.encode(parts).encode()
         checksum = zlib.crc32(content, checksum)
         place += out.write(content)
         ends.append(place)
         rows.append(entry.row)
         images.append(hash(entry.image))  # of 64 bits, which tell millions of names apart
-        boxed.append(bool(entry.boxes))
+        boxed.append(bool(entry.boxes or entry.segmentations))
         related.append(bool(entry.relation))
     first = np.sort(np.unique(np.frombuffer(images, np.int64), return_index=True)[1])
     sizes = [place]
@@ -126,8 +134,8 @@ class PackedEntries(Dataset[TrainingEntry], Sequence[TrainingEntry]):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative ones, and `IndexError`
-        name, captions, boxes, relation = json.loads(self._text(index))
-        return TrainingEntry(Path(self.image_root, name), captions, boxes, self._source(index, name), relation)
+        name, captions, boxes, *more = json.loads(self._text(index))
+        return TrainingEntry(Path(self.image_root, name), captions, boxes, self._source(index, name), *more)
 
     def images(self) -> Iterator[tuple[Path, str]]:
         """Each image once, with the source of its first entry."""

@@ -22,7 +22,7 @@ from dataset.expressions import DataFile, Expression, Reading
 from dataset.flickr import split_of
 from dataset.loader.entries import PackedEntries
 from dataset.own import read_pairs
-from dataset.raw.check_images import evenly, inspect_images, note_claims, note_images, note_training_boxes
+from dataset.raw.check_images import evenly, inspect_images, note_claims, note_images, note_training_regions
 from dataset.raw.check_report import CheckReport
 from dataset.raw.refer import NOT_IN_SAIAPR
 from dataset.refer import SPLITS, split_by_of
@@ -134,7 +134,7 @@ class Checker:
         empty_captions: str,
         key: str = "train_file",
     ) -> int | None:
-        """Read one training file; returns the number of its boxes, None if it cannot be read."""
+        """Read one training file; returns the number of its boxes and segmentations, None if it cannot be read."""
         entries = None
         with reading.file(name, "training entries", key) as file:
             entries = vg.read_entries(name, image_root, max_words, file.problems, empty_captions)
@@ -143,7 +143,7 @@ class Checker:
                 file.notes.append(f"{lacking:,} of {len(entries):,} entries have no synonyms, and take no part")
             self.training.append((file, entries))
             self.keep_images(file, image_root, ((one.source, one.image, tuple(one.captions)) for one in entries))
-        return None if entries is None else sum(len(entry.boxes) for entry in entries)
+        return None if entries is None else sum(len(one.boxes) + len(one.segmentations) for one in entries)
 
     def check_evaluation(self, config: GroundingConfig, bert: BertConfig | None, row: DataFile) -> None:
         row.holds = "evaluation config"
@@ -222,7 +222,7 @@ class Checker:
         for file in files:
             note_claims(file, sizes)
         for file, entries in self.training:
-            note_training_boxes(file, entries, sizes)
+            note_training_regions(file, entries, sizes)
 
 
 def benchmarks_of(path: str, config: GroundingConfig) -> list[str]:

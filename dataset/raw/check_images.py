@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from dataset.expressions import DataFile, Problems, first_of
+from dataset.expressions import DataFile, Problems, first_of, shown
 from dataset.images import as_rgb, opened
 from dataset.loader.entries import TrainingEntry
+from dataset.segmentation import area, to_rle
 from dataset.vg import clip_box
 
 Item = TypeVar("Item")
@@ -109,12 +110,18 @@ def note_claims(file: DataFile, sizes: Sizes) -> None:
             file.remarks.add(claim.where, kind, f"annotated {_size_text(claim.size)}, {image} has {_size_text(actual)}")
 
 
-def note_training_boxes(file: DataFile, entries: Iterable[TrainingEntry], sizes: Sizes) -> None:
-    """Note boxes of training entries that do not fit their image."""
+def note_training_regions(file: DataFile, entries: Iterable[TrainingEntry], sizes: Sizes) -> None:
+    """Note boxes and segmentations of training entries that do not fit their image."""
     for entry in entries:
-        if entry.boxes and (size := sizes.get(entry.image)):
+        size = sizes.get(entry.image)
+        if entry.boxes and size:
             remedy = "amc.empty_box says what training does with the entry"
             _note_boxes(file, file.remarks, entry.source, entry.boxes, size, remedy)
+        with file.problems.at(entry.source):
+            for one in entry.segmentations:
+                if size and not area(to_rle(one, *size)):
+                    kind = "a segmentation covers no pixel of its image; training passes over it"
+                    file.remarks.add(entry.source, kind, f"{shown(one)} in {_size_text(size)}")
 
 
 def _note_boxes(

@@ -63,8 +63,7 @@ def test_entries_come_back_as_they_were() -> None:
     found = PackedEntries(packed(rows), "t.json", "root")
     assert len(found) == 3
     for row, entry in zip(rows, found, strict=True):
-        source = f"t.json: entry {row.row} ({row.image})"
-        assert entry == (Path("root", row.image), row.captions, row.boxes, source, [])
+        assert entry[:4] == (Path("root", row.image), row.captions, row.boxes, f"t.json: entry {row.row} ({row.image})")
         assert [type(x) for box in entry.boxes for x in box] == [type(x) for box in row.boxes for x in box]
     assert found[-1] == found[2]
     assert found[0:2] == [found[0], found[1]]
@@ -78,7 +77,7 @@ def test_entries_come_back_as_they_were() -> None:
 def test_the_bytes_are_those_of_any_machine() -> None:
     """Numbers are little-endian wherever they are written: a folder may be shared by machines that differ."""
     content = packed([RawEntry(3, "a", ["b"], [])])
-    text = b'["a",["b"],[],[]]'
+    text = b'["a",["b"],[]]'
     numbers = (len(text), 3, 0)
     checked = text + struct.pack("<3q", *numbers) + b"\0\0"
     head = struct.pack("<7q", len(text), 8, 8, 8, 1, 1, zlib.crc32(checked))
