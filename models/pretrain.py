@@ -159,7 +159,7 @@ class PretrainModel(ALBEF):
     vision_proj_m: nn.Linear
     text_proj_m: nn.Linear
     compiled = False
-    plain_losses = ("loss_mlm", "loss_ita", "loss_itm")
+    plain_losses: tuple[str, ...] = ("loss_mlm", "loss_ita", "loss_itm")
 
     def __init__(self, config: PretrainConfig) -> None:
         super().__init__(*self._build(config), config.temp)
