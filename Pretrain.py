@@ -212,7 +212,7 @@ class Run:
         self.epoch_steps = len(self.loader) // args.accum_steps
         step_samples = config.batch_size * args.accum_steps * utils.world_size()
         utils.seed_everything(args.seed)  # it decides the random weights
-        self.model = PretrainModel(config)
+        self.model = build_model(config)
         check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
         path, goes_on = choose_start(args)
         checkpoint = load_start(self.model, config, args, path)
@@ -415,6 +415,15 @@ class Run:
 
 
 # ---- the parts of a run
+
+
+def build_model(config: PretrainConfig) -> PretrainModel:
+    """The model to train, with random weights."""
+    if config.model == "blip":
+        from models.blip import PretrainBlip  # brings transformers, which takes seconds
+
+        return PretrainBlip(config)
+    return PretrainModel(config)
 
 
 def build_loader(

@@ -157,6 +157,8 @@ class AugmentConfig(Section):
         return scale
 
 
+BLIP_LAYER = 6  # whose cross-attention LAVIS explains
+
 # Keys of the plain ViT; `vision_model` takes their place.
 VISION_SIZES = (
     "patch_size",
@@ -171,6 +173,8 @@ VISION_SIZES = (
 class ModelSizes(Section):
     """What decides the model's shapes, beside bert_config."""
 
+    # "blip": BLIP of transformers; bert_config is then its config.json, which says all sizes but image_res.
+    model: Literal["albef", "blip"] = "albef"
     image_res: int = Field(256, ge=1)
     patch_size: int = Field(16, ge=1)
     vision_width: int = Field(768, ge=1)
@@ -185,8 +189,10 @@ class ModelSizes(Section):
 
     @model_serializer(mode="wrap")
     def _one_image_encoder(self, values: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """A saved config says `vision_model` or the sizes of the plain ViT, never both."""
-        unused = ("vision_model",) if self.vision_model is None else VISION_SIZES
+        """A saved config says `vision_model` or the sizes of the plain ViT, never both, and for BLIP neither."""
+        unused: tuple[str, ...] = ("model", "vision_model") if self.vision_model is None else ("model", *VISION_SIZES)
+        if self.model == "blip":
+            unused = ("vision_model", "embed_dim", *VISION_SIZES)
         return {key: value for key, value in values(self).items() if key not in unused}
 
 
@@ -327,6 +333,7 @@ class BertConfig(BaseModel):
 
     model_config = ConfigDict(extra="ignore", frozen=True, allow_inf_nan=False)
 
+    model_type: str = Field("bert", exclude=True)
     fusion_layer: int = Field(ge=0)
     encoder_width: int = Field(ge=1)
     vocab_size: int = Field(30522, ge=1)
@@ -401,13 +408,46 @@ def parse_config(
 
 
 def load_bert_config(path: str | Path) -> BertConfig:
-    """Read config_bert.json, or what a student's config.json holds of it.
+    """Read config_bert.json, or what a student's or BLIP's config.json holds of it.
+
+    Of BLIP's, two ids lie beyond the vocabulary ([DEC] and [ENC]), and a position is [SEP]'s.
 
     Raises:
         ConfigError: it is not such a file; names the file and the key.
     """
     values = _read_json(path, "bert_config")
+    if is_blip(values):
+        blip = load_blip_config(path)
+        text = blip.text_config.to_dict()
+        sizes = {key: text[key] - less for key, less in (("vocab_size", 2), ("max_position_embeddings", 1))}
+        values = text | sizes | {"fusion_layer": 0, "encoder_width": blip.vision_config.hidden_size}
     return parse_config(path, BertConfig, values.get("bert_config", values) if isinstance(values, dict) else values)
+
+
+def is_blip(values: Any) -> bool:
+    """Whether these are the values of a config.json of transformers' BLIP."""
+    return isinstance(values, dict) and values.get("model_type") == "blip"
+
+
+def load_blip_config(path: str | Path) -> Any:
+    """Read the config.json of transformers' BLIP as its BlipConfig; raises `ConfigError` if it is none."""
+    values = _read_json(path, "the sizes of BLIP")
+    if not is_blip(values):
+        raise ConfigError(f"{path}: not a config.json of transformers' BLIP; its model_type must be 'blip'")
+    from transformers import BlipConfig  # takes a second
+
+    try:
+        return BlipConfig.from_dict(values)
+    except Exception as error:  # of many kinds, by key and version
+        raise ConfigError(f"{path}: not a config.json of transformers' BLIP ({error})") from error
+
+
+def student_sizes(path: str | Path) -> dict[str, Any]:
+    """What the config.json of a folder with a model says, by the keys of a training config; raises `ConfigError`."""
+    if is_blip(_read_json(path, "the sizes of the model")):
+        size, layer = load_blip_config(path).vision_config.image_size, {"layer": BLIP_LAYER}
+        return {"model": "blip", "bert_config": str(path), "image_res": size, "amc": layer}
+    return load_student_config(path).model_dump(mode="json") | {"bert_config": str(path)}
 
 
 def load_student_config(path: str | Path) -> StudentConfig:
@@ -461,7 +501,12 @@ def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
     """What of the sizes would keep the model from being built, each with the keys to change; empty if nothing."""
     problems = []
     parts = [("bert_config's hidden_size", bert.hidden_size, "num_attention_heads", bert.num_attention_heads)]
-    plain = config.vision_model is None  # another's sizes are known when it is built: models/vit.py
+    if (config.model == "blip") != (bert.model_type == "blip_text_model"):
+        problems.append(f"model is {config.model}, and {config.bert_config} is another model's: change one of the two")
+    if config.model == "blip" and isinstance(config, PretrainConfig) and config.vit_init:
+        problems.append("vit_init is for ALBEF; BLIP starts from a --checkpoint, a folder of transformers")
+    # another's sizes are known when it is built: models/vit.py, models/blip.py
+    plain = config.vision_model is None and config.model == "albef"
     if plain:
         problems += width_problems("vision_width", config.vision_width, bert)
         parts.insert(0, ("vision_width", config.vision_width, "vision_heads", config.vision_heads))
@@ -476,6 +521,8 @@ def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
     if bert.pad_token_id >= bert.vocab_size:
         problems.append(f"bert_config has pad_token_id {bert.pad_token_id}, and vocab_size is {bert.vocab_size}")
     fusion = bert.fusion_layers
+    if config.model == "blip":
+        fusion = fusion[:-1]  # in the last, the match depends on [ENC] alone, which is left out of BLIP's maps
     if not fusion:
         layers = bert.num_hidden_layers
         problems.append(f"bert_config has fusion_layer {bert.fusion_layer} of {layers} layers: none sees the image")

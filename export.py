@@ -140,6 +140,8 @@ def student_config(values: Any, source: str | Path) -> tuple[StudentConfig, str]
     """The config of a student, and the file of its bert_config, from a training or evaluation config."""
     if not isinstance(values, dict) or not isinstance(values.get("bert_config"), str):
         raise ConfigError(f"{source}: does not say the sizes of its model; pass --config, for instance a Pretrain.yaml")
+    if values.get("model") == "blip":
+        raise ConfigError(f"{source}: of BLIP, which export.py cannot write; give the checkpoint away as it is")
     keys = {key: values[key] for key in StudentConfig.model_fields if key in values}
     if "block_num" in values:  # of evaluation
         keys["amc"] = {"layer": values["block_num"]}

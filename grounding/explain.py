@@ -146,7 +146,7 @@ class EncodedImage(NamedTuple):
 
 
 class WordMap(NamedTuple):
-    """A word of the phrase ([CLS] is the first) and its part of the map, before that is averaged over tokens.
+    """A word of the phrase, [CLS] first if the map is of it too, and its part of the map before the mean over tokens.
 
     Args:
         word: as it stands in the cleaned phrase.
@@ -250,15 +250,17 @@ def ask(explainer: Explainer, image: EncodedImage, phrases: Sequence[str], max_w
     """The model's part of `ground_all`; arguments and errors as there."""
     texts = [clean_phrase(explainer, phrase, max_words) for phrase in phrases]
     answers: list[Answer] = []
-    for tokens, found, maps, matches in explainer.answers(image.encoded, texts):
+    for _, found, maps, matches in explainer.answers(image.encoded, texts):
         token_maps = found.token_maps
         for row, (small, match) in enumerate(zip(maps, matches, strict=True)):
             phrase, text = phrases[len(answers)], texts[len(answers)]
             words: tuple[WordMap, ...] = ()
             if token_maps is not None:
-                count = int(tokens.attention_mask[row].sum())
-                small = small * (len(tokens.attention_mask[row]) / count)  # the mean over its own tokens, not padding
-                words = word_maps(explainer.tokenizer.split(text), token_maps[row, :count].cpu())
+                assert found.token_mask is not None
+                own = found.token_mask[row].nonzero()[:, 0].tolist()  # [CLS] first, or without it
+                if found.over_padding:
+                    small = small * (len(found.token_mask[row]) / len(own))  # the mean over its own tokens, not padding
+                words = word_maps(explainer.tokenizer.split(text)[own[0] :], token_maps[row, own].cpu())
             answers.append(Answer(phrase, text, match, small.numpy(), words))
     return answers
 

@@ -36,7 +36,9 @@ def of_model(config: GroundingConfig, vocabulary: str) -> Origin:
     """The parts of the model besides its weights: sizes, BERT config, vocabulary (the tokenizer's file), PyTorch."""
     bert = load_bert_config(config.bert_config).model_dump(exclude=NOT_OF_EVALUATION)
     sizes = config.model_dump()
+    blip = {"config.json of BLIP": f"sha256 {files.file_digest(config.bert_config)}"} if config.model == "blip" else {}
     return {
+        **blip,
         **{key: sizes[key] for key in ("image_res", *SHAPE_KEYS) if key in sizes},
         **{f"bert_config's {key}": value for key, value in bert.items()},
         "vocabulary": f"sha256 {files.file_digest(vocabulary)}",

@@ -17,8 +17,8 @@ from config import (
     ModelConfig,
     load_bert_config,
     load_config,
-    load_student_config,
     parse_config,
+    student_sizes,
 )
 from dataset.scenes.paths import BERT_CONFIG, TEXT_ENCODER
 from dataset.text import Tokenizer, load_tokenizer
@@ -33,7 +33,7 @@ from models.student import CONFIG, is_student, local_checkpoint, own_text_encode
 CONFIG_FOLDERS = (Path("configs"), Path("configs/scenes"))
 # What decides the shapes of the weights, beside bert_config and image_res. A config that is saved has `vision_model` or
 # the sizes of the plain ViT.
-SHAPE_KEYS = ("vision_model", *(key for key in VISION_SIZES if key != "vision_initializer_range"), "embed_dim")
+SHAPE_KEYS = ("model", "vision_model", *(key for key in VISION_SIZES if key != "vision_initializer_range"), "embed_dim")
 
 
 class OpenedModel(NamedTuple):
@@ -81,13 +81,22 @@ def open_model(
     else:
         chosen, origin = load_config(config, GroundingConfig, [*own_sizes(checkpoint), *overrides]), str(config)
     tokenizer = vocabulary_for(chosen.bert_config, text_encoder or choose_text_encoder(checkpoint, chosen.bert_config))
-    model, where = build_albef(chosen), utils.choose_device(device)
+    model, where = build_model(chosen), utils.choose_device(device)
     return OpenedModel(model, tokenizer, where, chosen, origin, ready(model, content, checkpoint, where))
+
+
+def build_model(config: ModelConfig) -> ALBEF:
+    """The model of a config, for evaluation, with random weights; raises `ConfigError` for sizes that do not fit."""
+    if config.model == "blip":
+        from models.blip import build_blip  # brings transformers, which takes seconds
+
+        return build_blip(config)
+    return build_albef(config)
 
 
 def choose_text_encoder(checkpoint: str | Path, bert_config: str) -> str:
     """The --text_encoder of a checkpoint: a student's own folder, the scenes' for their models, or BERT's."""
-    scenes = str(TEXT_ENCODER) if Path(bert_config) == BERT_CONFIG else None
+    scenes = str(TEXT_ENCODER) if Path(bert_config).parent == BERT_CONFIG.parent else None
     return own_text_encoder(Path(checkpoint)) or scenes or "bert-base-uncased"
 
 
@@ -103,12 +112,17 @@ def vocabulary_for(bert_config: str, text_encoder: str) -> Tokenizer:
 
 
 def own_sizes(checkpoint: Path) -> list[str]:
-    """The sizes that a student's folder states, as overrides of a config's; none of another checkpoint."""
+    """The sizes that a student's folder states, as overrides of a config's; none of another checkpoint.
+
+    Of BLIP's, image size and layer too: its maps are made of images of that size.
+    """
     if not is_student(checkpoint):
         return []
-    path = checkpoint / CONFIG
-    sizes = {"vision_model": None, **load_student_config(path).model_dump(mode="json"), "bert_config": str(path)}
-    keys = ("bert_config", *(key for key in SHAPE_KEYS if key in sizes))
+    sizes = {"vision_model": None, **student_sizes(checkpoint / CONFIG)}
+    keys = ["bert_config", *(key for key in SHAPE_KEYS if key in sizes)]
+    if sizes.get("model") == "blip":
+        keys += ["image_res", "block_num"]
+        sizes["block_num"] = sizes["amc"]["layer"]
     return [f"{key}={json.dumps(sizes[key], ensure_ascii=False)}" for key in keys]
 
 
@@ -125,7 +139,7 @@ def ready(model: ALBEF, content: dict[str, Any], path: str | Path, device: torch
 def check_config(config: GroundingConfig, mode: str, block: int) -> None:
     """Raise `ConfigError` for sizes that do not fit, `LayerError` for a missing layer; no weights are made."""
     with torch.device("meta"):
-        check_layer(build_albef(config), mode, block)
+        check_layer(build_model(config), mode, block)
 
 
 def config_of(

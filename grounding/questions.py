@@ -15,8 +15,7 @@ from grounding import metrics
 from grounding.batches import Ask, ImageData, Pair, answer_pairs, load_images
 from grounding.benchmarks import Benchmark, benchmark_of, with_splits
 from grounding.explain import Explainer, Resize
-from grounding.load import check_config, ready
-from models.albef import build_albef
+from grounding.load import build_model, check_config, ready
 from models.checkpoint import LoadReport
 
 
@@ -101,7 +100,7 @@ class Questions:
 
     def explainer(self, content: dict[str, Any], path: str | Path) -> tuple[Explainer, LoadReport]:
         """A new model with a checkpoint's weights, ready for evaluation, and what became of the file's tensors."""
-        model, asking = build_albef(self.config), self.asking
+        model, asking = build_model(self.config), self.asking
         report = ready(model, content, path, self.device)
         explainer = Explainer(model, self.tokenizer, self.device, asking.mode, self.block, asking.precision, str(path))
         return explainer, report

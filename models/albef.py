@@ -5,7 +5,7 @@ Encoders are injected; `build_albef` makes them from a config. `models.interface
 
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from dataset.text import Tokens
 from models import vit
 from models.interface import Explanation, check_layer
 from models.vit import ViT, build_vit
-from models.xbert import KeyValue, TextEncoder
+from models.xbert import FusionEncoder, KeyValue, TextEncoder
 from utils import upload
 
 
@@ -40,11 +40,11 @@ class ALBEF(nn.Module):
     Shapes: N images, S image tokens (CLS first), B texts, T tokens, W width, E embedding size.
     """
 
-    def __init__(self, visual_encoder: ViT, text_encoder: TextEncoder, embed_dim: int, temp: float) -> None:
+    def __init__(self, visual_encoder: ViT, text_encoder: FusionEncoder, embed_dim: int, temp: float) -> None:
         super().__init__()
         width, text_width = visual_encoder.embed_dim, text_encoder.config.hidden_size
         self.visual_encoder = visual_encoder
-        self.text_encoder = text_encoder
+        self.text_encoder: Any = text_encoder  # ALBEF's own is a TextEncoder
         self.vision_proj = nn.Linear(width, embed_dim)
         self.text_proj = nn.Linear(text_width, embed_dim)
         self.temp = nn.Parameter(torch.tensor(temp))
@@ -90,15 +90,15 @@ class ALBEF(nn.Module):
         self, images: Tensor, precision: torch.dtype = torch.float32, only: tuple[str, int] | None = None
     ) -> EncodedImages:
         """Images once, as in `ExplainableModel.encode`."""
-        encoder, inputs, tokens = self.visual_encoder, {}, None
+        inputs, tokens = {}, None
         with torch.autocast(images.device.type, precision, enabled=precision != torch.float32):
             if only is None:
-                found, tokens = vit.block_inputs(encoder, images)
+                found, tokens = self._block_inputs(images)
                 inputs = dict(enumerate(found))
             elif only[0] == "itm":
-                tokens = encoder(images)
+                tokens = self.visual_encoder(images)
             else:
-                inputs = {only[1]: vit.tokens_before(encoder, images, only[1])}
+                inputs = {only[1]: self._tokens_before(images, only[1])}
         keys_values = [] if tokens is None else self.text_encoder.image_keys_values(tokens.float())
         return EncodedImages(images, keys_values, {block: x.float() for block, x in inputs.items()})
 
@@ -132,7 +132,7 @@ class ALBEF(nn.Module):
             assert fused.attention is not None
             (gradient,) = torch.autograd.grad(logits[:, 1].sum(), fused.attention)
         match = logits.detach().softmax(dim=1)[:, 1]
-        return Explanation(self._patches(fused.attention.detach()), self._patches(gradient), mask, match, self.grid)
+        return self.explanation(fused.attention.detach(), gradient, mask, match)
 
     def _explain_similarity(
         self, encoded: EncodedImages, image_index: Sequence[int] | None, tokens: Tokens, layer: int
@@ -144,9 +144,9 @@ class ALBEF(nn.Module):
         image_index = [0] * len(tokens.input_ids) if image_index is None else image_index
         index = _beside(encoded, image_index)
         with torch.no_grad():
-            text = self.text_feature(self.text_encoder(*tokens))
+            text = self.text_feature(self.contrast_tokens(self.text_encoder, tokens))
         with torch.enable_grad():
-            final, attention = vit.forward_from(self.visual_encoder, encoded.pixels, encoded.block_inputs[layer], layer)
+            final, attention = self._forward_from(encoded, layer)
             similarity = (self.image_feature(final)[index] * text).sum(dim=1) / self.temp
         rows_seen = self._patches(attention.detach()[index, :, :1])
         gradients = torch.empty_like(rows_seen)
@@ -156,6 +156,26 @@ class ALBEF(nn.Module):
             (gradient,) = torch.autograd.grad(similarity, attention, chosen, retain_graph=True)
             gradients[rows] = self._patches(gradient[index[rows], :, :1])
         return Explanation(rows_seen, gradients, None, None, self.grid)
+
+    # ---- what another model of these parts does in its own way
+
+    @staticmethod
+    def contrast_tokens(encoder: FusionEncoder, tokens: Tokens) -> Tensor:
+        """Text tokens (B, T, W), for contrast; `encoder` is the model's or its teacher's."""
+        return encoder(*tokens)
+
+    def explanation(self, attention: Tensor, gradient: Tensor, mask: Tensor, match: Tensor | None) -> Explanation:
+        """Of cross-attention (B, H, T, S) and its gradient, for texts of a mask (B, T)."""
+        return Explanation(self._patches(attention), self._patches(gradient), mask, match, self.grid)
+
+    def _block_inputs(self, images: Tensor) -> tuple[list[Tensor], Tensor]:
+        return vit.block_inputs(self.visual_encoder, images)
+
+    def _tokens_before(self, images: Tensor, block: int) -> Tensor:
+        return vit.tokens_before(self.visual_encoder, images, block)
+
+    def _forward_from(self, encoded: EncodedImages, block: int) -> tuple[Tensor, Tensor]:
+        return vit.forward_from(self.visual_encoder, encoded.pixels, encoded.block_inputs[block], block)
 
     def _patches(self, columns: Tensor) -> Tensor:
         """(..., S) -> (..., h * w): without the CLS token, and registers."""

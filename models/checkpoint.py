@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from config import ConfigError, load_student_config
+from config import ConfigError, load_student_config, student_sizes
 from files import UnreadableFile, load_tensors, parse_json, verify_archive, why_unreadable
 from models.albef import ALBEF
 from models.student import CONFIG, is_student, lacking, weights_of
@@ -35,7 +35,8 @@ State = dict[str, Tensor]
 TEACHER = re.compile(r"^(visual_encoder|text_encoder|vision_proj|text_proj)_m\.")
 QUEUE = re.compile(r"^(image_queue|text_queue|idx_queue|queue_ptr|queue_ptr_img|queue_ptr_txt)$")
 MLM_HEAD = re.compile(r"^text_encoder\.cls\.")
-POSITION_EMBEDDING = re.compile(r"^(visual_encoder(_m)?\.)?pos_embed$")
+POSITION_EMBEDDING = re.compile(r"^(visual_encoder(_m)?\.)?(pos_embed|embeddings\.position_embedding)$")
+BLIP = re.compile(r"\.self_attn\.qkv\.")  # in names of transformers' BLIP, and of models/blip.py
 POSITION_IDS = re.compile(r"embeddings\.position_ids$")
 # One parameter under two names in the MLM head; a student is written without the first of each pair.
 TIED = {
@@ -55,7 +56,7 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Other models, by a key that they have and the model to be loaded has not.
 OTHER_MODELS = {
     "a LoRA adapter": r"\.lora_[AB]\.",
-    "BLIP of transformers": r"^vision_model\..*\.self_attn\.qkv\.",
+    "BLIP of transformers (for that, the config says model: blip)": BLIP.pattern,
     "BLIP": r"^ptr_queue$",
     "CLIP or SigLIP of transformers": r"^(text_model|vision_model)\.",
     "CLIP": r"^visual\.",
@@ -134,9 +135,7 @@ def _stated_config(path: Path) -> dict[str, Any]:
     In place of a folder's bert_config stands the path of its config.json, for `load_bert_config`.
     """
     if is_student(path):
-        return {
-            "config": load_student_config(path / CONFIG).model_dump(mode="json") | {"bert_config": str(path / CONFIG)}
-        }
+        return {"config": student_sizes(path / CONFIG)}
     with contextlib.suppress(SafetensorError, ValueError, KeyError), safe_open(path, framework="pt") as file:
         return {"config": parse_json((file.metadata() or {})["config"])}
     return {}
@@ -169,7 +168,11 @@ def _by_our_names(state: State, report: LoadReport) -> State:
     if all(name.startswith("model.") for name in names.values()):  # Lightning's module around the model
         names = {key: name.removeprefix("model.") for key, name in names.items()}
         report.converted.append(f"{len(names)} names without model.")
-    if count := sum(bool(WITHOUT_BERT.match(name)) for name in names.values()):
+    if any(map(BLIP.search, names.values())):
+        if count := sum(name.startswith("vision_model.") for name in names.values()):
+            names = {key: re.sub(r"^vision_model\.", "visual_encoder.", name) for key, name in names.items()}
+            report.converted.append(f"{count} names with visual_encoder. for vision_model., as transformers has it")
+    elif count := sum(bool(WITHOUT_BERT.match(name)) for name in names.values()):
         names = {key: WITHOUT_BERT.sub(r"\1.bert.", name) for key, name in names.items()}
         report.converted.append(
             f"{count} names with text_encoder.bert. for text_encoder., as ALBEF's fine-tuning has it"
@@ -231,12 +234,12 @@ def student_of(state: State, path: str | Path, dtype: torch.dtype) -> State:
 
 
 def load_weights(model: ALBEF, state: State, path: str | Path) -> LoadReport:
-    """Load a state dict into ALBEF, for training or for evaluation.
+    """Load a state dict into ALBEF or BLIP, for training or for evaluation.
 
     Explained differences: position embeddings of another resolution are resized; `queue_ptr` serves for both pointers;
     a parameter with two names may stand under one of them;
     a queue of another length starts afresh; a training model given student weights alone copies its teacher from them;
-    a model without teacher, queues or MLM head leaves those out.
+    a model without teacher, queues, MLM head or position ids leaves those out; transformers' BLIP has no temperature.
 
     Raises:
         CheckpointError: any other missing, unexpected or differently shaped key.
@@ -248,9 +251,13 @@ def load_weights(model: ALBEF, state: State, path: str | Path) -> LoadReport:
     _convert_teacher(state, target, report)
     _fit_positions(state, target, report, model.visual_encoder)
     state |= {key: target[key] for key in target.keys() - state if POSITION_IDS.search(key)}  # not always saved
-    for what, pattern in (("teacher", TEACHER), ("queues", QUEUE), ("MLM head", MLM_HEAD)):
-        extra = [key for key in state if pattern.match(key)]
-        if extra and not any(pattern.match(key) for key in target):  # else a tensor too many is an error
+    if "temp" not in state and any(map(BLIP.search, state)):
+        report.fresh.append("temperature (missing in the file)")
+        state["temp"] = target["temp"]
+    parts = {"teacher": TEACHER, "queues": QUEUE, "MLM head": MLM_HEAD, "position ids": POSITION_IDS}
+    for what, pattern in parts.items():
+        extra = [key for key in state if pattern.search(key)]
+        if extra and not any(map(pattern.search, target)):  # else a tensor too many is an error
             report.ignored.append(f"{what}, {len(extra)} tensors")
             state = {key: value for key, value in state.items() if key not in extra}
     return _load(model, state, report)

@@ -34,6 +34,8 @@ class Explanation(NamedTuple):
             text.
         match: (B,), probability that text and image match; None where that is not what was explained.
         grid: (h, w).
+        over_padding: whether a map is a mean over all T, as ALBEF's; else over the tokens of `token_mask`, which may
+            leave out the first.
     """
 
     attention: Tensor
@@ -41,12 +43,14 @@ class Explanation(NamedTuple):
     token_mask: Tensor | None
     match: Tensor | None
     grid: tuple[int, int]
+    over_padding: bool = True
 
     @property
     def maps(self) -> Tensor:
-        """GradCAM maps, float32 (B, h, w), at least 0; the mean over T includes padding."""
+        """GradCAM maps, float32 (B, h, w), at least 0."""
         mask = torch.ones_like(self.attention[:, 0, :, 0]) if self.token_mask is None else self.token_mask
-        return amc.gradcam(self.attention, self.gradient, mask, self.grid)
+        cam = amc.gradcam(self.attention, self.gradient, mask, self.grid)
+        return cam if self.over_padding else cam * (mask.shape[1] / mask.sum(dim=1).clamp(min=1))[:, None, None]
 
     @property
     def token_maps(self) -> Tensor | None:

@@ -18,7 +18,7 @@ from models import amc, losses, selfeq
 from models.albef import ALBEF, build_encoders
 from models.kernels import compiling
 from models.vit import ViT
-from models.xbert import KeyValue, TextEncoder
+from models.xbert import FusionEncoder, KeyValue
 from utils import all_gather
 
 
@@ -73,12 +73,20 @@ class Batch(NamedTuple):
         )
 
 
+class TextsRead(NamedTuple):
+    """Text tokens (B, T, W): for contrast, for matching, and of the masked captions; None without MLM."""
+
+    contrast: Tensor
+    match: Tensor
+    masked: Tensor | None
+
+
 class TeacherOutput(NamedTuple):
     """By the momentum teacher: L2-normalised features (B, E), and vocabulary logits (K, V) at the MLM targets."""
 
     image: Tensor
     text: Tensor
-    words: Tensor
+    words: Tensor | None
 
 
 class Encoders(NamedTuple):
@@ -86,7 +94,7 @@ class Encoders(NamedTuple):
 
     visual_encoder: ViT
     vision_proj: nn.Linear
-    text_encoder: TextEncoder
+    text_encoder: Any
     text_proj: nn.Linear
 
 
@@ -154,15 +162,16 @@ class PretrainModel(ALBEF):
     queue_ptr_img: Tensor
     queue_ptr_txt: Tensor
     visual_encoder_m: ViT
-    text_encoder_m: TextEncoder
+    text_encoder_m: Any
     vision_proj_m: nn.Linear
     text_proj_m: nn.Linear
     compiled = False
+    plain_losses: tuple[str, ...] = ("loss_mlm", "loss_ita", "loss_itm")
 
     def __init__(self, config: PretrainConfig) -> None:
-        super().__init__(*build_encoders(config, mlm_head=True), config.embed_dim, config.temp)
+        super().__init__(*self._build(config), config.temp)
         self.config = config
-        self.loss_weights = {"loss_mlm": 1.0, "loss_ita": 1.0, "loss_itm": 1.0}
+        self.loss_weights = dict.fromkeys(self.plain_losses, 1.0)
         if config.add_gcam:
             self.loss_weights |= amc.map_loss_weights(config.amc)
         if config.selfeq.is_trained:
@@ -171,10 +180,16 @@ class PretrainModel(ALBEF):
             setattr(self, f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
         self.rounded_teacher: RoundedEncoders | None = None  # no part of the checkpoint
         self.register_load_state_dict_post_hook(lambda model, _: setattr(model, "rounded_teacher", None))
+        embed_dim = self.vision_proj.out_features
         for name in ("image_queue", "text_queue"):
-            self.register_buffer(name, F.normalize(torch.randn(config.embed_dim, config.queue_size), dim=0))
+            self.register_buffer(name, F.normalize(torch.randn(embed_dim, config.queue_size), dim=0))
         for name in ("queue_ptr_img", "queue_ptr_txt"):
             self.register_buffer(name, torch.zeros(1, dtype=torch.long))
+
+    @staticmethod
+    def _build(config: PretrainConfig) -> tuple[ViT, FusionEncoder, int]:
+        """Encoders, and the size of embeddings."""
+        return *build_encoders(config, mlm_head=True), config.embed_dim
 
     def total(self, losses: Mapping[str, Tensor]) -> Tensor:
         """The weighted sum of the losses, which is trained: a scalar."""
@@ -237,23 +252,23 @@ class PretrainModel(ALBEF):
         alpha: float | Tensor,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """The named losses, and the teacher's features (B, E) for the queues, of images and texts."""
-        text_tokens, masked_tokens = _both_texts(self.text_encoder, batch)
+        read = self._read(self.text_encoder, batch)
         images = self.text_encoder.image_keys_values(image_tokens)
         teacher = self._teacher(image_tokens_m, batch, parts)
         contrast = losses.contrastive_loss(
             self.image_feature(image_tokens),
-            self.text_feature(text_tokens),
+            self.text_feature(read.contrast),
             teacher.image,
             teacher.text,
             *queues,
             self.temp,
             alpha,
         )
-        positives, map_losses = self._positives(text_tokens, images, batch)
-        negatives = self._negatives(text_tokens, images, batch.attention_mask, contrast)
+        positives, map_losses = self._positives(read.match, images, batch)
+        negatives = self._negatives(read.match, images, batch.attention_mask, contrast)
         match_logits = torch.cat([positives, negatives])
-        named = {
-            "loss_mlm": self._mlm(masked_tokens, images, teacher.words, batch, alpha),
+        named = {} if read.masked is None else {"loss_mlm": self._mlm(read.masked, images, teacher.words, batch, alpha)}
+        named |= {
             "loss_ita": contrast.loss,
             "loss_itm": losses.matching_loss(match_logits, positives=len(positives)),
             **map_losses,
@@ -267,13 +282,22 @@ class PretrainModel(ALBEF):
         tokens = parts.text_encoder(batch.other_ids, batch.other_mask)
         return F.normalize(parts.text_proj(tokens[:, 0]), dim=-1)
 
+    @staticmethod
+    def _read(encoder: FusionEncoder, batch: Batch) -> TextsRead:
+        """Captions and masked captions, in one pass."""
+        ids = torch.cat([batch.input_ids, batch.mlm_input_ids])
+        text, masked = encoder(ids, batch.attention_mask.repeat(2, 1)).chunk(2)
+        return TextsRead(text, text, masked)
+
     @torch.no_grad()
     def _teacher(self, image_tokens: Tensor, batch: Batch, parts: Encoders) -> TeacherOutput:
         encoder = parts.text_encoder
-        text_tokens, masked_tokens = _both_texts(encoder, batch)
+        read = self._read(encoder, batch)
         image = F.normalize(parts.vision_proj(image_tokens[:, 0]), dim=-1)
-        text = F.normalize(parts.text_proj(text_tokens[:, 0]), dim=-1)
-        fused = encoder.fuse(masked_tokens, batch.attention_mask, encoder.image_keys_values(image_tokens))
+        text = F.normalize(parts.text_proj(read.contrast[:, 0]), dim=-1)
+        if read.masked is None:
+            return TeacherOutput(image, text, None)
+        fused = encoder.fuse(read.masked, batch.attention_mask, encoder.image_keys_values(image_tokens))
         return TeacherOutput(image, text, encoder.mlm_logits(_at_targets(fused.tokens, batch)))
 
     def _teacher_parts(self, device: str) -> Encoders:
@@ -313,8 +337,7 @@ class PretrainModel(ALBEF):
         """Match logits (B, 2) of the true pairs, and their GradCAM maps (B, h, w), which can be differentiated."""
         encoder, layer = self.text_encoder, self.config.amc.layer
         match = encoder.explain_match(text_tokens.float(), mask, images, layer, self.match_logits)
-        patches = self._patches(match.attention), self._patches(match.gradient)
-        return match.logits, amc.gradcam(*patches, mask, self.grid)
+        return match.logits, self.explanation(match.attention, match.gradient, mask, None).maps
 
     def _negatives(
         self, text_tokens: Tensor, images: list[KeyValue], attention_mask: Tensor, contrast: losses.ContrastiveOutput
@@ -328,9 +351,15 @@ class PretrainModel(ALBEF):
         return self.match_logits(fused.tokens)
 
     def _mlm(
-        self, masked_tokens: Tensor, images: list[KeyValue], teacher_words: Tensor, batch: Batch, alpha: float | Tensor
+        self,
+        masked_tokens: Tensor,
+        images: list[KeyValue],
+        teacher_words: Tensor | None,
+        batch: Batch,
+        alpha: float | Tensor,
     ) -> Tensor:
         """Masked language modelling with the image, against the words and the teacher's prediction."""
+        assert teacher_words is not None
         encoder, labels = self.text_encoder, _at_targets(batch.mlm_labels, batch)
         tokens = encoder.fuse(masked_tokens, batch.attention_mask, images).tokens
         if self.config.mlm_distill_axis == "vocabulary":  # needs no other position than the targets
@@ -370,12 +399,6 @@ class PretrainModel(ALBEF):
         for queue, pointer, features in pairs:
             queue[:, (pointer + offsets) % size] = features[-size:].t().to(queue.dtype)
             pointer.copy_((pointer + len(features)) % size)
-
-
-def _both_texts(encoder: TextEncoder, batch: Batch) -> tuple[Tensor, ...]:
-    """Text tokens (B, T, W) of the captions and of the masked captions, in one pass."""
-    ids = torch.cat([batch.input_ids, batch.mlm_input_ids])
-    return encoder(ids, batch.attention_mask.repeat(2, 1)).chunk(2)
 
 
 def _at_targets(values: Tensor, batch: Batch) -> Tensor:

@@ -1,7 +1,7 @@
 """A student to give away: a folder in the layout of the Hugging Face hub, here or on the hub (docs/sharing.md).
 
-It holds model.safetensors, config.json, a vocabulary and a model card. Only safetensors, JSON and texts are read from
-it: no pickle, no code.
+It holds model.safetensors, config.json, a vocabulary and a model card. Only tensors, JSON and texts are read from it,
+no code. A folder of transformers' BLIP is read in the same way; older ones have their weights in pytorch_model.bin.
 """
 
 import os
@@ -20,6 +20,7 @@ from dataset.text import VOCABULARY_FILES
 from system_errors import describe_os_error
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
+TORCH_WEIGHTS = "pytorch_model.bin"
 FILES = (WEIGHTS, CONFIG, CARD, *VOCABULARY_FILES)
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 TENSOR_FILES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
@@ -29,9 +30,13 @@ class StudentError(utils.UserError):
     """A folder of a student that cannot be written, or not be had from the hub."""
 
 
+def _weights_in(folder: Path) -> Path:
+    return next((folder / name for name in (WEIGHTS, TORCH_WEIGHTS) if (folder / name).is_file()), folder / WEIGHTS)
+
+
 def lacking(folder: Path) -> list[str]:
     """Which of the two files that make a folder a student's are not there."""
-    return [name for name in (WEIGHTS, CONFIG) if not (folder / name).is_file()]
+    return [path.name for path in (_weights_in(folder), folder / CONFIG) if not path.is_file()]
 
 
 def is_student(path: Path) -> bool:
@@ -40,7 +45,7 @@ def is_student(path: Path) -> bool:
 
 def weights_of(path: Path) -> Path:
     """The file that holds a checkpoint's weights: the checkpoint itself, or one in a student's folder."""
-    return path / WEIGHTS if is_student(path) else path
+    return _weights_in(path) if is_student(path) else path
 
 
 def own_text_encoder(path: Path) -> str | None:
@@ -52,7 +57,8 @@ def local_checkpoint(checkpoint: str | Path) -> Path:
     """The local path of a --checkpoint: itself, or the folder that a name on the hub is downloaded to.
 
     A name on the hub is OWNER/NAME or OWNER/NAME@REVISION: one that is no local path, does not end as files of
-    tensors do, and whose OWNER is no local folder. Only `FILES` are downloaded.
+    tensors do, and whose OWNER is no local folder. Only `FILES` are downloaded, and
+    `TORCH_WEIGHTS` where the weights are not among them.
 
     Raises:
         StudentError: the hub cannot be reached, has no such repository, or it holds no student.
@@ -68,7 +74,10 @@ def local_checkpoint(checkpoint: str | Path) -> Path:
         disable_progress_bars()
     told = f"--checkpoint {checkpoint}: no such local file or folder, and as a name on the Hugging Face hub:"
     try:
-        folder = Path(huggingface_hub.snapshot_download(name[1], revision=name[2], allow_patterns=list(FILES)))
+        for files in (FILES, (*FILES, TORCH_WEIGHTS)):
+            folder = Path(huggingface_hub.snapshot_download(name[1], revision=name[2], allow_patterns=list(files)))
+            if WEIGHTS not in lacking(folder):
+                break
     except errors.GatedRepoError as error:
         raise StudentError(f"{told} its owner grants access on request; log in with `hf auth login`") from error
     except errors.RevisionNotFoundError as error:

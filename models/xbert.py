@@ -61,15 +61,18 @@ class ResidualOutput(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head attention of the text over itself or over image tokens."""
+    """Multi-head attention of the text over itself or over image tokens.
 
-    def __init__(self, config: BertConfig, source_width: int) -> None:
+    Args:
+        projections: has the linear layers `query`, `key` and `value`.
+        output: (mixed values, residual) -> new hidden states, (B, T, W) each.
+    """
+
+    def __init__(self, heads: int, dropout_prob: float, projections: nn.Module, output: nn.Module) -> None:
         super().__init__()
-        self.heads = config.num_attention_heads
-        self.dropout_prob = config.attention_probs_dropout_prob
-        widths = {"query": config.hidden_size, "key": source_width, "value": source_width}
-        self.self: Any = nn.ModuleDict({name: nn.Linear(width, config.hidden_size) for name, width in widths.items()})
-        self.output = ResidualOutput(config, config.hidden_size)
+        self.heads, self.dropout_prob = heads, dropout_prob
+        self.self: Any = projections
+        self.output = output
 
     def keys_values(self, source: Tensor) -> KeyValue:
         """(N, S, source width) -> keys and values, (N, H, S, D) each."""
@@ -140,15 +143,17 @@ def _matmul(rows: Tensor, shared: Tensor) -> Tensor:
 
 
 class Layer(nn.Module):
-    """Self-attention, cross-attention in fusion layers, MLP."""
+    """Self-attention, cross-attention in fusion layers, MLP: `intermediate` has the linear layer `dense`."""
 
-    def __init__(self, config: BertConfig, fusion: bool) -> None:
+    def __init__(
+        self, attention: Attention, crossattention: Attention | None, intermediate: nn.Module, output: nn.Module
+    ) -> None:
         super().__init__()
-        self.attention = Attention(config, config.hidden_size)
-        if fusion:
-            self.crossattention = Attention(config, config.encoder_width)
-        self.intermediate: Any = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
-        self.output = ResidualOutput(config, config.intermediate_size)
+        self.attention = attention
+        if crossattention is not None:
+            self.crossattention = crossattention
+        self.intermediate: Any = intermediate
+        self.output = output
 
     def forward(
         self,
@@ -178,6 +183,21 @@ class Layer(nn.Module):
     def finish(self, hidden: Tensor) -> Tensor:
         """The MLP, after the attentions."""
         return self.output(F.gelu(self.intermediate.dense(hidden)), hidden)
+
+
+def _build_attention(config: BertConfig, source_width: int) -> Attention:
+    width = config.hidden_size
+    widths = {"query": width, "key": source_width, "value": source_width}
+    projections = nn.ModuleDict({name: nn.Linear(own, width) for name, own in widths.items()})
+    output = ResidualOutput(config, width)
+    return Attention(config.num_attention_heads, config.attention_probs_dropout_prob, projections, output)
+
+
+def _build_layer(config: BertConfig, fusion: bool) -> Layer:
+    attention = _build_attention(config, config.hidden_size)
+    crossattention = _build_attention(config, config.encoder_width) if fusion else None
+    intermediate = nn.ModuleDict({"dense": nn.Linear(config.hidden_size, config.intermediate_size)})
+    return Layer(attention, crossattention, intermediate, ResidualOutput(config, config.intermediate_size))
 
 
 class Embeddings(nn.Module):
@@ -218,35 +238,16 @@ class MLMHead(nn.Module):
         return self.decoder(self.transform.LayerNorm(F.gelu(self.transform.dense(hidden))))
 
 
-class TextEncoder(nn.Module):
-    """BERT in two halves: `forward` reads the text, `fuse` reads the text with an image; `mlm_logits` on request."""
+class FusionEncoder(nn.Module):
+    """Layers that read texts together with images; a subclass has them, and reads the text before."""
 
-    def __init__(self, config: BertConfig, mlm_head: bool) -> None:
-        super().__init__()
-        self.config = config
-        self.checkpoint_activations = False
-        embeddings = Embeddings(config)
-        layers = nn.ModuleList(
-            Layer(config, index in config.fusion_layers) for index in range(config.num_hidden_layers)
-        )
-        self.bert: Any = nn.ModuleDict({"embeddings": embeddings, "encoder": nn.ModuleDict({"layer": layers})})
-        self.cls: Any = None
-        if mlm_head:
-            self.cls = nn.ModuleDict({"predictions": MLMHead(config, embeddings.word_embeddings)})
-        self.apply(self._initialise)
-
-    def _initialise(self, module: nn.Module) -> None:
-        if isinstance(module, nn.Linear | nn.Embedding):
-            nn.init.normal_(module.weight, std=self.config.initializer_range)
-        if isinstance(module, nn.Linear):
-            nn.init.zeros_(module.bias)
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
-            nn.init.zeros_(module.weight[module.padding_idx])
+    config: BertConfig
+    checkpoint_activations = False
 
     @property
     def layers(self) -> list[Layer]:
         """BERT's layers, by index."""
-        return list(self.bert.encoder.layer)
+        raise NotImplementedError
 
     @property
     def fusion_layers(self) -> range:
@@ -254,11 +255,12 @@ class TextEncoder(nn.Module):
         return self.config.fusion_layers
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """(B, T) ids and mask (1 word, 0 padding) -> text tokens (B, T, W), from the layers without image."""
-        hidden, bias = self.bert.embeddings(input_ids), _additive(attention_mask)
-        for layer in self.layers[: self.config.fusion_layer]:
-            hidden, _ = self._run(layer, False, hidden, bias)
-        return hidden
+        """(B, T) ids and mask (1 word, 0 padding) -> what the first fusion layer reads, (B, T, W)."""
+        raise NotImplementedError
+
+    def text_bias(self, attention_mask: Tensor) -> Tensor:
+        """The mask (B, T) of texts -> (B, 1, 1, T), 0 or -10000, to be added to the scores of self-attention."""
+        return (1.0 - attention_mask[:, None, None, :].float()) * -10000.0
 
     def image_keys_values(self, image_tokens: Tensor) -> list[KeyValue]:
         """(N, S, encoder width) -> keys and values of every fusion layer, for any number of `fuse` calls."""
@@ -284,7 +286,7 @@ class TextEncoder(nn.Module):
             cls_only: the tokens of the result are (B, 1, W), the CLS token alone. The last layer then computes nothing
                 for the others, which see the image no more; an attention asked for in the last layer is whole still.
         """
-        hidden, bias, seen = text_tokens, _additive(attention_mask), None
+        hidden, bias, seen = text_tokens, self.text_bias(attention_mask), None
         for index, image in zip(self.fusion_layers, images, strict=True):
             asked = index == attention_layer
             first = cls_only and index == self.fusion_layers[-1] and not asked
@@ -311,7 +313,7 @@ class TextEncoder(nn.Module):
             text_tokens, attention_mask, images: as in `fuse`, with one image per text.
             match_logits: fused tokens (B, 1, W), CLS alone -> logits (B, 2); class 1 is the match.
         """
-        hidden, bias = text_tokens, _additive(attention_mask)
+        hidden, bias = text_tokens, self.text_bias(attention_mask)
         steps = dict(zip(self.fusion_layers, images, strict=True))
         for index in (index for index in self.fusion_layers if index < layer):
             hidden, _ = self._run(self.layers[index], False, hidden, bias, steps[index])
@@ -330,10 +332,6 @@ class TextEncoder(nn.Module):
         gradient, logits = torch.func.grad(match, has_aux=True)(attention)
         return MatchOutput(logits, attention, gradient)
 
-    def mlm_logits(self, hidden: Tensor) -> Tensor:
-        """(..., W) -> (..., V); only of an encoder built with its MLM head."""
-        return self.cls.predictions(hidden)
-
     def _run(self, layer: Layer, keep: bool, *inputs: Tensor | KeyValue | bool | None) -> tuple[Tensor, Tensor | None]:
         """A layer's outputs; `keep` its activations for the backward pass, even with `checkpoint_activations`."""
         if self.checkpoint_activations and torch.is_grad_enabled() and not keep:
@@ -341,6 +339,42 @@ class TextEncoder(nn.Module):
         return layer(*inputs)
 
 
-def _additive(attention_mask: Tensor) -> Tensor:
-    """(B, T) of ones and zeros -> (B, 1, 1, T), 0 or -10000, to be added to attention scores."""
-    return (1.0 - attention_mask[:, None, None, :].float()) * -10000.0
+class TextEncoder(FusionEncoder):
+    """BERT in two halves: `forward` reads the text, `fuse` reads the text with an image; `mlm_logits` on request."""
+
+    def __init__(self, config: BertConfig, mlm_head: bool) -> None:
+        super().__init__()
+        self.config = config
+        embeddings = Embeddings(config)
+        layers = nn.ModuleList(
+            _build_layer(config, index in config.fusion_layers) for index in range(config.num_hidden_layers)
+        )
+        self.bert: Any = nn.ModuleDict({"embeddings": embeddings, "encoder": nn.ModuleDict({"layer": layers})})
+        self.cls: Any = None
+        if mlm_head:
+            self.cls = nn.ModuleDict({"predictions": MLMHead(config, embeddings.word_embeddings)})
+        self.apply(self._initialise)
+
+    def _initialise(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Linear | nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
+        if isinstance(module, nn.Linear):
+            nn.init.zeros_(module.bias)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            nn.init.zeros_(module.weight[module.padding_idx])
+
+    @property
+    def layers(self) -> list[Layer]:
+        """BERT's layers, by index."""
+        return list(self.bert.encoder.layer)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """(B, T) ids and mask (1 word, 0 padding) -> text tokens (B, T, W), from the layers without image."""
+        hidden, bias = self.bert.embeddings(input_ids), self.text_bias(attention_mask)
+        for layer in self.layers[: self.config.fusion_layer]:
+            hidden, _ = self._run(layer, False, hidden, bias)
+        return hidden
+
+    def mlm_logits(self, hidden: Tensor) -> Tensor:
+        """(..., W) -> (..., V); only of an encoder built with its MLM head."""
+        return self.cls.predictions(hidden)

@@ -276,7 +276,10 @@ def load_start(
     if not path:
         if config.vit_init:
             utils.log(str(init_image_encoder(model.visual_encoder, config.vit_init)))
-        utils.log(str(init_text_encoder(model.text_encoder, args.text_encoder)))
+        if config.model == "blip":
+            utils.log("without a --checkpoint, all weights of BLIP are random")
+        else:
+            utils.log(str(init_text_encoder(model.text_encoder, args.text_encoder)))
         model.copy_teacher()
         return {}
     checkpoint = read_checkpoint(path)
