@@ -220,6 +220,9 @@ class GroundingConfig(ModelConfig):
     image_ids_file: list[PathText] = []
     phrase_box_file: list[PathText] = []
     sentences_file: list[PathText] = []
+    # Further metrics (grounding/metrics.py), each a log line after those of the benchmark. For those that are called
+    # mask_... the segmentations of REFER's data are read as well.
+    metrics: list[str] = []
     block_num: int = Field(8, ge=0)  # the layer whose attention is explained; --block_num overrides it
     # balanced pairs (dataset/own.py) on which matching accuracy is measured as well
     matching_file: list[PathText] = []

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from grounding.maps import share_inside
 from grounding.report import charts
 from grounding.report.charts import chart
-from grounding.report.rows import share_inside
 from grounding.report.sections import extremes, one_an_image
 from grounding.report.statistics import Interval, by_category, by_length, by_size, intervals
 from grounding.results import percent
