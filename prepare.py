@@ -73,7 +73,9 @@ def prepare_vg(args: argparse.Namespace) -> None:
     if args.min_area > args.max_area or args.min_words > (args.max_words or math.inf):
         sys.exit("error: --min-area must not exceed --max-area, nor --min-words --max-words")
     rules = Rules(**{name: getattr(args, name) for name in Rules._fields})
-    images, drafts = visual_genome.prepare(args.raw, args.out, rules, args.only, args.exclude_eval, args.image_root)
+    images, drafts = visual_genome.prepare(
+        args.raw, args.out, rules, args.only, args.exclude_eval, args.image_root, args.hold_out
+    )
     print(visual_genome.summary(images, drafts))
     print("\nwrote " + ", ".join(str(args.out / OUTPUTS[name]) for name in drafts))
 
@@ -159,6 +161,10 @@ def add_vg(commands: Commands) -> None:
         "Flickr30k's image ids (.txt)"
     )
     add("--exclude-eval", type=Path, nargs="+", default=[], metavar="FILE", help=splits)
+    held = (
+        "leave out the images of these lists of Visual Genome's image ids, one a line, as configs/Grounding_vg.yaml has"
+    )
+    add("--hold-out", type=Path, nargs="+", default=[], metavar="FILE", help=held)
     add("--image-root", type=Path, metavar="DIR", help="leave out images that are not in DIR (default: do not look)")
     equal = (
         "join phrases of an image into one entry if they are equal once cleaned as in training, if they are equal but "

@@ -9,7 +9,7 @@ import functools
 import os
 import reprlib
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
@@ -66,6 +66,15 @@ class Expression:
             DataError: the image file is missing or has no readable header.
         """
         return self.annotated_size or _file_size(self.image)
+
+
+def with_merged_boxes(expression: Expression) -> Expression:
+    """The expression with the smallest box around its boxes; one with a single box stays as it is."""
+    if len(expression.boxes) == 1:
+        return expression
+    corner = expression.boxes[:, :2].min(axis=0)
+    size = (expression.boxes[:, :2] + expression.boxes[:, 2:]).max(axis=0) - corner
+    return replace(expression, boxes=np.concatenate([corner, size])[None])
 
 
 _file_size = functools.lru_cache(maxsize=1 << 16)(image_size)  # expressions share images, and models share expressions

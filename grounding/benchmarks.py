@@ -11,9 +11,10 @@ import numpy as np
 from PIL import Image
 
 from config import ConfigError, GroundingConfig
-from dataset import flickr, own, refer
-from dataset.expressions import Expression, Reading, load
+from dataset import flickr, own, refer, vg_regions
+from dataset.expressions import Expression, Reading, load, with_merged_boxes
 from dataset.transforms import resize_bicubic, resize_bilinear_image
+from grounding.metrics import find_metric
 
 
 class Benchmark(NamedTuple):
@@ -25,8 +26,9 @@ class Benchmark(NamedTuple):
         read: (config, reading) -> its expressions in the order of the result file, as the readers in dataset/ do.
         resize: (image, side) -> uint8 (side, side, 3).
         splits: split -> the name it is reported under; empty: what the config or the data say (`with_splits`).
-        metrics: names in grounding/metrics.py, in the order of the log lines; the last one decides which checkpoint is
-            best.
+        metrics: names in grounding/metrics.py, in the order of the log lines; the last one of its own decides which
+            checkpoint is best.
+        added: how many of the metrics, at the end, are not its own: the config's key `metrics` asks for them.
     """
 
     name: str
@@ -35,15 +37,36 @@ class Benchmark(NamedTuple):
     resize: Callable[[Image.Image, int], np.ndarray]
     splits: dict[str, str]
     metrics: tuple[str, ...]
+    added: int = 0
+
+    @property
+    def decisive(self) -> str:
+        """The metric that decides which checkpoint is best."""
+        return self.metrics[-1 - self.added]
+
+    def with_metrics(self, names: Sequence[str]) -> "Benchmark":
+        """The benchmark with further metrics; those that it has already are its own."""
+        new = [name for name in dict.fromkeys(names) if name not in self.metrics]
+        return self._replace(metrics=(*self.metrics, *new), added=len(new)) if new else self
+
+    def log_keys(self, metric: str) -> dict[str, str]:
+        """Split -> its key in a metric's log line: its reported name; for an added metric, with the metric's before it.
+
+        Log lines do not name their metric otherwise, and those of the published ones must not be mistaken.
+        """
+        own = metric in self.metrics[: len(self.metrics) - self.added]
+        return self.splits if own else {split: f"{metric}_{name}" for split, name in self.splits.items()}
 
     def load(self, config: GroundingConfig, skip_missing: bool = False) -> list[Expression]:
         """Read and check its expressions; `dataset.expressions.load` says what for, and what it raises."""
-        return load(partial(self.read, config), skip_missing)
+        found = load(partial(self.read, config), skip_missing)
+        return [with_merged_boxes(one) for one in found] if config.box_protocol == "merged" else found
 
 
 # The names by which the release reports splits.
 SPLITS = {"val": "val_d", "testA": "testA_d", "testB": "testB_d"}
 TWO_SPLITS = {"val": "val_d", "test": "test"}
+MERGED = ", merged boxes"  # follows the name of a benchmark with `box_protocol: merged`, in results and reports
 
 REFCOCO_PLUS = Benchmark(
     "RefCOCO+", "./configs/Grounding_refcoco.yaml", refer.read_refcoco, resize_bicubic, SPLITS, ("box", "point")
@@ -62,6 +85,9 @@ BENCHMARKS = {  # by the config's key `benchmark`
     "refcocog": REFCOCO_PLUS._replace(name="RefCOCOg", config="./configs/Grounding_refcocog.yaml", splits={}),
     "refclef": REFCLEF,
     "flickr": FLICKR,
+    "vg": OWN._replace(
+        name="Visual Genome", config="./configs/Grounding_vg.yaml", read=vg_regions.read_vg, metrics=("point",)
+    ),
     "own": OWN,
 }
 
@@ -74,6 +100,7 @@ def benchmark_of(config: GroundingConfig, script: Benchmark | None = None) -> Be
 
     Raises:
         ConfigError: no benchmark is named, the name is unknown, or the script evaluates another one.
+        MetricError: the config asks for a metric that does not exist.
         DataError: the data set is not split by `refer_split`.
     """
     names = ", ".join(BENCHMARKS)
@@ -88,10 +115,14 @@ def benchmark_of(config: GroundingConfig, script: Benchmark | None = None) -> Be
         )
     found = script or named
     assert found is not None
-    if found.read is not refer.read_refcoco or config.refer_dataset == "refcoco+":
-        return found
-    held_out = refer.splits_of(config.refer_dataset, config.refer_split)[1:]
-    return BENCHMARKS[config.refer_dataset]._replace(splits={split: split for split in held_out})
+    if found.read is refer.read_refcoco and config.refer_dataset != "refcoco+":
+        held_out = refer.splits_of(config.refer_dataset, config.refer_split)[1:]
+        found = BENCHMARKS[config.refer_dataset]._replace(splits={split: split for split in held_out})
+    if config.box_protocol == "merged":
+        found = found._replace(name=found.name + MERGED)
+    for name in config.metrics:
+        find_metric(name)
+    return found.with_metrics(config.metrics)
 
 
 def guessed(config: GroundingConfig) -> Benchmark | None:

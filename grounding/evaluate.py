@@ -1,7 +1,10 @@
 """The evaluation program of all scripts: checkpoints -> maps -> metrics -> results (docs/method.md, Evaluation)."""
 
 import argparse
+import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,10 +30,11 @@ from grounding.results import ResultFolder, percent, sources_of
 from models.checkpoint import read_checkpoint
 from models.student import is_student, lacking, local_checkpoint, own_text_encoder
 from runs import claim, is_within_epoch, write_provenance
-from terminal import boolean, integer
+from terminal import aligned, boolean, integer
 
 EXTENT = "bf16 and fp16: of the image encoder, maps are computed in fp32; tf32: of both (default: fp32)"
 Line = dict[str, float | None]
+Models = dict[str, Explainer]  # the models of one checkpoint, by what they were made of
 T = TypeVar("T")
 
 
@@ -39,9 +43,10 @@ def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = 
     parser = argparse.ArgumentParser(description=f"Evaluate visual grounding on {what}.")
     parser.add_argument(
         "--config",
-        default=benchmark.config if benchmark else None,
+        nargs="+",
+        default=[benchmark.config] if benchmark else None,
         required=benchmark is None,
-        help="a Grounding_*.yaml: data and sizes of the model",
+        help="a Grounding_*.yaml: data and sizes of the model; of several, each has its folder in --output_dir",
     )
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     which = "a file, a folder of them (every *.pth), a folder of export.py, or the name of one on the hub"
@@ -66,7 +71,9 @@ def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = 
     launch.add_argument("--world_size", default=1, type=int)
     launch.add_argument("--dist_url", default="env://")
     launch.add_argument("--distributed", default=True, type=boolean)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.config = args.config if len(args.config) > 1 else args.config[0]
+    return args
 
 
 def program(benchmark: Benchmark | None = None) -> None:
@@ -75,23 +82,74 @@ def program(benchmark: Benchmark | None = None) -> None:
 
 
 def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
-    """Evaluate every checkpoint that has no complete result yet, then print all of them as a table."""
+    """Evaluate every checkpoint that has no complete result yet, then print all of them as a table.
+
+    Of several configs, all data are read first, and of each checkpoint a model that serves several is loaded once.
+    """
     utils.seed_everything(args.seed)
     device = utils.choose_device(args.device)
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
     args.precision = precision.choose(args.precision, device, args.force_precision)
-    with claim(Path(args.output_dir)), killed_workers_explained(), naming(args.config):
+    every = one_each(args)
+    with ExitStack() as stack, killed_workers_explained():
+        for one in every:
+            stack.enter_context(claim(Path(one.output_dir)))
         checkpoint = local_checkpoint(args.checkpoint)
         checkpoints = find_checkpoints(checkpoint)
-        args.text_encoder = args.text_encoder or own_text_encoder(checkpoint) or "bert-base-uncased"
-        config = load_config(args.config, GroundingConfig, [*own_sizes(checkpoint), *args.set])
-        evaluation = Evaluation(benchmark, config, args, device)
-        on_rank_0(lambda: evaluation.begin(checkpoints))
+        evaluations = []
+        for one in every:
+            one.text_encoder = args.text_encoder or own_text_encoder(checkpoint) or "bert-base-uncased"
+            with naming(one.config):
+                config = load_config(one.config, GroundingConfig, [*own_sizes(checkpoint), *args.set])
+                evaluations.append(Evaluation(benchmark, config, one, device))
+        for evaluation in evaluations:
+            with naming(evaluation.args.config):
+                on_rank_0(partial(evaluation.begin, checkpoints))
         for epoch, path in checkpoints.items():
-            evaluation.run(epoch, path)
+            loaded: Models = {}
+            for evaluation in evaluations:
+                with naming(evaluation.args.config):
+                    evaluation.run(epoch, path, loaded)
         if utils.rank() == 0:
-            evaluation.report()
+            for evaluation in evaluations:
+                evaluation.report()
+            if len(evaluations) > 1:
+                print(table_of_all(evaluations, list(checkpoints)))
+
+
+def one_each(args: argparse.Namespace) -> list[argparse.Namespace]:
+    """The arguments by config. Of several, each has folders below --output_dir and --compare, called as its file is.
+
+    Raises:
+        EvaluationError: two would have the same folder.
+    """
+    if isinstance(args.config, str):
+        return [args]
+    names = [Path(config).stem for config in args.config]
+    if len(set(names)) < len(names):
+        raise EvaluationError(
+            f"--config {' '.join(args.config)}: two are called alike, and so would be their folders; rename one"
+        )
+    found = []
+    for config, name in zip(args.config, names, strict=True):
+        output, *compare = (str(Path(folder, name)) for folder in (args.output_dir, *args.compare))
+        found.append(argparse.Namespace(**vars(args) | {"config": config, "output_dir": output, "compare": compare}))
+    return found
+
+
+def table_of_all(evaluations: Sequence["Evaluation"], epochs: Sequence[str]) -> str:
+    """The accuracies of several evaluations, in %: a row a benchmark, checkpoint and metric, a column a split."""
+    splits = dict.fromkeys(split for one in evaluations for split in one.benchmark.splits)
+    rows = [["results", "epoch", "metric", *splits]]
+    for one in evaluations:
+        for epoch in epochs:
+            found = one.results.accuracies(epoch, one.line_names)
+            for metric in one.benchmark.metrics:
+                keys = one.benchmark.log_keys(metric)
+                values = [percent(found.get((metric, keys.get(split, "")))) for split in splits]
+                rows.append([one.results.folder.parent.name, epoch, metric, *values])
+    return f"{aligned(rows, left=3)}\nin %"
 
 
 def find_checkpoints(checkpoint: str | Path) -> dict[str, Path]:
@@ -202,7 +260,7 @@ class Evaluation(Questions):
         """Whether the log has all lines of an epoch."""
         return len(self.results.lines(epoch)) == len(self.line_names)
 
-    def run(self, epoch: str, path: Path) -> None:
+    def run(self, epoch: str, path: Path, loaded: Models) -> None:
         """Evaluate one checkpoint, or what an interrupted run left out of it. All processes call it together."""
         stored = self.results.read(epoch, self.expressions) if utils.rank() == 0 else None
         has_maps, complete = utils.gather_objects((stored is not None, self.complete(epoch)))[0]
@@ -214,7 +272,7 @@ class Evaluation(Questions):
         scores = metrics.score(stored, self.expressions, self.benchmark.metrics) if stored is not None else np.empty(0)
         if not has_maps or self.pairs:
             origin = on_rank_0(lambda: identity.of_checkpoint(path, [self.results.origin(epoch)]))
-            explainer = self.load(path)
+            explainer = self.load(path, origin, loaded)
             if not has_maps:
                 own = self.ask(explainer.maps, self.asked, self.benchmark.resize)
                 maps = own.gathered()
@@ -230,11 +288,14 @@ class Evaluation(Questions):
             for name, line in zip(self.line_names, lines, strict=True):
                 print(f"epoch {epoch} {name}: " + ", ".join(f"{key} {percent(value)}" for key, value in line.items()))
 
-    def load(self, path: Path) -> Explainer:
-        """The model of a checkpoint, ready for evaluation."""
-        explainer, report = self.explainer(read_checkpoint(path), path)
-        utils.log(str(report))
-        return explainer
+    def load(self, path: Path, origin: Origin, loaded: Models) -> Explainer:
+        """The model of a checkpoint, ready for evaluation: one of `loaded`, or a new one, which is added there."""
+        sizes = identity.of_model(self.config, self.tokenizer.source)
+        key = json.dumps([sizes, self.block, origin[identity.CHECKPOINT]])
+        if key not in loaded:
+            loaded[key], report = self.explainer(read_checkpoint(path), path)
+            utils.log(str(report))
+        return loaded[key]
 
     def write(self, epoch: str, found: PairAnswers, origin: Origin) -> None:
         """Write the maps of all processes; for rank 0."""
@@ -246,15 +307,16 @@ class Evaluation(Questions):
         self.results.write(epoch, self.expressions, maps, origin)
 
     def accuracies(self, scores: np.ndarray) -> list[Line]:
-        """A log line for each metric of the benchmark, reported split -> accuracy; and the threshold if one is chosen.
+        """A log line for each metric of the benchmark: reported split -> accuracy; and the threshold if one is chosen.
 
         Args:
             scores: as `metrics.score` returns them.
         """
         splits, lines = [expression.split for expression in self.expressions], []
-        for one in metrics.settle(scores, splits, self.benchmark.metrics).values():
-            line = metrics.split_accuracies(one.values.tolist(), splits, self.benchmark.splits, one.weights)
-            lines.append(line if one.share is None else {**line, "threshold": one.share})
+        for name, one in metrics.settle(scores, splits, self.benchmark.metrics).items():
+            keys = self.benchmark.log_keys(name)
+            line = metrics.split_accuracies(one.values.tolist(), splits, keys, one.weights)
+            lines.append(line if one.share is None else {**line, f"{name}_threshold": one.share})
         return lines
 
     def matching(self, explainer: Explainer, name: str) -> Line:
@@ -283,7 +345,7 @@ class Evaluation(Questions):
 
     def report(self) -> None:
         """Print all checkpoints as a table and, where it is asked for, write report.html; for rank 0."""
-        decisive = (self.benchmark.metrics[-1], next(iter(self.benchmark.splits.values())))
+        decisive = (self.benchmark.decisive, next(iter(self.benchmark.splits.values())))
         print(self.results.table(self.line_names, decisive))
         print(f"Results and log.txt are in {self.results.folder}")
         if self.args.report or self.args.compare:

@@ -30,7 +30,9 @@ from models.interface import ExplainableModel, Explanation
 from precision import DTYPES, use
 from utils import UserError, upload
 
-MAX_PAIRS = 32  # (image, text) pairs in one pass of the fusion layers; each may copy its image's keys and values
+# (image, text) pairs in one pass of the fusion layers, by device; each may copy its image's keys and values. A pass
+# launches as many kernels whatever its size, and in passes of 32 an H100 waited for its host.
+MAX_PAIRS = {"cpu": 32, "cuda": 128}
 
 Resize = Callable[[Image.Image, int], np.ndarray]
 
@@ -73,7 +75,7 @@ class Explainer(NamedTuple):
         asked = self.mode, self.block
         encoded = self.encode(images, asked)
         # A similarity costs a text one backward pass through what all texts share: splitting them would repeat that.
-        size = MAX_PAIRS if self.mode == "itm" else len(texts)
+        size = None if self.mode == "itm" else len(texts)
         with self.arithmetic():
             found = [self.model.explain(encoded, *chunk, *asked).maps for chunk in self.chunks(texts, index, size)]
         return self.finite(torch.cat(found).cpu())  # the one wait for a GPU
@@ -109,9 +111,10 @@ class Explainer(NamedTuple):
         return use(self.precision, self.device)
 
     def chunks(
-        self, texts: list[str], index: list[int] | None = None, size: int = MAX_PAIRS
+        self, texts: list[str], index: list[int] | None = None, size: int | None = None
     ) -> Iterator[tuple[list[int] | None, Tokens]]:
-        """Up to `size` texts at a time: image index, n numbers, None without one; and tokens (n, T) on the device."""
+        """Up to `size` texts (`MAX_PAIRS`) at a time: image index, n numbers or None; tokens (n, T) on the device."""
+        size = size or MAX_PAIRS.get(self.device.type, MAX_PAIRS["cpu"])
         for start in range(0, len(texts), size):
             tokens = Tokens(*(upload(tensor, self.device) for tensor in self.tokenizer(texts[start : start + size])))
             yield None if index is None else index[start : start + size], tokens

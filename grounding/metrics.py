@@ -1,16 +1,17 @@
 """Grounding metrics on one map: point, box, box from the map, IoU, accuracy (AMC, arXiv 2206.15462, section 4).
 
-A new metric is one function here, marked `@metric()`, and its name in a benchmark (grounding/benchmarks.py). It is then
-logged, in the table of checkpoints and in the report.
+A new metric is one function here, marked `@metric()`, and its name in a benchmark (grounding/benchmarks.py) or in the
+config's key `metrics`. It is then logged, in the table of checkpoints and in the report.
 
 Boxes are [x, y, w, h] in pixels of the original image. A map is defined up to a positive factor,
 which changes no metric. `cam` is a map resized to its image, float32 (height, width).
 """
 
 import contextlib
-import functools
 import math
+import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,7 +20,17 @@ from torch import Tensor
 from dataset.expressions import Expression
 from dataset.reading import DataError
 from dataset.segmentation import to_mask
-from grounding.maps import AREA_EXPONENT, ROUNDING, THRESHOLD, ResizedMap, box_scores, hot, ranked_boxes, share_inside
+from grounding.maps import (
+    AREA_EXPONENT,
+    ROUNDING,
+    THRESHOLD,
+    ResizedMap,
+    box_scores,
+    hot,
+    inside,
+    ranked_boxes,
+    share_inside,
+)
 from utils import UserError
 
 IOU_THRESHOLD = 0.5
@@ -51,17 +62,26 @@ def metric(*needs: str, swept: int = 0) -> Callable[[Metric], Metric]:
     return add
 
 
+def find_metric(name: str) -> tuple[Metric, tuple[str, ...]]:
+    """The metric of a name in `METRICS`, or of a form in `NUMBERED`, with what it needs; raises `MetricError`."""
+    if name in METRICS:
+        return METRICS[name]
+    for form, function in NUMBERED.items():
+        if match := re.fullmatch(form.replace("N", "([1-9][0-9]{0,3})"), name):
+            return partial(function, number=int(match[1])), ()
+    known = ", ".join([*METRICS, *NUMBERED])
+    raise MetricError(f"there is no metric {name!r} in grounding/metrics.py; there are {known} (N: a number from 1 on)")
+
+
 def check_metrics(names: Sequence[str], expressions: Sequence[Expression]) -> None:
     """Raise `MetricError` for a metric that is unknown, or that needs what some of the expressions lack."""
     for name in names:
-        if name not in METRICS:
-            raise MetricError(f"there is no metric {name!r} in grounding/metrics.py; there are {', '.join(METRICS)}")
-        for key in METRICS[name][1]:
+        for key in find_metric(name)[1]:
             lacking = [expression for expression in expressions if getattr(expression, key) is None]
             if lacking:
                 raise MetricError(
                     f"metric {name!r} needs {key}, which {len(lacking)} of {len(expressions)} expressions do not have "
-                    f"(the first: {lacking[0].text!r:.60}); leave the metric out of the benchmark"
+                    f"(the first: {lacking[0].text!r:.60}); leave the metric out"
                 )
 
 
@@ -91,12 +111,12 @@ def score(found: Iterable[Tensor | None], expressions: Sequence[Expression], nam
         MetricError: as `check_metrics`.
     """
     check_metrics(names, expressions)
-    widths = [_width(name) for name in names]
-    scores = np.full((len(expressions), sum(widths)), np.nan)
+    functions = [find_metric(name)[0] for name in names]
+    scores = np.full((len(expressions), sum(map(_width, names))), np.nan)
     for row, pred, expression in zip(scores, found, expressions, strict=True):
         if pred is not None:
             cam = ResizedMap(pred, *expression.size)
-            row[:] = np.concatenate([np.ravel(METRICS[name][0](cam, expression)) for name in names])
+            row[:] = np.concatenate([np.ravel(function(cam, expression)) for function in functions])
     return scores
 
 
@@ -192,7 +212,7 @@ def _true_mask(expression: Expression) -> np.ndarray:
     return to_mask(expression.region)
 
 
-@functools.lru_cache(maxsize=1)  # for two metrics
+@lru_cache(maxsize=1)  # for two metrics
 def _overlaps(cam: ResizedMap, expression: Expression) -> tuple[np.ndarray, np.ndarray]:
     """Intersection and union in pixels, float64 (len(SHARES),), of the true region and `hot(cam, share)` each."""
     pixels, mask = cam.product().numpy(), _true_mask(expression)
@@ -202,10 +222,30 @@ def _overlaps(cam: ResizedMap, expression: Expression) -> tuple[np.ndarray, np.n
     return np.array(both, np.float64), np.array(hottest, np.float64) + inside.size - both
 
 
-def map_box_correct(cam: ResizedMap, pixels: np.ndarray, boxes: np.ndarray) -> bool:
-    """The best box around chosen pixels of a map overlaps any of (n, 4); without a pixel it is wrong."""
-    found = ranked_boxes(cam, pixels)
-    return bool(found) and overlaps(found[0].box, boxes)
+def point_within(cam: ResizedMap, expression: Expression, number: int) -> bool:
+    """The pointing game with a tolerance: the maximum is at most `number` pixels from a pixel where it would be right.
+
+    Distances are Euclidean, between the pixels' centres, inside the image. The tolerance of the field is 15 (Zhang et
+    al., ECCV 2016).
+    """
+    (x, y), right = cam.point(), inside(expression.boxes, cam.height, cam.width)
+    left, top = max(x - number, 0), max(y - number, 0)
+    rows, columns = np.nonzero(right[top : y + number + 1, left : x + number + 1])
+    return bool(np.any((rows + top - y) ** 2 + (columns + left - x) ** 2 <= number**2))
+
+
+def recall(cam: ResizedMap, expression: Expression, number: int) -> bool:
+    """Box recall at `number`: any of so many best boxes of the map overlaps a true box; at 1 it is `map_box`."""
+    return map_box_correct(cam, hot(cam.product().numpy(), THRESHOLD), expression.boxes, number)
+
+
+# Metrics with a number in their names: N in the name stands for it.
+NUMBERED: dict[str, Callable[..., float]] = {"point_Npx": point_within, "recall_N": recall}
+
+
+def map_box_correct(cam: ResizedMap, pixels: np.ndarray, boxes: np.ndarray, count: int = 1) -> bool:
+    """Any of the `count` best boxes around chosen pixels of a map overlaps any of (n, 4); without a pixel none does."""
+    return any(overlaps(found.box, boxes) for found in ranked_boxes(cam, pixels)[:count])
 
 
 def point_correct(cam: ResizedMap, boxes: np.ndarray) -> bool:

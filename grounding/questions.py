@@ -77,7 +77,6 @@ class Questions:
         self.block = config.block_num if asking.block is None else asking.block
         benchmark = benchmark_of(config, benchmark)
         self.expressions = benchmark.load(config, asking.skip_broken)
-        benchmark = benchmark._replace(metrics=(*benchmark.metrics, *config.metrics))
         metrics.check_metrics(benchmark.metrics, self.expressions)
         metrics.check_masks(benchmark.metrics, self.expressions)
         self.benchmark = with_splits(benchmark, self.expressions)

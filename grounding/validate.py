@@ -10,7 +10,7 @@ import torch
 import utils
 from config import GroundingConfig, load_config
 from grounding import metrics
-from grounding.benchmarks import BENCHMARKS, guessed
+from grounding.benchmarks import BENCHMARKS, MERGED, guessed
 from grounding.explain import Explainer
 from grounding.questions import Asking, Questions
 from models.albef import ALBEF
@@ -40,7 +40,8 @@ class Validation:
     def __init__(self, files: Sequence[str], model: ALBEF, asking: Asking, device: torch.device) -> None:
         self.model, self.device = model, device
         questions = [self._prepared(file, asking) for file in files]
-        keys = [next(key for key, one in BENCHMARKS.items() if one.name == each.benchmark.name) for each in questions]
+        named = [each.benchmark.name.removesuffix(MERGED) for each in questions]
+        keys = [next(key for key, one in BENCHMARKS.items() if one.name == name) for name in named]
         names = [key if Counter(keys)[key] == 1 else Path(file).stem for key, file in zip(keys, files, strict=True)]
         if len(set(names)) < len(names):
             raise BenchmarkError(f"--validate {' '.join(files)}: two are called alike; rename a file")
@@ -53,7 +54,7 @@ class Validation:
     def decisive(self) -> str:
         """The name of the accuracy by which the best epoch is chosen: the first benchmark's last metric."""
         name = next(iter(self.questions))
-        return f"{next(iter(self.names[name].values()))}_{self.questions[name].benchmark.metrics[-1]}"
+        return f"{next(iter(self.names[name].values()))}_{self.questions[name].benchmark.decisive}"
 
     def measure(self) -> dict[str, float]:
         """Measure the weights as they are now: accuracies in 0..1 by their names (a collective call).

@@ -103,6 +103,11 @@ SHIPPED: dict[str, dict[str, Any]] = {  # what each Grounding_*.yaml holds besid
     "refclef": refer("refclef", det_file=None),
     "flickr": FLICKR | {"image_res": 256},
     "own": {"test_file": ["data/own/expressions.json"]},
+    "vg": {
+        "image_ids_file": ["data/vg/test.txt"],
+        "image_data_file": "data/vg/image_data.json",
+        "region_file": "data/vg/region_descriptions.json",
+    },
 }
 
 
@@ -134,7 +139,7 @@ def test_released_files_load_with_the_published_defaults(
     loaded = load_config(written(tmp_path, released), kind).model_dump(mode="json")
     assert {key: loaded[key] for key in expected} == expected
     data = {"benchmark", "test_file", "refcoco_data", "refer_dataset", "refer_split", "det_file", "block_num"}
-    data |= {*FLICKR, "matching_file"}
+    data |= {*FLICKR, *SHIPPED["vg"], "matching_file", "metrics", "box_protocol"}
     assert loaded.keys() - expected.keys() == (data if kind is GroundingConfig else set())
 
 
@@ -278,7 +283,7 @@ def test_every_key_that_names_a_file_is_expanded() -> None:
     texts = {name: f"{field.annotation} {field.metadata}" for name, field in fields}
     plain = {name for name, kind in texts.items() if "str" in kind and "expand_path" not in kind}
     # A new key that names a file, and is not expanded, would be here too.
-    assert plain == {"vision_model", "benchmark", "opt", "sched"}
+    assert plain == {"vision_model", "benchmark", "opt", "sched", "metrics"}
 
 
 def test_the_saved_config_is_whole_and_holds_the_paths_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,23 +13,25 @@ from dataset.flickr import load_ids
 from dataset.raw.archives import require_file
 from dataset.reading import DataError, load_json
 from dataset.refer import load_refs
+from dataset.vg_regions import read_image_ids
 
 COCO_ID_IN_NAME = re.compile(r"COCO_[a-z]+\d{4}_(\d{12})")  # how the names of COCO's files begin
 
 
 class EvaluationImages(NamedTuple):
-    """The images of a file's val and test splits: by COCO's id, by Flickr's id, and how many have neither."""
+    """The images of a file's val and test splits: by COCO's, Flickr's or Visual Genome's id; how many have none."""
 
     path: Path
     coco: frozenset[int] = frozenset()
     flickr: frozenset[int] = frozenset()
     unknown: int = 0
+    visual_genome: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
-        return len(self.coco) + len(self.flickr) + self.unknown
+        return len(self.coco) + len(self.flickr) + self.unknown + len(self.visual_genome)
 
-    def holds(self, coco_id: int | None, flickr_id: int | None) -> bool:
-        return coco_id in self.coco or flickr_id in self.flickr
+    def holds(self, image_id: int, coco_id: int | None, flickr_id: int | None) -> bool:
+        return image_id in self.visual_genome or coco_id in self.coco or flickr_id in self.flickr
 
 
 def read_evaluation_images(path: Path) -> EvaluationImages:
@@ -45,6 +47,12 @@ def read_evaluation_images(path: Path) -> EvaluationImages:
         raise DataError(f"{path}: expected REFER's refs(SPLIT).p, a JSON list of expressions or a .txt of Flickr ids")
     require_file(path, "--exclude-eval takes the files of the splits to leave out")
     return readers[path.suffix](path)
+
+
+def read_held_out(path: Path) -> EvaluationImages:
+    """Read a list of Visual Genome's image ids, all of which count; raises `DataError`."""
+    with Problems() as problems:
+        return EvaluationImages(path, visual_genome=frozenset(read_image_ids(str(path), problems)))
 
 
 def _read_refs(path: Path) -> EvaluationImages:

@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from typing import Any, NamedTuple, TypeVar
 
 from dataset.expressions import EntryProblem
-from dataset.raw.evaluation_images import EvaluationImages, read_evaluation_images
+from dataset.raw.evaluation_images import EvaluationImages, read_evaluation_images, read_held_out
 from dataset.raw.vg_fields import Image, read_each, read_image_id, read_image_row, read_object, read_region
 from dataset.raw.vg_files import Draft, RawFile, Row, find_sources, stream_items
 from dataset.raw.vg_phrases import DROPPED, Rules, describe_attributes, describe_positions, describe_regions
@@ -59,6 +59,7 @@ def prepare(
     outputs: Sequence[str] = tuple(OUTPUTS),
     exclude: Sequence[Path] = (),
     image_root: Path | None = None,
+    held_out: Sequence[Path] = (),
 ) -> tuple[Images, dict[str, Draft]]:
     """Write `outputs`, keys of `OUTPUTS`, to the folder `out`: all of them or, when something is wrong, none.
 
@@ -66,6 +67,7 @@ def prepare(
         raw: folders and files that hold image_data, region_descriptions, attributes and perhaps objects.
         exclude: files of evaluation splits, whose images are left out.
         image_root: leave out images that are not under this folder; None: do not look.
+        held_out: lists of image ids, one a line, whose images are left out.
 
     Raises:
         DataError: a file is missing or cannot be used; the message names file, entry and key.
@@ -76,7 +78,8 @@ def prepare(
         if kind not in sources:
             where = ", ".join(map(str, raw))
             raise DataError(f"{where}: neither {kind}.json nor {kind}.json.zip is there; download it, or see --only")
-    images = read_images(sources["image_data"], [read_evaluation_images(path) for path in exclude], image_root)
+    evaluation = [*map(read_evaluation_images, exclude), *map(read_held_out, held_out)]
+    images = read_images(sources["image_data"], evaluation, image_root)
     with ExitStack() as stack:
         paths = {name: stack.enter_context(atomic_path(out / OUTPUTS[name])) for name in OUTPUTS if name in outputs}
         drafts = {name: Draft(stack.enter_context(TemporaryFile(dir=out))) for name in (*paths, "objects")}
@@ -111,7 +114,7 @@ def read_images(source: RawFile, evaluation: Sequence[EvaluationImages], image_r
     table = dict(_read_all(source, read_image_row))
     if not table:
         raise DataError(f"{source}: holds no images")
-    held = [{i for i, image in table.items() if file.holds(image.coco_id, image.flickr_id)} for file in evaluation]
+    held = [{i for i, image in table.items() if file.holds(i, image.coco_id, image.flickr_id)} for file in evaluation]
     rest = {i: image for i, image in table.items() if not any(i in ids for ids in held)}
     missing = {i for i, image in rest.items() if image_root is not None and not (image_root / image.name).is_file()}
     used = {i: image for i, image in rest.items() if i not in missing}
@@ -188,7 +191,7 @@ def _unseen(images: Images) -> list[str]:
     """Lines about the images that --exclude-eval, if it was given, cannot find."""
     ids = [(image.coco_id, image.flickr_id) for image in images.all.values()]
     no_coco, no_flickr = (sum(pair[i] is None for pair in ids) for i in (0, 1))
-    files = [file for file, _ in images.evaluation]
+    files = [file for file, _ in images.evaluation if not file.visual_genome]
     lines = [
         f"Without coco_id: {no_coco:,} images of image_data; without flickr_id: {no_flickr:,}; with neither, so that "
         f"no file can tell them: {ids.count((None, None)):,}.",

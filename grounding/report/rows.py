@@ -137,7 +137,7 @@ def collect(
         scores.append(_columns(np.stack([*columns.values()], axis=1), columns, source.name))
     table = pd.concat(scores, axis=1)
     facts = facts_of(expressions, readable=table.notna().any(axis=1))
-    decisive = table.loc[facts["split"] == next(iter(benchmark.splits)), benchmark.metrics[-1]].mean().fillna(0)
+    decisive = table.loc[facts["split"] == next(iter(benchmark.splits)), benchmark.decisive].mean().fillna(0)
     best = decisive.idxmax()
     subject = decisive.iloc[others:].idxmax()
     baseline = decisive.iloc[:others].idxmax() if others else decisive.index[-1 if subject == sources[0].name else 0]

@@ -78,7 +78,7 @@ def accuracies(found: Results) -> Part:
     one_run = len({source.folder.folder for source in found.sources}) == 1
     note, charts = INTERVAL_NOTE, {}
     if several := len(found.sources) > 1:
-        note += f" In bold the best by {found.benchmark.metrics[-1]} {splits.cat.categories[0]}."
+        note += f" In bold the best by {found.benchmark.decisive} {splits.cat.categories[0]}."
         for metric, grid in grids.items():
             title = f"{metric.capitalize()} accuracy"
             charts[f"{title} of the checkpoints, with 95% intervals."] = chart({title: grid}, joined=one_run)
@@ -214,7 +214,7 @@ def comparison(found: Results, a: str, b: str) -> Part:
     head = ["both right", f"only {a}", f"only {b}", "neither", "difference"]
     blocks = [Block("Outcomes", "", pd.DataFrame.from_dict(rows, "index", columns=head), signed=True)]
     note = f"Expressions; the difference is {b} less {a}, in points, with its 95% interval (paired, over images)."
-    decisive = found.benchmark.metrics[-1]
+    decisive = found.benchmark.decisive
     only_a, only_b = _only(*(found.table[decisive, which][found.reported] for which in (a, b)))
     change = (found.table["energy above chance", b] - found.table["energy above chance", a]).abs()
     for name, only in ((b, only_b), (a, only_a)):

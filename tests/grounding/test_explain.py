@@ -114,7 +114,7 @@ def test_a_phrase_comes_out_as_if_it_were_alone(explainer: Explainer) -> None:
 
 def test_many_phrases_keep_their_order(explainer: Explainer) -> None:
     shapes = ["circle", "star", "square", "cross", "triangle"]
-    phrases = [shapes[k % 5] for k in range(2 * MAX_PAIRS + 3)]
+    phrases = [shapes[k % 5] for k in range(2 * MAX_PAIRS["cpu"] + 3)]
     found = ground_all(explainer, PHOTO, phrases)
     assert [one.phrase for one in found] == [one.text for one in found] == phrases
     assert [one.words[1].word for one in found] == phrases

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WAITS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::is_nonzero")
 QUESTIONS = [("itm", 1, "maps"), ("itc", 0, "maps"), ("itm", 1, "match_probabilities")]
 # More texts than one pass takes, of three images, unequally many.
-INDEX = [row % 3 if row % 4 else 0 for row in range(2 * MAX_PAIRS + 5)]
+INDEX = [row % 3 if row % 4 else 0 for row in range(2 * max(MAX_PAIRS.values()) + 5)]
 TEXTS = ["a red star" if row % 2 else "circle" for row in range(len(INDEX))]
 
 
