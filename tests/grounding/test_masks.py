@@ -15,9 +15,11 @@ from dataset.expressions import Expression
 from dataset.reading import DataError
 from dataset.segmentation import from_mask, to_mask
 from grounding import metrics
-from grounding.benchmarks import REFCLEF, REFCOCO_PLUS
+from grounding.benchmarks import REFCLEF, REFCOCO_PLUS, benchmark_of
 from grounding.maps import ResizedMap, hot
 from grounding.metrics import SHARES, MetricError
+from grounding.report.rows import collect
+from grounding.results import sources_of
 from tests.grounding import test_evaluate as base
 from tests.grounding.test_evaluate import ONE, evaluate, log, results
 
@@ -146,6 +148,13 @@ def test_the_log_is_that_of_the_maps_and_masks(place: Path, tmp_path: Path) -> N
         plain = {key.removeprefix(f"{metric}_").removesuffix("_d"): value for key, value in line.items()}
         del plain["epoch"]
         assert plain == pytest.approx(expected[metric]) if metric in expected else "threshold" not in plain
+    (source,) = sources_of([tmp_path / "with"], 2 + len(MASKS))
+    config = load_config(place / "refcoco.yaml", GroundingConfig, [masks, f"metrics=[{','.join(MASKS)}]"])
+    report = collect(benchmark_of(config, REFCOCO_PLUS), REFCOCO_PLUS.load(config), [source])
+    for metric in MASKS:
+        grid = report.grid(metric, [source.name], report.table["split"].astype("category"))
+        shown = {f"{metric}_{split}_d": grid[split].iloc[0].mean for split in grid}
+        assert shown == pytest.approx({key: lines[MASKS.index(metric)][key] for key in shown})
     html, csv = ((tmp_path / "with" / file).read_text() for file in ("report.html", "expressions.csv"))
     assert "mask_iou" in html or "mask iou" in html
     assert '"mask_oiou weight: checkpoint_01"' in csv
