@@ -300,6 +300,7 @@ class GroundingConfig(ModelConfig):
     # Of several boxes of a phrase, "any" is right, as published; or their smallest common box alone is ("merged").
     box_protocol: Literal["any", "merged"] = "any"
     # Further metrics (grounding/metrics.py), each a log line after those of the benchmark: recall_5, point_15px, ...
+    # For those that are called mask_... the segmentations of REFER's data are read as well.
     metrics: list[str] = []
     block_num: int = Field(8, ge=0)  # the layer whose attention is explained; --block_num overrides it
     # balanced pairs (dataset/own.py) on which matching accuracy is measured as well

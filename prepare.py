@@ -5,6 +5,7 @@
     vg          Visual Genome                    the three training files
     flickr      Flickr30k Entities               the files of Flickr30k evaluation
     refer       REFER's refs and instances.json  the expressions of RefCOCO, RefCOCO+, RefCOCOg or RefCLEF
+    refer-train the same                         their train split as a training file, with boxes or masks
     detections  MAttNet's detections             dets.json, the detections by image
     check       configs and all that they name   a list of what cannot be used
 
@@ -12,6 +13,7 @@
     python prepare.py vg downloads/vg --out data
     python prepare.py flickr downloads/flickr30k_entities --out data/flickr30k
     python prepare.py refer data/refer --dataset refcoco+ --out data/refcoco+
+    python prepare.py refer-train data/refer --dataset refcoco+ --masks --out data/refcoco+/masks.json
     python prepare.py detections mattnet_dets.json --out data/refcoco+/dets.json
     python prepare.py check configs/Pretrain.yaml configs/Grounding_*.yaml
 
@@ -33,6 +35,7 @@ import utils
 from dataset.raw import flickr_entities, visual_genome
 from dataset.raw import refer as raw_refer
 from dataset.raw.check import check
+from dataset.raw.evaluation_images import read_evaluation_images
 from dataset.raw.vg_phrases import GROUPINGS, POSITIONS, Rules
 from dataset.raw.visual_genome import OUTPUTS
 from dataset.refer import SPLITS
@@ -91,13 +94,32 @@ def prepare_flickr(args: argparse.Namespace) -> None:
     print(f"wrote <split>.txt, bounding_boxes_<split>.json and sentences_<split>.json to {args.out}")
 
 
-def prepare_refer(args: argparse.Namespace) -> None:
-    """Write <dataset>_{train,val,test}.json. The test file also holds testA, testB and testC."""
+def refer_lists(args: argparse.Namespace, keep_repeated: bool = True) -> tuple[str, raw_refer.Lists]:
+    """Whose split is used, and the lists of expressions that a command's options ask for."""
     split_by = args.split_by or raw_refer.default_split(args.folder, args.dataset)
     if args.skip_missing and not args.image_root:
         sys.exit("error: --skip-missing needs --image-root, since no images are looked for without it")
-    options = args.image_root, args.keep_repeated, args.skip_missing
-    lists = raw_refer.make_lists(args.folder, args.dataset, split_by, *options)
+    options = args.image_root, keep_repeated, args.skip_missing
+    return split_by, raw_refer.make_lists(args.folder, args.dataset, split_by, *options)
+
+
+def prepare_refer_train(args: argparse.Namespace) -> None:
+    """Write the train split of a REFER data set as a training file for Pretrain.py: an entry for each ref.
+
+    Images that are also in the data set's val and test splits are left out, and those in the splits of --exclude-eval.
+    """
+    excluded = [read_evaluation_images(path) for path in args.exclude_eval]
+    split_by, lists = refer_lists(args)
+    entries, counts = raw_refer.training_entries(lists, args.dataset, excluded, args.masks)
+    utils.write_text(args.out, json.dumps(entries) + "\n")
+    print("\n".join(f"{name}: {count:,}" for name, count in counts.items()))
+    regions = "masks" if args.masks else "boxes"
+    print(f"wrote the train split of {args.dataset}, split by {split_by}, with {regions} to {args.out}")
+
+
+def prepare_refer(args: argparse.Namespace) -> None:
+    """Write <dataset>_{train,val,test}.json. The test file also holds testA, testB and testC."""
+    split_by, lists = refer_lists(args, args.keep_repeated)
     raw_refer.write_lists(args.out, args.dataset, lists)
     print(lists.table())
     usual = raw_refer.USUAL_SPLITS[args.dataset]
@@ -210,7 +232,23 @@ def add_flickr(commands: Commands) -> None:
 
 
 def add_refer(commands: Commands) -> None:
-    add = add_command(commands, "refer", prepare_refer).add_argument
+    command = add_command(commands, "refer", prepare_refer)
+    add_refer_options(command, "folder to write to")
+    repeated = "write equal sentences of a ref as often as they occur, as in the published counts; or once"
+    command.add_argument("--keep-repeated", action=argparse.BooleanOptionalAction, default=True, help=repeated)
+
+
+def add_refer_train(commands: Commands) -> None:
+    command = add_command(commands, "refer-train", prepare_refer_train)
+    add_refer_options(command, "the training file to write")
+    masks = "entries have the segmentations of instances.json (default: the boxes)"
+    command.add_argument("--masks", action="store_true", help=masks)
+    splits = "leave out the images of the val and test splits in these files: refs(SPLIT).p of other data sets"
+    command.add_argument("--exclude-eval", type=Path, nargs="+", default=[], metavar="FILE", help=splits)
+
+
+def add_refer_options(command: argparse.ArgumentParser, out: str) -> None:
+    add = command.add_argument
     owners = sorted({name for names in SPLITS.values() for name in names})
     add("folder", type=Path, help="folder that holds the data sets' folders: refcoco_data in the configs")
     add("--dataset", choices=SPLITS, required=True)
@@ -219,7 +257,7 @@ def add_refer(commands: Commands) -> None:
         "refs(...).p is there)"
     )
     add("--split-by", choices=owners, help=whose)
-    add("--out", type=Path, required=True, help="folder to write to")
+    add("--out", type=Path, required=True, help=out)
     images = (
         "image_root in the configs: look for every image there and in its subfolders, and write the path found "
         "(default: write the name alone, unchecked)"
@@ -227,8 +265,6 @@ def add_refer(commands: Commands) -> None:
     add("--image-root", type=Path, metavar="FOLDER", help=images)
     missing = "leave out refs whose image is not below --image-root, and count them (default: stop with an error)"
     add("--skip-missing", action="store_true", help=missing)
-    repeated = "write equal sentences of a ref as often as they occur, as in the published counts; or once"
-    add("--keep-repeated", action=argparse.BooleanOptionalAction, default=True, help=repeated)
 
 
 def add_detections(commands: Commands) -> None:
@@ -256,7 +292,7 @@ def add_check(commands: Commands) -> None:
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help="one of the above")
-    for add in (add_scenes, add_vg, add_flickr, add_refer, add_detections, add_check):
+    for add in (add_scenes, add_vg, add_flickr, add_refer, add_refer_train, add_detections, add_check):
         add(commands)
     return parser.parse_args(argv)
 

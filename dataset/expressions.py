@@ -42,6 +42,7 @@ class Expression:
         detections: (k, 4) float64 [x, y, w, h] of a detector in this image; None where the benchmark has none.
         annotated_size: (height, width) that the boxes refer to, where the annotations decide that (Flickr30k).
         categories: what the annotations say it refers to: REFER's category, Flickr30k's phrase types; may be none.
+        region: the pixels it refers to (`dataset.segmentation.RLE`), with one at least; None where no metric asks.
     """
 
     image: Path
@@ -53,6 +54,7 @@ class Expression:
     detections: np.ndarray | None = None
     annotated_size: tuple[int, int] | None = None
     categories: tuple[str, ...] = ()
+    region: dict[str, Any] | None = None
 
     @property
     def size(self) -> tuple[int, int]:

@@ -27,6 +27,7 @@ from dataset.expressions import (
     require,
 )
 from dataset.reading import DataError, load_json
+from dataset.segmentation import RLE, area, check_segmentation, to_rle
 
 MAX_WORDS = 30  # the release cuts an expression here
 # Data set -> who split it -> the splits that refs(SPLIT_BY).p then has.
@@ -71,6 +72,18 @@ class Refer(NamedTuple):
                 f"ref_id {ref['ref_id']}, ann_id {ref['ann_id']}",
             )
         return parse_boxes([annotation.get("bbox")], f"{self.instances_file}: 'bbox' of the ref's annotation")
+
+    def region(self, ref: dict[str, Any]) -> RLE:
+        """The pixels of a ref's annotation; raises `EntryProblem` when there are none, or no size of the image."""
+        what = f"{self.instances_file}: 'segmentation' of the ref's annotation"
+        size = self.stated_size(ref)
+        if size is None:
+            kind = f"{self.instances_file}: the ref's image lacks 'height' or 'width', which its segmentation needs"
+            raise EntryProblem(kind, f"image_id {ref['image_id']}")
+        found = to_rle(check_segmentation(self.annotations[ref["ann_id"]].get("segmentation"), what), *size)
+        if not area(found):
+            raise EntryProblem(f"{what} covers no pixel of the image", f"ann_id {ref['ann_id']}")
+        return found
 
     def category(self, ref: dict[str, Any]) -> tuple[str, ...]:
         """The name of the category of a ref's annotation, if the files tell it."""
@@ -147,7 +160,9 @@ def load_expressions(
 def _read_test_files(config: GroundingConfig, reading: Reading, dataset: str, det_file: str | None) -> list[Expression]:
     split_by = split_by_of(config, dataset)
     splits_of(dataset, split_by)
-    options = config.image_root, Path(str(config.refcoco_data), dataset), split_by, det_file, dataset == OWN_SPLITS
+    masks = any(name.startswith("mask_") for name in config.metrics)
+    folder = Path(str(config.refcoco_data), dataset)
+    options = config.image_root, folder, split_by, det_file, dataset == OWN_SPLITS, masks
     return [one for file in config.test_file for one in reading.once(_read_test_file, file, *options)]
 
 
@@ -183,14 +198,17 @@ def _read_test_file(
     split_by: str,
     det_file: str | None,
     entry_split: bool,
+    masks: bool = False,
 ) -> list[Expression]:
     """The expressions of a test file, in order; before it, what its entries refer to is read.
 
-    The image is the entry's own `image` under image_root: the file names in refs(SPLIT_BY).p are unreliable.
+    With `masks` they have their regions. The image is the entry's own `image` under image_root: the file names in
+    refs(SPLIT_BY).p are unreliable.
     """
     refer = reading.once(read_refer, folder, split_by)
     detections = reading.once(_read_detections, det_file) if det_file else None
     boxed: set[int] = set()  # ref_ids
+    regions: dict[int, RLE] = {}  # by ref_id
 
     def parse(file: DataFile, where: str, row: Any) -> list[Expression]:
         name, text, ref_id = require(row, "image", str), require(row, "text", str), require(row, "ref_id", int)
@@ -210,12 +228,15 @@ def _read_test_file(
             split = "test"
         boxes, size = refer.box(ref), refer.stated_size(ref)
         detected = detections and detections.of(ref["image_id"])
+        if masks and ref_id not in regions:
+            regions[ref_id] = refer.region(ref)
         if ref_id not in boxed:
             boxed.add(ref_id)
             file.says(where, image, boxes=boxes)
         if size:
             file.says(where, image, size=size)
-        return [Expression(image, text, ref_id, split, boxes, record, detected, categories=refer.category(ref))]
+        category, region = refer.category(ref), regions.get(ref_id)
+        return [Expression(image, text, ref_id, split, boxes, record, detected, categories=category, region=region)]
 
     return reading.entries(file, "expressions", "test_file", parse)
 

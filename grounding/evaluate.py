@@ -234,7 +234,7 @@ class Evaluation(Questions):
             "gradcam_mode": args.gradcam_mode,
             "block_num": self.block,
             "precision": args.precision,
-            "metrics": names,
+            "metrics": names + identity.of_regions(self.expressions),
             **identity.of_model(config, self.tokenizer.source),
             **identity.of_data(self.expressions, self.pairs, config.image_root, stored),
         }
@@ -247,7 +247,7 @@ class Evaluation(Questions):
             origins[epoch] = {**identity.of_checkpoint(checkpoints[epoch], stored), **self.origin}
         results.check_origins(origins, args.skip_broken)
         for epoch in results.epochs():
-            if epoch in deleted or results.origin(epoch).get("metrics", names) != names:
+            if epoch in deleted or results.origin(epoch).get("metrics", names) != self.origin["metrics"]:
                 results.write_lines(epoch, [])  # of a deleted result, or of other metrics of the same maps
         for epoch in kept:
             results.renew_origin(epoch, origins[epoch])
@@ -307,10 +307,17 @@ class Evaluation(Questions):
         self.results.write(epoch, self.expressions, maps, origin)
 
     def accuracies(self, scores: np.ndarray) -> list[Line]:
-        """A log line for each metric of the benchmark, reported split -> accuracy, from (expressions, metrics)."""
-        splits = [expression.split for expression in self.expressions]
-        columns = zip(self.benchmark.metrics, scores.T.tolist(), strict=True)
-        return [metrics.split_accuracies(of, splits, self.benchmark.log_keys(name)) for name, of in columns]
+        """A log line for each metric of the benchmark: reported split -> accuracy; and the threshold if one is chosen.
+
+        Args:
+            scores: as `metrics.score` returns them.
+        """
+        splits, lines = [expression.split for expression in self.expressions], []
+        for name, one in metrics.settle(scores, splits, self.benchmark.metrics).items():
+            keys = self.benchmark.log_keys(name)
+            line = metrics.split_accuracies(one.values.tolist(), splits, keys, one.weights)
+            lines.append(line if one.share is None else {**line, f"{name}_threshold": one.share})
+        return lines
 
     def matching(self, explainer: Explainer, name: str) -> Line:
         """A log line: the accuracy of matching on balanced pairs, over all and by kind of text.

@@ -27,7 +27,7 @@ Origin = dict[str, Any]
 
 CHECKPOINT = "checkpoint content"
 # Parts that are recorded and not compared: where the checkpoint lay, file states that spare hashing again, PyTorch's
-# version, and the metrics (the maps do not depend on them).
+# version, and the metrics with their regions (the maps do not depend on them).
 NOT_COMPARED = ("checkpoint", "checkpoint state", "image states", "torch", "metrics")
 NOT_OF_EVALUATION = {"hidden_dropout_prob", "attention_probs_dropout_prob", "initializer_range"}  # keys of bert_config
 
@@ -80,6 +80,12 @@ def of_data(
         "images": content,
         "image states": states,
     }
+
+
+def of_regions(expressions: Sequence[Expression]) -> list[str]:
+    """What a part of the metrics was measured against: nothing where no expression has a region."""
+    regions = [str(item.region) for item in expressions]
+    return [f"regions {_part(regions)}"] if any(item.region is not None for item in expressions) else []
 
 
 def of_checkpoint(path: Path, stored: Iterable[Origin]) -> Origin:

@@ -178,3 +178,13 @@ def inside(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
         )
         mask[rows, columns] = True
     return mask
+
+
+def share_inside(values: np.ndarray, mask: np.ndarray) -> float:
+    """The part of the sum of values, none below 0, that lies in a mask, in 0..1; 0 where the sum is 0.
+
+    Of a map it is its energy inside: the energy-based pointing game of Score-CAM (Wang et al., CVPR Workshops 2020). Of
+    the pixels of a region it is the pointing game with a random one of them.
+    """
+    total = float(values.sum(dtype=np.float64))
+    return float(values[mask].sum(dtype=np.float64)) / total if total > 0 else 0.0

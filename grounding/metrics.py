@@ -7,34 +7,56 @@ Boxes are [x, y, w, h] in pixels of the original image. A map is defined up to a
 which changes no metric. `cam` is a map resized to its image, float32 (height, width).
 """
 
+import contextlib
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from functools import lru_cache, partial
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from dataset.expressions import Expression
-from grounding.maps import AREA_EXPONENT, ROUNDING, THRESHOLD, ResizedMap, box_scores, hot, inside, ranked_boxes
+from dataset.reading import DataError
+from dataset.segmentation import to_mask
+from grounding.maps import (
+    AREA_EXPONENT,
+    ROUNDING,
+    THRESHOLD,
+    ResizedMap,
+    box_scores,
+    hot,
+    inside,
+    ranked_boxes,
+    share_inside,
+)
 from utils import UserError
 
 IOU_THRESHOLD = 0.5
 
-Metric = Callable[[ResizedMap, Expression], float]  # how right the map is, 0 to 1; most are True or False
+# How right the map is, 0 to 1; most are True or False. One of `SWEPT` tells it for each of `SHARES`: float64
+# (len(SHARES), 1), or (len(SHARES), 2) with its weight in a mean.
+Metric = Callable[[ResizedMap, Expression], float | np.ndarray]
 # Each with the attributes of `Expression` that it reads and that may be None.
 METRICS: dict[str, tuple[Metric, tuple[str, ...]]] = {}
+# Those of the map's pixels of at least a share of its maximum, which `settle` chooses: how many numbers at each share.
+SWEPT: dict[str, int] = {}
+SHARES = tuple(number / 20 for number in range(1, 20))
+CHOOSES = "val"  # the split on which a share is chosen
 
 
 class MetricError(UserError):
     """A metric that does not exist, or that the benchmark's data cannot be measured by."""
 
 
-def metric(*needs: str) -> Callable[[Metric], Metric]:
+def metric(*needs: str, swept: int = 0) -> Callable[[Metric], Metric]:
     """Add a function to `METRICS` under its own name, with what it needs."""
 
     def add(function: Metric) -> Metric:
         METRICS[function.__name__] = function, needs
+        if swept:
+            SWEPT[function.__name__] = swept
         return function
 
     return add
@@ -63,20 +85,75 @@ def check_metrics(names: Sequence[str], expressions: Sequence[Expression]) -> No
                 )
 
 
+def check_masks(names: Sequence[str], expressions: Sequence[Expression]) -> None:
+    """Raise `MetricError` where no share can be chosen, or an image file is of another size than its region."""
+    if (chosen := SWEPT.keys() & names) and all(one.split != CHOOSES for one in expressions):
+        raise MetricError(
+            f"the threshold of {' and '.join(sorted(chosen))} is chosen on split {CHOOSES}, and no expression is of "
+            "it; add its file to the config's data"
+        )
+    for one in expressions:
+        with contextlib.suppress(DataError):  # a missing image is reported, or left out, by whoever reads it
+            if one.region is not None and one.region["size"] != [*one.size]:
+                stated, actual = (f"{width}x{height}" for height, width in (one.region["size"], one.size))
+                raise MetricError(
+                    f"{one.image} is {actual}, and by instances.json, whose segmentations metrics ask for, {stated}; "
+                    "do the files belong together?"
+                )
+
+
 def score(found: Iterable[Tensor | None], expressions: Sequence[Expression], names: Sequence[str]) -> np.ndarray:
-    """How right the map (h, w) of each expression is by each metric: float64 (n, metrics) in 0..1, NaN without a map.
+    """How right the map (h, w) of each expression is by each metric, for `settle`: float64 (n, m), NaN without a map.
+
+    A metric has one column, in 0..1; one of `SWEPT` has one or two for each of `SHARES`.
 
     Raises:
         MetricError: as `check_metrics`.
     """
     check_metrics(names, expressions)
     functions = [find_metric(name)[0] for name in names]
-    scores = np.full((len(expressions), len(names)), np.nan)
+    scores = np.full((len(expressions), sum(map(_width, names))), np.nan)
     for row, pred, expression in zip(scores, found, expressions, strict=True):
         if pred is not None:
             cam = ResizedMap(pred, *expression.size)
-            row[:] = [function(cam, expression) for function in functions]
+            row[:] = np.concatenate([np.ravel(function(cam, expression)) for function in functions])
     return scores
+
+
+def _width(name: str) -> int:
+    return SWEPT[name] * len(SHARES) if name in SWEPT else 1
+
+
+class Scores(NamedTuple):
+    """A metric of many expressions: its values, in 0..1, and their weights in a mean, both (n,), NaN without a map.
+
+    Args:
+        weights: None: they are equal.
+        share: of `SHARES`, the chosen one; None where there is none to choose.
+    """
+
+    values: np.ndarray
+    weights: np.ndarray | None = None
+    share: float | None = None
+
+
+def settle(scores: np.ndarray, splits: Sequence[str], names: Sequence[str]) -> dict[str, Scores]:
+    """The columns of `score` by metric. Those of `SWEPT` are at the share with the best mean value on `CHOOSES`.
+
+    Of equal means, the smallest share. Without a map of that split there is no share, and values are NaN.
+    """
+    found = {}
+    ends = np.cumsum([_width(name) for name in names])
+    for name, columns in zip(names, np.split(scores, ends[:-1], axis=1), strict=True):
+        if name not in SWEPT:
+            found[name] = Scores(columns[:, 0])
+            continue
+        values, *weights = np.moveaxis(columns.reshape(len(columns), len(SHARES), SWEPT[name]), 2, 0)
+        chooses = values[(np.array(splits) == CHOOSES) & ~np.isnan(values[:, 0])]
+        best = int(chooses.mean(axis=0).argmax()) if len(chooses) else 0
+        share, known = (SHARES[best], values[:, best]) if len(chooses) else (None, np.full(len(values), np.nan))
+        found[name] = Scores(known, weights[0][:, best] if weights else None, share)
+    return found
 
 
 # ---- the metrics
@@ -100,6 +177,49 @@ def point(cam: ResizedMap, expression: Expression) -> bool:
 def map_box(cam: ResizedMap, expression: Expression) -> bool:
     """The best box of the map alone, around the pixels of at least half its maximum, overlaps a true box."""
     return map_box_correct(cam, hot(cam.product().numpy(), THRESHOLD), expression.boxes)
+
+
+@metric("region", swept=1)
+def mask_iou(cam: ResizedMap, expression: Expression) -> np.ndarray:
+    """mIoU: the mean of the IoU of the map's pixels of at least a share of its maximum with the true region."""
+    both, either = _overlaps(cam, expression)
+    return (both / either)[:, None]
+
+
+@metric("region", swept=2)
+def mask_oiou(cam: ResizedMap, expression: Expression) -> np.ndarray:
+    """oIoU: the sum of the intersections over the sum of the unions, so that large regions weigh more than in mIoU."""
+    both, either = _overlaps(cam, expression)
+    return np.stack([both / either, either], axis=1)
+
+
+@metric("region")
+def mask_energy(cam: ResizedMap, expression: Expression) -> float:
+    """The share of the map's sum that lies inside the true region."""
+    return share_inside(cam.product().numpy().clip(0), _true_mask(expression))
+
+
+@metric("region")
+def mask_point(cam: ResizedMap, expression: Expression) -> bool:
+    """The pointing game with the true region in place of its box: the map's maximum is a pixel of it."""
+    x, y = cam.point()
+    return bool(_true_mask(expression)[y, x])
+
+
+def _true_mask(expression: Expression) -> np.ndarray:
+    """The pixels of an expression's region, bool (height, width)."""
+    assert expression.region is not None  # `check_metrics`
+    return to_mask(expression.region)
+
+
+@lru_cache(maxsize=1)  # for two metrics
+def _overlaps(cam: ResizedMap, expression: Expression) -> tuple[np.ndarray, np.ndarray]:
+    """Intersection and union in pixels, float64 (len(SHARES),), of the true region and `hot(cam, share)` each."""
+    pixels, mask = cam.product().numpy(), _true_mask(expression)
+    inside, top = pixels[mask], pixels.max()
+    least = [share * top if top > 0 else math.inf for share in SHARES]
+    both, hottest = ([np.count_nonzero(of >= value) for value in least] for of in (inside, pixels))
+    return np.array(both, np.float64), np.array(hottest, np.float64) + inside.size - both
 
 
 def point_within(cam: ResizedMap, expression: Expression, number: int) -> bool:
@@ -181,18 +301,23 @@ def box_chance(detections: np.ndarray, box: np.ndarray) -> float:
 # ---- accuracy
 
 
-def accuracy(correct: Sequence[float]) -> float | None:
-    """The mean of values in 0..1 without those that are NaN; None when there are no others."""
-    known = [value for value in correct if not math.isnan(value)]
-    return sum(known) / len(known) if known else None
+def accuracy(correct: Sequence[float], weights: Sequence[float] | None = None) -> float | None:
+    """The mean, weighted or plain, of values in 0..1 without those that are NaN; None when there are no others."""
+    pairs = zip(correct, weights or [1] * len(correct), strict=True)
+    known = [(value, weight) for value, weight in pairs if not math.isnan(value)]
+    return sum(value * weight for value, weight in known) / sum(weight for _, weight in known) if known else None
 
 
-def split_accuracies(correct: Sequence[float], splits: Sequence[str], names: dict[str, str]) -> dict[str, float | None]:
+def split_accuracies(
+    correct: Sequence[float], splits: Sequence[str], names: dict[str, str], weights: np.ndarray | None = None
+) -> dict[str, float | None]:
     """Accuracy of each split that is reported.
 
     Args:
         correct, splits: one value an expression, in the same order; `correct` is in 0..1, or NaN, which does not count.
         names: split -> the name it is reported under, in the order of the report; e.g. {"val": "val_d"}.
+        weights: of the values in the mean, (n,); None: equal ones.
     """
-    pairs = list(zip(correct, splits, strict=True))
-    return {name: accuracy([right for right, of in pairs if of == split]) for split, name in names.items()}
+    rows = list(zip(correct, splits, [1] * len(correct) if weights is None else weights.tolist(), strict=True))
+    chosen = {name: [(right, weight) for right, of, weight in rows if of == split] for split, name in names.items()}
+    return {name: accuracy([right for right, _ in of], [weight for _, weight in of]) for name, of in chosen.items()}

@@ -77,6 +77,7 @@ class Questions:
         benchmark = benchmark_of(config, benchmark)
         self.expressions = benchmark.load(config, asking.skip_broken)
         metrics.check_metrics(benchmark.metrics, self.expressions)
+        metrics.check_masks(benchmark.metrics, self.expressions)
         self.benchmark = with_splits(benchmark, self.expressions)
         self.asked: list[Pair] = [(expression.image, expression.text) for expression in self.expressions]
         self.tokenizer = load_tokenizer(asking.text_encoder)
@@ -138,11 +139,11 @@ class Questions:
             maps: those that this process has, of the expressions.
 
         Returns:
-            on rank 0, float64 (expressions, metrics) in 0..1, NaN without a map; elsewhere, of the own maps alone.
+            on rank 0, what `metrics.score` returns of all expressions; elsewhere, of the own maps alone.
         """
         expressions = [self.expressions[position] for position in maps.positions.tolist()]
         own = metrics.score(maps.values, expressions, self.benchmark.metrics)
         found = PairAnswers(maps.positions, torch.from_numpy(own)).gathered()
-        scores = np.full((len(self.expressions), len(self.benchmark.metrics)), np.nan)
+        scores = np.full((len(self.expressions), own.shape[1]), np.nan)
         scores[found.positions.numpy()] = found.values.numpy()
         return scores

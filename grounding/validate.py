@@ -113,8 +113,8 @@ def _accuracies(questions: Questions, names: dict[str, str], explainer: Explaine
         utils.log(f"{missing} expressions of unreadable images are left out of the validation")
     splits = [one.split for one in expressions]
     found = {}
-    for metric, column in zip(benchmark.metrics, scores.T.tolist(), strict=True):
-        for name, value in metrics.split_accuracies(column, splits, names).items():
+    for metric, one in metrics.settle(scores, splits, benchmark.metrics).items():
+        for name, value in metrics.split_accuracies(one.values.tolist(), splits, names, one.weights).items():
             if value is not None:
                 found[f"{name}_{metric}"] = value
     return utils.gather_objects(found)[0]  # rank 0 has the scores of all

@@ -1,7 +1,7 @@
 """Which images the val and test splits of the benchmarks hold, so that training can leave them out.
 
 COCO's image ids (RefCOCO, RefCOCO+, RefCOCOg) and Flickr's photo ids (Flickr30k) are in Visual Genome's image_data.
-RefCLEF's images are of another collection (SAIAPR TC-12), whose ids are not there: they are only counted.
+RefCLEF's images are of another collection (SAIAPR TC-12), whose ids are not there: only RefCLEF itself can use them.
 """
 
 import re
@@ -19,13 +19,17 @@ COCO_ID_IN_NAME = re.compile(r"COCO_[a-z]+\d{4}_(\d{12})")  # how the names of C
 
 
 class EvaluationImages(NamedTuple):
-    """The images of a file's val and test splits: by COCO's, Flickr's or Visual Genome's id; how many have none."""
+    """The images of a file's val and test splits: by COCO's, Flickr's or Visual Genome's id; how many have none.
+
+    `saiapr`: the ids of the last ones, RefCLEF's, if the file tells them.
+    """
 
     path: Path
     coco: frozenset[int] = frozenset()
     flickr: frozenset[int] = frozenset()
     unknown: int = 0
     visual_genome: frozenset[int] = frozenset()
+    saiapr: frozenset[int] = frozenset()
 
     def __len__(self) -> int:
         return len(self.coco) + len(self.flickr) + self.unknown + len(self.visual_genome)
@@ -61,7 +65,7 @@ def _read_refs(path: Path) -> EvaluationImages:
     # The number in a file_name is unreliable; that it is COCO's is not.
     if any(COCO_ID_IN_NAME.match(str(ref.get("file_name"))) for ref in refs):
         return EvaluationImages(path, coco=ids)
-    return EvaluationImages(path, unknown=len(ids))
+    return EvaluationImages(path, unknown=len(ids), saiapr=ids)
 
 
 def _read_json(path: Path) -> EvaluationImages:

@@ -5,15 +5,18 @@ holds {"image", "text", "ref_id", "split"}, in the order of the refs and their s
 MAttNet (Yu et al., CVPR 2018): a list of {"det_id", "box": [x, y, w, h], "image_id", "category_name", "score", ...}.
 """
 
+import itertools
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dataset.expressions import EntryProblem, Problems, is_box, require
 from dataset.raw.archives import is_hidden, require_file
+from dataset.raw.evaluation_images import EvaluationImages
 from dataset.reading import DataError, load_json
 from dataset.refer import MAX_WORDS, SPLITS, Refer, load_refer, read_instances, refer_files, splits_of
 from dataset.text import clean_caption, has_content
@@ -38,11 +41,13 @@ class Lists:
     """What `make_lists` makes.
 
     Args:
+        refer: what it was made of.
         counts: split -> how many there are of each of `COUNTS`.
         parts: the entries of each of `PARTS`.
         missing: image id -> name of each image that is not on disk.
     """
 
+    refer: Refer
     counts: dict[str, Counter[str]]
     parts: dict[str, list[dict[str, Any]]] = field(default_factory=lambda: {part: [] for part in PARTS})
     missing: dict[int, str] = field(default_factory=dict)
@@ -89,12 +94,13 @@ def make_lists(
     Raises:
         DataError: files that cannot be used; all kinds of problems of the refs in one message.
     """
-    lists = Lists({split: Counter() for split in splits_of(dataset, split_by)})
+    counts: dict[str, Counter[str]] = {split: Counter() for split in splits_of(dataset, split_by)}
     for path in refer_files(folder / dataset, split_by):
         others = ", ".join(sorted(other.name for other in path.parent.glob("refs(*).p")))
         there = f"there is {others}, see --split-by; " if others and path.suffix == ".p" else ""
         require_file(path, f"{there}{folder} must hold {dataset}/ as it is in REFER's {dataset}.zip")
     refer = load_refer(folder / dataset, split_by)
+    lists = Lists(refer, counts)
     on_disk = None if image_root is None else images_on_disk(image_root)
     with Problems() as problems:
         for index, ref in enumerate(refer.refs.values()):
@@ -176,6 +182,63 @@ def write_lists(out: Path, dataset: str, lists: Lists) -> None:
     """Write <dataset>_{train,val,test}.json; a part that the data set does not have is an empty list."""
     for part, rows in lists.parts.items():
         write_text(out / f"{dataset}_{part}.json", json.dumps(rows) + "\n")
+
+
+# ---- training
+
+
+def training_entries(
+    lists: Lists, dataset: str, exclude: Sequence[EvaluationImages], masks: bool = False
+) -> tuple[list[dict[str, Any]], Counter[str]]:
+    """The train split as entries of dataset/vg.py: one a ref, with its sentences, each once, and its box.
+
+    Sentences of which cleaning leaves nothing are left out.
+
+    Args:
+        exclude: of other data sets, whose val and test images are left out as the data set's own are.
+        masks: the segmentation of instances.json in place of the box.
+
+    Returns:
+        the entries, and how many refs there are, were left out, and why.
+
+    Raises:
+        DataError: no entry is left; or segmentations that cannot be used, all in one message.
+    """
+    refer, entries = lists.refer, []
+    others = {ref["image_id"] for ref in refer.refs.values() if part_of(ref["split"]) != "train"}
+    held = {f"left out, in val or test of {refer.refs_file}": others}
+    held |= {f"left out, of {each.path}": set(_ids_of(each, dataset)) for each in exclude}
+    empty = "left out, without a text"
+    counts = Counter(dict.fromkeys(("refs", *held, empty, "entries"), 0))
+    with Problems() as problems:
+        for ref_id, rows in itertools.groupby(lists.parts["train"], lambda row: row["ref_id"]):
+            ref, sentences = refer.refs[ref_id], list(rows)
+            texts = dict.fromkeys(row["text"] for row in sentences)
+            captions = [text for text in texts if has_content(clean_caption(text, MAX_WORDS))]
+            reasons = [reason for reason, ids in held.items() if ref["image_id"] in ids] + [empty] * (not captions)
+            counts.update(["refs", *(reasons[:1] or ["entries"])])
+            with problems.at(f"{refer.refs_file}: ref_id {ref_id}"):
+                if reasons:
+                    continue
+                entry = {"image": sentences[0]["image"], "caption": captions}
+                if masks:
+                    refer.region(ref)  # which checks it
+                    entries.append(entry | {"segmentation": [refer.annotations[ref["ann_id"]]["segmentation"]]})
+                else:
+                    ((x, y, w, h),) = refer.box(ref).tolist()
+                    entries.append(entry | {"bbox": [[x, y, x + w, y + h]]})
+    if not entries:
+        raise DataError(f"{refer.refs_file}: no ref of the train split is left ({dict(counts)})")
+    return entries, counts
+
+
+def _ids_of(images: EvaluationImages, dataset: str) -> frozenset[int]:
+    """The ids of evaluation images in the collection of a data set; raises `DataError` where there are none."""
+    found = images.saiapr if dataset in NAMED_BY_FILE else images.coco
+    if not found:
+        collection = "SAIAPR, as RefCLEF's in its refs(...).p" if dataset in NAMED_BY_FILE else "COCO"
+        raise DataError(f"{images.path}: has no val or test images of {collection}, so it can leave out nothing")
+    return found
 
 
 # ---- detections

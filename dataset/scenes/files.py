@@ -2,11 +2,13 @@
 
 The output folder gets images/, train_captions.json, train_phrases.json, refer/refcoco+, refer/refclef, flickr/,
 matching_{val,testB}.json, text_encoder/vocab.txt and, last of all, scenes.json. Image paths are relative to images/.
+masks/ holds train_phrases.json and refer/ once more, with the objects' own pixels in place of boxes.
 """
 
 import itertools
 import json
 import pickle
+import shutil
 import string
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -30,6 +32,7 @@ from dataset.scenes.language import (
     text,
 )
 from dataset.scenes.world import Scene, draw_scene, pick, shuffled
+from dataset.segmentation import area, from_mask
 from utils import atomic_path, write_text
 
 VERSION = 2
@@ -119,6 +122,7 @@ def generate(
     for name, found in rows.items():
         _write_json(out / name, found)
     write_text(out / "text_encoder" / "vocab.txt", "\n".join(vocabulary()) + "\n")
+    _write_masks(out, [*drawn["train"][:annotated], *evaluated], rows["train_phrases.json"])
     manifest = {"parameters": parameters(seed, train, annotated, evaluation, size), "counts": counts}
     _write_json(out / MANIFEST, manifest, indent=2)
     return counts
@@ -183,6 +187,33 @@ def _targets(one: Drawn) -> list[int]:
     things = one.scene.things
     order = shuffled(one.rng, range(len(things)))
     return [i for i in order if one.split != "testB" or (things[i].colour, things[i].shape) in world.HELD_OUT]
+
+
+# ---- masks
+
+
+def _write_masks(out: Path, drawn: list[Drawn], phrases: list[Row]) -> None:
+    """Write the files of masks/. refer/ keeps the outlines of boxes that it always had as segmentations."""
+    regions = {
+        (one.name, thing.box): from_mask(world.thing_mask(one.scene, thing))
+        for one in drawn
+        for thing in one.scene.things
+    }
+    entries = [
+        {"image": row["image"], "caption": row["caption"]}
+        | {"segmentation": [regions[row["image"], tuple(box)] for box in row["bbox"]]}
+        for row in phrases
+    ]
+    _write_json(out / "masks" / "train_phrases.json", entries)
+    for source in sorted((out / "refer").iterdir()):
+        instances, folder = json.loads((source / "instances.json").read_text()), out / "masks" / "refer" / source.name
+        names = {row["id"]: row["file_name"] for row in instances["images"]}
+        for row in instances["annotations"]:
+            x, y, w, h = row["bbox"]
+            region = regions[names[row["image_id"]], (x, y, x + w, y + h)]
+            row |= {"segmentation": region, "area": area(region)}
+        _write_json(folder / "instances.json", instances)
+        shutil.copyfile(source / "refs(unc).p", folder / "refs(unc).p")
 
 
 # ---- RefCOCO+ and RefCLEF

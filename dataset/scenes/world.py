@@ -148,6 +148,14 @@ def _gap(a: _Box, b: _Box) -> int:
 # ---- rendering
 
 
+def thing_mask(scene: Scene, thing: Thing) -> np.ndarray:
+    """The pixels of which an object covers at least half: bool (height, width) of its scene."""
+    x1, y1, x2, y2 = thing.box
+    mask = np.zeros((scene.height, scene.width), bool)
+    mask[y1:y2, x1:x2] = shape_mask(thing.shape, thing.side, thing.angle) >= 0.5
+    return mask
+
+
 @functools.cache
 def shape_mask(shape: str, side: int, angle: int) -> np.ndarray:
     """How much of each pixel a shape covers, float32 (h, w) in [0, 1]; max(h, w) is about `side`.

@@ -10,8 +10,8 @@ from torch import Tensor
 import utils
 from dataset.expressions import Expression
 from grounding.benchmarks import Benchmark
-from grounding.maps import ResizedMap, hot, inside
-from grounding.metrics import map_box_correct, score
+from grounding.maps import ResizedMap, hot, inside, share_inside
+from grounding.metrics import map_box_correct, score, settle
 from grounding.report.statistics import Interval, intervals
 from grounding.results import Source
 from runs import shortest_ends
@@ -62,7 +62,8 @@ class Results(NamedTuple):
     Args:
         table: one row an expression, in the order of the result files. Columns of `facts_of`; and for each metric a
             column a checkpoint, for each of `MEASURES` a column a shown checkpoint: `table["point"]` has a column a
-            checkpoint, `table["point", "AMC"]` is one of them. NaN where there is no map.
+            checkpoint, `table["point", "AMC"]` is one of them. NaN where there is no map. A metric whose means are
+            weighted, say M, has its weights in `table["M weight"]`.
         maps: shown checkpoint -> the map (h, w) of each expression.
         best: the checkpoint with the highest accuracy by the last metric on the first split, as everywhere here.
         subject: the best of the run that the report is about; its cases are shown.
@@ -88,18 +89,29 @@ class Results(NamedTuple):
         """(n,) bool: the expression has a map, and its split is reported."""
         return self.table["split"].isin(self.benchmark.splits) & self.table["area of boxes"].notna()
 
-    def intervals(self, columns: pd.DataFrame, rows: pd.Series | pd.Index) -> list[Interval]:
+    def intervals(
+        self, columns: pd.DataFrame, rows: pd.Series | pd.Index, weights: pd.DataFrame | None = None
+    ) -> list[Interval]:
         """The mean of each column over some rows, with its interval."""
-        return intervals(columns.loc[rows].to_numpy(), self.table["image"].cat.codes[rows].to_numpy())
+        images = self.table["image"].cat.codes[rows].to_numpy()
+        return intervals(
+            columns.loc[rows].to_numpy(), images, None if weights is None else weights.loc[rows].to_numpy()
+        )
 
-    def grid(self, columns: pd.DataFrame, labels: pd.Series) -> pd.DataFrame:
-        """The `Interval` of each column (a row) and group of expressions (a column).
+    def is_weighted(self, metric: str) -> bool:
+        """Whether the metric of some expressions is more than the mean of theirs."""
+        return (weight_of(metric), self.sources[0].name) in self.table
+
+    def grid(self, metric: str, names: list[str], labels: pd.Series) -> pd.DataFrame:
+        """The `Interval` of a metric by checkpoint (a row) and group of expressions (a column).
 
         Args:
             labels: the group of each row of the table, categorical; a row of several groups has several labels.
         """
+        columns = self.table[metric][names]
+        weights = self.table[weight_of(metric)][names] if self.is_weighted(metric) else None
         by_group = labels.groupby(labels, observed=False)
-        return pd.DataFrame({name: self.intervals(columns, of.index) for name, of in by_group}, columns.columns)
+        return pd.DataFrame({name: self.intervals(columns, of.index, weights) for name, of in by_group}, names)
 
 
 def collect(
@@ -116,10 +128,13 @@ def collect(
     Raises:
         ReportError, ResultError: as `read_maps`.
     """
-    scores = []
+    scores, splits = [], [expression.split for expression in expressions]
     for source in sources:
-        found = score(read_maps(source, expressions), expressions, benchmark.metrics)
-        scores.append(_columns(found, benchmark.metrics, source.name))
+        raw = score(read_maps(source, expressions), expressions, benchmark.metrics)
+        found = settle(raw, splits, benchmark.metrics)
+        columns = {metric: one.values for metric, one in found.items()}
+        columns |= {weight_of(metric): one.weights for metric, one in found.items() if one.weights is not None}
+        scores.append(_columns(np.stack([*columns.values()], axis=1), columns, source.name))
     table = pd.concat(scores, axis=1)
     facts = facts_of(expressions, readable=table.notna().any(axis=1))
     decisive = table.loc[facts["split"] == next(iter(benchmark.splits)), benchmark.decisive].mean().fillna(0)
@@ -138,6 +153,11 @@ def collect(
     table = pd.concat([facts, *scores], axis=1)
     baseline = None if baseline == subject else baseline
     return Results(benchmark, expressions, sources, table, maps_of, best, subject, baseline)
+
+
+def weight_of(metric: str) -> str:
+    """The name of the columns of a metric's weights."""
+    return f"{metric} weight"
 
 
 def _columns(values: Sequence[Sequence[float]] | np.ndarray, measures: Iterable[str], name: str) -> pd.DataFrame:
@@ -179,13 +199,3 @@ def measure_map(pred: Tensor, expression: Expression) -> list[float]:
         *(share_inside(region, mask) for region in regions),
         *(float(map_box_correct(resized, region, boxes)) for region in regions),
     ]
-
-
-def share_inside(values: np.ndarray, mask: np.ndarray) -> float:
-    """The part of the sum of values, none below 0, that lies in a mask, in 0..1; 0 where the sum is 0.
-
-    Of a map it is its energy inside: the energy-based pointing game of Score-CAM (Wang et al., CVPR Workshops 2020). Of
-    the pixels of a region it is the pointing game with a random one of them.
-    """
-    total = float(values.sum(dtype=np.float64))
-    return float(values[mask].sum(dtype=np.float64)) / total if total > 0 else 0.0

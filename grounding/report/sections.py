@@ -73,7 +73,8 @@ def accuracies(found: Results) -> Part:
     """All checkpoints by metric and split, and what else their log lines hold."""
     names = found.benchmark.splits
     splits = found.table["split"].map(names).astype(pd.CategoricalDtype(list(names.values())))
-    grids = {metric: found.grid(found.table[metric], splits) for metric in found.benchmark.metrics}
+    every = [source.name for source in found.sources]
+    grids = {metric: found.grid(metric, every, splits) for metric in found.benchmark.metrics}
     one_run = len({source.folder.folder for source in found.sources}) == 1
     note, charts = INTERVAL_NOTE, {}
     if several := len(found.sources) > 1:
@@ -129,7 +130,7 @@ def groups(found: Results) -> Part:
         for kind, (labels, note) in kinds.items():
             labels = labels[found.reported[labels.index]].cat.remove_unused_categories()
             if labels.nunique() > 1:
-                grid = found.grid(table[metric][found.shown], labels).T
+                grid = found.grid(metric, found.shown, labels).T
                 title = f"{metric.capitalize()} accuracy {kind}"
                 charts = {f"{title}, with 95% intervals.": chart({title: grid}, joined=kind != "by category")}
                 areas = table.loc[labels.index, "area of boxes"].groupby(labels.array, observed=True)
@@ -202,6 +203,8 @@ def comparison(found: Results, a: str, b: str) -> Part:
     """Two checkpoints against each other: which expressions only one of them grounds right."""
     rows = {}
     for metric in found.benchmark.metrics:
+        if found.is_weighted(metric):  # a difference of ratios of sums is no mean of differences
+            continue
         for split, name in found.benchmark.splits.items():
             one, other = (found.table[metric, which][found.table["split"] == split] for which in (a, b))
             only_one, only_other = _only(one, other)

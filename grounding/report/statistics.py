@@ -34,7 +34,13 @@ class Interval(NamedTuple):
         return "" if math.isnan(self.low) else f"{100 * self.low:.1f} to {100 * self.high:.1f}"
 
 
-def intervals(values: np.ndarray, images: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> list[Interval]:
+def intervals(
+    values: np.ndarray,
+    images: np.ndarray,
+    weights: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> list[Interval]:
     """The mean of each column, with a percentile bootstrap interval over images.
 
     Expressions of one image are not independent. Images are therefore drawn with replacement, and each drawn image
@@ -44,11 +50,16 @@ def intervals(values: np.ndarray, images: np.ndarray, resamples: int = RESAMPLES
     Args:
         values: (n, m), one row an expression; NaN does not count.
         images: (n,) the number of each expression's image, any integers.
+        weights: (n, m) of the values in their mean; None: equal ones.
     """
     used = ~np.isnan(values).all(axis=1)
-    by_image = pd.DataFrame(values[used]).groupby(images[used])
+    by_image = pd.DataFrame((values if weights is None else values * weights)[used]).groupby(images[used])
     sums, counts = by_image.sum().to_numpy(), by_image.count().to_numpy()
     means = pd.DataFrame(values).mean().to_numpy()
+    if weights is not None:
+        counts = pd.DataFrame(np.where(np.isnan(values), 0, weights)[used]).groupby(images[used]).sum().to_numpy()
+        with np.errstate(invalid="ignore"):
+            means = sums.sum(axis=0) / counts.sum(axis=0)
     ends = np.full((2, values.shape[1]), np.nan)
     usable = (counts > 0).sum(axis=0) > 1
     if usable.any():

@@ -7,9 +7,9 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from grounding.maps import share_inside
 from grounding.report import charts
 from grounding.report.charts import chart
-from grounding.report.rows import share_inside
 from grounding.report.sections import extremes, one_an_image
 from grounding.report.statistics import Interval, by_category, by_length, by_size, intervals
 from grounding.results import percent
@@ -17,6 +17,16 @@ from grounding.results import percent
 
 def column(*values: float) -> np.ndarray:
     return np.array(values, float)[:, None]
+
+
+def test_a_weight_counts_as_so_many_equal_values() -> None:
+    """Whole weights are repetitions; an expression without a map has neither a value nor a weight."""
+    values, images = column(0.2, 0.5, 1, np.nan), np.array([0, 0, 1, 2])
+    weighted = intervals(values, images, column(3, 1, 2, np.nan))
+    repeated = intervals(column(0.2, 0.2, 0.2, 0.5, 1, 1), np.array([0, 0, 0, 0, 1, 1]))
+    assert np.array(weighted) == pytest.approx(np.array(repeated))
+    assert weighted[0].mean == pytest.approx((3 * 0.2 + 0.5 + 2) / 6)
+    assert np.isnan(intervals(values[3:], images[3:], values[3:])[0].mean)
 
 
 def test_an_interval_is_what_redrawing_images_gives() -> None:
