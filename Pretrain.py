@@ -59,6 +59,7 @@ from training.state import (
     position_after,
     progress_of,
     settings_of,
+    steps_of_epoch_0,
     way_back,
 )
 
@@ -186,6 +187,8 @@ def train_epochs(run: "Run") -> None:
 class Run:
     """One training run: its parts, ready for the first epoch or for the one to resume with."""
 
+    first_steps: int | None = None  # of epoch 0, where they are not `epoch_steps`
+
     def __init__(
         self,
         args: argparse.Namespace,
@@ -221,6 +224,8 @@ class Run:
             check_resumable(checkpoint, path)
             self.progress = on_host(progress_of(checkpoint, path))  # not a part of the file, which may go
             self.start = position_after(self.progress, step_samples, self.epoch_steps)
+        if follows:
+            self.first_steps = steps_of_epoch_0(checkpoint)
         check_agreement(self.model, path, self.start)
         self.validation = self.open_validation()
         self.parallel = prepare_model(self.model, args, device)
@@ -236,7 +241,7 @@ class Run:
         self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive, relation)
         here = goes_on and Path(path).resolve().parent == self.output.resolve()
         done = here and not self.steps_of(self.start.epoch)
-        total_steps = min(config.schedular.epochs * self.epoch_steps, args.max_steps or sys.maxsize)
+        total_steps = min(self.steps_before(config.schedular.epochs), args.max_steps or sys.maxsize)
         wandb = WandbRun(args.wandb) if args.wandb and utils.rank() == 0 and not done else None
         boards = None if done else self.open_board(tokenizer), wandb
         self.log = TrainingLog(self.output, self.epoch_steps, total_steps, step_samples, device, *boards)
@@ -250,9 +255,14 @@ class Run:
     def steps_of(self, epoch: int) -> int:
         """The steps of an epoch that this run comes to, done ones included; 0 where nothing of the epoch is left."""
         limit = self.args.max_steps or sys.maxsize
-        steps = min(self.epoch_steps, limit - epoch * self.epoch_steps)
+        steps = min(self.epoch_steps, limit - self.steps_before(epoch))
         begun = self.start.step if epoch == self.start.epoch else 0
         return steps if epoch < self.config.schedular.epochs and steps >= max(1, begun) else 0
+
+    def steps_before(self, epoch: int) -> int:
+        """The optimizer steps of all epochs before one."""
+        first = self.epoch_steps if self.first_steps is None else self.first_steps
+        return first + (epoch - 1) * self.epoch_steps if epoch else 0
 
     def train_epoch(self, epoch: int, steps: int) -> None:
         """Train the steps of an epoch that are left; raises `TrainingError` when a loss is no longer a number."""
@@ -292,7 +302,7 @@ class Run:
         self.schedule.step(epoch_time(self.config.schedular, epoch))
         for step in range(begin):
             self.set_rate(epoch, step)
-        self.log.begin_epoch(epoch, steps, begin)
+        self.log.begin_epoch(epoch, steps, begin, self.steps_before(epoch))
 
     def set_rate(self, epoch: int, step: int) -> None:
         """Set the learning rate after a step."""
@@ -350,7 +360,7 @@ class Run:
 
     def save_if_asked(self, at: Position) -> None:
         """Between two steps: save if it is time or a signal asks for it, and end if one asks for that."""
-        save, stop = self.requests.agreed(self.saver.is_due(at.epoch * self.epoch_steps + at.step))
+        save, stop = self.requests.agreed(self.saver.is_due(self.steps_before(at.epoch) + at.step))
         if save or stop:
             self.save(at)
         self.end_if_asked(stop)
@@ -408,7 +418,7 @@ class Run:
         utils.log(begin + (f", from step {self.start.step} of the first" if self.start.step else ""))
         if board := self.log.board:
             config_text = (self.output / "config.yaml").read_text(encoding="utf-8")
-            board.start(self.output / runs.BOARD, self.start.epoch * self.epoch_steps + self.start.step, config_text)
+            board.start(self.output / runs.BOARD, self.steps_before(self.start.epoch) + self.start.step, config_text)
             utils.log(f"watch it: tensorboard --logdir {self.output}")
         if wandb := self.log.wandb:
             wandb.start(self.output / runs.WANDB, self.given.model_dump(mode="json"))

@@ -1,7 +1,8 @@
-"""What each part of AMC's loss does, on the embedded scenes: variants of stage 2, several seeds each.
+"""What each part of AMC's loss does, and SelfEQ's, on the embedded scenes: variants of stage 2, several seeds each.
 
     python benchmarks/ablation.py                                       all variants, seeds 42, 43 and 44
     python benchmarks/ablation.py --variants "both terms" control --seeds 45 46
+    python benchmarks/ablation.py --variants control SelfEQ "both terms" "AMC and SelfEQ"
 
 Every run is `make demo`'s stage 2 with another seed or other weights and margins: two processes, from the stage 1 that
 ships, as many steps on the same phrases; then RefCOCO+. The seed draws batches, augmentation, masked words and hard
@@ -26,6 +27,11 @@ from grounding.results import ResultFolder
 from scenes_demo import accuracies, evaluation, run_step, train
 
 AMC, CONTROL = CONFIGS / "Pretrain.yaml", CONFIGS / "Pretrain_control.yaml"
+SELFEQ = [
+    "train_file=[data/scenes/train_relations.json]",
+    "amc.layer=3",
+]  # the same entries, and synonyms of their words
+SELFEQ += ["selfeq.weight_similarity=1", "selfeq.weight_consistency=0.5"]
 VARIANTS: dict[str, tuple[Path, list[str]]] = {  # a config, and what is changed of it
     "both terms": (AMC, []),
     "mean term only": (AMC, ["amc.weight_max=0"]),
@@ -33,6 +39,8 @@ VARIANTS: dict[str, tuple[Path, list[str]]] = {  # a config, and what is changed
     "neither term": (AMC, ["amc.weight_mean=0", "amc.weight_max=0"]),
     "both terms, published margins": (AMC, ["amc.margin_mean=0.1", "amc.margin_max=0.5"]),
     "control": (CONTROL, []),
+    "SelfEQ": (CONTROL, SELFEQ),
+    "AMC and SelfEQ": (AMC, SELFEQ),
 }
 COLUMNS = ["RefCOCO+ point val_d", "RefCOCO+ point testA_d", "RefCOCO+ point testB_d", "RefCOCO+ box val_d"]
 COLUMNS += ["matching val"]

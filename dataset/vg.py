@@ -35,6 +35,7 @@ from files import file_digest
 from utils import UserError, atomic_path, barrier, gather_objects, log, rank, sweep
 
 KEYS = ("image", "caption", "bbox", "segmentation")  # of an entry
+SELFEQ_KEYS = ("phrase_chunks", "relation")  # of SelfEQ's: the first in the place of `caption`, in its files of COCO
 LARGE = 64 << 20  # bytes of a JSON file whose entries are worth a packed file
 NO_BOXES = "add_gcam is True, but no entry has boxes for AMC to learn from; is their key spelled 'bbox'?"
 
@@ -342,8 +343,7 @@ def _relation(relation: Any, max_words: int) -> list[str]:
 
 
 def _caption_key(row: dict[str, Any]) -> str:
-    """`caption`, in its place `phrase_chunks` in SelfEQ's files of COCO."""
-    return "phrase_chunks" if "caption" not in row and "phrase_chunks" in row else "caption"
+    return SELFEQ_KEYS[0] if "caption" not in row and SELFEQ_KEYS[0] in row else "caption"
 
 
 def _texts(row: dict[str, Any]) -> list[Any]:
@@ -355,7 +355,7 @@ def _check_spelling(row: Any) -> None:
     """Raise `EntryProblem` where a key is missing, and another looks like it; files may have keys of their own."""
     if not isinstance(row, dict) or len(row) <= sum(key in row for key in KEYS):
         return
-    others = {other.lower(): other for other in row if other not in KEYS}
+    others = {other.lower(): other for other in row if other not in KEYS + SELFEQ_KEYS}
     for key in KEYS[:3] if row.get("bbox") else KEYS:
         cutoff = 0.9 if key == "segmentation" else 0.65  # the long one is like many others
         if key not in row and (close := difflib.get_close_matches(key, others, n=1, cutoff=cutoff)):

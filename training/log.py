@@ -145,9 +145,10 @@ class TrainingLog:
         self.window = 0  # the step whose loss is the first since the last line, `opening`
         self.first = (-1, 0.0)  # steps that were done, and the time, when this process began to train
 
-    def begin_epoch(self, epoch: int, count: int, begin: int) -> None:
-        """Begin an epoch of `count` steps, of which `begin` are done."""
-        self.epoch, self.begun, self.count, self.begin = epoch, epoch * self.epoch_steps, count, begin
+    def begin_epoch(self, epoch: int, count: int, begin: int, before: int | None = None) -> None:
+        """Begin an epoch of `count` steps, of which `begin` are done; `before` it: those of as many whole epochs."""
+        self.epoch, self.count, self.begin = epoch, count, begin
+        self.begun = epoch * self.epoch_steps if before is None else before
         self.of_epoch, self.recent = Meters(), Meters()
         self.largest_norm: Tensor | None = None
         self.window, self.seconds = begin, 0.0

@@ -1,8 +1,9 @@
 """Write the synthetic scenes as data sets, in the formats of the real ones (docs/method.md, Data formats).
 
-The output folder gets images/, train_captions.json, train_phrases.json, refer/refcoco+, refer/refclef, flickr/,
-matching_{val,testB}.json, text_encoder/vocab.txt and, last of all, scenes.json. Image paths are relative to images/.
-masks/ holds train_phrases.json and refer/ once more, with the objects' own pixels in place of boxes.
+The output folder gets images/, train_captions.json, train_phrases.json, train_relations.json, refer/refcoco+,
+refer/refclef, flickr/, matching_{val,testB}.json, text_encoder/vocab.txt and, last of all, scenes.json. Image paths are
+relative to images/. masks/ holds train_phrases.json and refer/ once more, with the objects' own pixels in place of
+boxes.
 """
 
 import itertools
@@ -35,7 +36,7 @@ from dataset.scenes.world import Scene, draw_scene, pick, shuffled
 from dataset.segmentation import area, from_mask
 from utils import atomic_path, write_text
 
-VERSION = 2
+VERSION = 3
 SPLITS = ("train", "val", "testA", "testB")
 MANIFEST = "scenes.json"
 IDS_PER_SPLIT = 100_000
@@ -108,6 +109,7 @@ def generate(
 
     rows = {"train_captions.json": [_caption_row(one) for one in drawn["train"]]}
     rows["train_phrases.json"] = [row for one in drawn["train"][:annotated] for row in _phrase_rows(one)]
+    rows["train_relations.json"] = [_relation_row(row) for row in rows["train_phrases.json"]]
     counts = {name: len(found) for name, found in rows.items()}
     # RefCOCO+ has no words of location.
     evaluated = drawn["val"] + drawn["testA"] + drawn["testB"]
@@ -163,6 +165,18 @@ def _phrase_rows(one: Drawn) -> list[Row]:
             spec = pick(rng, specs)
             rows.append({"image": one.name, "caption": [text(spec, rng, ("",))], "bbox": _boxes(spec, scene)})
     return rows
+
+
+def _relation_row(row: Row) -> Row:
+    """A training entry with SelfEQ's `relation`: synonyms of the words that most of its phrases have, if any has."""
+    texts, best, relation = row["caption"], 0, {}
+    for meaning in phrases.synonyms():
+        for words in meaning:
+            others = [other for other in meaning if other != words]
+            count = phrases.replaceable(words, texts, [other for other in others if words in other])
+            if count > best:
+                best, relation = count, {"group": words, "synonym": others, "hypernym": [], "exclusion": []}
+    return row | ({"relation": relation} if relation else {})
 
 
 def _paraphrases(scene: Scene, target: int, rng: Generator, count: int, kinds: Sequence[str] = KINDS) -> list[Spec]:

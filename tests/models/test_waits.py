@@ -31,11 +31,19 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("axis", ["sequence", "vocabulary"])
-@pytest.mark.parametrize("words", [(), ("add_gcam=false", "--precision", "bf16", "--grad_clip", "1")])
+@pytest.mark.parametrize(
+    "words",
+    [
+        (),
+        ("add_gcam=false", "--precision", "bf16", "--grad_clip", "1"),
+        ("selfeq.weight_similarity=1", "train_file=[PLACE/data/train_relations.json]"),
+    ],
+)
 def test_a_step_reads_nothing_from_the_device(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, axis: str, words: tuple[str, ...]
 ) -> None:
     """A whole step of the program, of two batches, while no line of the log is due."""
+    words = tuple(word.replace("PLACE", str(place)) for word in words)
     run = ready(place, tmp_path, f"mlm_distill_axis={axis}", "batch_size=3", "--accum_steps", "2", *words)
     batches = [batch for batch, _ in zip(run.loader, range(2), strict=False)]  # the loader's work is no part of a step
     run.loader = batches  # type: ignore[assignment]

@@ -8,7 +8,7 @@ import pytest
 
 import scenes_demo
 from benchmarks import ablation
-from config import PretrainConfig, load_config
+from config import PretrainConfig, load_bert_config, load_config, size_problems
 from grounding.results import ResultFolder
 
 
@@ -68,6 +68,14 @@ def test_variants_change_what_they_say() -> None:
         found[name] = (loaded.add_gcam, amc.weight_mean > 0, amc.weight_max > 0, (amc.margin_mean, amc.margin_max))
     assert found["control"][0] is False
     shipped, published = (0.5, 0.3), (0.1, 0.5)
+    for name, amc_too in (("SelfEQ", False), ("AMC and SelfEQ", True)):
+        config, changes = ablation.VARIANTS[name]
+        loaded = load_config(config, PretrainConfig, changes)
+        assert loaded.selfeq.is_trained
+        assert loaded.explains
+        assert (loaded.add_gcam, loaded.amc.layer) == (amc_too, 3)
+        assert size_problems(loaded, load_bert_config(loaded.bert_config)) == []
+        del found[name]
     assert {name: values for name, values in found.items() if name != "control"} == {
         "both terms": (True, True, True, shipped),
         "mean term only": (True, True, False, shipped),
