@@ -10,6 +10,7 @@ import torch
 import demo
 import export
 import Pretrain
+from benchmarks.counts import Counts
 from config import ConfigError
 from grounding import evaluate
 from grounding.benchmarks import REFCOCO_PLUS
@@ -18,7 +19,8 @@ from grounding.results import ResultError
 from models.blip import Blip
 from models.checkpoint import CheckpointError
 from tests.small_blip import SIZES, transformers_blip, write_folder
-from tests.training_runs import Interruption, arguments, interrupt, make_workplace, same_weights, saved, train
+from tests.training_runs import Interruption, arguments, interrupt, make_workplace, ready, same_weights, saved, train
+from training.log import TrainingLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -82,6 +84,15 @@ def test_a_resumed_run_equals_an_uninterrupted_one(
     assert same_weights(one["model"], other["model"])
     moved = open_model(place / "hub", device="cpu").model.state_dict()
     assert not torch.equal(one["model"]["itm_head.weight"], moved["itm_head.weight"])
+
+
+def test_a_step_does_not_wait_for_its_device(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = ready(place, tmp_path, "--checkpoint", str(place / "hub"))
+    run.loader = [next(iter(run.loader))]  # type: ignore[assignment]
+    monkeypatch.setattr(TrainingLog, "is_due", lambda *_: False)
+    with Counts() as counts:
+        run.train_epoch(0, 1)
+    assert not counts.waits
 
 
 def test_evaluation_takes_a_folder_and_a_trained_checkpoint(place: Path, tmp_path: Path) -> None:
