@@ -443,6 +443,16 @@ def load_blip_config(path: str | Path) -> Any:
         raise ConfigError(f"{path}: not a config.json of transformers' BLIP ({error})") from error
 
 
+def check_same_blip(path: str | Path, other: str | Path) -> None:
+    """Raise `ConfigError` where two config.json of BLIP differ in what the shapes of weights do not tell."""
+    one, two = load_blip_config(path), load_blip_config(other)
+    for part in ("text_config", "vision_config"):
+        for key in ("num_attention_heads", "layer_norm_eps", "hidden_act", "sep_token_id"):
+            values = [getattr(getattr(config, part), key, None) for config in (one, two)]
+            if values[0] != values[1]:
+                raise ConfigError(f"{path}: {part}'s {key} is {values[0]}, and {values[1]} in {other}")
+
+
 def student_sizes(path: str | Path) -> dict[str, Any]:
     """What the config.json of a folder with a model says, by the keys of a training config; raises `ConfigError`."""
     if is_blip(_read_json(path, "the sizes of the model")):

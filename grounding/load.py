@@ -179,4 +179,4 @@ def _sizes(config: dict[str, Any]) -> tuple[Any, ...]:
 
 def of_scenes(config: GroundingConfig) -> bool:
     """Whether a model is of the sizes that the embedded scenes' models have: it then knows nothing of photographs."""
-    return Path(config.bert_config) == BERT_CONFIG
+    return Path(config.bert_config).parent == BERT_CONFIG.parent

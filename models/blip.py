@@ -7,7 +7,8 @@ begins with [ENC]. A phrase's map is the mean over the tokens between the two, a
 Shapes: N images, S image tokens (CLS first), B texts, T tokens ([CLS] included, [SEP] not), W width, H heads.
 """
 
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,13 +32,6 @@ from models.pretrain import Batch, PretrainModel, TextsRead
 from models.xbert import Attention, FusionEncoder, Layer
 
 
-class PatchGrid(NamedTuple):
-    """Height and width of images in pixels, rows and columns of patches."""
-
-    img_size: tuple[int, int]
-    grid_size: tuple[int, int]
-
-
 class BlipImages(nn.Module):
     """The image encoder around transformers' modules: fused attention, except where it is looked at."""
 
@@ -46,19 +40,10 @@ class BlipImages(nn.Module):
 
     def __init__(self, vision: Any) -> None:
         super().__init__()
-        self.config = vision.config
         self.embeddings, self.encoder, self.post_layernorm = vision.embeddings, vision.encoder, vision.post_layernorm
-
-    @property
-    def embed_dim(self) -> int:
-        """The width W."""
-        return self.config.hidden_size
-
-    @property
-    def patch_embed(self) -> PatchGrid:
-        """The sizes that timm's module of this name has."""
-        side = self.config.image_size // self.config.patch_size
-        return PatchGrid((self.config.image_size,) * 2, (side, side))
+        # what ALBEF asks of timm's encoder
+        size, self.embed_dim = vision.config.image_size, vision.config.hidden_size
+        self.patch_embed = SimpleNamespace(img_size=(size, size), grid_size=(size // vision.config.patch_size,) * 2)
 
     @property
     def blocks(self) -> list[Any]:
@@ -231,11 +216,7 @@ def _parts(config: ModelConfig) -> tuple[BlipImages, BlipTexts, int]:
         pairs = zip(found, (vision, text), strict=True)
         same = all(ours.state_dict().keys() == own.state_dict().keys() for ours, own in pairs)
     except AttributeError as error:
-        raise _unknown_modules(str(error)) from error
+        raise ConfigError(f"transformers {transformers.__version__}: its BLIP has other modules ({error})") from error
     if not same:
-        raise _unknown_modules("it has other parameters")
+        raise ConfigError(f"transformers {transformers.__version__}: its BLIP has parameters that are unknown here")
     return *found, sizes.image_text_hidden_size
-
-
-def _unknown_modules(reason: str) -> ConfigError:
-    return ConfigError(f"BLIP of transformers {transformers.__version__} is not the one known here ({reason})")

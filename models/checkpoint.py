@@ -17,15 +17,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
 from config import ConfigError, load_student_config, student_sizes
+from dataset.transforms import MEAN, STD
 from files import UnreadableFile, load_tensors, parse_json, verify_archive, why_unreadable
 from models.albef import ALBEF
-from models.student import CONFIG, is_student, lacking, weights_of
+from models.student import CONFIG, PREPROCESSING, is_student, lacking, weights_of
 from models.vit import ViT
 from models.xbert import TextEncoder
 from utils import UserError
@@ -135,10 +137,25 @@ def _stated_config(path: Path) -> dict[str, Any]:
     In place of a folder's bert_config stands the path of its config.json, for `load_bert_config`.
     """
     if is_student(path):
+        _check_normalisation(path / PREPROCESSING)
         return {"config": student_sizes(path / CONFIG)}
     with contextlib.suppress(SafetensorError, ValueError, KeyError), safe_open(path, framework="pt") as file:
         return {"config": parse_json((file.metadata() or {})["config"])}
     return {}
+
+
+def _check_normalisation(path: Path) -> None:
+    """Raise `CheckpointError` where a folder of transformers normalises images otherwise than by CLIP's numbers."""
+    if not path.exists():
+        return
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+        pairs = [(key, found.get(key, known), known) for key, known in (("image_mean", MEAN), ("image_std", STD))]
+        odd = [f"{key} is {value}" for key, value, known in pairs if not np.allclose(value, known, atol=1e-4)]
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path}: says no normalisation of images ({error})") from error
+    if odd:
+        raise CheckpointError(f"{path}: {odd[0]}; here, images are normalised by {MEAN} and {STD}")
 
 
 def _refused_call(error: BaseException | None) -> str | None:

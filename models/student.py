@@ -21,7 +21,8 @@ from system_errors import describe_os_error
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 TORCH_WEIGHTS = "pytorch_model.bin"
-FILES = (WEIGHTS, CONFIG, CARD, *VOCABULARY_FILES)
+PREPROCESSING = "preprocessor_config.json"  # of transformers: among other things, the normalisation of images
+FILES = (WEIGHTS, CONFIG, CARD, PREPROCESSING, *VOCABULARY_FILES)
 HUB_NAME = re.compile(r"([\w-][\w.-]*/[\w-][\w.-]*)(?:@([\w./-]+))?", re.ASCII)
 TENSOR_FILES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import runs
 import utils
-from config import PretrainConfig
+from config import PretrainConfig, check_same_blip
 from dataset.vg import TrainingData
 from models.checkpoint import (
     CheckpointError,
@@ -30,6 +30,7 @@ from models.checkpoint import (
     read_checkpoint,
 )
 from models.pretrain import PretrainModel
+from models.student import CONFIG, is_student
 from optim import restore_optimizer
 from runs import Position
 from training.log import TrainingLog
@@ -293,6 +294,8 @@ def load_start(
             utils.log(str(init_text_encoder(model.text_encoder, args.text_encoder)))
         model.copy_teacher()
         return {}
+    if config.model == "blip" and is_student(Path(path)):
+        check_same_blip(config.bert_config, Path(path) / CONFIG)
     checkpoint = read_checkpoint(path)
     utils.log(str(load_weights(model, checkpoint["model"], path)))
     return checkpoint

@@ -219,6 +219,11 @@ def test_weights_of_torch_and_of_other_positions(tmp_path: Path, own: Any, model
     larger = open_model(folder, device="cpu", overrides=["image_res=64"])
     assert "10 to 17 tokens" in str(larger.report)
     assert larger.model.grid == (4, 4)
+    (folder / "preprocessor_config.json").write_text('{"image_mean": [0.48145466, 0.4578275, 0.40821073]}')
+    open_model(folder, device="cpu")
+    (folder / "preprocessor_config.json").write_text('{"image_std": [0.5, 0.5, 0.5]}')
+    with pytest.raises(CheckpointError, match=r"image_std is \[0.5, 0.5, 0.5\]"):
+        open_model(folder, device="cpu")
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
