@@ -41,18 +41,20 @@ def _read_files(
             file.count = len(lists[-1][1])
     wanted = {image_id for _, ids in lists for image_id in ids}
     images: dict[int, Image] = {}
-    with reading.file(image_data_file, "images", "image_data_file") as file:
-        for where, image_id, row in _entries(file, wanted):
-            with file.problems.at(where):
+    with reading.file(image_data_file, "images", "image_data_file") as image_data:
+        for where, image_id, row in _entries(image_data, wanted):
+            with image_data.problems.at(where):
                 images[image_id] = read_image_row(image_id, row)
-        file.count = len(images)
+        image_data.count = len(images)
     regions: dict[int, list[Expression]] = {}
     with reading.file(region_file, "region descriptions", "region_file") as file:
         for where, image_id, row in _entries(file, images):
             with file.problems.at(where):
                 regions[image_id] = _regions(file, where, image_id, images[image_id], row, image_root)
         file.count = sum(map(len, regions.values()))
-        for named_by, ids in lists if images else ():
+        if images and not file.count:
+            file.fail("holds no region of the listed images; do the files match?")
+        for named_by, ids in [] if image_data.failures else lists:
             for image_id in (one for one in ids if one not in regions):
                 kind = f"the image id has no entry in {image_data_file if image_id not in images else region_file}"
                 named_by.problems.add(f"{named_by.name}: image {image_id}", f"{kind}, or none that can be used")

@@ -51,7 +51,7 @@ from dataset.reading import image_size, read_image
 from dataset.scenes import files as scenes_files
 from dataset.text import load_tokenizer
 from dataset.vg import Collate, TrainingData
-from grounding.benchmarks import FLICKR, OWN, REFCLEF, REFCOCO_PLUS, Benchmark, benchmark_of
+from grounding.benchmarks import BENCHMARKS, FLICKR, OWN, REFCLEF, REFCOCO_PLUS, Benchmark, benchmark_of
 from grounding.load import config_of
 from grounding.results import ResultFolder
 from models.albef import build_albef
@@ -66,6 +66,7 @@ from tests.small_model import BERT, SIZES
 from utils import UserError
 
 SECONDS = 60  # that a try may take
+VG_KEYS = {"image_data_file": "image_data", "region_file": "region_descriptions"}
 PICTURES = ["a.jpg", "a.png", "a.gif", "a.bmp", "a.webp", "a.tif", "packbits.tif", "tiff_lzw.tif", "jpeg.tif", "a.ppm"]
 PICTURES += ["a.jp2"] if features.check("jpg_2000") else []
 PICTURES += ["a.avif"] if features.check("avif") else []
@@ -99,6 +100,9 @@ def make_world(folder: Path) -> None:
         configs[name] = {**sizes, "block_num": 1, **data_keys(name, folder / "s")}
     own = [str(folder / f"s/own.{end}") for end in ("json", "jsonl")]
     configs["own"] = {**sizes, "benchmark": "own", "test_file": own}
+    files = {key: str(folder / f"vg/{of}.json") for key, of in VG_KEYS.items()}
+    more = {"image_ids_file": [str(folder / "vg/test.txt")], "image_root": str(folder / "vg")}
+    configs["regions"] = {**sizes, "benchmark": "vg", **files, **more}
     for name, values in configs.items():
         (folder / f"{name}.yaml").write_bytes(dump_yaml(values))
     rows = [{"image": "000000.jpg", "phrase": "a star", "box": [1, 2, 3, 4], "category": "star"}]
@@ -165,6 +169,9 @@ def _write_raw(folder: Path) -> None:
     (folder / "vg").mkdir()
     for name, rows in VG_FILES.items():
         (folder / f"vg/{name}.json").write_text(json.dumps(rows))
+    (folder / "vg/test.txt").write_text("7\n")
+    (folder / "vg/VG_100K_2").mkdir()
+    shutil.copy(folder / "s/images/000000.jpg", folder / "vg/VG_100K_2/7.jpg")
 
 
 # ---- reading as the programs do
@@ -211,6 +218,7 @@ def evaluating(name: str, benchmark: Benchmark) -> Callable[[Path, Path], None]:
 
 read_refcoco, read_flickr = evaluating("refcoco", REFCOCO_PLUS), evaluating("flickr", FLICKR)
 read_refclef, read_own = evaluating("refclef", REFCLEF), evaluating("own", OWN)
+read_regions = evaluating("regions", BENCHMARKS["vg"])
 
 
 def read_refs(folder: Path, path: Path) -> None:
@@ -315,6 +323,8 @@ KINDS = {
         ["entities/Annotations/100000.xml", "entities/Sentences/100001.txt", "entities/val.txt"], read_entities
     ),
     "vg": Kind([f"vg/{name}.json" for name in VG_FILES], read_vg, *JSON),
+    "regions": Kind([f"vg/{name}.json" for name in VG_KEYS.values()], read_regions, *JSON),
+    "region ids": Kind(["vg/test.txt"], read_regions),
     "mattnet": Kind(["mattnet.json"], lambda _, path: raw_refer.group_detections(path), *JSON),
     "image": Kind([f"images/{name}" for name in (*PICTURES, "deep.png", "a.pfm")], read_picture),
     "checkpoint": Kind(["w.pth", "old.pth"], read_weights, *PTH),

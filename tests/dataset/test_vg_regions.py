@@ -119,7 +119,8 @@ def test_what_is_said_of_broken_entries(root: Path, name: str, change: Callable[
         ("30 30", "the image id is listed more than once"),
         ("30 31", r"no entry in .*image_data\.json, or none that can be used - 1 found:\n.*test\.txt: image 31"),
         ("", "lists no image ids"),
-        ("8", "no items"),
+        ("31", r"no entry in .*image_data\.json, or none that can be used - 1 found:\n.*test\.txt: image 31"),
+        ("8", r"region_descriptions\.json: holds no region of the listed images; do the files match"),
     ],
 )
 def test_lists_that_cannot_be_used(root: Path, text: str, message: str) -> None:

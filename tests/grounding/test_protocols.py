@@ -17,6 +17,8 @@ from grounding.benchmarks import FLICKR, REFCLEF, benchmark_of
 from grounding.maps import ResizedMap
 from grounding.metrics import MetricError
 from grounding.results import ResultError
+from grounding.validate import Validation
+from models.albef import build_albef
 from tests.grounding import test_evaluate as base
 from tests.grounding.test_benchmarks import run
 from tests.grounding.test_evaluate import ONE, evaluate, log
@@ -229,6 +231,23 @@ def test_metrics_of_the_config_follow_those_of_the_benchmark(
     assert [next(iter(line)) for line in log(tmp_path)[:3]] == ["val_d", "recall_5_val_d", "point_3px_val_d"]
     evaluate(REFCLEF, place, tmp_path)
     assert log(tmp_path) == plain
+
+
+def test_a_model_in_training_is_measured_so_as_well(place: Path, tmp_path: Path) -> None:
+    """Validation by a config with further metrics and merged boxes: the point of its own decides."""
+    keys = json.loads((place / "flickr.yaml").read_text())
+    base.write_config(tmp_path / "some.yaml", {**keys, "metrics": ["recall_1"], "box_protocol": "merged"})
+    config = load_config(tmp_path / "some.yaml", GroundingConfig)
+    model = build_albef(config)
+    model.load_state_dict(torch.load(place / ONE, weights_only=True)["model"])
+    asking = questions.Asking(str(place / "data" / "text_encoder"), num_workers=0)
+    found = Validation([str(tmp_path / "some.yaml")], model, asking, torch.device("cpu"))
+    assert found.decisive == "val_flickr_point"
+    words = ["--config", str(tmp_path / "some.yaml")]
+    evaluate(FLICKR, place, tmp_path / "out", *words, checkpoint=ONE)
+    point, recall = log(tmp_path / "out")
+    expected = {"val_flickr_point": point["val_d"], "val_flickr_recall_1": recall["recall_1_val_d"]}
+    assert found.measure() == pytest.approx(expected)
 
 
 def test_a_metric_of_the_config_that_the_data_cannot_be_measured_by(place: Path, tmp_path: Path) -> None:

@@ -101,15 +101,17 @@ def test_all_three_sets_of_refer(
 
 
 def test_only_what_is_lacking_is_computed(
-    configs: dict[str, Path], evaluate: Callable[..., Path], builds: list[int]
+    configs: dict[str, Path], evaluate: Callable[..., Path], builds: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     two = configs["refcoco"], configs["refcoco+"]
     out = evaluate("all", *two, checkpoint=ONE)
     assert builds == [48]
     shutil.rmtree(out / "refcoco+" / "result")
     evaluate("all", *two, checkpoint=ONE)
-    evaluate("all", *two, checkpoint=ONE)
+    evaluate("all", *two, "--set", "metrics=[point_15px]", checkpoint=ONE)
     assert builds == [48, 48]
+    near = f"{100 * log(out / 'refcoco+')[2]['point_15px_val_d']:.2f}"
+    assert re.search(rf"\nrefcoco\+ +00 +point_15px +{near} ", capsys.readouterr().out)
 
 
 def test_a_checkpoint_that_is_replaced_between_two_configs_is_loaded_again(
