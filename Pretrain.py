@@ -238,7 +238,8 @@ class Run:
             self.state.restore(checkpoint, path)
         self.requests = requests or Requests()
         self.decisive = self.validation.decisive if self.validation else ""
-        self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive, relation)
+        self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive)
+        self.saver.relation = relation
         here = goes_on and Path(path).resolve().parent == self.output.resolve()
         done = here and not self.steps_of(self.start.epoch)
         total_steps = min(self.steps_before(config.schedular.epochs), args.max_steps or sys.maxsize)
@@ -431,7 +432,7 @@ def build_loader(
     data: TrainingData, order: EpochOrder, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
     """This process's batches; raises `DataError` where they do not fill a step."""
-    tokens, flags = (7, 2) if config.selfeq.is_trained else (5, 1)  # tensors of `Batch`
+    tokens, flags = (7, 2) if config.paraphrases else (5, 1)  # tensors of `Batch`
     sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + tokens * 8 * config.max_tokens + flags
     check_shared_memory(args.num_workers, len(data) // config.batch_size, config.batch_size * sample_bytes)
     loader = DataLoader(
@@ -471,7 +472,7 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
         utils.keep_freed_memory()
     model.to(device)
     use_onednn(model)
-    if args.compile and model.config.selfeq.is_trained:
+    if args.compile and model.config.paraphrases:
         raise utils.UserError(
             "--compile: SelfEQ's losses cannot be compiled yet: leave it out, or train without selfeq"
         )
