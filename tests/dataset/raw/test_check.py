@@ -52,7 +52,7 @@ def test_scenes_as_generated_are_fine(place: Path, check: Check) -> None:
     assert lines[0] == ["file", "checked", "count", "errors", "warnings"]
     assert all(line[-2:] == ["-", "-"] for line in lines[1:])
     counts = {line[0]: line[-3] for line in lines[1:]}
-    assert len(counts) == 27
+    assert len(counts) == 29
     assert counts[CAPTIONS] == str(len(load(CAPTIONS))) == str(TRAIN)
     assert counts[PHRASES] == str(len(load(PHRASES)))
     assert counts[f"{SCENES}/images"] == str(TRAIN + 3 * EVALUATION)
