@@ -126,8 +126,8 @@ class PackedEntries(Dataset[TrainingEntry], Sequence[TrainingEntry]):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         index = range(len(self))[index]  # negative ones, and `IndexError`
-        name, captions, boxes, relation = json.loads(self._text(index))
-        return TrainingEntry(Path(self.image_root, name), captions, boxes, self._source(index, name), relation)
+        name, captions, boxes, *more = json.loads(self._text(index))
+        return TrainingEntry(Path(self.image_root, name), captions, boxes, self._source(index, name), *more)
 
     def images(self) -> Iterator[tuple[Path, str]]:
         """Each image once, with the source of its first entry."""
