@@ -6,6 +6,7 @@
 
 Leaves in OUT: checkpoint_%02d.pth and a line of log.txt per epoch, a line of steps.jsonl every 20 steps, config.yaml
 and run.json (options, versions, git commit, seed); within an epoch, checkpoint_%02d_step_%06d.pth every `--save_every`.
+With `relation_file` in the config, epoch 0 is SelfEQ's, and leaves checkpoint_relation_00.pth (docs/method.md).
 `--validate` adds accuracies of benchmarks to log.txt, and best.pth (docs/watching.md).
 A run that was killed goes on, as if it had not been, with `--resume auto`; SIGTERM and Ctrl-C save and end a run,
 SIGUSR1 saves (docs/long_runs.md). `--tensorboard` adds OUT/tensorboard, `--wandb` OUT/wandb (docs/watching.md).
