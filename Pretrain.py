@@ -474,9 +474,7 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
     model.to(device)
     use_onednn(model)
     if args.compile and model.config.paraphrases:
-        raise utils.UserError(
-            "--compile: SelfEQ's losses cannot be compiled yet: leave it out, or train without selfeq"
-        )
+        raise utils.UserError("--compile: SelfEQ's losses cannot be compiled; leave it out, or train without selfeq")
     if args.compile:
         model.compile_step()
         sizes = ", ".join(map(str, token_sizes(model.config.max_tokens)))
