@@ -6,6 +6,7 @@
 
 Leaves in OUT: checkpoint_%02d.pth and a line of log.txt per epoch, a line of steps.jsonl every 20 steps, config.yaml
 and run.json (options, versions, git commit, seed); within an epoch, checkpoint_%02d_step_%06d.pth every `--save_every`.
+With `relation_file` in the config, epoch 0 is SelfEQ's, and leaves checkpoint_relation_00.pth (docs/method.md).
 `--validate` adds accuracies of benchmarks to log.txt, and best.pth (docs/watching.md).
 A run that was killed goes on, as if it had not been, with `--resume auto`; SIGTERM and Ctrl-C save and end a run,
 SIGUSR1 saves (docs/long_runs.md). `--tensorboard` adds OUT/tensorboard, `--wandb` OUT/wandb (docs/watching.md).
@@ -238,7 +239,8 @@ class Run:
             self.state.restore(checkpoint, path)
         self.requests = requests or Requests()
         self.decisive = self.validation.decisive if self.validation else ""
-        self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive, relation)
+        self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive)
+        self.saver.relation = relation
         here = goes_on and Path(path).resolve().parent == self.output.resolve()
         done = here and not self.steps_of(self.start.epoch)
         total_steps = min(self.steps_before(config.schedular.epochs), args.max_steps or sys.maxsize)
@@ -440,7 +442,7 @@ def build_loader(
     data: TrainingData, order: EpochOrder, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
 ) -> DataLoader[Any]:
     """This process's batches; raises `DataError` where they do not fill a step."""
-    tokens, flags = (7, 2) if config.selfeq.is_trained else (5, 1)  # tensors of `Batch`
+    tokens, flags = (7, 2) if config.paraphrases else (5, 1)  # tensors of `Batch`
     sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + tokens * 8 * config.max_tokens + flags
     check_shared_memory(args.num_workers, len(data) // config.batch_size, config.batch_size * sample_bytes)
     loader = DataLoader(
@@ -480,10 +482,8 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
         utils.keep_freed_memory()
     model.to(device)
     use_onednn(model)
-    if args.compile and model.config.selfeq.is_trained:
-        raise utils.UserError(
-            "--compile: SelfEQ's losses cannot be compiled yet: leave it out, or train without selfeq"
-        )
+    if args.compile and model.config.paraphrases:
+        raise utils.UserError("--compile: SelfEQ's losses cannot be compiled; leave it out, or train without selfeq")
     if args.compile:
         model.compile_step()
         sizes = ", ".join(map(str, token_sizes(model.config.max_tokens)))

@@ -125,11 +125,6 @@ class SelfEQConfig(Section):
     # release: "fixed", the relation epoch stays at warmup_lr of relation_schedular; "schedule": its rate changes by it.
     rate: Literal["fixed", "schedule"] = "fixed"
 
-    @property
-    def is_trained(self) -> bool:
-        """Whether its losses are a part of the step."""
-        return bool(self.weight_similarity or self.weight_consistency)
-
 
 class AugmentConfig(Section):
     """Training augmentation; the release's values are the defaults (docs/method.md, Training)."""
@@ -258,25 +253,21 @@ class PretrainConfig(ModelConfig):
         return {**values, "selfeq": {"weight_similarity": 1.0, "weight_consistency": 0.5, **given}}
 
     @property
-    def explains(self) -> bool:
-        """Whether a step has losses on maps."""
-        return self.add_gcam or self.selfeq.is_trained
+    def paraphrases(self) -> bool:
+        """Whether a step reads paraphrases, for SelfEQ's losses."""
+        return bool(self.relation_file or self.selfeq.weight_similarity or self.selfeq.weight_consistency)
 
     def relation_epoch(self) -> "PretrainConfig":
         """What epoch 0 of a run with `relation_file` trains by."""
-        own = {"train_file": self.relation_file, "add_gcam": False, "augment": self._augmented("none")}
-        schedule = self.relation_schedular.model_copy(update={"epochs": 1})
-        return self.model_copy(update={**own, "optimizer": self.relation_optimizer, "schedular": schedule})
+        own = {"train_file": self.relation_file, "add_gcam": False, "optimizer": self.relation_optimizer}
+        own |= {"schedular": self.relation_schedular.model_copy(update={"epochs": 1})}
+        return self.model_copy(update=own | {"augment": self.augment.model_copy(update={"kind": "none"})})
 
     def plain_epochs(self) -> "PretrainConfig":
         """What the epochs after it train by."""
-        own = {"relation_file": [], "selfeq": SelfEQConfig()}
-        return self.model_copy(
-            update={**own, "add_gcam": False, "augment": self._augmented(self.augment.kind or "amc")}
-        )
-
-    def _augmented(self, kind: str) -> AugmentConfig:
-        return self.augment.model_copy(update={"kind": kind})
+        augment = self.augment.model_copy(update={"kind": self.augment.kind or "amc"})
+        own = {"relation_file": [], "selfeq": SelfEQConfig(), "add_gcam": False}
+        return self.model_copy(update=own | {"augment": augment})
 
 
 class GroundingConfig(ModelConfig):
@@ -537,7 +528,11 @@ def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
     if not fusion:
         layers = bert.num_hidden_layers
         problems.append(f"bert_config has fusion_layer {bert.fusion_layer} of {layers} layers: none sees the image")
-    elif isinstance(config, PretrainConfig) and config.explains and config.amc.layer not in fusion:
+    elif (
+        isinstance(config, PretrainConfig)
+        and (config.add_gcam or config.paraphrases)
+        and config.amc.layer not in fusion
+    ):
         problems.append(f"amc.layer is {config.amc.layer}; the fusion layers are {fusion.start} to {fusion[-1]}")
     return problems
 

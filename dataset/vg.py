@@ -81,7 +81,7 @@ class TrainingData(Dataset[Sample]):
         self.entries = ConcatDataset[TrainingEntry](files)
         self.boxed = np.concatenate([file.boxed for file in files]).astype(bool)
         related = np.flatnonzero(np.concatenate([file.related for file in files]))
-        if config.selfeq.is_trained and not len(related):
+        if config.paraphrases and not len(related):
             raise DataError(f"{', '.join(config.train_file)}: {NO_SYNONYMS}")
         if config.relation_file:
             log(f"relation_file: {len(related)} of {len(self.boxed)} entries have synonyms; the others take no part")
@@ -136,13 +136,12 @@ class TrainingData(Dataset[Sample]):
         mask, has_box, other = np.zeros((size, size), np.uint8), False, None
         if kind == "amc":
             mask, has_box = self._mask(entry, image.shape[0], image.shape[1], rng)
-        if kind == "amc":
             image, mask, caption = augment_for_amc(image, mask, caption, config.augment, config.image_res, size, rng)
         elif kind == "albef":
             image, caption = augment_for_albef(image, caption, config.augment, config.image_res, rng)
         else:
             image = resize_bicubic(Image.fromarray(image), config.image_res)
-        if config.selfeq.is_trained and entry.relation:
+        if config.paraphrases and entry.relation:
             other = self._paraphrase(caption, entry.relation, caption != drawn, rng)
             caption, other = (other, caption) if config.relation_file else (caption, other)
         return Sample(_as_tensor(image), caption, torch.from_numpy(mask.copy()), has_box, rng, other)
@@ -419,7 +418,7 @@ class Collate:
         labels = torch.from_numpy(np.stack([m.labels for m in masked]))
         others = [sample.caption if sample.other is None else sample.other for sample in samples]
         has_other = torch.tensor([sample.other is not None for sample in samples])
-        more = (*self.tokenizer(others, self.config.max_tokens), has_other) if self.config.selfeq.is_trained else ()
+        more = (*self.tokenizer(others, self.config.max_tokens), has_other) if self.config.paraphrases else ()
         return (
             torch.stack([sample.image for sample in samples]),
             tokens.input_ids,

@@ -174,7 +174,7 @@ class PretrainModel(ALBEF):
         self.loss_weights = dict.fromkeys(self.plain_losses, 1.0)
         if config.add_gcam:
             self.loss_weights |= amc.map_loss_weights(config.amc)
-        if config.selfeq.is_trained:
+        if config.paraphrases:
             self.loss_weights |= selfeq.loss_weights(config.selfeq)
         for name in STUDENT_AND_TEACHER:
             setattr(self, f"{name}_m", copy.deepcopy(getattr(self, name)).requires_grad_(False))
@@ -314,10 +314,10 @@ class PretrainModel(ALBEF):
         """Match logits (B, 2) of the true pairs, and the losses on their GradCAM maps by the names of the log."""
         config, zero = self.config, torch.zeros((), device=text_tokens.device)
         named = {f"loss_{name}": zero for name in amc.MAP_LOSSES}
-        if not config.explains:
+        if not (config.add_gcam or config.paraphrases):
             fused = self.text_encoder.fuse(text_tokens, batch.attention_mask, images, cls_only=True)
             return self.match_logits(fused.tokens), named
-        other_tokens = self.text_encoder(batch.other_ids, batch.other_mask) if config.selfeq.is_trained else None
+        other_tokens = self.text_encoder(batch.other_ids, batch.other_mask) if config.paraphrases else None
         # fp32 whatever the rest runs in: these gradients are tiny, and maps are divided by their maximum.
         with torch.autocast(text_tokens.device.type, enabled=False):
             images = [KeyValue(image.key.float(), image.value.float()) for image in images]

@@ -20,7 +20,7 @@ def similarity_loss(caption: Tensor, paraphrase: Tensor, keep: Tensor) -> Tensor
 
 def region(caption: Tensor, paraphrase: Tensor, keep: Tensor, threshold: float) -> Tensor:
     """Where both maps (B, h, w) sum up to `threshold` or more, in kept samples: (B, h, w) of 1 and 0, a constant."""
-    return ((caption + paraphrase).detach() >= threshold) * keep.to(caption.dtype)[:, None, None]
+    return (caption + paraphrase >= threshold) * keep.to(caption.dtype)[:, None, None]
 
 
 def consistency_loss(caption: Tensor, paraphrase: Tensor, keep: Tensor, options: SelfEQConfig) -> Tensor:

@@ -152,6 +152,12 @@ def test_the_shipped_recipe_is_the_published_one(tmp_path: Path) -> None:
     assert shipped == pretrain(tmp_path).model_copy(update={"image_root": "data/vg/"})
 
 
+def test_the_shipped_recipe_of_selfeq_differs_in_what_its_paper_says(tmp_path: Path) -> None:
+    files = ["relation_file=[data/vg_relations.json]", "train_file=[data/vg_descriptions.json]", "image_root=data/vg/"]
+    expected = pretrain(tmp_path, overrides=[*files, "batch_size=56", "schedular.warmup_epochs=10"])
+    assert load_config(CONFIGS / "Pretrain_vg.yaml", PretrainConfig) == expected
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_grounding_files(name: str, tmp_path: Path) -> None:
     shipped = load_config(CONFIGS / f"Grounding_{name}.yaml", GroundingConfig)
@@ -163,7 +169,7 @@ def test_shipped_grounding_files(name: str, tmp_path: Path) -> None:
 
 
 def test_no_shipped_file_is_left_out() -> None:
-    names = {"Pretrain.yaml", *(f"Grounding_{name}.yaml" for name in SHIPPED)}  # those tested above
+    names = {"Pretrain.yaml", "Pretrain_vg.yaml", *(f"Grounding_{name}.yaml" for name in SHIPPED)}  # those tested above
     assert {path.name for path in CONFIGS.glob("*.yaml")} == names
 
 

@@ -48,20 +48,13 @@ class Saver:
         keep_epochs: how many checkpoints of whole epochs are kept; None: all.
         every: how often one is due within an epoch.
         decisive: the key of log.txt by which best.pth is chosen; "": it is not.
-        relation: whether this is SelfEQ's relation epoch.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep_last: int,
-        keep_epochs: int | None,
-        every: Every,
-        decisive: str = "",
-        relation: bool = False,
-    ) -> None:
+    relation = False  # whether it is SelfEQ's relation epoch
+
+    def __init__(self, folder: Path, keep_last: int, keep_epochs: int | None, every: Every, decisive: str = "") -> None:
         self.folder, self.keep_last, self.keep_epochs, self.every = folder, keep_last, keep_epochs, every
-        self.decisive, self.relation = decisive, relation
+        self.decisive = decisive
         self.thread = ThreadPoolExecutor(1, "checkpoint")
         self.pending: Future[None] | None = None
         self.failure: utils.UserError | None = None

@@ -205,12 +205,8 @@ def has_ended_epoch_0(path: str | Path) -> bool:
 def steps_of_epoch_0(checkpoint: Content) -> int | None:
     """How many optimizer steps epoch 0 had, by the log that a checkpoint holds; None where it does not say."""
     rows = checkpoint.get("log")
-    found = (
-        [row.get("steps") for row in rows if isinstance(row, dict) and row.get("epoch") == 0]
-        if isinstance(rows, list)
-        else []
-    )
-    return found[0] if found and type(found[0]) is int else None
+    first = [row for row in rows if isinstance(row, dict) and row.get("epoch") == 0] if isinstance(rows, list) else []
+    return first[0].get("steps") if first and type(first[0].get("steps")) is int else None
 
 
 def newest_whole(folder: Path) -> Path | None:

@@ -114,25 +114,18 @@ class Checker:
         if not config.train_file:
             row.fail("train_file lists no files")
         options = config.image_root, config.max_words, config.empty_captions
-        boxes = [self.reading.once(self.read_training_file, file, *options) for file in config.train_file]
+        boxes = [self.reading.once(self.read_training_file, "train_file", file, *options) for file in config.train_file]
         for file in config.relation_file:
-            self.reading.once(self.read_training_file, file, *options, "relation_file")
+            self.reading.once(self.read_training_file, "relation_file", file, *options)
         if config.add_gcam and boxes and None not in boxes and not any(boxes):
             row.remarks.add(row.name, vg.NO_BOXES)
-        paraphrased = [
-            entries for file, entries in self.training if file.name in (config.relation_file or config.train_file)
-        ]
-        if config.selfeq.is_trained and paraphrased and not any(entries.related.any() for entries in paraphrased):
+        named = config.relation_file or config.train_file
+        related = [entries.related.any() for file, entries in self.training if file.name in named]
+        if config.paraphrases and related and not any(related):
             row.fail(vg.NO_SYNONYMS)
 
     def read_training_file(
-        self,
-        reading: Reading,
-        name: str,
-        image_root: str,
-        max_words: int,
-        empty_captions: str,
-        key: str = "train_file",
+        self, reading: Reading, key: str, name: str, image_root: str, max_words: int, empty_captions: str
     ) -> int | None:
         """Read one training file; returns the number of its boxes and segmentations, None if it cannot be read."""
         entries = None

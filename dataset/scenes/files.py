@@ -9,6 +9,7 @@ boxes.
 import itertools
 import json
 import pickle
+import re
 import shutil
 import string
 from collections.abc import Callable, Sequence
@@ -169,13 +170,12 @@ def _phrase_rows(one: Drawn) -> list[Row]:
 
 def _relation_row(row: Row) -> Row:
     """A training entry with SelfEQ's `relation`: synonyms of the words that most of its phrases have, if any has."""
-    texts, best, relation = row["caption"], 0, {}
-    for meaning in phrases.synonyms():
-        for words in meaning:
-            others = [other for other in meaning if other != words]
-            count = phrases.replaceable(words, texts, [other for other in others if words in other])
-            if count > best:
-                best, relation = count, {"group": words, "synonym": others, "hypernym": [], "exclusion": []}
+    texts, best, relation = "\n".join(row["caption"]), 0, {}
+    for words, others in phrases.synonyms():
+        count = len(re.findall(rf"\b{words}\b", texts))
+        # "small" is not replaced where that would change "smallest", nor "left of" in "to the left of".
+        if best < count == texts.count(words) and not any(words in other and other in texts for other in others):
+            best, relation = count, {"group": words, "synonym": others, "hypernym": [], "exclusion": []}
     return row | ({"relation": relation} if relation else {})
 
 

@@ -7,7 +7,7 @@ all from the tables below. Only "left", "right", "leftmost" and "rightmost" beco
 import itertools
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from numpy.random import Generator
@@ -55,21 +55,13 @@ def known_words() -> list[str]:
     return sorted(set(re.findall("[a-z]+", " ".join([*templates, *COLOURS, *OPENINGS, FUNCTION_WORDS]))))
 
 
-def synonyms() -> list[list[str]]:
-    """Words that mean the same, a list a meaning: each can stand in the others' place."""
-    tables = (SIZES, EXTREMES, NOUNS, RELATIONS, PLACES)
-    meanings = [forms for table in tables for forms in table.values()]
+def synonyms() -> list[tuple[str, list[str]]]:
+    """Words, and others that mean the same and can stand in their place."""
+    meanings = [forms for table in (SIZES, EXTREMES, NOUNS, RELATIONS, PLACES) for forms in table.values()]
     # "{} on the left" and "left {}" cannot: the words stand on other sides of the noun.
     same = [[form for form in forms if form.startswith("{}") == after] for forms in meanings for after in (False, True)]
-    return [[form.replace("{}", "").strip() for form in forms] for forms in same if len(forms) > 1]
-
-
-def replaceable(words: str, texts: Iterable[str], longer: Iterable[str]) -> int:
-    """In how many texts words can be replaced as plain text; 0 if that changes longer words or phrases as well."""
-    found = [(len(re.findall(rf"\b{words}\b", text)), text) for text in texts]
-    if any(text.count(words) > count or any(more in text for more in longer) for count, text in found):
-        return 0
-    return sum(count > 0 for count, _ in found)
+    words = [[form.replace("{}", "").strip() for form in forms] for forms in same]
+    return [(one, [other for other in forms if other != one]) for forms in words if len(forms) > 1 for one in forms]
 
 
 # ---- phrases and their truth

@@ -108,5 +108,5 @@ def test_beside_amc_in_one_run(place: Path, tmp_path: Path) -> None:
 
 
 def test_it_is_not_compiled(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="--compile: SelfEQ's losses cannot be compiled yet"):
+    with pytest.raises(UserError, match="--compile: SelfEQ's losses cannot be compiled"):
         train(place, tmp_path, *words(place), "--compile")
