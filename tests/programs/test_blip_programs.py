@@ -18,6 +18,7 @@ from grounding.load import open_model
 from grounding.results import ResultError
 from models.blip import Blip
 from models.checkpoint import CheckpointError
+from models.interface import LayerError
 from tests.small_blip import SIZES, transformers_blip, write_folder
 from tests.training_runs import Interruption, arguments, interrupt, make_workplace, ready, same_weights, saved, train
 from training.log import TrainingLog
@@ -104,6 +105,8 @@ def test_evaluation_takes_a_folder_and_a_trained_checkpoint(place: Path, tmp_pat
             for config in ("grounding.yaml", "albef.yaml")
         ]
         assert found[0] == found[1]
+    with pytest.raises(LayerError, match="--block_num 6: the fusion layers are 0 to 1"):  # LAVIS' layer by default
+        run_evaluation(place, "albef.yaml", place / "hub", tmp_path / "layer")
     text_encoder = ("--text_encoder", str(place / "data" / "text_encoder"))
     trained = place / "run" / "checkpoint_01.pth"
     with pytest.raises(CheckpointError, match="holds BLIP of transformers"):
