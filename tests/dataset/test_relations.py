@@ -54,7 +54,7 @@ def test_both_forms_are_read(images: Path) -> None:
     assert vg.captions == ["a puppy", "the puppy left"]
     assert (coco.captions, coco.boxes) == (["one big puppy"], [])
     assert vg.relation == coco.relation == ["puppy", "dog", "little dog"]
-    assert none.relation == []
+    assert not none.relation
 
 
 @pytest.mark.parametrize(
@@ -63,7 +63,7 @@ def test_both_forms_are_read(images: Path) -> None:
 )
 def test_without_a_synonym_there_is_no_relation(images: Path, relation: Any) -> None:
     (entry,) = load_entries(images / "r.json", configure(images, [{**VG, "relation": relation}]))
-    assert entry.relation == []
+    assert not entry.relation
 
 
 @pytest.mark.parametrize(
