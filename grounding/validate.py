@@ -52,7 +52,7 @@ class Validation:
 
     @property
     def decisive(self) -> str:
-        """The name of the accuracy by which the best epoch is chosen: the first benchmark's last metric."""
+        """The name of the accuracy by which the best epoch is chosen: the first benchmark's own last metric."""
         name = next(iter(self.questions))
         return f"{next(iter(self.names[name].values()))}_{self.questions[name].benchmark.decisive}"
 
