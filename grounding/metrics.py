@@ -51,7 +51,7 @@ class MetricError(UserError):
 
 
 def metric(*needs: str, swept: int = 0) -> Callable[[Metric], Metric]:
-    """Add a function to `METRICS` under its own name, with what it needs."""
+    """Add a function to `METRICS` under its own name, with what it needs, and to `SWEPT` where `swept` is not 0."""
 
     def add(function: Metric) -> Metric:
         METRICS[function.__name__] = function, needs
@@ -89,8 +89,8 @@ def check_masks(names: Sequence[str], expressions: Sequence[Expression]) -> None
     """Raise `MetricError` where no share can be chosen, or an image file is of another size than its region."""
     if (chosen := SWEPT.keys() & names) and all(one.split != CHOOSES for one in expressions):
         raise MetricError(
-            f"the threshold of {' and '.join(sorted(chosen))} is chosen on split {CHOOSES}, and no expression is of "
-            "it; add its file to the config's data"
+            f"the threshold of {' and '.join(sorted(chosen))} is chosen on {CHOOSES}, and no expression is of that "
+            "split; add its file to the config's data"
         )
     for one in expressions:
         with contextlib.suppress(DataError):  # a missing image is reported, or left out, by whoever reads it

@@ -92,11 +92,9 @@ class Results(NamedTuple):
     def intervals(
         self, columns: pd.DataFrame, rows: pd.Series | pd.Index, weights: pd.DataFrame | None = None
     ) -> list[Interval]:
-        """The mean of each column over some rows, with its interval."""
-        images = self.table["image"].cat.codes[rows].to_numpy()
-        return intervals(
-            columns.loc[rows].to_numpy(), images, None if weights is None else weights.loc[rows].to_numpy()
-        )
+        """The mean of each column over some rows, weighted or plain, with its interval."""
+        of = None if weights is None else weights.loc[rows].to_numpy()
+        return intervals(columns.loc[rows].to_numpy(), self.table["image"].cat.codes[rows].to_numpy(), of)
 
     def is_weighted(self, metric: str) -> bool:
         """Whether the metric of some expressions is more than the mean of theirs."""

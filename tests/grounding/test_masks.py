@@ -186,7 +186,7 @@ def test_metrics_that_the_data_cannot_be_measured_by(place: Path, tmp_path: Path
         evaluate(base.FLICKR, place, tmp_path / "a", *ASKED, checkpoint=ONE)
     config = json.loads((place / "refclef.yaml").read_text())
     files = json.dumps(config["test_file"][1:])
-    with pytest.raises(MetricError, match=r"threshold of mask_iou and mask_oiou is chosen on split val, and no expr"):
+    with pytest.raises(MetricError, match=r"threshold of mask_iou and mask_oiou is chosen on val, and no expr"):
         evaluate(REFCLEF, place, tmp_path / "b", *ASKED, "--set", f"test_file={files}", checkpoint=ONE)
 
 
