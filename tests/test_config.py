@@ -103,6 +103,7 @@ SHIPPED: dict[str, dict[str, Any]] = {  # what each Grounding_*.yaml holds besid
     "refclef": refer("refclef", det_file=None),
     "flickr": FLICKR | {"image_res": 256},
     "own": {"test_file": ["data/own/expressions.json"]},
+    "blip": refer("refcoco+", model="blip", bert_config="configs/config_blip.json", block_num=6),
 }
 
 
