@@ -86,7 +86,7 @@ SCHEDULE_DEFAULTS = {"warmup_interval": 100, "interval": "epoch"}
 PARTS = ("val", "test")
 
 
-def refer(name: str, **more: str | None) -> dict[str, Any]:
+def refer(name: str, **more: str | int | None) -> dict[str, Any]:
     files = {"test_file": [f"data/{name}/{name}_{part}.json" for part in PARTS], "refcoco_data": "data/refer"}
     return {**files, "det_file": f"data/{name}/dets.json", **more}
 
