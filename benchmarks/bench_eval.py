@@ -2,6 +2,7 @@
 
     python benchmarks/bench_eval.py                  full size, both mixes, float32 and bfloat16
     python benchmarks/bench_eval.py --quick          a small model, in seconds
+    python benchmarks/bench_eval.py --mixes blip     BLIP in place of ALBEF, as for refcoco
     python benchmarks/bench_eval.py --device cuda    64 images in batches of 16, TF32 as well
 
 Images and phrases are synthetic scenes, weights are random: what is measured does not depend on either. The published
@@ -46,7 +47,8 @@ from dataset.transforms import normalise, resize_bicubic
 from grounding import maps, metrics
 from grounding.batches import Loaded, answer_pairs
 from grounding.explain import Explainer
-from models.albef import ALBEF, build_albef
+from grounding.load import build_model
+from models.albef import ALBEF
 
 
 class Mix(NamedTuple):
@@ -59,7 +61,7 @@ class Mix(NamedTuple):
 
 
 # Of the phrases of an image of Flickr30k, three in 14 repeat another: an assumption.
-MIXES = {"refcoco": Mix(384, 7, 7), "flickr": Mix(256, 14, 11)}
+MIXES = {"refcoco": Mix(384, 7, 7), "flickr": Mix(256, 14, 11), "blip": Mix(384, 7, 7, layer=6)}
 DEFAULTS = {"cpu": {"rounds": 3, "images": 4, "batch": 1, "pairs": 8}}
 DEFAULTS["cuda"] = {"rounds": 5, "images": 64, "batch": 16, "pairs": 64}
 
@@ -219,9 +221,9 @@ def main(args: argparse.Namespace) -> None:
     folder = Path(__file__).parents[1] / "configs"
     for name in args.mixes:
         config = load_config(folder / ("scenes" if args.quick else "") / f"Grounding_{name}.yaml", GroundingConfig)
-        model = build_albef(config).eval().requires_grad_(False).to(device)
+        model = build_model(config).eval().requires_grad_(False).to(device)
         fast = published.fast_copy(model)
-        mix = MIXES[name]._replace(image_res=96, layer=3) if args.quick else MIXES[name]
+        mix = MIXES[name]._replace(image_res=96, layer=config.block_num) if args.quick else MIXES[name]
         print(f"\n{name}: ", end="")
         compare(mix, model, fast, tokenizer, args)
         print(f"\n{name}, ", end="")
@@ -232,7 +234,7 @@ def main(args: argparse.Namespace) -> None:
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     options = device_parser(__doc__)
-    options.add_argument("--mixes", nargs="+", choices=MIXES, default=list(MIXES))
+    options.add_argument("--mixes", nargs="+", choices=MIXES, default=["refcoco", "flickr"], help="blip: BLIP")
     options.add_argument("--rounds", type=int, help="after a first one (default: 3 on the CPU, 5 on a GPU)")
     options.add_argument("--images", type=int, help="images per round of ours (default: 4 and 64)")
     options.add_argument("--batch", type=int, help="images per batch of ours (default: 1 and 16)")

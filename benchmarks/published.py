@@ -17,7 +17,7 @@ from models import amc, losses
 from models.albef import ALBEF
 from models.kernels.onednn import use_onednn
 from models.pretrain import STUDENT_AND_TEACHER, Batch, PretrainModel
-from models.xbert import TextEncoder
+from models.xbert import FusionEncoder, TextEncoder
 
 Model = TypeVar("Model", bound=ALBEF)
 
@@ -36,23 +36,24 @@ def fast_copy(model: Model) -> Model:
     use_onednn(own)
     blocks: list[Any] = list(model.visual_encoder.blocks)
     for block in blocks:
-        block.attn.fused_attn = False
+        if hasattr(block, "attn"):  # of timm
+            block.attn.fused_attn = False
     return own
 
 
 def encode_text(encoder: TextEncoder, ids: Tensor, mask: Tensor) -> Tensor:
     """(B, T) -> (B, T, W)."""
-    hidden, bias = encoder.bert.embeddings(ids), _bias(mask)
+    hidden, bias = encoder.bert.embeddings(ids), encoder.text_bias(mask)
     for layer in encoder.layers[: encoder.config.fusion_layer]:
         hidden, _ = layer(hidden, bias, explicit_self=True)
     return hidden
 
 
 def fuse(
-    encoder: TextEncoder, text: Tensor, mask: Tensor, image_tokens: Tensor, layer: int | None = None
+    encoder: FusionEncoder, text: Tensor, mask: Tensor, image_tokens: Tensor, layer: int | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """(B, T, W) with the tokens (B, S, V) of its own image each -> (B, T, W), and the cross-attention of `layer`."""
-    hidden, bias, seen = text, _bias(mask), None
+    hidden, bias, seen = text, encoder.text_bias(mask), None
     for index in encoder.fusion_layers:
         module = encoder.layers[index]
         image = module.crossattention.keys_values(image_tokens)
@@ -64,14 +65,15 @@ def fuse(
 
 def maps(model: ALBEF, images: Tensor, ids: Tensor, mask: Tensor, layer: int) -> Tensor:
     """GradCAM maps (B, h, w) of B pairs, by a backward pass through the whole model."""
-    text = encode_text(model.text_encoder, ids, mask)
-    fused, attention = fuse(model.text_encoder, text, mask, model.visual_encoder(images), layer)
+    encoder = model.text_encoder
+    text = encode_text(encoder, ids, mask) if isinstance(encoder, TextEncoder) else encoder(ids, mask)
+    fused, attention = fuse(encoder, text, mask, model.visual_encoder(images), layer)
     assert attention is not None
     attention.retain_grad()
     model.zero_grad()
     model.match_logits(fused)[:, 1].sum().backward()
     assert attention.grad is not None
-    return amc.gradcam(attention.detach()[..., 1:], attention.grad[..., 1:], mask, model.grid)
+    return model.explanation(attention.detach(), attention.grad, mask, None).maps
 
 
 def training_losses(model: PretrainModel, batch: Batch, alpha: float) -> dict[str, Tensor]:
@@ -137,7 +139,3 @@ def point_and_box(pred: Tensor, height: int, width: int, detections: np.ndarray)
         if score > best:
             best, index = score, k
     return (x, y), index
-
-
-def _bias(mask: Tensor) -> Tensor:
-    return (1.0 - mask[:, None, None, :].float()) * -10000.0

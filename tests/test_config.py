@@ -90,7 +90,7 @@ SCHEDULE_DEFAULTS = {"warmup_interval": 100, "interval": "epoch"}
 PARTS = ("val", "test")
 
 
-def refer(name: str, **more: str | None) -> dict[str, Any]:
+def refer(name: str, **more: str | int | None) -> dict[str, Any]:
     files = {"test_file": [f"data/{name}/{name}_{part}.json" for part in PARTS], "refcoco_data": "data/refer"}
     return {**files, "det_file": f"data/{name}/dets.json", **more}
 
@@ -112,6 +112,7 @@ SHIPPED: dict[str, dict[str, Any]] = {  # what each Grounding_*.yaml holds besid
         "image_data_file": "data/vg/image_data.json",
         "region_file": "data/vg/region_descriptions.json",
     },
+    "blip": refer("refcoco+", model="blip", bert_config="configs/config_blip.json", block_num=6),
 }
 
 

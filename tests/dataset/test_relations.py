@@ -208,7 +208,7 @@ def test_no_synonyms_at_all(images: Path, keys: dict[str, Any]) -> None:
 def test_large_files_are_packed_with_their_relations(images: Path) -> None:
     config = configure(images, [VG, {**VG, "relation": None}], selfeq=WEIGHTS)
     data = TrainingData(config, 0, cache_dir=str(images))
-    assert [entry.relation for entry in data.entries] == [["puppy", "dog", "little dog"], []]
+    assert [list(entry.relation) for entry in data.entries] == [["puppy", "dog", "little dog"], []]
     assert list(images.glob("*.packed"))
     assert data[0].other is not None
 

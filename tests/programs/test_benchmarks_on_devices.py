@@ -146,8 +146,9 @@ def test_calls_of_cuda() -> None:
 # ---- evaluation
 
 
-def test_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--quick", "--mixes", "refcoco", "--rounds", "1", "--images", "2", "--batch", "2"]
+@pytest.mark.parametrize("mix", ["refcoco", "blip"])
+def test_evaluation(tmp_path: Path, capsys: pytest.CaptureFixture[str], mix: str) -> None:
+    words = ["--quick", "--mixes", mix, "--rounds", "1", "--images", "2", "--batch", "2"]
     bench_eval.main(bench_eval.parse_args([*words, "--profile", str(tmp_path), "--peak_tflops", "0.01"]))
     printed = capsys.readouterr().out
     rows = table(printed)
