@@ -48,6 +48,7 @@ def test_what_a_run_leaves(place: Path, whole: Path) -> None:
     relation = torch.load(whole / "checkpoint_relation_00.pth", weights_only=True)
     for content, steps in ((relation, 2), (saved(whole, 1), 3), (saved(whole, 2), 6)):  # each optimizer's own
         assert {float(state["step"]) for state in content["optimizer"]["state"].values()} == {steps}
+    assert [group["lr"] for group in relation["optimizer"]["param_groups"]] == pytest.approx([3e-4, 3e-4])
     config = (whole / "config.yaml").read_text()
     assert "train_relations.json" in config
     assert "train_phrases.json" in config
