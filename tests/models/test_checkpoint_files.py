@@ -288,7 +288,7 @@ OTHER_FILES: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (lambda path: path.write_text("hello"), "not a readable checkpoint"),
     "empty": (lambda path: path.write_bytes(b""), "not a readable checkpoint"),
     "huge": (lambda path: path.write_bytes(b"\x80\x02\x8a\xff" + b"\xff" * 99), "not a readable checkpoint"),
-    "sizes": (lambda path: path.write_bytes((2**60).to_bytes(8, "little") + b"{" * 99), "header too large"),
+    "sizes": (lambda path: path.write_bytes((2**60).to_bytes(8, "little") + b"{" * 99), "[Hh]eader ?[Tt]oo ?[Ll]arge"),
 }
 
 
@@ -361,7 +361,9 @@ def test_a_weight_that_is_none(tmp_path: Path, evaluation: ALBEF, what: str) -> 
 @pytest.mark.parametrize("key", [1, None, b"temp", (1, "a")])
 def test_a_key_that_is_no_text(tmp_path: Path, evaluation: ALBEF, key: Any) -> None:
     torch.save({"model": state_of(evaluation) | {key: torch.ones(1)}}, tmp_path / "odd.pth")
-    with pytest.raises(CheckpointError, match=rf"odd\.pth: {re.escape(repr(key))} in its state dict is a key that is "):
+    # PyTorch 2.4 does not even read bytes.
+    message = rf"({re.escape(repr(key))} in its state dict is a key that is |refused, .* \(_codecs\.encode\))"
+    with pytest.raises(CheckpointError, match=rf"odd\.pth: {message}"):
         read_checkpoint(tmp_path / "odd.pth")
 
 

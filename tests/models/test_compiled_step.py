@@ -26,6 +26,9 @@ TinyConfig = Callable[..., Any]
 DROPOUT = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
 OPEN = {"margin_mean": 2.0, "margin_max": 2.0}  # margins that open every hinge of the losses on the map
 pytestmark = pytest.mark.usefixtures("one_thread", "nothing_compiled")
+compiles = pytest.mark.skipif(
+    torch.__version__ < "2.5", reason="PyTorch 2.4 cannot compile the step: --compile says so"
+)
 
 
 @pytest.fixture
@@ -71,6 +74,7 @@ def same_step(found: Any, expected: Any, rtol: float = 1e-5) -> None:
     torch.testing.assert_close(found[2], expected[2], rtol=rtol, atol=rtol)
 
 
+@compiles
 @pytest.mark.parametrize(
     ("backend", "bert", "config", "lengths", "checkpointing", "autocast"),
     [
@@ -107,6 +111,7 @@ def test_a_compiled_step_equals_the_eager_one(
     assert list(compiled.state_dict()) == names
 
 
+@compiles
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor's code for the CPU needs a C++ compiler")
 def test_inductor_differentiates_a_gradcam(tiny_config: TinyConfig) -> None:
     """What no compiler differentiates from outside: a loss on a map, which is a gradient already."""
