@@ -4,7 +4,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -221,6 +221,11 @@ class Evaluation(Questions):
         self.results = ResultFolder(Path(args.output_dir) / "result")
         self.origin: Origin = {}
 
+    @cached_property
+    def made_of(self) -> Origin:
+        """What the models are, besides their weights."""
+        return identity.of_model(self.config, self.tokenizer.source)
+
     def begin(self, checkpoints: dict[str, Path]) -> None:
         """Check what the output folder holds, then write there what its results are computed from; for rank 0.
 
@@ -235,7 +240,7 @@ class Evaluation(Questions):
             "block_num": self.block,
             "precision": args.precision,
             "metrics": names + identity.of_regions(self.expressions),
-            **identity.of_model(config, self.tokenizer.source),
+            **self.made_of,
             **identity.of_data(self.expressions, self.pairs, config.image_root, stored),
         }
         for source in sources_of([Path(folder) for folder in args.compare], len(names)):
@@ -290,8 +295,7 @@ class Evaluation(Questions):
 
     def load(self, path: Path, origin: Origin, loaded: Models) -> Explainer:
         """The model of a checkpoint, ready for evaluation: one of `loaded`, or a new one, which is added there."""
-        sizes = identity.of_model(self.config, self.tokenizer.source)
-        key = json.dumps([sizes, self.block, origin[identity.CHECKPOINT]])
+        key = json.dumps([self.made_of, self.block, origin[identity.CHECKPOINT]])
         if key not in loaded:
             loaded[key], report = self.explainer(read_checkpoint(path), path)
             utils.log(str(report))
