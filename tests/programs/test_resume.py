@@ -243,13 +243,13 @@ def test_a_loss_scale_that_is_none(place: Path, run: Path) -> None:
 def test_the_newest_checkpoint_is_by_its_number(tmp_path: Path) -> None:
     assert runs.newest_checkpoint(tmp_path) is None
     assert runs.newest_checkpoint(tmp_path / "absent") is None
-    others = ["best", "last", "99_copy", "-1", "1e9", "relation_00", "٣", "", "00.pth.bak"]
-    for name in (*others, "9", "02", "99", "100"):
+    others = ["best", "last", "99_copy", "-1", "1e9", "relations_00", "٣", "", "00.pth.bak"]
+    for name in (*others, "9", "02", "99", "100", "relation_00"):  # the last is of SelfEQ's first epoch
         (tmp_path / f"checkpoint_{name}.pth").touch()
     for name in ("._checkpoint_101.pth", ".checkpoint_102.pth", "checkpoint_103.pth.tmp", "Checkpoint_104.pth"):
         (tmp_path / name).touch()
     (tmp_path / "checkpoint_105.pth").mkdir()
-    assert epochs(tmp_path) == [2, 9, 99, 100]
+    assert epochs(tmp_path) == [0, 2, 9, 99, 100]
     assert runs.newest_checkpoint(tmp_path) == tmp_path / "checkpoint_100.pth"
 
 
