@@ -161,15 +161,16 @@ def test_options_reach_the_model(place: Path, tmp_path: Path) -> None:
     assert said == ["Flickr30k", "itc", 0, 32, 0.9, "bf16"]
     assert sorted(arrays.files) == ["map_01", "phrases", "small_01"]
     opened = open_model(place / "tuned.pth", text_encoder=str(place), device="cpu", overrides=["image_res=32"])
-    maps = []
+    maps, smalls = [], []
     for precision in ("bf16", "fp32"):
         explainer = opened.explainer("itc", 0, precision)
         (found,) = ground_all(explainer, encode(explainer, read_photo(photo), resize_bilinear_image), ["circle"], 0.9)
         maps.append(found.map)
+        smalls.append(found.small)  # a map of one patch is the same in all precisions once it is normalised
         if precision == "bf16":
             assert result["phrases"][0]["boxes"][0]["box"] == list(found.boxes[0].box)
     np.testing.assert_allclose(arrays["map_01"], maps[0], atol=1e-5)
-    assert 1e-4 < np.abs(maps[0] - maps[1]).max() < 0.1
+    assert 1e-4 < np.abs(smalls[0] - smalls[1]).max() / smalls[1].max() < 0.1
 
 
 def test_notes_on_phrases(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
