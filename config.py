@@ -507,6 +507,8 @@ def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
         problems.append(f"model is {config.model}, and {config.bert_config} is another model's: change one of the two")
     if config.model == "blip" and isinstance(config, PretrainConfig) and config.vit_init:
         problems.append("vit_init is for ALBEF; BLIP starts from a --checkpoint, a folder of transformers")
+    if config.model == "blip" and isinstance(config, PretrainConfig) and config.paraphrases:
+        problems.append("selfeq and relation_file are for ALBEF; train BLIP without them")
     # another's sizes are known when it is built: models/vit.py, models/blip.py
     plain = config.vision_model is None and config.model == "albef"
     if plain:

@@ -201,6 +201,8 @@ def test_what_it_cannot_do_is_an_error(tmp_path: Path, own: Any) -> None:
         PretrainBlip(training_config(tmp_path, image_res=40))
     with pytest.raises(ConfigError, match="vit_init"):
         PretrainBlip(training_config(tmp_path, vit_init="deit.pth"))
+    with pytest.raises(ConfigError, match="selfeq and relation_file are for ALBEF"):
+        PretrainBlip(training_config(tmp_path, selfeq={"weight_similarity": 1.0}))
 
 
 # ---- weights
