@@ -35,8 +35,10 @@ NOT_OF_EVALUATION = {"hidden_dropout_prob", "attention_probs_dropout_prob", "ini
 def of_model(config: GroundingConfig, vocabulary: str) -> Origin:
     """The parts of the model besides its weights: sizes, BERT config, vocabulary (the tokenizer's file), PyTorch."""
     bert = load_bert_config(config.bert_config).model_dump(exclude=NOT_OF_EVALUATION)
-    sizes = config.model_dump()
-    blip = {"config.json of BLIP": f"sha256 {files.file_digest(config.bert_config)}"} if config.model == "blip" else {}
+    sizes = config.model_dump(exclude={"model"})
+    blip: Origin = {}  # ALBEF is not named: origins from before there was another model do not say it
+    if config.model == "blip":
+        blip = {"model": "blip", "config.json of BLIP": f"sha256 {files.file_digest(config.bert_config)}"}
     return {
         **blip,
         **{key: sizes[key] for key in ("image_res", *SHAPE_KEYS) if key in sizes},
