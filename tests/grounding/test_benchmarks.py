@@ -192,7 +192,7 @@ def test_metrics_that_the_data_cannot_be_measured_by(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Said before a model is built; never taken for another metric."""
-    monkeypatch.setattr(questions, "build_albef", None)
+    monkeypatch.setattr(questions, "build_model", None)
     for names, message in (
         (("boxes", "point"), r"there is no metric 'boxes' in grounding/metrics\.py; there are box, point, map_box"),
         (("box", "point"), r"metric 'box' needs detections, which (\d+) of \1 expressions do not have \(the first: '"),
@@ -207,7 +207,7 @@ def test_results_are_measured_again_by_other_metrics(place: Path, tmp_path: Path
     evaluate(REFCLEF._replace(metrics=("map_box",)), place, tmp_path)
     box = log(tmp_path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(questions, "build_albef", None)
+        patch.setattr(questions, "build_model", None)
         evaluate(REFCLEF, place, tmp_path)
         point = log(tmp_path)
         assert len(point) == len(box) == 3

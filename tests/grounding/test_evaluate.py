@@ -155,7 +155,7 @@ def test_a_result_without_its_metrics_is_not_skipped(
     path = tmp_path / "result" / "log.txt"
     complete = path.read_text().splitlines(keepends=True)
     path.write_text("".join([*complete[:3], complete[4][:20]]))  # "01" lacks a line, "02" is cut off
-    monkeypatch.setattr(questions, "build_albef", None)  # the maps are there already
+    monkeypatch.setattr(questions, "build_model", None)  # the maps are there already
     evaluate(REFCOCO_PLUS, place, tmp_path)
     assert sorted(path.read_text().splitlines()) == sorted(line.strip() for line in complete)
 
@@ -216,7 +216,7 @@ def test_missing_images_are_skipped_as_broken_ones(
     html = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert f"<td>fp32</td><td>{len(expressions) - len(kept)}</td>" in html
     assert ">nan<" not in html
-    monkeypatch.setattr(questions, "build_albef", None)  # nothing is computed again
+    monkeypatch.setattr(questions, "build_model", None)  # nothing is computed again
     evaluate(benchmark, place, tmp_path / "out", *words, "--skip_broken", checkpoint=ONE)
     assert "already evaluated" in capsys.readouterr().out
 

@@ -207,7 +207,7 @@ def test_metrics_of_the_config_follow_those_of_the_benchmark(
     """Stored maps are measured again; the published lines stay; each further line names its metric."""
     evaluate(REFCLEF, place, tmp_path)
     plain, maps = log(tmp_path), (tmp_path / "result" / "epoch00.pth").read_bytes()
-    monkeypatch.setattr(questions, "build_albef", None)  # the maps are there
+    monkeypatch.setattr(questions, "build_model", None)  # the maps are there
     capsys.readouterr()
     evaluate(REFCLEF, place, tmp_path, "--set", "metrics=[recall_1, point_15px, point, recall_1]", "--report")
     lines = [[line for line in log(tmp_path) if line["epoch"] == epoch] for epoch in ("00", "01", "02")]

@@ -17,7 +17,7 @@ import files
 import utils
 from config import GroundingConfig, load_config
 from grounding import evaluate as program
-from grounding import questions
+from grounding import identity, questions
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS
 from grounding.evaluate import on_rank_0
 from grounding.report.rows import ReportError, Source, read_maps
@@ -52,7 +52,7 @@ def matching(place: Path) -> list[str]:
 @pytest.fixture
 def nothing_computed(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     """From its call on, building a model fails."""
-    return lambda: monkeypatch.setattr(questions, "build_albef", None)
+    return lambda: monkeypatch.setattr(questions, "build_model", None)
 
 
 def edit_json(path: Path, change: Callable[[Any], object]) -> list[str]:
@@ -231,6 +231,19 @@ def test_what_decides_nothing_is_no_change(
         evaluate(REFCOCO_PLUS, own, tmp_path / "out", *matching(own), *words, checkpoint=ONE)
         assert "epoch 00: already evaluated, skipped" in capsys.readouterr().out
     assert log(tmp_path / "out") == lines
+
+
+def test_parts_of_albef_are_those_of_earlier_results(bert_vocab: Path) -> None:
+    """A part more, and every result that is stored would be of an unknown origin."""
+    found = identity.of_model(load_config("configs/scenes/Grounding_refcoco.yaml", GroundingConfig), str(bert_vocab))
+    sizes = {"image_res", "patch_size", "vision_width", "vision_depth", "vision_heads", "vision_mlp_ratio"}
+    bert = {key.removeprefix("bert_config's ") for key in found if key.startswith("bert_config's ")}
+    assert found.keys() - {f"bert_config's {key}" for key in bert} == sizes | {"embed_dim", "vocabulary", "torch"}
+    assert bert == {
+        "fusion_layer", "encoder_width", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+        "intermediate_size", "hidden_act", "max_position_embeddings", "type_vocab_size", "layer_norm_eps",
+        "pad_token_id",
+    }  # fmt: skip
 
 
 def test_equal_checkpoints_are_one_wherever_they_lie(

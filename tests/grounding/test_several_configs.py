@@ -62,8 +62,8 @@ def evaluate(place: Path, tmp_path: Path) -> Callable[..., Path]:
 def builds(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The image size of each model that is built."""
     found: list[int] = []
-    build = questions.build_albef
-    monkeypatch.setattr(questions, "build_albef", lambda config: found.append(config.image_res) or build(config))
+    build = questions.build_model
+    monkeypatch.setattr(questions, "build_model", lambda config: found.append(config.image_res) or build(config))
     return found
 
 

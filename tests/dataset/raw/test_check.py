@@ -47,12 +47,12 @@ pytestmark = pytest.mark.slow
 def test_scenes_as_generated_are_fine(place: Path, check: Check) -> None:
     status, out = check(*CONFIGS)
     assert status == 0
-    assert out.splitlines()[-1] == "no errors and no warnings in 29 files"
+    assert out.splitlines()[-1] == "no errors and no warnings in 34 files"
     lines = [line.split() for line in out.split("\n\n")[0].splitlines()]
     assert lines[0] == ["file", "checked", "count", "errors", "warnings"]
     assert all(line[-2:] == ["-", "-"] for line in lines[1:])
     counts = {line[0]: line[-3] for line in lines[1:]}
-    assert len(counts) == 29
+    assert len(counts) == 34
     assert counts[CAPTIONS] == str(len(load(CAPTIONS))) == str(TRAIN)
     assert counts[PHRASES] == str(len(load(PHRASES)))
     assert counts[f"{SCENES}/images"] == str(TRAIN + 3 * EVALUATION)
@@ -380,4 +380,4 @@ def test_files_that_hold_nothing(files: list[str], content: str | None, said: st
     status, out = check(*CONFIGS)
     assert status == 1
     assert f"  {file}: {said} [" in out
-    assert "1 error and no warnings in 29 files" in out
+    assert "1 error and no warnings in 34 files" in out
