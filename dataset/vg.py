@@ -38,8 +38,6 @@ KEYS = ("image", "caption", "bbox", "segmentation")  # of an entry
 SELFEQ_KEYS = ("phrase_chunks", "relation")  # of SelfEQ's: the first in the place of `caption`, in its files of COCO
 LARGE = 64 << 20  # bytes of a JSON file whose entries are worth a packed file
 NO_BOXES = "add_gcam is True, but no entry has boxes for AMC to learn from; is their key spelled 'bbox'?"
-
-
 NO_SYNONYMS = "no entry has a relation with synonyms for SelfEQ to learn from; is its key spelled 'relation'?"
 
 
