@@ -46,7 +46,7 @@ from models.student import local_checkpoint, own_text_encoder
 from optim import create_optimizer, moments
 from runs import Position
 from scheduler import create_scheduler, epoch_time, iteration_time
-from signals import Requests, Stopped, ignore_in_worker
+from system.signals import Requests, Stopped, ignore_in_worker
 from terminal import boolean, integer, positive
 from training.log import TrainingLog, WandbRun, is_loss
 from training.saving import Every, Saver, interval, on_host

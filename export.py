@@ -16,24 +16,16 @@ from typing import Any
 import torch
 
 import utils
-from config import (
-    ConfigError,
-    GroundingConfig,
-    ModelConfig,
-    StudentConfig,
-    load_any_config,
-    load_bert_config,
-    load_config,
-    parse_config,
-)
+from config import ConfigError, GroundingConfig, ModelConfig, load_any_config, load_config, parse_config
 from grounding import identity
 from grounding.load import choose_text_encoder, vocabulary_for
 from grounding.results import ResultError, ResultFolder, percent
+from model_sizes import StudentConfig, load_bert_config
 from models.albef import build_albef
 from models.checkpoint import load_weights, read_checkpoint, student_of
 from models.interface import check_layer
 from models.student import check_free, local_checkpoint, write_student
-from system_errors import megabytes
+from system.errors import megabytes
 
 CARD = """---
 tags: [visual-grounding, vision-language]

@@ -21,7 +21,7 @@ from pydantic import ValidationError
 
 import utils
 from config import PretrainConfig
-from system_errors import describe_os_error
+from system.errors import describe_os_error
 
 EPOCHS_LOG, STEPS_LOG, BOARD, LOCK, BEST = "log.txt", "steps.jsonl", "tensorboard", ".lock", "best.pth"
 WANDB = "wandb"  # the folder of wandb's own files, and of the id of the run

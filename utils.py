@@ -24,8 +24,8 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # public, and not declared so
 from torch.distributed.rendezvous import rendezvous
 
-from failures import Watch, end
-from system_errors import describe_os_error, explain
+from system.errors import describe_os_error, explain
+from system.failures import Watch, end
 from terminal import Escaping, printable
 
 T = TypeVar("T")
@@ -52,7 +52,7 @@ def run(main: Callable[[argparse.Namespace], None], args: argparse.Namespace) ->
     """Run a program. What the user can put right becomes one message and exit status 1; a fault of ours is raised.
 
     What files hold reaches the terminal escaped (`Escaping`). Of several processes, one that fails prints its message
-    first, and then all end (failures.py).
+    first, and then all end (system/failures.py).
     """
     try:
         with contextlib.redirect_stdout(Escaping(sys.stdout)), contextlib.redirect_stderr(Escaping(sys.stderr)):

@@ -46,8 +46,9 @@ from benchmarks.machine import (
     share_of_peak,
     write_trace,
 )
-from config import OptimizerConfig, PretrainConfig, load_bert_config, load_config
+from config import OptimizerConfig, PretrainConfig, load_config
 from dataset.vg import mlm_targets
+from model_sizes import load_bert_config
 from models.pretrain import Batch, PretrainModel
 from models.xbert import Attention
 from optim import create_optimizer, parameter_groups

@@ -21,9 +21,10 @@ import Pretrain
 from benchmarks.bench_train import make_batch
 from benchmarks.machine import parser, print_table
 from benchmarks.simulated import DEVICE, FakeCUDA, SimulatedRun
-from config import GroundingConfig, PretrainConfig, load_bert_config, load_config
+from config import GroundingConfig, PretrainConfig, load_config
 from dataset.text import Tokens
 from grounding.explain import Explainer
+from model_sizes import load_bert_config
 from models.albef import build_albef
 
 CARDS = (16, 24, 40, 80)  # GiB

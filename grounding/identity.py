@@ -17,10 +17,11 @@ import torch
 
 import files
 import utils
-from config import GroundingConfig, load_bert_config
+from config import GroundingConfig
 from dataset.expressions import Expression
 from dataset.own import MatchingPair
 from grounding.load import SHAPE_KEYS
+from model_sizes import load_bert_config
 from models.student import weights_of
 
 Origin = dict[str, Any]

@@ -9,21 +9,12 @@ from typing import Any, NamedTuple
 import torch
 
 import utils
-from config import (
-    VISION_SIZES,
-    BertConfig,
-    ConfigError,
-    GroundingConfig,
-    ModelConfig,
-    load_bert_config,
-    load_config,
-    parse_config,
-    student_sizes,
-)
+from config import VISION_SIZES, ConfigError, GroundingConfig, ModelConfig, load_config, parse_config
 from dataset.scenes.paths import BERT_CONFIG, TEXT_ENCODER
 from dataset.text import Tokenizer, load_tokenizer
 from grounding.benchmarks import REFCOCO_PLUS, Benchmark
 from grounding.explain import Explainer
+from model_sizes import BertConfig, load_bert_config, student_sizes
 from models.albef import ALBEF, build_albef
 from models.checkpoint import LoadReport, load_weights, read_checkpoint
 from models.interface import ExplainableModel, check_layer

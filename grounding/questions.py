@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 import utils
-from config import GroundingConfig, load_bert_config
+from config import GroundingConfig
 from dataset.text import check_vocabulary, load_tokenizer
 from grounding import metrics
 from grounding.batches import Ask, ImageData, Pair, answer_pairs, load_images
 from grounding.benchmarks import Benchmark, benchmark_of, with_splits
 from grounding.explain import Explainer, Resize
 from grounding.load import build_model, check_config, ready
+from model_sizes import load_bert_config
 from models.checkpoint import LoadReport
 
 

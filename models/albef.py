@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from config import ConfigError, ModelConfig, load_bert_config, size_problems, width_problems
+from config import ConfigError, ModelConfig
 from dataset.text import Tokens
+from model_sizes import load_bert_config, size_problems, width_problems
 from models import vit
 from models.interface import Explanation, check_layer
 from models.vit import ViT, build_vit

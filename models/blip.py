@@ -16,16 +16,9 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import (
-    BertConfig,
-    ConfigError,
-    ModelConfig,
-    PretrainConfig,
-    load_bert_config,
-    load_blip_config,
-    size_problems,
-)
+from config import ConfigError, ModelConfig, PretrainConfig
 from dataset.text import Tokens
+from model_sizes import BertConfig, load_bert_config, load_blip_config, size_problems
 from models.albef import ALBEF, EncodedImages
 from models.interface import Explanation
 from models.pretrain import Batch, PretrainModel, TextsRead

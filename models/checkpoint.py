@@ -23,9 +23,10 @@ from safetensors import SafetensorError, safe_open
 from timm.layers import resample_abs_pos_embed
 from torch import Tensor, nn
 
-from config import ConfigError, load_student_config, student_sizes
+from config import ConfigError
 from dataset.transforms import MEAN, STD
 from files import UnreadableFile, load_tensors, parse_json, verify_archive, why_unreadable
+from model_sizes import load_student_config, student_sizes
 from models.albef import ALBEF
 from models.student import CONFIG, PREPROCESSING, is_student, lacking, weights_of
 from models.vit import ViT

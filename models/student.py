@@ -15,9 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import utils
-from config import StudentConfig
 from dataset.text import VOCABULARY_FILES
-from system_errors import describe_os_error
+from model_sizes import StudentConfig
+from system.errors import describe_os_error
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
 TORCH_WEIGHTS = "pytorch_model.bin"

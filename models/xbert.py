@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import BertConfig
+from model_sizes import BertConfig
 
 
 class KeyValue(NamedTuple):

@@ -29,15 +29,7 @@ from PIL import Image, features
 from ruamel.yaml import YAML
 from safetensors.torch import save_file
 
-from config import (
-    ConfigError,
-    GroundingConfig,
-    PretrainConfig,
-    load_any_config,
-    load_bert_config,
-    load_config,
-    size_problems,
-)
+from config import ConfigError, GroundingConfig, PretrainConfig, load_any_config, load_config
 from dataset.expressions import Expression
 from dataset.own import load_pairs
 from dataset.photos import read_photo
@@ -54,6 +46,7 @@ from dataset.vg import Collate, TrainingData
 from grounding.benchmarks import BENCHMARKS, FLICKR, OWN, REFCLEF, REFCOCO_PLUS, Benchmark, benchmark_of
 from grounding.load import config_of
 from grounding.results import ResultFolder
+from model_sizes import load_bert_config, size_problems
 from models.albef import build_albef
 from models.checkpoint import check_resumable, load_weights, read_checkpoint
 from models.pretrain import PretrainModel

@@ -9,7 +9,6 @@ from pydantic import ValidationError
 from ruamel.yaml import YAML
 
 from config import (
-    BertConfig,
     ConfigError,
     GroundingConfig,
     ModelConfig,
@@ -17,10 +16,10 @@ from config import (
     PretrainConfig,
     ScheduleConfig,
     load_any_config,
-    load_bert_config,
     load_config,
     save_config,
 )
+from model_sizes import BertConfig, load_bert_config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # The released files' keys and values, and no others.

@@ -8,15 +8,8 @@ from typing import Any
 
 import pytest
 
-from config import (
-    ConfigError,
-    PretrainConfig,
-    load_any_config,
-    load_bert_config,
-    load_config,
-    naming,
-    size_problems,
-)
+from config import ConfigError, PretrainConfig, load_any_config, load_config, naming
+from model_sizes import load_bert_config, size_problems
 
 TRAINING = {"train_file": ["a.json"], "image_root": "images"}
 EVALUATION = {"test_file": ["a.json"], "image_root": "images"}

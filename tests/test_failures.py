@@ -17,8 +17,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, and not declared so
 
-import signals
 import utils
+from system import signals
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,7 +108,8 @@ def test_a_start_has_a_name_that_no_earlier_one_had() -> None:
 @pytest.mark.parametrize("between", [0, signal.SIGTERM])
 def test_a_second_interrupt_ends_at_once(before: int, between: int) -> None:
     code = f"""
-import os, signal, signals
+import os, signal
+from system import signals
 with signals.Requests() as requests:
     requests.begin()
     os.kill(os.getpid(), {before})

@@ -15,8 +15,8 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up; a module belongs to the longest name that its own begins with, and programs are above all.
 FLOORS = (
-    ("utils", "files", "failures", "precision", "signals", "system_errors", "terminal"),
-    ("config", "runs"),
+    ("utils", "files", "precision", "system", "terminal"),
+    ("config", "model_sizes", "runs"),
     ("dataset", "optim", "scheduler"),
     ("models",),
     ("grounding",),
@@ -36,7 +36,7 @@ SHARED: dict[str, str] = {
 }
 # Files that programs write, or that examples have the reader write.
 MADE = {"table.md", "mine.yaml", "FIGURE.png", "lines.py", "Grounding_lines.yaml"}
-CODE = ("benchmarks", "dataset", "docs", "grounding", "models", "optim", "scheduler", "training")
+CODE = ("benchmarks", "dataset", "docs", "grounding", "models", "optim", "scheduler", "system", "training")
 TEXTS = (".py", ".md", ".yaml", ".html", ".ipynb", ".toml", ".yml", ".txt")
 
 

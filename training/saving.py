@@ -14,7 +14,7 @@ import utils
 from files import save_tensors
 from models.checkpoint import diverged
 from runs import Position
-from system_errors import describe_os_error
+from system.errors import describe_os_error
 
 Content = dict[str, Any]
 

@@ -18,8 +18,9 @@ from torch.optim import Optimizer
 
 import runs
 import utils
-from config import PretrainConfig, check_same_blip
+from config import PretrainConfig
 from dataset.vg import TrainingData
+from model_sizes import check_same_blip
 from models.checkpoint import (
     CheckpointError,
     check_resumable,

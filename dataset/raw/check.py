@@ -1,6 +1,7 @@
 """`prepare.py check`: whether everything that configs name can be used, before a long run instead of in it.
 
-The rules are those of config.py and of the readers in dataset/, which here read on where training and evaluation stop.
+The rules are those of config.py, of model_sizes.py and of the readers in dataset/, which here read on where training
+and evaluation stop.
 Checked here alone: repeated entries, boxes outside of their images, stated sizes, and the published sizes of splits.
 """
 
@@ -9,14 +10,7 @@ from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Protocol
 
-from config import (
-    BertConfig,
-    GroundingConfig,
-    PretrainConfig,
-    load_any_config,
-    load_bert_config,
-    size_problems,
-)
+from config import GroundingConfig, PretrainConfig, load_any_config
 from dataset import vg
 from dataset.expressions import DataFile, Expression, Reading
 from dataset.flickr import split_of
@@ -26,6 +20,7 @@ from dataset.raw.check_images import evenly, inspect_images, note_claims, note_i
 from dataset.raw.check_report import CheckReport
 from dataset.raw.refer import NOT_IN_SAIAPR
 from dataset.refer import SPLITS, split_by_of
+from model_sizes import BertConfig, load_bert_config, size_problems
 from utils import UserError
 
 # What the papers count: expressions, each as often as it stands in the refs; images of Flickr30k Entities and RefCLEF.

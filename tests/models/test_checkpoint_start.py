@@ -9,7 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from config import GroundingConfig, load_bert_config
+from config import GroundingConfig
+from model_sizes import load_bert_config
 from models.albef import ALBEF
 from models.checkpoint import CheckpointError, init_image_encoder, init_text_encoder
 from models.xbert import TextEncoder

@@ -11,17 +11,9 @@ import torch.nn.functional as F
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from config import (
-    VISION_SIZES,
-    ConfigError,
-    GroundingConfig,
-    ModelConfig,
-    PretrainConfig,
-    load_bert_config,
-    load_config,
-    save_config,
-)
+from config import VISION_SIZES, ConfigError, GroundingConfig, ModelConfig, PretrainConfig, load_config, save_config
 from dataset.text import Tokens
+from model_sizes import load_bert_config
 from models import vit
 from models.albef import ALBEF, build_albef
 from models.pretrain import Batch, PretrainModel

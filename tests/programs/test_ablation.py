@@ -8,8 +8,9 @@ import pytest
 
 import scenes_demo
 from benchmarks import ablation
-from config import PretrainConfig, load_bert_config, load_config, size_problems
+from config import PretrainConfig, load_config
 from grounding.results import ResultFolder
+from model_sizes import load_bert_config, size_problems
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import Pretrain
-from signals import Stopped
+from system.signals import Stopped
 from tests.programs.test_interrupted import assert_equal_runs
 from tests.training_runs import Interruption, log_rows, saved, step_rows, train
 from utils import UserError
