@@ -152,10 +152,11 @@ def test_the_shipped_recipe_is_the_published_one(tmp_path: Path) -> None:
     assert shipped == pretrain(tmp_path).model_copy(update={"image_root": "data/vg/"})
 
 
-def test_the_shipped_recipe_of_selfeq_differs_in_what_its_paper_says(tmp_path: Path) -> None:
-    files = ["relation_file=[data/vg_relations.json]", "train_file=[data/vg_descriptions.json]", "image_root=data/vg/"]
-    expected = pretrain(tmp_path, overrides=[*files, "batch_size=56", "schedular.warmup_epochs=10"])
-    assert load_config(CONFIGS / "Pretrain_vg.yaml", PretrainConfig) == expected
+@pytest.mark.parametrize(("data", "captions"), [("vg", "vg_descriptions"), ("coco", "coco_captions")])
+def test_the_shipped_recipes_of_selfeq_differ_in_what_its_paper_says(data: str, captions: str, tmp_path: Path) -> None:
+    files = [f"relation_file=[data/{data}_relations.json]", f"train_file=[data/{captions}.json]"]
+    changes = [*files, f"image_root=data/{data}/", "batch_size=56", "schedular.warmup_epochs=10"]
+    assert load_config(CONFIGS / f"Pretrain_{data}.yaml", PretrainConfig) == pretrain(tmp_path, overrides=changes)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -169,8 +170,8 @@ def test_shipped_grounding_files(name: str, tmp_path: Path) -> None:
 
 
 def test_no_shipped_file_is_left_out() -> None:
-    names = {"Pretrain.yaml", "Pretrain_vg.yaml", *(f"Grounding_{name}.yaml" for name in SHIPPED)}  # those tested above
-    assert {path.name for path in CONFIGS.glob("*.yaml")} == names
+    tested = {*(f"Pretrain{data}.yaml" for data in ("", "_vg", "_coco")), *(f"Grounding_{name}.yaml" for name in SHIPPED)}
+    assert {path.name for path in CONFIGS.glob("*.yaml")} == tested
 
 
 def test_required_keys_of_a_benchmark(tmp_path: Path) -> None:
