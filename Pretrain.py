@@ -13,7 +13,6 @@ SIGUSR1 saves (docs/long_runs.md). `--tensorboard` adds OUT/tensorboard, `--wand
 """
 
 import argparse
-import inspect
 import itertools
 import math
 import signal
@@ -25,42 +24,39 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
 
 import precision
 import runs
 import utils
-from config import PretrainConfig, load_config, naming, save_config
+from config import Phase, PretrainConfig, load_config, naming, save_config
 from dataset.expressions import SHOWN_PROBLEMS
-from dataset.loader.workers import EpochOrder, check_shared_memory, killed_workers_explained, spare_memory
-from dataset.reading import DataError
+from dataset.loader.workers import EpochOrder, killed_workers_explained
 from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
-from dataset.vg import Collate, TrainingData
+from dataset.vg import TrainingData
 from grounding.questions import Asking
 from grounding.validate import Validation
 from models.checkpoint import check_resumable, diverged
-from models.kernels.compiling import token_sizes
-from models.kernels.onednn import use_onednn
-from models.pretrain import Batch, PretrainModel
+from models.pretrain import Batch
 from models.student import local_checkpoint, own_text_encoder
 from optim import create_optimizer, moments
 from runs import Position
 from scheduler import create_scheduler, epoch_time, iteration_time
-from system.signals import Requests, Stopped, ignore_in_worker
+from system.signals import Requests, Stopped
 from terminal import boolean, integer, positive
 from training.log import TrainingLog, WandbRun, is_loss
+from training.parts import build_loader, create_model, prepare_model
 from training.saving import Every, Saver, interval, on_host
 from training.state import (
     TrainingState,
     check_agreement,
     choose_start,
     command_to_go_on,
-    has_ended_epoch_0,
+    earlier_steps,
     load_start,
+    phases_left,
     position_after,
     progress_of,
     settings_of,
-    steps_of_epoch_0,
     way_back,
 )
 
@@ -147,23 +143,15 @@ def main(args: argparse.Namespace) -> None:
             args.checkpoint = str(local_checkpoint(args.checkpoint))
             args.text_encoder = args.text_encoder or own_text_encoder(Path(args.checkpoint))
         args.text_encoder = args.text_encoder or "bert-base-uncased"
-        if config.relation_file:
-            train_relations(args, config, device, requests)
-        train(Run(args, config, device, requests))
+        start = choose_start(args)
+        for phase in phases_left(config.phases(), *start):
+            train(Run(args, config, device, requests, phase, start))
+            start = str(runs.checkpoint_path(Path(args.output_dir), Position(phase.epochs.stop), phase.name)), True
     utils.log(f"Done. Checkpoints and log.txt are in {args.output_dir}")
 
 
-def train_relations(args: argparse.Namespace, config: PretrainConfig, device: torch.device, requests: Requests) -> None:
-    """SelfEQ's relation epoch, unless it is done: a run of its own, whose checkpoint the other epochs go on from."""
-    path, goes_on = choose_start(args)
-    args.checkpoint, args.resume = str(path), goes_on
-    if not (goes_on and has_ended_epoch_0(path)):
-        train(Run(args, config, device, requests, relation=True))
-        args.checkpoint, args.resume = str(runs.checkpoint_path(Path(args.output_dir), Position(1), True)), True
-
-
 def train(run: "Run") -> None:
-    """Train the epochs that are left; each ends with a line of log.txt and a checkpoint."""
+    """Train the epochs of a phase that are left; each ends with a line of log.txt and a checkpoint."""
     run.requests.begin()
     with precision.use(run.args.precision, run.device, training=True):
         train_epochs(run)
@@ -186,9 +174,7 @@ def train_epochs(run: "Run") -> None:
 
 
 class Run:
-    """One training run: its parts, ready for the first epoch or for the one to resume with."""
-
-    first_steps: int | None = None  # of epoch 0, where they are not `epoch_steps`
+    """A phase of a training run: its parts, ready for the first epoch or for the one to resume with."""
 
     def __init__(
         self,
@@ -196,19 +182,19 @@ class Run:
         config: PretrainConfig,
         device: torch.device,
         requests: Requests | None = None,
-        relation: bool = False,
+        phase: Phase | None = None,
+        start: tuple[str | Path, bool] | None = None,
     ) -> None:
         """Make each part from those above it. The output folder comes last: an error leaves it as it was.
 
         Args:
-            relation: with `relation_file`, whether this is SelfEQ's relation epoch, or what follows it.
+            phase: of those that the config has; the first one if it is left out.
+            start: what to start from (`choose_start`); what the options say if it is left out.
         """
         args.precision = precision.choose(args.precision, device, args.force_precision)
         self.args, self.given, self.device, self.output = args, config, device, Path(args.output_dir)
-        follows = bool(config.relation_file) and not relation
-        if config.relation_file:
-            config = config.relation_epoch() if relation else config.plain_epochs()
-        self.config = config
+        self.phase = phase or config.phases()[0]
+        self.config = config = self.phase.config
         tokenizer = load_tokenizer(args.text_encoder)
         self.data = TrainingData(config, args.seed, args.skip_broken, args.cache_dir)
         self.order = EpochOrder(len(self.data), utils.world_size(), utils.rank(), args.seed)
@@ -216,17 +202,16 @@ class Run:
         self.epoch_steps = len(self.loader) // args.accum_steps
         step_samples = config.batch_size * args.accum_steps * utils.world_size()
         utils.seed_everything(args.seed)  # it decides the random weights
-        self.model = build_model(config)
+        self.model = create_model(config)
         check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
-        path, goes_on = choose_start(args)
+        path, goes_on = start or choose_start(args)
         checkpoint = load_start(self.model, config, args, path)
         self.start, self.progress = runs.BEGINNING, dict[str, Any]()
         if goes_on:
             check_resumable(checkpoint, path)
             self.progress = on_host(progress_of(checkpoint, path))  # not a part of the file, which may go
             self.start = position_after(self.progress, step_samples, self.epoch_steps)
-        if follows:
-            self.first_steps = steps_of_epoch_0(checkpoint)
+        self.earlier_steps = earlier_steps(checkpoint, self.phase, self.epoch_steps)
         check_agreement(self.model, path, self.start)
         self.validation = self.open_validation()
         self.parallel = prepare_model(self.model, args, device)
@@ -235,18 +220,17 @@ class Run:
         self.scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
         parts = self.data, self.model, self.optimizer, self.schedule, self.scaler, device
         self.state = TrainingState(config, settings_of(args, len(self.data)), step_samples, *parts)
-        if goes_on and not (follows and self.start == Position(1)):  # there, optimizer and schedule are new
+        if self.start > Position(self.phase.epochs.start):  # a phase begins with an optimizer and a schedule of its own
             self.state.restore(checkpoint, path)
         self.requests = requests or Requests()
         self.decisive = self.validation.decisive if self.validation else ""
         self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive)
-        self.saver.relation = relation
         here = goes_on and Path(path).resolve().parent == self.output.resolve()
         done = here and not self.steps_of(self.start.epoch)
-        total_steps = min(self.steps_before(config.schedular.epochs), args.max_steps or sys.maxsize)
+        total_steps = min(self.steps_before(self.phase.epochs.stop), args.max_steps or sys.maxsize)
         wandb = WandbRun(args.wandb) if args.wandb and utils.rank() == 0 and not done else None
         boards = None if done else self.open_board(tokenizer), wandb
-        self.log = TrainingLog(self.output, self.epoch_steps, total_steps, step_samples, device, *boards)
+        self.log = TrainingLog(self.output, total_steps, step_samples, device, *boards)
         if done:  # and its folder stays as it is
             utils.log(f"nothing is left to train: {path} is the end of this run")
         else:
@@ -259,12 +243,11 @@ class Run:
         limit = self.args.max_steps or sys.maxsize
         steps = min(self.epoch_steps, limit - self.steps_before(epoch))
         begun = self.start.step if epoch == self.start.epoch else 0
-        return steps if epoch < self.config.schedular.epochs and steps >= max(1, begun) else 0
+        return steps if epoch in self.phase.epochs and steps >= max(1, begun) else 0
 
     def steps_before(self, epoch: int) -> int:
         """The optimizer steps of all epochs before one."""
-        first = self.epoch_steps if self.first_steps is None else self.first_steps
-        return first + (epoch - 1) * self.epoch_steps if epoch else 0
+        return self.earlier_steps + (epoch - self.phase.epochs.start) * self.epoch_steps
 
     def train_epoch(self, epoch: int, steps: int) -> None:
         """Train the steps of an epoch that are left; raises `TrainingError` when a loss is no longer a number."""
@@ -308,7 +291,7 @@ class Run:
 
     def set_rate(self, epoch: int, step: int) -> None:
         """Set the learning rate after a step."""
-        if self.config.relation_file and self.config.selfeq.rate == "fixed":
+        if self.phase.fixed_rate:
             return
         if (time := iteration_time(self.config.schedular, epoch, step, self.epoch_steps)) is not None:
             self.schedule.step(time)  # type: ignore[arg-type]  # timm counts in fractions of epochs as well
@@ -381,7 +364,8 @@ class Run:
         """Begin to write the checkpoint of a position; rank 0 writes while all go on (a collective call)."""
         content = self.state.content(at, self.log)
         if utils.rank() == 0:
-            self.saver.save(at, content | {"log": runs.timeless_log(self.output)})
+            path = runs.checkpoint_path(self.output, at, self.phase.name)
+            self.saver.save(path, content | {"log": runs.timeless_log(self.output)})
 
     def open_validation(self) -> Validation | None:
         """What measures the model for --validate; all that can be wrong with it is an error now."""
@@ -415,8 +399,8 @@ class Run:
         runs.write_provenance(self.output / "run.json", self.args.seed, options=vars(self.args))
         samples = f"{self.config.batch_size * self.args.accum_steps} x {utils.world_size()}"
         utils.log(f"{len(self.data)} entries, {self.epoch_steps} steps of {samples} samples an epoch, {self.device}")
-        kind = "the relation epoch: " if self.config.relation_file else ""
-        begin = f"{kind}epochs {self.start.epoch} to {self.config.schedular.epochs - 1}, {self.args.precision}"
+        kind = f"the {self.phase.name} epoch: " if self.phase.name else ""
+        begin = f"{kind}epochs {self.start.epoch} to {self.phase.epochs[-1]}, {self.args.precision}"
         utils.log(begin + (f", from step {self.start.step} of the first" if self.start.step else ""))
         if board := self.log.board:
             config_text = (self.output / "config.yaml").read_text(encoding="utf-8")
@@ -424,78 +408,6 @@ class Run:
             utils.log(f"watch it: tensorboard --logdir {self.output}")
         if wandb := self.log.wandb:
             wandb.start(self.output / runs.WANDB, self.given.model_dump(mode="json"))
-
-
-# ---- the parts of a run
-
-
-def build_model(config: PretrainConfig) -> PretrainModel:
-    """The model to train, with random weights."""
-    if config.model == "blip":
-        from models.blip import PretrainBlip  # brings transformers, which takes seconds
-
-        return PretrainBlip(config)
-    return PretrainModel(config)
-
-
-def build_loader(
-    data: TrainingData, order: EpochOrder, tokenizer: Tokenizer, config: PretrainConfig, args: argparse.Namespace
-) -> DataLoader[Any]:
-    """This process's batches; raises `DataError` where they do not fill a step."""
-    tokens, flags = (7, 2) if config.paraphrases else (5, 1)  # tensors of `Batch`
-    sample_bytes = 3 * config.image_res**2 + config.mask_size**2 + tokens * 8 * config.max_tokens + flags
-    check_shared_memory(args.num_workers, len(data) // config.batch_size, config.batch_size * sample_bytes)
-    loader = DataLoader(
-        data,
-        batch_size=config.batch_size,
-        sampler=order,
-        num_workers=args.num_workers,
-        collate_fn=Collate(tokenizer, config),
-        worker_init_fn=begin_worker,
-        persistent_workers=args.num_workers > 0,
-        generator=torch.Generator(),  # not the one that `begin_epoch` seeds
-        pin_memory=torch.cuda.is_available(),
-        drop_last=True,
-    )
-    if len(loader) < args.accum_steps:
-        needed = config.batch_size * utils.world_size() * args.accum_steps
-        raise DataError(f"{len(data)} training entries do not fill one step of {needed}; lower batch_size")
-    return loader
-
-
-def begin_worker(worker: int) -> None:
-    """Called at a loader process's start."""
-    ignore_in_worker(worker)
-    spare_memory(worker)
-
-
-def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.device) -> nn.Module:
-    """Move the model to its device, and apply what saves memory or time there.
-
-    Returns:
-        the model itself, or with several processes, its wrapper that averages their gradients.
-    """
-    model.checkpoint_activations(args.grad_checkpointing)
-    if args.grad_checkpointing:
-        utils.return_freed_memory()
-    elif device.type == "cpu":
-        utils.keep_freed_memory()
-    model.to(device)
-    use_onednn(model)
-    if args.compile and model.config.paraphrases:
-        raise utils.UserError("--compile: SelfEQ's losses cannot be compiled; leave it out, or train without selfeq")
-    if args.compile:
-        model.compile_step()
-        sizes = ", ".join(map(str, token_sizes(model.config.max_tokens)))
-        utils.log(f"--compile: the first step at each length of captions, padded to {sizes} tokens, takes minutes")
-    if utils.world_size() == 1:
-        return model
-    # The queues are equal on all processes by construction: nothing to broadcast at each step. Newer versions of
-    # PyTorch have renamed the option for it.
-    known = inspect.signature(DistributedDataParallel).parameters
-    option = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
-    options: dict[str, Any] = {option: False, "gradient_as_bucket_view": True}
-    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **options)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -255,17 +255,43 @@ class PretrainConfig(ModelConfig):
         """Whether a step reads paraphrases, for SelfEQ's losses."""
         return bool(self.relation_file or self.selfeq.weight_similarity or self.selfeq.weight_consistency)
 
-    def relation_epoch(self) -> "PretrainConfig":
-        """What epoch 0 of a run with `relation_file` trains by."""
-        own = {"train_file": self.relation_file, "add_gcam": False, "optimizer": self.relation_optimizer}
-        own |= {"schedular": self.relation_schedular.model_copy(update={"epochs": 1})}
-        return self.model_copy(update=own | {"augment": self.augment.model_copy(update={"kind": "none"})})
+    def phases(self) -> "list[Phase]":
+        """What a run consists of, in order."""
+        epochs, augment = self.schedular.epochs, self.augment
+        if not self.relation_file:
+            return [Phase(self, range(epochs))]
+        relation = {
+            "train_file": self.relation_file,
+            "optimizer": self.relation_optimizer,
+            "schedular": self.relation_schedular.model_copy(update={"epochs": 1}),
+            "augment": augment.model_copy(update={"kind": "none"}),
+            "add_gcam": False,
+        }
+        plain = {
+            "relation_file": [],
+            "selfeq": SelfEQConfig(),
+            "augment": augment.model_copy(update={"kind": augment.kind or "amc"}),
+            "add_gcam": False,
+        }
+        return [
+            Phase(self.model_copy(update=relation), range(1), "relation", self.selfeq.rate == "fixed"),
+            Phase(self.model_copy(update=plain), range(1, epochs)),
+        ]
 
-    def plain_epochs(self) -> "PretrainConfig":
-        """What the epochs after it train by."""
-        augment = self.augment.model_copy(update={"kind": self.augment.kind or "amc"})
-        own = {"relation_file": [], "selfeq": SelfEQConfig(), "add_gcam": False}
-        return self.model_copy(update=own | {"augment": augment})
+
+class Phase(NamedTuple):
+    """Epochs of a run with a config of their own, and so their own data, losses, optimizer and schedule.
+
+    Args:
+        epochs: counted over the whole run.
+        name: a part of its checkpoints' names.
+        fixed_rate: whether the learning rate stays where the schedule begins.
+    """
+
+    config: PretrainConfig
+    epochs: range
+    name: str = ""
+    fixed_rate: bool = False
 
 
 class GroundingConfig(ModelConfig):

@@ -16,7 +16,6 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from config import PretrainConfig, load_config
 from models.pretrain import PretrainModel
 from optim import create_optimizer
-from runs import Position
 from training.saving import Every, Saver
 
 PUBLISHED = Path(__file__).parents[1] / "configs" / "Pretrain.yaml"
@@ -42,7 +41,7 @@ def main() -> None:
             if device.type == "cuda":
                 torch.cuda.synchronize()
             begun = time.monotonic()
-            saver.save(Position(0, step), {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+            saver.save(Path(folder, f"{step}.pth"), {"model": model.state_dict(), "optimizer": optimizer.state_dict()})
             waited = time.monotonic() - begun
             saver.finish()
             written = time.monotonic() - begun - waited

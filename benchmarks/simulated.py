@@ -30,6 +30,7 @@ from optim import create_optimizer
 from runs import BEGINNING
 from scheduler import create_scheduler
 from training.log import TrainingLog
+from training.parts import prepare_model
 
 Module = TypeVar("Module", bound=nn.Module)
 DEVICE = torch.device("cuda", 0)
@@ -216,10 +217,11 @@ class SimulatedRun(Pretrain.Run):
         self, cuda: FakeCUDA, args: argparse.Namespace, config: PretrainConfig, batches: Sequence[Batch]
     ) -> None:
         self.args, self.config, self.device, self.output = args, config, DEVICE, Path(args.output_dir)
+        self.phase, self.earlier_steps = config.phases()[0], 0
         self.loader: Any = [tuple(cuda.put(field) for field in batch) for batch in batches]
         self.epoch_steps = len(batches) // args.accum_steps
         self.model = cuda.build(lambda: PretrainModel(config))
-        self.parallel = Pretrain.prepare_model(self.model, args, self.device)
+        self.parallel = prepare_model(self.model, args, self.device)
         self.optimizer = create_optimizer(config.optimizer, self.model)
         self.schedule = create_scheduler(config.schedular, self.optimizer)
         self.scaler = torch.amp.GradScaler("cuda", enabled=args.precision == "fp16")
@@ -227,7 +229,7 @@ class SimulatedRun(Pretrain.Run):
         self.data: Any = SimpleNamespace()
         self.order: Any = SimpleNamespace()
         samples = config.batch_size * args.accum_steps
-        self.log = SilentLog(self.output, self.epoch_steps, self.epoch_steps, samples, self.device)
+        self.log = SilentLog(self.output, self.epoch_steps, samples, self.device)
 
     def save_if_asked(self, at: Any) -> None:
         """Nobody asks."""

@@ -170,7 +170,10 @@ def test_shipped_grounding_files(name: str, tmp_path: Path) -> None:
 
 
 def test_no_shipped_file_is_left_out() -> None:
-    tested = {*(f"Pretrain{data}.yaml" for data in ("", "_vg", "_coco")), *(f"Grounding_{name}.yaml" for name in SHIPPED)}
+    tested = {
+        *(f"Pretrain{data}.yaml" for data in ("", "_vg", "_coco")),
+        *(f"Grounding_{name}.yaml" for name in SHIPPED),
+    }
     assert {path.name for path in CONFIGS.glob("*.yaml")} == tested
 
 

@@ -59,7 +59,7 @@ class Clock:
 
 def run_epoch(log: TrainingLog, clock: Clock, epoch: int, begin: int = 0, stop: int = 25) -> None:
     """Steps `begin` to `stop` of an epoch of 25: 1 second of waiting, 3 of work; the norm is 50 at step 3."""
-    log.begin_epoch(epoch, 25, begin)
+    log.begin_epoch(epoch, 25, begin, 25 * epoch)
     batches = log.waiting_for(clock.passing(stop, 1.0))
     for step in log.steps():
         next(batches)
@@ -80,7 +80,7 @@ def test_rates_and_times(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         clock.now += 1000 if done == 3 else 0
 
     board: Any = SimpleNamespace(write=lambda *words: drawn.append(words), after_step=draw_maps)
-    log = TrainingLog(tmp_path, 25, 50, 8, torch.device("cpu"), board)
+    log = TrainingLog(tmp_path, 50, 8, torch.device("cpu"), board)
     for epoch in (0, 1):
         run_epoch(log, clock, epoch)
         log.end_epoch(0, {})
@@ -107,12 +107,12 @@ def test_an_epoch_that_goes_on_tells_the_same(tmp_path: Path, monkeypatch: pytes
     clock = Clock(monkeypatch)
     for folder in ("whole", "cut"):
         (tmp_path / folder).mkdir()
-    run_epoch(TrainingLog(tmp_path / "whole", 25, 25, 8, torch.device("cpu")), clock, 0)
-    first = TrainingLog(tmp_path / "cut", 25, 25, 8, torch.device("cpu"))
+    run_epoch(TrainingLog(tmp_path / "whole", 25, 8, torch.device("cpu")), clock, 0)
+    first = TrainingLog(tmp_path / "cut", 25, 8, torch.device("cpu"))
     run_epoch(first, clock, 0, stop=cut)
     state = first.state()
     assert json.loads(json.dumps(state)) == state  # plain values
-    second = TrainingLog(tmp_path / "cut", 25, 25, 8, torch.device("cpu"))
+    second = TrainingLog(tmp_path / "cut", 25, 8, torch.device("cpu"))
     begin = second.begin_epoch
 
     def go_on(*where: int) -> None:
@@ -135,7 +135,7 @@ def test_lines_are_of_all_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     clock = Clock(monkeypatch)
     others = iter([({"loss_itm": 1.5, "grad_norm": 19.5}, 0.75, 1000.0), ({"loss_itm": 2.0, "grad_norm": 32}, 0.0, 0)])
     monkeypatch.setattr(utils, "gather_objects", lambda own: [own, next(others)])
-    run_epoch(TrainingLog(tmp_path, 25, 25, 8, torch.device("cpu")), clock, 0)
+    run_epoch(TrainingLog(tmp_path, 25, 8, torch.device("cpu")), clock, 0)
     first, second = lines(tmp_path)
     assert first["loss_itm"] == (9.5 + 1.5) / 2
     assert first["data_wait"] == (0.25 + 0.75) / 2
@@ -149,7 +149,7 @@ def test_the_bar_begins_with_what_is_short(
 ) -> None:
     clock = Clock(monkeypatch)
     monkeypatch.setattr(training_log, "tqdm", lambda *args, **options: tqdm(*args, **{**options, "disable": False}))
-    run_epoch(TrainingLog(tmp_path, 25, 50_000, 8, torch.device("cpu")), clock, 0, stop=20)
+    run_epoch(TrainingLog(tmp_path, 50_000, 8, torch.device("cpu")), clock, 0, stop=20)
     assert "samples/s=2.0, waiting=25%, left=2 days, 7:32:00, loss_itm=9.5, grad_norm=42.9, memory=" in (
         capsys.readouterr().err
     )

@@ -122,8 +122,7 @@ class TrainingLog:
 
     Args:
         folder: the run's output folder.
-        epoch_steps: optimizer steps of a whole epoch.
-        total_steps: of the whole run.
+        total_steps: optimizer steps of the whole run.
         step_samples: samples of an optimizer step, over all processes.
         device: where this process trains.
         board: what draws for TensorBoard, if anything does.
@@ -133,22 +132,20 @@ class TrainingLog:
     def __init__(
         self,
         folder: Path,
-        epoch_steps: int,
         total_steps: int,
         step_samples: int,
         device: torch.device,
         board: "Board | None" = None,
         wandb: WandbRun | None = None,
     ) -> None:
-        self.logs, self.epoch_steps, self.total_steps = runs.Logs(folder), epoch_steps, total_steps
-        self.step_samples, self.device, self.board, self.wandb = step_samples, device, board, wandb
+        self.logs, self.total_steps, self.step_samples = runs.Logs(folder), total_steps, step_samples
+        self.device, self.board, self.wandb = device, board, wandb
         self.window = 0  # the step whose loss is the first since the last line, `opening`
         self.first = (-1, 0.0)  # steps that were done, and the time, when this process began to train
 
-    def begin_epoch(self, epoch: int, count: int, begin: int, before: int | None = None) -> None:
-        """Begin an epoch of `count` steps, of which `begin` are done; `before` it: those of as many whole epochs."""
-        self.epoch, self.count, self.begin = epoch, count, begin
-        self.begun = epoch * self.epoch_steps if before is None else before
+    def begin_epoch(self, epoch: int, count: int, begin: int, before: int) -> None:
+        """Begin an epoch of `count` steps, of which `begin` are done, after `before` steps of earlier epochs."""
+        self.epoch, self.count, self.begin, self.begun = epoch, count, begin, before
         self.of_epoch, self.recent = Meters(), Meters()
         self.largest_norm: Tensor | None = None
         self.window, self.seconds = begin, 0.0

@@ -13,7 +13,6 @@ import runs
 import utils
 from files import save_tensors
 from models.checkpoint import diverged
-from runs import Position
 from system.errors import describe_os_error
 
 Content = dict[str, Any]
@@ -50,8 +49,6 @@ class Saver:
         decisive: the key of log.txt by which best.pth is chosen; "": it is not.
     """
 
-    relation = False  # whether it is SelfEQ's relation epoch
-
     def __init__(self, folder: Path, keep_last: int, keep_epochs: int | None, every: Every, decisive: str = "") -> None:
         self.folder, self.keep_last, self.keep_epochs, self.every = folder, keep_last, keep_epochs, every
         self.decisive = decisive
@@ -66,11 +63,11 @@ class Saver:
         by_time = utils.rank() == 0 and 0 < self.every.seconds <= time.monotonic() - self.saved_at
         return by_time or (self.every.steps > 0 and step % self.every.steps == 0)
 
-    def save(self, at: Position, content: Content) -> None:
-        """Begin to write the checkpoint of a position, once the one before is written."""
+    def save(self, path: Path, content: Content) -> None:
+        """Begin to write a checkpoint of the run's folder, once the one before is written."""
         self.wait()
-        self.path = runs.checkpoint_path(self.folder, at, self.relation)
-        self.pending = self.thread.submit(self._write, self.path, on_host(content))
+        self.path = path
+        self.pending = self.thread.submit(self._write, path, on_host(content))
         self.saved_at = time.monotonic()
 
     def wait(self) -> None:

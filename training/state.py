@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 import runs
 import utils
-from config import PretrainConfig
+from config import Phase, PretrainConfig
 from dataset.vg import TrainingData
 from model_sizes import check_same_blip
 from models.checkpoint import (
@@ -175,9 +175,6 @@ def choose_start(args: argparse.Namespace) -> tuple[str | Path, bool]:
 
     --resume goes on from --checkpoint, or from the newest checkpoint of --output_dir. --resume auto goes on from the
     newest one there that is whole, and where there is none, begins with the weights of --checkpoint.
-
-    Raises:
-        CheckpointError: a process does not see the file.
     """
     folder, chosen = Path(args.output_dir), (args.checkpoint, bool(args.checkpoint and args.resume))
     if utils.rank() == 0 and args.resume == "auto":
@@ -188,26 +185,38 @@ def choose_start(args: argparse.Namespace) -> tuple[str | Path, bool]:
         if not newest:
             utils.log(f"--resume: {folder} holds no checkpoint yet, starting from the beginning")
         chosen = (str(newest or ""), newest is not None)
-    path, goes_on = utils.gather_objects(chosen)[0]
-    lacking = utils.gather_objects("" if not path or Path(path).exists() else platform.node())
+    return utils.gather_objects(chosen)[0]
+
+
+def read_start(path: str | Path) -> Content:
+    """The content of a checkpoint; raises `CheckpointError` if some processes do not see it (a collective call)."""
+    lacking = utils.gather_objects("" if Path(path).exists() else platform.node())
     if any(lacking) and not all(lacking):
         which = ", ".join(f"process {rank} on {node}" for rank, node in enumerate(lacking) if node)
         raise CheckpointError(f"{path}: not seen by {which}; all processes need the same files: share the folder")
-    return path, goes_on
+    return read_checkpoint(path)
 
 
-def has_ended_epoch_0(path: str | Path) -> bool:
-    """Whether a checkpoint to go on from is of a later epoch; raises `CheckpointError` where it is none."""
-    checkpoint = read_checkpoint(path)
+def phases_left(phases: list[Phase], path: str | Path, goes_on: bool) -> list[Phase]:
+    """The phases of a run without those that it has ended; of a run that has ended, the last one.
+
+    Args:
+        path, goes_on: what it starts from (`choose_start`).
+    """
+    if not goes_on or len(phases) == 1:
+        return phases
+    checkpoint = read_start(path)
     check_resumable(checkpoint, path)
-    return checkpoint["epoch"] >= 0
+    epoch = progress_of(checkpoint, path)["epoch"]
+    return [phase for phase in phases if epoch < phase.epochs.stop] or phases[-1:]
 
 
-def steps_of_epoch_0(checkpoint: Content) -> int | None:
-    """How many optimizer steps epoch 0 had, by the log that a checkpoint holds; None where it does not say."""
-    rows = checkpoint.get("log")
-    first = [row for row in rows if isinstance(row, dict) and row.get("epoch") == 0] if isinstance(rows, list) else []
-    return first[0].get("steps") if first and type(first[0].get("steps")) is int else None
+def earlier_steps(checkpoint: Content, phase: Phase, epoch_steps: int) -> int:
+    """The optimizer steps of all epochs before a phase, by the log in a checkpoint; else, each has `epoch_steps`."""
+    log = checkpoint.get("log")
+    rows = [row for row in log if isinstance(row, dict)] if isinstance(log, list) else []
+    known = {row["epoch"]: row["steps"] for row in rows if type(row.get("epoch")) is type(row.get("steps")) is int}
+    return sum(known.get(epoch, epoch_steps) for epoch in range(phase.epochs.start))
 
 
 def newest_whole(folder: Path) -> Path | None:
@@ -293,7 +302,7 @@ def load_start(
         return {}
     if config.model == "blip" and is_student(Path(path)):
         check_same_blip(config.bert_config, Path(path) / CONFIG)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_start(path)
     utils.log(str(load_weights(model, checkpoint["model"], path)))
     return checkpoint
 

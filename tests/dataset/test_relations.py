@@ -43,7 +43,7 @@ def configure(images: Path, rows: Any, **keys: Any) -> PretrainConfig:
 
 
 def relation_epoch(images: Path, rows: Any, **keys: Any) -> TrainingData:
-    return TrainingData(configure(images, rows, relation_file=[str(images / "r.json")], **keys).relation_epoch(), 0)
+    return TrainingData(configure(images, rows, relation_file=[str(images / "r.json")], **keys).phases()[0].config, 0)
 
 
 # ---- entries
@@ -200,9 +200,8 @@ def test_collate(images: Path, tokenizer: Tokenizer) -> None:
 def test_no_synonyms_at_all(images: Path, keys: dict[str, Any]) -> None:
     keys = {key: [str(images / "r.json")] if value is True else value for key, value in keys.items()}
     config = configure(images, [{**VG, "relation": None, "relations": RELATION}], **keys)
-    config = config.relation_epoch() if config.relation_file else config
     with pytest.raises(DataError, match=r"r\.json: no entry has a relation with synonyms"):
-        TrainingData(config, 0)
+        TrainingData(config.phases()[0].config, 0)
 
 
 def test_large_files_are_packed_with_their_relations(images: Path) -> None:
@@ -265,7 +264,7 @@ def test_a_released_config_is_two_runs(tmp_path: Path) -> None:
     (tmp_path / "Pretrain_vg.yaml").write_text(RELEASED)
     config = load_config(tmp_path / "Pretrain_vg.yaml", PretrainConfig, ["schedular.warmup_lr=3e-6"])
     assert (config.selfeq.weight_similarity, config.selfeq.weight_consistency) == (1, 0.5)
-    first, later = config.relation_epoch(), config.plain_epochs()
+    first, later = (phase.config for phase in config.phases())
     assert first.train_file == ["vg_relation.json"]
     assert (first.optimizer.lr, first.schedular.warmup_lr, first.schedular.epochs) == (2e-5, 1e-6, 1)
     assert (first.augment.kind, first.add_gcam, first.paraphrases) == ("none", False, True)

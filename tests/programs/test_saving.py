@@ -117,7 +117,7 @@ def test_a_checkpoint_is_due_by_time(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(saving, "time", SimpleNamespace(monotonic=lambda: next(times)))
     saver = saving.Saver(tmp_path, 1, 1, saving.Every(seconds=10))
     assert [saver.is_due(1) for _ in range(3)] == [False, True, True]
-    saver.save(runs.Position(0, 1), {"model": {}})
+    saver.save(tmp_path / "checkpoint_00_step_000001.pth", {"model": {}})
     assert [saver.is_due(2) for _ in range(2)] == [False, True]
     monkeypatch.setattr("utils.rank", lambda: 1)  # one clock decides
     assert not saver.is_due(2)
