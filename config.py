@@ -256,42 +256,27 @@ class PretrainConfig(ModelConfig):
         return bool(self.relation_file or self.selfeq.weight_similarity or self.selfeq.weight_consistency)
 
     def phases(self) -> "list[Phase]":
-        """What a run consists of, in order."""
-        epochs, augment = self.schedular.epochs, self.augment
+        """What a run consists of, in order: with `relation_file` two phases, else one."""
         if not self.relation_file:
-            return [Phase(self, range(epochs))]
-        relation = {
-            "train_file": self.relation_file,
-            "optimizer": self.relation_optimizer,
-            "schedular": self.relation_schedular.model_copy(update={"epochs": 1}),
-            "augment": augment.model_copy(update={"kind": "none"}),
-            "add_gcam": False,
-        }
-        plain = {
-            "relation_file": [],
-            "selfeq": SelfEQConfig(),
-            "augment": augment.model_copy(update={"kind": augment.kind or "amc"}),
-            "add_gcam": False,
-        }
+            return [Phase(self, range(self.schedular.epochs))]
+        relation = {"train_file": self.relation_file, "optimizer": self.relation_optimizer, "add_gcam": False}
+        relation |= {"schedular": self.relation_schedular.model_copy(update={"epochs": 1})}
+        relation |= {"augment": self.augment.model_copy(update={"kind": "none"})}
+        plain = {"relation_file": [], "selfeq": SelfEQConfig(), "add_gcam": False}
+        plain |= {"augment": self.augment.model_copy(update={"kind": self.augment.kind or "amc"})}
         return [
             Phase(self.model_copy(update=relation), range(1), "relation", self.selfeq.rate == "fixed"),
-            Phase(self.model_copy(update=plain), range(1, epochs)),
+            Phase(self.model_copy(update=plain), range(1, self.schedular.epochs)),
         ]
 
 
 class Phase(NamedTuple):
-    """Epochs of a run with a config of their own, and so their own data, losses, optimizer and schedule.
-
-    Args:
-        epochs: counted over the whole run.
-        name: a part of its checkpoints' names.
-        fixed_rate: whether the learning rate stays where the schedule begins.
-    """
+    """Epochs of a run that have a config of their own, and so their own data, losses, optimizer and schedule."""
 
     config: PretrainConfig
-    epochs: range
-    name: str = ""
-    fixed_rate: bool = False
+    epochs: range  # as the whole run counts them
+    name: str = ""  # a part of its checkpoints' names
+    fixed_rate: bool = False  # the learning rate stays where the schedule begins
 
 
 class GroundingConfig(ModelConfig):

@@ -116,11 +116,7 @@ NAME = re.compile(r"checkpoint_(?:relation_)?([0-9]+)(?:_step_([0-9]+))?\.pth")
 
 
 def checkpoint_path(folder: Path, at: Position, phase: str = "") -> Path:
-    """checkpoint_01.pth at the end of epoch 1, checkpoint_01_step_000200.pth after 200 steps of it.
-
-    Args:
-        phase: the name of a phase that has one: checkpoint_relation_00.pth.
-    """
+    """checkpoint_01.pth at the end of epoch 1, checkpoint_01_step_000200.pth within it; with a phase's name in it."""
     kind = f"checkpoint_{phase}" if phase else "checkpoint"
     if at.step:
         return folder / f"{kind}_{at.epoch:02d}_step_{at.step:06d}.pth"

@@ -27,10 +27,8 @@ from grounding.results import ResultFolder
 from scenes_demo import accuracies, evaluation, run_step, train
 
 AMC, CONTROL = CONFIGS / "Pretrain.yaml", CONFIGS / "Pretrain_control.yaml"
-SELFEQ = [
-    "train_file=[data/scenes/train_relations.json]",
-    "amc.layer=3",
-]  # the same entries, and synonyms of their words
+# The same entries, and synonyms of their words.
+SELFEQ = ["train_file=[data/scenes/train_relations.json]", "amc.layer=3"]
 SELFEQ += ["selfeq.weight_similarity=1", "selfeq.weight_consistency=0.5"]
 VARIANTS: dict[str, tuple[Path, list[str]]] = {  # a config, and what is changed of it
     "both terms": (AMC, []),

@@ -198,11 +198,7 @@ def read_start(path: str | Path) -> Content:
 
 
 def phases_left(phases: list[Phase], path: str | Path, goes_on: bool) -> list[Phase]:
-    """The phases of a run without those that it has ended; of a run that has ended, the last one.
-
-    Args:
-        path, goes_on: what it starts from (`choose_start`).
-    """
+    """The phases that a run comes to from its start (`choose_start`); the last one even if nothing of it is left."""
     if not goes_on or len(phases) == 1:
         return phases
     checkpoint = read_start(path)

@@ -109,15 +109,14 @@ class Checker:
         if not config.train_file:
             row.fail("train_file lists no files")
         options = config.image_root, config.max_words, config.empty_captions
-        boxes = [self.reading.once(self.read_training_file, "train_file", file, *options) for file in config.train_file]
-        for file in config.relation_file:
-            self.reading.once(self.read_training_file, "relation_file", file, *options)
-        if config.add_gcam and boxes and None not in boxes and not any(boxes):
-            row.remarks.add(row.name, vg.NO_BOXES)
-        named = config.relation_file or config.train_file
-        related = [entries.related.any() for file, entries in self.training if file.name in named]
-        if config.paraphrases and related and not any(related):
-            row.fail(vg.NO_SYNONYMS)
+        for own in (phase.config for phase in config.phases()):
+            key = "relation_file" if own.relation_file else "train_file"
+            boxes = [self.reading.once(self.read_training_file, key, file, *options) for file in own.train_file]
+            if own.add_gcam and boxes and None not in boxes and not any(boxes):
+                row.remarks.add(row.name, vg.NO_BOXES)
+            related = [entries.related.any() for file, entries in self.training if file.name in own.train_file]
+            if own.paraphrases and related and not any(related):
+                row.fail(vg.NO_SYNONYMS)
 
     def read_training_file(
         self, reading: Reading, key: str, name: str, image_root: str, max_words: int, empty_captions: str

@@ -15,7 +15,7 @@ from config import PretrainConfig, load_config
 from dataset.reading import DataError
 from dataset.text import Tokenizer, load_tokenizer
 from dataset.transforms import resize_bicubic
-from dataset.vg import NO_SYNONYMS, Collate, TrainingData, load_entries
+from dataset.vg import NO_BOXES, NO_SYNONYMS, Collate, TrainingData, load_entries
 from models.pretrain import Batch
 
 RELATION = {"group": "Puppy", "synonym": ["Dog!", "little dog"], "hypernym": ["animal"], "exclusion": ["cat"]}
@@ -213,7 +213,7 @@ def test_large_files_are_packed_with_their_relations(images: Path) -> None:
 
 
 def test_check_reads_relation_files(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (images / "train.json").write_text(json.dumps([{"image": "0.png", "caption": "a dog", "bbox": [[1, 2, 3, 4]]}]))
+    (images / "train.json").write_text(json.dumps([{"image": "0.png", "caption": "a dog"}]))
     config = {"relation_file": [f"{images}/r.json"], "train_file": [f"{images}/train.json"], "image_root": str(images)}
     (images / "c.yaml").write_text(json.dumps(config))
 
@@ -225,6 +225,7 @@ def test_check_reads_relation_files(images: Path, capsys: pytest.CaptureFixture[
     out = check([VG, COCO, {**VG, "caption": "x", "relation": None}])
     assert f"{images}/r.json: 1 of 3 entries have no synonyms, and take no part" in out
     assert re.search(r"r\.json +training entries +3 ", out)
+    assert NO_BOXES not in out  # neither phase needs any
     for rows, message in (
         ([VG, {**COCO, "relation": "puppy"}], "key 'relation' must be"),
         ([COCO | {"relation": {}}], NO_SYNONYMS),
@@ -260,10 +261,11 @@ relation_schedular: {sched: cosine, lr: 1e-5, epochs: 1, min_lr: 1e-6, decay_rat
 """  # noqa: E501
 
 
-def test_a_released_config_is_two_runs(tmp_path: Path) -> None:
+def test_a_released_config_has_two_phases(tmp_path: Path) -> None:
     (tmp_path / "Pretrain_vg.yaml").write_text(RELEASED)
     config = load_config(tmp_path / "Pretrain_vg.yaml", PretrainConfig, ["schedular.warmup_lr=3e-6"])
     assert (config.selfeq.weight_similarity, config.selfeq.weight_consistency) == (1, 0.5)
+    assert [phase[1:] for phase in config.phases()] == [(range(1), "relation", True), (range(1, 30), "", False)]
     first, later = (phase.config for phase in config.phases())
     assert first.train_file == ["vg_relation.json"]
     assert (first.optimizer.lr, first.schedular.warmup_lr, first.schedular.epochs) == (2e-5, 1e-6, 1)
@@ -273,6 +275,7 @@ def test_a_released_config_is_two_runs(tmp_path: Path) -> None:
     assert (later.augment.kind, later.add_gcam, later.paraphrases, later.relation_file) == ("amc", False, False, [])
     own = load_config(tmp_path / "Pretrain_vg.yaml", PretrainConfig, ["selfeq.weight_similarity=2", "relation_file=[]"])
     assert (own.selfeq.weight_similarity, own.selfeq.weight_consistency) == (2, 0)
+    assert own.phases() == [(own, range(30), "", False)]
 
 
 def test_boxes_follow_no_other_augmentation(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Runs by SelfEQ's schedule: the relation epoch, what follows it, and going on after an interruption anywhere."""
 
 import itertools
+import json
 import os
 import signal
 from pathlib import Path
@@ -10,9 +11,11 @@ import pytest
 import torch
 
 import Pretrain
+from config import PretrainConfig
 from system.signals import Stopped
 from tests.programs.test_interrupted import assert_equal_runs
 from tests.training_runs import Interruption, log_rows, saved, step_rows, train
+from training.state import earlier_steps
 from utils import UserError
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
@@ -49,6 +52,9 @@ def test_what_a_run_leaves(place: Path, whole: Path) -> None:
     for content, steps in ((relation, 2), (saved(whole, 1), 3), (saved(whole, 2), 6)):  # each optimizer's own
         assert {float(state["step"]) for state in content["optimizer"]["state"].values()} == {steps}
     assert [group["lr"] for group in relation["optimizer"]["param_groups"]] == pytest.approx([3e-4, 3e-4])
+    rows = [json.loads(line) for line in (whole / "steps.jsonl").read_text().splitlines()]
+    left = [row["seconds_left"] for row in rows]
+    assert [number == 0 for number in left] == [True, False, True]  # at each phase's end
     config = (whole / "config.yaml").read_text()
     assert "train_relations.json" in config
     assert "train_phrases.json" in config
@@ -106,6 +112,16 @@ def test_beside_amc_in_one_run(place: Path, tmp_path: Path) -> None:
     keys = ["selfeq.weight_similarity=1", "selfeq.weight_consistency=0.5", "batch_size=24", "--max_steps", "3"]
     (row,) = train(place, tmp_path, f"train_file=[{place}/data/train_relations.json]", *keys)
     assert all(row[name] > 0 for name in (*LOSSES, "train_loss_cam1", "train_loss_cam2"))
+
+
+DAMAGED = [{"epoch": [0], "steps": 2}, {"epoch": 0, "steps": "2"}, 0]
+
+
+@pytest.mark.parametrize(("log", "steps"), [([{"epoch": 0, "steps": 2}], 2), (DAMAGED, 7), ("x", 7), (None, 7)])
+def test_steps_before_a_phase_are_those_of_the_log(log: Any, steps: int) -> None:
+    keys = {"relation_file": ["r.json"], "train_file": ["t.json"], "image_root": ""}
+    _, later = PretrainConfig.model_validate(keys).phases()
+    assert earlier_steps({"log": log}, later, 7) == steps
 
 
 def test_it_is_not_compiled(place: Path, tmp_path: Path) -> None:
