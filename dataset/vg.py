@@ -195,12 +195,8 @@ def _covering_regions(entry: TrainingEntry, height: int, width: int) -> list[RLE
     return [region for region in regions if area(region)]
 
 
-def load_entries(file: str | Path, config: PretrainConfig) -> list[TrainingEntry]:
+def load_entries(file: str | Path, config: PretrainConfig) -> PackedEntries:
     """Read and check one training JSON; captions come back cleaned. Raises `DataError` with all problems."""
-    return list(_checked_entries(file, config))
-
-
-def _checked_entries(file: str | Path, config: PretrainConfig) -> PackedEntries:
     with Problems() as problems:
         return read_entries(file, config.image_root, config.max_words, problems, config.empty_captions)
 
@@ -220,7 +216,7 @@ def packed_entries(file: str, config: PretrainConfig, cache_dir: str | None = No
         if path and makes:
             _make_packed(file, config, path)
         barrier()
-    return PackedEntries(path, file, config.image_root) if path else _checked_entries(file, config)
+    return PackedEntries(path, file, config.image_root) if path else load_entries(file, config)
 
 
 def _content_digest(file: str) -> str:

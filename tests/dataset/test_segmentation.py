@@ -191,7 +191,7 @@ def test_packed_entries_keep_them_and_others_cost_what_they_did() -> None:
     regions = [SQUARE, CORNER, CORNER_TEXT, [[1.5, 1, 4, 1, 4, 2.25]]]
     data = data_of({"segmentation": regions}, {"bbox": [[1, 1, 4, 3]]})
     packed = packed_entries("train.json", data.config, "cache")
-    assert list(packed) == list(data.entries) == load_entries("train.json", data.config)
+    assert list(packed) == list(data.entries) == list(load_entries("train.json", data.config))
     assert packed[0].segmentations == regions
     assert isinstance(packed, PackedEntries)
     assert packed._text(1).decode() == ENCODER.encode(["a.png", ["a dog"], [[1, 1, 4, 3]]])

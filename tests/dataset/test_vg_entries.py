@@ -23,7 +23,7 @@ def configure(file: Path, rows: Any) -> PretrainConfig:
 
 
 def entries(file: Path, rows: Any) -> list[TrainingEntry]:
-    return load_entries(file, configure(file, rows))
+    return list(load_entries(file, configure(file, rows)))
 
 
 MISSPELT = {
@@ -118,10 +118,10 @@ def test_a_file_that_is_no_list_of_entries(tmp_path: Path, content: bytes | None
 def test_byte_order_marks_and_line_ends_change_nothing(tmp_path: Path, encoding: str) -> None:
     file = tmp_path / "train.json"
     config = configure(file, [{**GOOD, "caption": "caf\u00e9"}, GOOD])
-    expected = load_entries(file, config)
+    expected = list(load_entries(file, config))
     text = json.dumps(json.loads(file.read_text()), indent=1, ensure_ascii=False).replace("\n", "\r\n")
     file.write_bytes(("\ufeff" + text).encode(encoding))
-    assert load_entries(file, config) == expected
+    assert list(load_entries(file, config)) == expected
 
 
 def test_keys_of_their_own_are_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
