@@ -1,1 +1,1 @@
-"""A training run beside its loop: what a checkpoint holds, writing it, and the log."""
+"""A training run beside its loop: its parts, what a checkpoint holds, writing it, and the log."""
