@@ -2,11 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +34,6 @@ from terminal import aligned, boolean, integer
 EXTENT = "bf16 and fp16: of the image encoder, maps are computed in fp32; tf32: of both (default: fp32)"
 Line = dict[str, float | None]
 Models = dict[str, Explainer]  # the models of one checkpoint, by what they were made of
-T = TypeVar("T")
 
 
 def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -104,8 +102,7 @@ def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
                 config = load_config(one.config, GroundingConfig, [*own_sizes(checkpoint), *args.set])
                 evaluations.append(Evaluation(benchmark, config, one, device))
         for evaluation in evaluations:
-            with naming(evaluation.args.config):
-                on_rank_0(partial(evaluation.begin, checkpoints))
+            utils.on_rank_0(partial(evaluation.begin, checkpoints))
         for epoch, path in checkpoints.items():
             loaded: Models = {}
             for evaluation in evaluations:
@@ -184,20 +181,6 @@ def find_checkpoints(checkpoint: str | Path) -> dict[str, Path]:
     return found
 
 
-def on_rank_0(function: Callable[[], T]) -> T:
-    """Call a function on rank 0 and return its result on all ranks; a `UserError` is raised on all of them too."""
-    found: T | utils.UserError | None = None
-    if utils.rank() == 0:
-        try:
-            found = function()
-        except utils.UserError as error:
-            found = error
-    found = utils.gather_objects(found)[0]
-    if isinstance(found, utils.UserError):
-        raise found
-    return found  # type: ignore[return-value]
-
-
 class Evaluation(Questions):
     """A benchmark's questions and its result folder; checked before anything is computed."""
 
@@ -232,7 +215,8 @@ class Evaluation(Questions):
         Raises:
             ResultError: there are results of something else than what is asked for, or none to compare with.
         """
-        results, config, args, names = self.results, self.config, self.args, list(self.benchmark.metrics)
+        results, config, args = self.results, self.config, self.args
+        names, own = list(self.benchmark.metrics), self.benchmark.own_metrics
         stored = [results.origin(epoch) for epoch in results.epochs()]
         self.origin = {
             "benchmark": self.benchmark.name,
@@ -243,8 +227,11 @@ class Evaluation(Questions):
             **self.made_of,
             **identity.of_data(self.expressions, self.pairs, config.image_root, stored),
         }
-        for source in sources_of([Path(folder) for folder in args.compare], len(names)):
+        for source in sources_of([Path(folder) for folder in args.compare], own):
             source.folder.check_data(source.epoch, self.origin)
+            if (others := source.folder.metrics(source.epoch, own)) != names:
+                path = source.folder.path(source.epoch)
+                print(f"{path} was measured by {', '.join(others)}; the report measures its maps by {', '.join(names)}")
         kept = [epoch for epoch in checkpoints if results.path(epoch).exists()]
         deleted = checkpoints.keys() - kept
         origins = {epoch: self.origin for epoch in results.epochs() if epoch not in deleted}
@@ -252,7 +239,7 @@ class Evaluation(Questions):
             origins[epoch] = {**identity.of_checkpoint(checkpoints[epoch], stored), **self.origin}
         results.check_origins(origins, args.skip_broken)
         for epoch in results.epochs():
-            if epoch in deleted or results.origin(epoch).get("metrics", names) != self.origin["metrics"]:
+            if epoch in deleted or results.origin(epoch).get("metrics", [*own]) != self.origin["metrics"]:
                 results.write_lines(epoch, [])  # of a deleted result, or of other metrics of the same maps
         for epoch in kept:
             results.renew_origin(epoch, origins[epoch])
@@ -274,20 +261,21 @@ class Evaluation(Questions):
             return
         matching: list[Line] = []
         # What rank 0 has read from a file, it scores alone.
-        scores = metrics.score(stored, self.expressions, self.benchmark.metrics) if stored is not None else np.empty(0)
+        scores = None if stored is None else metrics.score(stored, self.expressions, self.benchmark.metrics)
         if not has_maps or self.pairs:
-            origin = on_rank_0(lambda: identity.of_checkpoint(path, [self.results.origin(epoch)]))
+            origin = utils.on_rank_0(lambda: identity.of_checkpoint(path, [self.results.origin(epoch)]))
             explainer = self.load(path, origin, loaded)
             if not has_maps:
                 own = self.ask(explainer.maps, self.asked, self.benchmark.resize)
                 maps = own.gathered()
-                on_rank_0(lambda: identity.check_unchanged(path, origin))
+                utils.on_rank_0(lambda: identity.check_unchanged(path, origin))
                 if utils.rank() == 0:
                     self.write(epoch, maps, {**origin, **self.origin})
                 scores = self.scores(own)
             matching = [self.matching(explainer, name) for name in self.pairs]
-            on_rank_0(lambda: identity.check_unchanged(path, origin))
+            utils.on_rank_0(lambda: identity.check_unchanged(path, origin))
         if utils.rank() == 0:
+            assert scores is not None
             lines = [*self.accuracies(scores), *matching]
             self.results.write_lines(epoch, lines)
             for name, line in zip(self.line_names, lines, strict=True):
@@ -317,9 +305,8 @@ class Evaluation(Questions):
             scores: as `metrics.score` returns them.
         """
         splits, lines = [expression.split for expression in self.expressions], []
-        for name, one in metrics.settle(scores, splits, self.benchmark.metrics).items():
-            keys = self.benchmark.log_keys(name)
-            line = metrics.split_accuracies(one.values.tolist(), splits, keys, one.weights)
+        for name, one in metrics.settle(scores, splits).items():
+            line = metrics.split_accuracies(one.values, splits, self.benchmark.log_keys(name), one.weights)
             lines.append(line if one.share is None else {**line, f"{name}_threshold": one.share})
         return lines
 

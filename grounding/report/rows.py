@@ -128,8 +128,7 @@ def collect(
     """
     scores, splits = [], [expression.split for expression in expressions]
     for source in sources:
-        raw = score(read_maps(source, expressions), expressions, benchmark.metrics)
-        found = settle(raw, splits, benchmark.metrics)
+        found = settle(score(read_maps(source, expressions), expressions, benchmark.metrics), splits)
         columns = {metric: one.values for metric, one in found.items()}
         columns |= {weight_of(metric): one.weights for metric, one in found.items() if one.weights is not None}
         scores.append(_columns(np.stack([*columns.values()], axis=1), columns, source.name))

@@ -53,13 +53,11 @@ def intervals(
         weights: (n, m) of the values in their mean; None: equal ones.
     """
     used = ~np.isnan(values).all(axis=1)
-    by_image = pd.DataFrame((values if weights is None else values * weights)[used]).groupby(images[used])
-    sums, counts = by_image.sum().to_numpy(), by_image.count().to_numpy()
-    means = pd.DataFrame(values).mean().to_numpy()
-    if weights is not None:
-        counts = pd.DataFrame(np.where(np.isnan(values), 0, weights)[used]).groupby(images[used]).sum().to_numpy()
-        with np.errstate(invalid="ignore"):
-            means = sums.sum(axis=0) / counts.sum(axis=0)
+    known = np.where(np.isnan(values), 0, np.ones_like(values) if weights is None else weights)
+    both = np.hstack([np.nan_to_num(values) * known, known])[used]
+    sums, counts = np.hsplit(pd.DataFrame(both).groupby(images[used]).sum().to_numpy(), 2)
+    with np.errstate(invalid="ignore"):  # NaN where there is no value
+        means = np.divide(*np.hsplit(both.sum(axis=0), 2))
     ends = np.full((2, values.shape[1]), np.nan)
     usable = (counts > 0).sum(axis=0) > 1
     if usable.any():

@@ -45,17 +45,17 @@ def at(share: float) -> int:
 
 
 def test_one_map_by_hand() -> None:
-    row = metrics.score([7 * CAM], [expression_of(MASK)], MASKS)[0]
-    ious, weighted = row[: len(SHARES)], row[len(SHARES) : -2].reshape(-1, 2)
+    ious, weighted, energy, right = metrics.score([7 * CAM], [expression_of(MASK)], MASKS)[0]
     # Pixels of at least a share of the maximum; both of the mask's are among them until the share is above 0.6.
     hand = {0.05: 2 / 5, 0.2: 2 / 5, 0.25: 2 / 4, 0.3: 2 / 4, 0.35: 2 / 3, 0.5: 2 / 3, 0.55: 1, 0.6: 1, 0.65: 1 / 2}
     for share, iou in hand.items():
         assert ious[at(share)] == weighted[at(share), 0] == iou
         assert weighted[at(share), 1] == 2 if share > 0.5 else weighted[at(share), 1] == 2 / iou  # the union
-    assert row[-2] == pytest.approx(1.6 / 2.6)
-    assert row[-1] == 1
-    flat = metrics.score([0 * CAM], [expression_of(MASK)], MASKS)[0]
-    assert flat[:-1].tolist() == [*[0] * len(SHARES), *[0, 2] * len(SHARES), 0]  # no pixel is hot
+    assert (energy, right) == (pytest.approx(1.6 / 2.6), 1)
+    ious, weighted, energy, _ = metrics.score([0 * CAM], [expression_of(MASK)], MASKS)[0]
+    assert (ious == 0).all()  # no pixel is hot
+    assert (weighted == [0, 2]).all()
+    assert energy == 0
 
 
 def test_the_point_is_of_the_mask_and_not_of_its_box() -> None:
@@ -63,9 +63,9 @@ def test_the_point_is_of_the_mask_and_not_of_its_box() -> None:
     ring[2, 2] = 0
     cam = torch.zeros(5, 5)
     cam[2, 2] = 1.0
-    assert metrics.score([cam], [expression_of(ring)], ["mask_point"]) == [[0]]
+    assert metrics.score([cam], [expression_of(ring)], ["mask_point"])["mask_point"] == [0]
     cam[0, 4] = 2.0
-    assert metrics.score([cam], [expression_of(ring)], ["mask_point"]) == [[1]]
+    assert metrics.score([cam], [expression_of(ring)], ["mask_point"])["mask_point"] == [1]
 
 
 def test_the_threshold_is_the_best_on_val_and_serves_all_splits() -> None:
@@ -79,7 +79,7 @@ def test_the_threshold_is_the_best_on_val_and_serves_all_splits() -> None:
     maps, expressions = [cam for cam, _ in cases], [one for _, one in cases]
     splits, names = [one.split for one in expressions], ["mask_point", "mask_iou", "mask_oiou"]
     raw = metrics.score(maps, expressions, names)
-    found = metrics.settle(raw, splits, names)
+    found = metrics.settle(raw, splits)
     assert list(found) == names
     assert (found["mask_point"].share, found["mask_point"].weights) == (None, None)
     assert found["mask_iou"].share == found["mask_oiou"].share == 0.55  # the first of 0.55 and 0.6
@@ -89,11 +89,11 @@ def test_the_threshold_is_the_best_on_val_and_serves_all_splits() -> None:
 
     def line(name: str) -> dict[str, float | None]:
         one = found[name]
-        return metrics.split_accuracies(one.values.tolist(), splits, reported, one.weights)
+        return metrics.split_accuracies(one.values, splits, reported, one.weights)
 
     assert line("mask_iou") == {"val_d": (1 + 6 / 8) / 2, "test": 1 / 2}
     assert line("mask_oiou") == pytest.approx({"val_d": (2 + 6) / (2 + 8), "test": 1 / 2})
-    unread = metrics.settle(np.where(np.array(splits)[:, None] == "val", np.nan, raw), splits, names)
+    unread = metrics.settle(metrics.score([None, None, CAM, None], expressions, names), splits)
     assert unread["mask_iou"].share is None
     assert np.isnan(unread["mask_oiou"].values).all()
 
@@ -106,7 +106,7 @@ def test_it_agrees_with_pycocotools() -> None:
         mask = np.zeros((height, width), np.uint8)
         y, x = int(rng.integers(height - 3)), int(rng.integers(width - 3))
         mask[y : y + int(rng.integers(3, 30)), x : x + int(rng.integers(3, 30))] = rng.random() < 2
-        row = metrics.score([pred], [expression_of(mask)], ["mask_iou"])[0]
+        row = metrics.score([pred], [expression_of(mask)], ["mask_iou"])["mask_iou"][0]
         cam = ResizedMap(pred, height, width).product().numpy()
         regions = [coco.encode(np.asfortranarray(hot(cam, share), np.uint8)) for share in SHARES]
         assert row == pytest.approx(coco.iou(regions, [coco.encode(np.asfortranarray(mask))], [0])[:, 0])
@@ -148,7 +148,7 @@ def test_the_log_is_that_of_the_maps_and_masks(place: Path, tmp_path: Path) -> N
         plain = {key.removeprefix(f"{metric}_").removesuffix("_d"): value for key, value in line.items()}
         del plain["epoch"]
         assert plain == pytest.approx(expected[metric]) if metric in expected else "threshold" not in plain
-    (source,) = sources_of([tmp_path / "with"], 2 + len(MASKS))
+    (source,) = sources_of([tmp_path / "with"], REFCOCO_PLUS.metrics)
     config = load_config(place / "refcoco.yaml", GroundingConfig, [masks, f"metrics=[{','.join(MASKS)}]"])
     report = collect(benchmark_of(config, REFCOCO_PLUS), REFCOCO_PLUS.load(config), [source])
     for metric in MASKS:
@@ -186,7 +186,7 @@ def test_metrics_that_the_data_cannot_be_measured_by(place: Path, tmp_path: Path
         evaluate(base.FLICKR, place, tmp_path / "a", *ASKED, checkpoint=ONE)
     config = json.loads((place / "refclef.yaml").read_text())
     files = json.dumps(config["test_file"][1:])
-    with pytest.raises(MetricError, match=r"threshold of mask_iou and mask_oiou is chosen on val, and no expr"):
+    with pytest.raises(MetricError, match=r"threshold of mask_iou is chosen on val, and no expr"):
         evaluate(REFCLEF, place, tmp_path / "b", *ASKED, "--set", f"test_file={files}", checkpoint=ONE)
 
 
