@@ -158,7 +158,7 @@ class TrainingData(Dataset[Sample]):
         if not (entry.boxes or entry.segmentations) or not (self.config.phrase_input or self.config.mask_all):
             return mask, False
         boxes = [box for box in (clip_box(box, height, width) for box in entry.boxes) if box is not None]
-        regions: list[tuple[int, int, int, int] | RLE] = [*boxes, *_covering_regions(entry, height, width)]
+        regions: list[tuple[int, int, int, int] | RLE] = [*boxes, *covering_regions(entry, height, width)]
         if not regions:
             what = "segmentation" if entry.segmentations else "box"
             warnings.warn(f"{entry.source}: no {what} covers a pixel of the {width}x{height} image", stacklevel=2)
@@ -186,7 +186,7 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def _covering_regions(entry: TrainingEntry, height: int, width: int) -> list[RLE]:
+def covering_regions(entry: TrainingEntry, height: int, width: int) -> list[RLE]:
     """The segmentations that cover a pixel of the image; raises `DataError` for an RLE of another size."""
     try:
         regions = [to_rle(one, height, width) for one in entry.segmentations]
