@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco
 
+import export
 from config import GroundingConfig, load_config
 from dataset.expressions import Expression
 from dataset.reading import DataError
@@ -18,6 +21,7 @@ from grounding import metrics
 from grounding.benchmarks import REFCLEF, REFCOCO_PLUS, benchmark_of
 from grounding.maps import ResizedMap, hot
 from grounding.metrics import SHARES, MetricError
+from grounding.report import sections
 from grounding.report.rows import collect
 from grounding.results import sources_of
 from tests.grounding import test_evaluate as base
@@ -176,6 +180,40 @@ def test_other_segmentations_of_the_same_maps_are_measured_anew(
     assert "loaded" not in capsys.readouterr().out
     assert log(tmp_path)[0] == outlines[0]
     assert all(one != other for one, other in zip(log(tmp_path)[1:4], outlines[1:4], strict=True))
+
+
+def test_results_of_other_metrics_are_compared_by_those_of_this_run(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their maps are stored: they are measured again, and the folder stays as it is."""
+    monkeypatch.setattr(sections, "chart", lambda *_, **__: "data:,")  # drawing takes most of the time
+    monkeypatch.setattr(sections, "panel", lambda *_: Image.new("RGB", (1, 1)))
+    masks = "--set", f"refcoco_data={place / 'data' / 'masks' / 'refer'}"
+    evaluate(REFCLEF, place, tmp_path / "plain", checkpoint=ONE)
+    before = log(tmp_path / "plain")
+    other = "ckpt/checkpoint_02.pth"
+    evaluate(REFCLEF, place, tmp_path / "out", *masks, *ASKED, "--compare", str(tmp_path / "plain"), checkpoint=other)
+    said = f"plain/result/epoch00.pth was measured by point; the report measures its maps by point, {', '.join(MASKS)}"
+    assert said in capsys.readouterr().out
+    assert log(tmp_path / "plain") == before
+    table = pd.read_csv(tmp_path / "out" / "expressions.csv")
+    evaluate(REFCLEF, place, tmp_path / "masks", *masks, *ASKED, checkpoint=ONE)
+    for metric, line in zip(MASKS, log(tmp_path / "masks")[1:], strict=True):
+        weights = table["mask_oiou weight: checkpoint_01"] if metric == "mask_oiou" else np.ones(len(table))
+        val = table["split"] == "val"
+        mean = np.average(table.loc[val, f"{metric}: checkpoint_01"], weights=weights[val])
+        assert mean == pytest.approx(line[f"{metric}_val_d"], abs=1e-6)
+    evaluate(REFCLEF, place, tmp_path / "plain", "--compare", str(tmp_path / "masks"), checkpoint=ONE)
+    said = f"masks/result/epoch00.pth was measured by point, {', '.join(MASKS)}; the report measures its maps by point"
+    assert f"{said}\n" in capsys.readouterr().out
+    html = (tmp_path / "plain" / "report.html").read_text()
+    assert "Image-text matching" not in html  # whose lines follow those of all metrics
+
+
+def test_the_card_of_an_exported_model_has_them(place: Path, tmp_path: Path) -> None:
+    evaluate(REFCLEF, place, tmp_path, *ASKED, checkpoint=ONE)
+    names = [row[1] for row in export.accuracy_rows(tmp_path, place / ONE)]
+    assert list(dict.fromkeys(names)) == ["point", *MASKS]
 
 
 # ---- errors
