@@ -69,9 +69,7 @@ def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = 
     launch.add_argument("--world_size", default=1, type=int)
     launch.add_argument("--dist_url", default="env://")
     launch.add_argument("--distributed", default=True, type=boolean)
-    args = parser.parse_args(argv)
-    args.config = args.config if len(args.config) > 1 else args.config[0]
-    return args
+    return parser.parse_args(argv)
 
 
 def program(benchmark: Benchmark | None = None) -> None:
@@ -89,15 +87,13 @@ def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
     args.precision = precision.choose(args.precision, device, args.force_precision)
-    every = one_each(args)
+    checkpoint = local_checkpoint(args.checkpoint)
+    checkpoints = find_checkpoints(checkpoint)
+    args.text_encoder = args.text_encoder or own_text_encoder(checkpoint) or "bert-base-uncased"
     with ExitStack() as stack, killed_workers_explained():
-        for one in every:
-            stack.enter_context(claim(Path(one.output_dir)))
-        checkpoint = local_checkpoint(args.checkpoint)
-        checkpoints = find_checkpoints(checkpoint)
         evaluations = []
-        for one in every:
-            one.text_encoder = args.text_encoder or own_text_encoder(checkpoint) or "bert-base-uncased"
+        for one in one_each(args):
+            stack.enter_context(claim(Path(one.output_dir)))
             with naming(one.config):
                 config = load_config(one.config, GroundingConfig, [*own_sizes(checkpoint), *args.set])
                 evaluations.append(Evaluation(benchmark, config, one, device))
@@ -116,22 +112,22 @@ def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
 
 
 def one_each(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments by config. Of several, each has folders below --output_dir and --compare, called as its file is.
+    """The arguments of each config. Of several, each has folders below --output_dir and --compare, called as its file.
 
     Raises:
         EvaluationError: two would have the same folder.
     """
-    if isinstance(args.config, str):
-        return [args]
-    names = [Path(config).stem for config in args.config]
-    if len(set(names)) < len(names):
+    if len({Path(config).stem for config in args.config}) < len(args.config):
         raise EvaluationError(
             f"--config {' '.join(args.config)}: two are called alike, and so would be their folders; rename one"
         )
     found = []
-    for config, name in zip(args.config, names, strict=True):
-        output, *compare = (str(Path(folder, name)) for folder in (args.output_dir, *args.compare))
-        found.append(argparse.Namespace(**vars(args) | {"config": config, "output_dir": output, "compare": compare}))
+    for config in args.config:
+        folders = [args.output_dir, *args.compare]
+        if len(args.config) > 1:
+            folders = [str(Path(folder, Path(config).stem)) for folder in folders]
+        own = {"config": config, "output_dir": folders[0], "compare": folders[1:]}
+        found.append(argparse.Namespace(**vars(args) | own))
     return found
 
 
@@ -162,10 +158,9 @@ def find_checkpoints(checkpoint: str | Path) -> dict[str, Path]:
         raise EvaluationError(f"--checkpoint {checkpoint}: no such file or folder")
     found: dict[str, Path] = {}
     for file in sorted(path.glob("*.pth")):
-        if file.name.startswith(".") or not file.is_file():  # such as macOS's ._checkpoint_00.pth
-            continue
+        hidden = file.name.startswith(".")  # such as macOS's ._checkpoint_00.pth
         again = file.is_symlink() and file.resolve().parent == path.resolve()  # best.pth
-        if again or is_within_epoch(file):
+        if hidden or again or not file.is_file() or is_within_epoch(file):
             continue
         epoch = file.stem[-2:]
         if epoch in found:

@@ -22,9 +22,8 @@ from config import ConfigError
 from dataset.loader.entries import TrainingEntry
 from dataset.photos import read_photo
 from dataset.reading import DataError, read_image
-from dataset.segmentation import to_mask
 from dataset.text import has_content
-from dataset.vg import clip_box, covering_regions
+from dataset.vg import clip_box, covering_masks
 from grounding.explain import Explainer, clean_phrase, encode, ground
 from grounding.pictures.overlay import overlay
 from grounding.pictures.render import pixels
@@ -156,7 +155,7 @@ def watched_entries(
                 continue
             clipped = (clip_box(box, image.height, image.width) for box in entry.boxes)
             truth = tuple((x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in filter(None, clipped))
-            masks = [to_mask(one) for one in covering_regions(entry, image.height, image.width)]
+            masks = covering_masks(entry, image.height, image.width)
             watched.append(Watched(image, phrase, truth, np.any(masks, axis=0) if masks else None))
             break
     return watched
