@@ -300,9 +300,11 @@ class Evaluation(Questions):
             scores: as `metrics.score` returns them.
         """
         splits, lines = [expression.split for expression in self.expressions], []
-        for name, one in metrics.settle(scores, splits).items():
-            line = metrics.split_accuracies(one.values, splits, self.benchmark.log_keys(name), one.weights)
-            lines.append(line if one.share is None else {**line, f"{name}_threshold": one.share})
+        columns, shares = metrics.settle(scores, splits)
+        for name in self.benchmark.metrics:
+            keys, weights = self.benchmark.log_keys(name), columns.get(metrics.weight_of(name))
+            line = metrics.split_accuracies(columns[name], splits, keys, weights)
+            lines.append({**line, f"{name}_threshold": shares[name]} if name in shares else line)
         return lines
 
     def matching(self, explainer: Explainer, name: str) -> Line:

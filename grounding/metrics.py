@@ -124,36 +124,36 @@ def score(found: Iterable[Tensor | None], expressions: Sequence[Expression], nam
     return scores
 
 
-class Scores(NamedTuple):
-    """A metric of many expressions.
+def settle(scores: np.ndarray, splits: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Choose a share for each metric that has a value for each of `SHARES`: the best by its mean over `CHOOSES`.
 
     Args:
-        values: (n,) in 0..1, NaN without a map.
-        weights: (n,) in a mean of the values; None: they are equal.
-        share: of `SHARES`, the chosen one; None where there is none to choose.
+        scores: as `score` returns them.
+
+    Returns:
+        float64 (n,) by metric, its values, and by `weight_of` a metric, where it has any, their weights; and the chosen
+        shares by metric, of equals the smallest. Without a map of that split none is chosen, and values are NaN.
     """
-
-    values: np.ndarray
-    weights: np.ndarray | None = None
-    share: float | None = None
-
-
-def settle(scores: np.ndarray, splits: Sequence[str]) -> dict[str, Scores]:
-    """What `score` returns, by metric, at the share with the best mean value on `CHOOSES`, of equals the smallest.
-
-    Without a map of that split there is no share, and values are NaN.
-    """
-    found = {}
+    found, weights, shares = {}, {}, {}
     for name in scores.dtype.names or ():
-        columns, share = scores[name], None
+        columns = scores[name]
         if columns.ndim > 1:
             values = columns.reshape(*columns.shape[:2], -1)[:, :, 0]
             chooses = values[(np.array(splits) == CHOOSES) & ~np.isnan(values[:, 0])]
-            best = int(chooses.mean(axis=0).argmax()) if len(chooses) else None
-            share = None if best is None else SHARES[best]
-            columns = np.full_like(columns[:, 0], np.nan) if best is None else columns[:, best]
-        found[name] = Scores(*np.atleast_2d(columns.T))._replace(share=share)
-    return found
+            if len(chooses):
+                best = int(chooses.mean(axis=0).argmax())
+                shares[name], columns = SHARES[best], columns[:, best]
+            else:
+                columns = np.full_like(columns[:, 0], np.nan)
+        found[name], *more = np.atleast_2d(columns.T)
+        for each in more:
+            weights[weight_of(name)] = each
+    return found | weights, shares
+
+
+def weight_of(metric: str) -> str:
+    """The name of a metric's weights, beside the metric in a table."""
+    return f"{metric} weight"
 
 
 # ---- the metrics

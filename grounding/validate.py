@@ -110,11 +110,12 @@ def _accuracies(questions: Questions, names: dict[str, str], explainer: Explaine
     maps = questions.answers(explainer.maps, questions.asked, benchmark.resize, images)
     scores = questions.scores(maps)[chosen]
     splits, found = [one.split for one in expressions], {}
-    settled = metrics.settle(scores, splits)
-    if missing := int(np.isnan(settled[benchmark.decisive].values).sum()):
+    columns, _ = metrics.settle(scores, splits)
+    if missing := int(np.isnan(columns[benchmark.decisive]).sum()):
         utils.log(f"{missing} expressions of unreadable images are left out of the validation")
-    for metric, one in settled.items():
-        for name, value in metrics.split_accuracies(one.values, splits, names, one.weights).items():
+    for metric in benchmark.metrics:
+        weights = columns.get(metrics.weight_of(metric))
+        for name, value in metrics.split_accuracies(columns[metric], splits, names, weights).items():
             if value is not None:
                 found[f"{name}_{metric}"] = value
     return utils.gather_objects(found)[0]  # rank 0 has the scores of all

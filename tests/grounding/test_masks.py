@@ -83,23 +83,21 @@ def test_the_threshold_is_the_best_on_val_and_serves_all_splits() -> None:
     maps, expressions = [cam for cam, _ in cases], [one for _, one in cases]
     splits, names = [one.split for one in expressions], ["mask_point", "mask_iou", "mask_oiou"]
     raw = metrics.score(maps, expressions, names)
-    found = metrics.settle(raw, splits)
-    assert list(found) == names
-    assert (found["mask_point"].share, found["mask_point"].weights) == (None, None)
-    assert found["mask_iou"].share == found["mask_oiou"].share == 0.55  # the first of 0.55 and 0.6
-    assert found["mask_iou"].values[:3].tolist() == [1, 6 / 8, 1 / 2]
-    assert np.isnan(found["mask_iou"].values[3])
+    found, shares = metrics.settle(raw, splits)
+    assert list(found) == [*names, "mask_oiou weight"]
+    assert shares == {"mask_iou": 0.55, "mask_oiou": 0.55}  # the first of 0.55 and 0.6
+    assert found["mask_iou"][:3].tolist() == [1, 6 / 8, 1 / 2]
+    assert np.isnan(found["mask_iou"][3])
     reported = {"val": "val_d", "test": "test"}
 
     def line(name: str) -> dict[str, float | None]:
-        one = found[name]
-        return metrics.split_accuracies(one.values, splits, reported, one.weights)
+        return metrics.split_accuracies(found[name], splits, reported, found.get(f"{name} weight"))
 
     assert line("mask_iou") == {"val_d": (1 + 6 / 8) / 2, "test": 1 / 2}
     assert line("mask_oiou") == pytest.approx({"val_d": (2 + 6) / (2 + 8), "test": 1 / 2})
-    unread = metrics.settle(metrics.score([None, None, CAM, None], expressions, names), splits)
-    assert unread["mask_iou"].share is None
-    assert np.isnan(unread["mask_oiou"].values).all()
+    unread, shares = metrics.settle(metrics.score([None, None, CAM, None], expressions, names), splits)
+    assert shares == {}
+    assert np.isnan(unread["mask_oiou"]).all()
 
 
 def test_it_agrees_with_pycocotools() -> None:
