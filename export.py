@@ -172,7 +172,7 @@ def accuracy_rows(folder: Path, checkpoint: Path) -> list[list[str]]:
     for epoch, origin in origins.items():
         if origin.get(identity.CHECKPOINT) == digest:
             how = "{gradcam_mode} at layer {block_num}, {image_res} pixels, {precision}".format_map(origin)
-            found = results.accuracies(epoch, [*origin["metrics"], *pairs])
+            found = results.accuracies(epoch, [*results.metrics(epoch, ()), *pairs])
             rows += [
                 [origin["benchmark"], metric, split, percent(value), how] for (metric, split), value in found.items()
             ]

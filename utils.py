@@ -239,6 +239,20 @@ def gather_objects(item: T) -> list[T]:
     return items
 
 
+def on_rank_0(function: Callable[[], T]) -> T:
+    """Call a function on rank 0 and return its result on all ranks; a `UserError` is raised on all of them too."""
+    found: T | UserError | None = None
+    if rank() == 0:
+        try:
+            found = function()
+        except UserError as error:
+            found = error
+    found = gather_objects(found)[0]
+    if isinstance(found, UserError):
+        raise found
+    return found  # type: ignore[return-value]
+
+
 def rows_on_rank_0(own: Tensor) -> Tensor:
     """The rows of all processes, in rank order, on rank 0; the others get their own back.
 

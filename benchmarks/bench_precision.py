@@ -122,7 +122,7 @@ class Maps:
 
     def accuracy(self, maps: list[Tensor]) -> float:
         """Point accuracy, over all expressions."""
-        return float(metrics.score(maps, self.questions.expressions, ["point"]).mean())
+        return float(metrics.score(maps, self.questions.expressions, ["point"])["point"].mean())
 
 
 def map_errors(exact: list[Tensor], other: list[Tensor]) -> list[float]:

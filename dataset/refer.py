@@ -27,7 +27,7 @@ from dataset.expressions import (
     require,
 )
 from dataset.reading import DataError, load_json
-from dataset.segmentation import RLE, area, check_segmentation, to_rle
+from dataset.segmentation import RLE, area, to_rle
 
 MAX_WORDS = 30  # the release cuts an expression here
 # Data set -> who split it -> the splits that refs(SPLIT_BY).p then has.
@@ -80,7 +80,7 @@ class Refer(NamedTuple):
         if size is None:
             kind = f"{self.instances_file}: the ref's image lacks 'height' or 'width', which its segmentation needs"
             raise EntryProblem(kind, f"image_id {ref['image_id']}")
-        found = to_rle(check_segmentation(self.annotations[ref["ann_id"]].get("segmentation"), what), *size)
+        found = to_rle(self.annotations[ref["ann_id"]].get("segmentation"), *size, what)
         if not area(found):
             raise EntryProblem(f"{what} covers no pixel of the image", f"ann_id {ref['ann_id']}")
         return found

@@ -2,11 +2,12 @@
 
 A segmentation is a list of polygons [x1, y1, x2, y2, ...] in pixels, or an RLE {"size": [height, width], "counts": run
 lengths by columns, background first, or COCO's text of them}, or, as in RefCLEF, a list of RLEs. Several parts are one
-region. pycocotools decodes them: C code that reads and writes beyond its memory where the input is not as it expects.
-Whatever a file holds is therefore checked here first.
+region. pycocotools makes masks of them: C code that reads and writes beyond its memory where the input is not as it
+expects. So it gets polygons and run lengths that were checked here, and never the text.
 """
 
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -20,94 +21,68 @@ Segmentation = list[Any] | dict[str, Any]
 RLE = dict[str, Any]  # one region of one image, as pycocotools writes it: "size" and compressed "counts"
 
 
-def check_segmentation(value: Any, what: str) -> Segmentation:
-    """A segmentation as it stands in a file, if `to_rle` can take it with an image of its size.
+def check_segmentation(value: Any, what: str) -> list[Any]:
+    """The parts of a segmentation: polygons, or RLEs {"size", "counts": run lengths}.
 
     Raises:
-        EntryProblem: it is something else; `what` names it.
+        EntryProblem: it is something else, or too large; `what` names it.
     """
     parts = value if isinstance(value, list) else [value]
-    if not parts or not (all(isinstance(part, list) for part in parts) or all(isinstance(p, dict) for p in parts)):
+    if {*map(type, parts)} == {dict}:
+        return [{"size": part.get("size"), "counts": _run_lengths(part, what)} for part in parts]
+    if {*map(type, parts)} != {list}:
         raise EntryProblem(f"{what} must be a list of polygons, or an RLE {{size, counts}}", f"found {shown(value)}")
     outline = 0.0
     for part in parts:
-        if isinstance(part, dict):
-            _check_rle(part, what)
-        else:
-            outline += _outline_of(part, what)
+        if len(part) % 2 or len(part) < 6 or not all(map(is_number, part)):
+            kind = f"{what}: a polygon must be finite numbers [x1, y1, x2, y2, ...], of 3 points or more"
+            raise EntryProblem(kind, f"found {len(part)}: {shown(part)}")
+        points = np.array([0, 0, *part, *part[:2]], np.float64).reshape(-1, 2)  # from the image's corner, and closed
+        outline += np.abs(np.diff(points, axis=0)).max(axis=1).sum()
     if outline > LONGEST_OUTLINE:
         kind = f"{what}: the polygons lie or reach too far outside of any image; are their numbers pixels?"
         raise EntryProblem(kind, f"found {shown(parts[0])}")
-    return value
+    return parts
 
 
-def _outline_of(polygon: list[Any], what: str) -> float:
-    """The length of a polygon's outline in pixels, counted from the image's corner; checks the polygon."""
-    if not all(map(is_number, polygon)):
-        raise EntryProblem(f"{what}: a polygon must be finite numbers [x1, y1, x2, y2, ...]", f"found {shown(polygon)}")
-    if len(polygon) % 2 or len(polygon) < 6:
-        kind = f"{what}: a polygon must have 3 points or more, two numbers each"
-        raise EntryProblem(kind, f"found {len(polygon)} numbers")
-    points = np.array(polygon, np.float64).reshape(-1, 2)
-    return float(np.abs(np.diff(points, axis=0, prepend=[[0, 0]], append=points[:1])).max(axis=1).sum())
+def _run_lengths(rle: dict[str, Any], what: str) -> list[int]:
+    """The run lengths of an RLE; raises `EntryProblem`.
 
-
-def _check_rle(rle: dict[str, Any], what: str) -> None:
+    In COCO's text of them, characters from "0" hold 5 bits each, the lowest first, and a sixth that says whether more
+    follow; the last has the sign. From the fourth on, a number is the difference from the one before the last.
+    """
     size, counts = rle.get("size"), rle.get("counts")
     if not isinstance(size, list) or len(size) != 2 or not all(type(side) is int and side > 0 for side in size):
         raise EntryProblem(f"{what}: 'size' of an RLE must be [height, width]", f"found {shown(size)}")
-    pixels = math.prod(size)
-    if pixels > MOST_PIXELS:
-        raise EntryProblem(f"{what}: an RLE is of more pixels than any image that is read", f"size {shown(size)}")
-    if isinstance(counts, str):
-        counts = _counts_of_text(counts)
-    if not isinstance(counts, list) or not all(type(n) is int and 0 <= n <= pixels for n in counts):
+    if isinstance(counts, str) and re.fullmatch("([P-o]{0,5}[0-O])*", counts):
+        text, counts = counts, []
+        for letters in re.findall("[P-o]*[0-O]", text):
+            bits = [ord(letter) - ord("0") & 31 for letter in letters]
+            number = sum(five << 5 * place for place, five in enumerate(bits)) - (bits[-1] >> 4 << 5 * len(bits))
+            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
+    if not isinstance(counts, list) or not all(type(count) is int and count >= 0 for count in counts):
         kind = f"{what}: 'counts' of an RLE must be run lengths, or COCO's text of them"
         raise EntryProblem(kind, f"found {shown(rle.get('counts'))}")
-    if sum(counts) != pixels:
+    if sum(counts) != math.prod(size):
         kind = f"{what}: the counts of an RLE do not add up to height x width of its size"
-        raise EntryProblem(kind, f"found {sum(counts)}, size {size}")
-    if not any(counts[1::2]):
-        raise EntryProblem(f"{what}: an RLE has no pixel in its region", f"size {size}")
+        raise EntryProblem(kind, f"found {shown(sum(counts))}, size {shown(size)}")
+    return counts
 
 
-def _counts_of_text(text: str) -> list[int] | None:
-    """The run lengths in COCO's text; None where it is no such text.
-
-    Characters from "0" hold 5 bits each, the lowest first, and a sixth that says whether more follow; from the fourth
-    on, a number is the difference from the one before the last.
-    """
-    counts: list[int] = []
-    number = place = 0
-    for letter in text:
-        bits = ord(letter) - 48
-        if not 0 <= bits < 64 or place > 25:  # more characters than pycocotools has bits for
-            return None
-        number |= (bits & 31) << place
-        place += 5
-        if not bits & 32:
-            number -= (bits & 16) << (place - 4)  # the sign
-            counts.append(number + (counts[-2] if len(counts) > 2 else 0))
-            number = place = 0
-    return None if place else counts
-
-
-def to_rle(segmentation: Segmentation, height: int, width: int) -> RLE:
-    """The region of a checked segmentation in an image; what lies outside of the image is cut off.
+def to_rle(segmentation: Any, height: int, width: int, what: str = "segmentation") -> RLE:
+    """The region of a segmentation in an image; what lies outside of the image is cut off.
 
     Raises:
-        EntryProblem: an RLE is of another size, or the image too large.
+        EntryProblem: as `check_segmentation`; an RLE is of another size, or the image too large.
     """
-    parts = segmentation if isinstance(segmentation, list) else [segmentation]
+    parts = check_segmentation(segmentation, what)
     if height * width > MOST_PIXELS:
         raise EntryProblem("the image has too many pixels for a segmentation", f"{width}x{height}")
-    for part in parts:
-        if isinstance(part, dict) and part["size"] != [height, width]:
-            sizes = "{1}x{0}".format(*part["size"]), f"{width}x{height}"
-            raise EntryProblem("the size of an RLE is not that of its image", "RLE {}, image {}".format(*sizes))
-    texts = [part for part in parts if isinstance(part, dict) and isinstance(part["counts"], str)]
-    others = [part for part in parts if not isinstance(part, dict) or not isinstance(part["counts"], str)]
-    return coco.merge([*texts, *(coco.frPyObjects(others, height, width) if others else [])])
+    for size in (part["size"] for part in parts if isinstance(part, dict)):
+        if size != [height, width]:
+            sizes = f"RLE {size[1]}x{size[0]}, image {width}x{height}"
+            raise EntryProblem("the size of an RLE is not that of its image", sizes)
+    return coco.merge(coco.frPyObjects(parts, height, width))
 
 
 def from_mask(mask: np.ndarray) -> RLE:

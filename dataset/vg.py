@@ -28,7 +28,7 @@ from config import PretrainConfig
 from dataset.expressions import SURROGATE, EntryProblem, Problems, is_box, is_text, locate, require, shown
 from dataset.loader.entries import FORM, PackedEntries, RawEntry, TrainingEntry, pack
 from dataset.reading import DataError, read_image, read_list
-from dataset.segmentation import RLE, area, check_segmentation, to_mask, to_rle
+from dataset.segmentation import check_segmentation, to_mask, to_rle
 from dataset.text import Tokenizer, clean_caption, has_content, swap_left_right
 from dataset.transforms import augment_for_albef, augment_for_amc, resize_bicubic
 from files import file_digest
@@ -157,8 +157,8 @@ class TrainingData(Dataset[Sample]):
         mask = np.zeros((height, width), np.uint8)
         if not (entry.boxes or entry.segmentations) or not (self.config.phrase_input or self.config.mask_all):
             return mask, False
-        boxes = [box for box in (clip_box(box, height, width) for box in entry.boxes) if box is not None]
-        regions: list[tuple[int, int, int, int] | RLE] = [*boxes, *_covering_regions(entry, height, width)]
+        boxes = filter(None, (clip_box(box, height, width) for box in entry.boxes))
+        regions: list[Any] = [np.s_[y1:y2, x1:x2] for x1, y1, x2, y2 in boxes] + covering_masks(entry, height, width)
         if not regions:
             what = "segmentation" if entry.segmentations else "box"
             warnings.warn(f"{entry.source}: no {what} covers a pixel of the {width}x{height} image", stacklevel=2)
@@ -166,11 +166,7 @@ class TrainingData(Dataset[Sample]):
         if not self.config.mask_all:
             regions = [regions[int(rng.integers(len(regions)))]]
         for region in regions:
-            if isinstance(region, tuple):
-                x1, y1, x2, y2 = region
-                mask[y1:y2, x1:x2] = 1
-            else:
-                mask |= to_mask(region)
+            mask[region] = 1
         return mask, True
 
 
@@ -186,13 +182,13 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
     return (x1, y1, x2, y2) if x1 < x2 and y1 < y2 else None
 
 
-def _covering_regions(entry: TrainingEntry, height: int, width: int) -> list[RLE]:
-    """The segmentations that cover a pixel of the image; raises `DataError` for an RLE of another size."""
+def covering_masks(entry: TrainingEntry, height: int, width: int) -> list[np.ndarray]:
+    """The segmentations that cover a pixel of the image, bool (h, w); raises `DataError` for an RLE of another size."""
     try:
-        regions = [to_rle(one, height, width) for one in entry.segmentations]
+        masks = [to_mask(to_rle(one, height, width)) for one in entry.segmentations]
     except EntryProblem as problem:
         raise DataError(f"{entry.source}: {problem.kind} ({problem.detail})") from None
-    return [region for region in regions if area(region)]
+    return [mask for mask in masks if mask.any()]
 
 
 def load_entries(file: str | Path, config: PretrainConfig) -> PackedEntries:

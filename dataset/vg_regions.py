@@ -27,8 +27,7 @@ def read_vg(config: GroundingConfig, reading: Reading) -> list[Expression]:
     """
     config.require("image_ids_file", "image_data_file", "region_file")
     files = tuple(config.image_ids_file), config.image_data_file, config.region_file
-    found = reading.once(_read_files, *files, config.image_root)
-    return [replace(one, ref_id=index) for index, one in enumerate(found)]
+    return reading.once(_read_files, *files, config.image_root)
 
 
 def _read_files(
@@ -58,11 +57,11 @@ def _read_files(
             for image_id in (one for one in ids if one not in regions):
                 kind = f"the image id has no entry in {image_data_file if image_id not in images else region_file}"
                 named_by.problems.add(f"{named_by.name}: image {image_id}", f"{kind}, or none that can be used")
+    listed = ((split_of(file.name), image_id) for file, ids in lists for image_id in ids)
+    found = [(split, one) for split, image_id in listed for one in regions.get(image_id, [])]
     return [
-        replace(one, split=split_of(file.name), record={**one.record, "split": split_of(file.name)})
-        for file, ids in lists
-        for image_id in ids
-        for one in regions.get(image_id, [])
+        replace(one, ref_id=index, split=split, record={**one.record, "split": split})
+        for index, (split, one) in enumerate(found)
     ]
 
 

@@ -40,9 +40,14 @@ class Benchmark(NamedTuple):
     added: int = 0
 
     @property
+    def own_metrics(self) -> tuple[str, ...]:
+        """The metrics that it has without the config's."""
+        return self.metrics[: len(self.metrics) - self.added]
+
+    @property
     def decisive(self) -> str:
         """The metric that decides which checkpoint is best."""
-        return self.metrics[-1 - self.added]
+        return self.own_metrics[-1]
 
     def with_metrics(self, names: Sequence[str]) -> "Benchmark":
         """The benchmark with further metrics; those that it has already are its own."""
@@ -54,8 +59,8 @@ class Benchmark(NamedTuple):
 
         Log lines do not name their metric otherwise, and those of the published ones must not be mistaken.
         """
-        own = metric in self.metrics[: len(self.metrics) - self.added]
-        return self.splits if own else {split: f"{metric}_{name}" for split, name in self.splits.items()}
+        added = metric not in self.own_metrics
+        return {split: f"{metric}_{name}" if added else name for split, name in self.splits.items()}
 
     def load(self, config: GroundingConfig, skip_missing: bool = False) -> list[Expression]:
         """Read and check its expressions; `dataset.expressions.load` says what for, and what it raises."""

@@ -2,11 +2,10 @@
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -35,7 +34,6 @@ from terminal import aligned, boolean, integer
 EXTENT = "bf16 and fp16: of the image encoder, maps are computed in fp32; tf32: of both (default: fp32)"
 Line = dict[str, float | None]
 Models = dict[str, Explainer]  # the models of one checkpoint, by what they were made of
-T = TypeVar("T")
 
 
 def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -71,9 +69,7 @@ def parse_args(benchmark: Benchmark | None = None, argv: Sequence[str] | None = 
     launch.add_argument("--world_size", default=1, type=int)
     launch.add_argument("--dist_url", default="env://")
     launch.add_argument("--distributed", default=True, type=boolean)
-    args = parser.parse_args(argv)
-    args.config = args.config if len(args.config) > 1 else args.config[0]
-    return args
+    return parser.parse_args(argv)
 
 
 def program(benchmark: Benchmark | None = None) -> None:
@@ -91,21 +87,18 @@ def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
     if args.distributed:
         utils.init_distributed(device, args.dist_url)
     args.precision = precision.choose(args.precision, device, args.force_precision)
-    every = one_each(args)
+    checkpoint = local_checkpoint(args.checkpoint)
+    checkpoints = find_checkpoints(checkpoint)
+    args.text_encoder = args.text_encoder or own_text_encoder(checkpoint) or "bert-base-uncased"
     with ExitStack() as stack, killed_workers_explained():
-        for one in every:
-            stack.enter_context(claim(Path(one.output_dir)))
-        checkpoint = local_checkpoint(args.checkpoint)
-        checkpoints = find_checkpoints(checkpoint)
         evaluations = []
-        for one in every:
-            one.text_encoder = args.text_encoder or own_text_encoder(checkpoint) or "bert-base-uncased"
+        for one in one_each(args):
+            stack.enter_context(claim(Path(one.output_dir)))
             with naming(one.config):
                 config = load_config(one.config, GroundingConfig, [*own_sizes(checkpoint), *args.set])
                 evaluations.append(Evaluation(benchmark, config, one, device))
         for evaluation in evaluations:
-            with naming(evaluation.args.config):
-                on_rank_0(partial(evaluation.begin, checkpoints))
+            utils.on_rank_0(partial(evaluation.begin, checkpoints))
         for epoch, path in checkpoints.items():
             loaded: Models = {}
             for evaluation in evaluations:
@@ -119,22 +112,22 @@ def evaluate(benchmark: Benchmark | None, args: argparse.Namespace) -> None:
 
 
 def one_each(args: argparse.Namespace) -> list[argparse.Namespace]:
-    """The arguments by config. Of several, each has folders below --output_dir and --compare, called as its file is.
+    """The arguments of each config. Of several, each has folders below --output_dir and --compare, called as its file.
 
     Raises:
         EvaluationError: two would have the same folder.
     """
-    if isinstance(args.config, str):
-        return [args]
-    names = [Path(config).stem for config in args.config]
-    if len(set(names)) < len(names):
+    if len({Path(config).stem for config in args.config}) < len(args.config):
         raise EvaluationError(
             f"--config {' '.join(args.config)}: two are called alike, and so would be their folders; rename one"
         )
     found = []
-    for config, name in zip(args.config, names, strict=True):
-        output, *compare = (str(Path(folder, name)) for folder in (args.output_dir, *args.compare))
-        found.append(argparse.Namespace(**vars(args) | {"config": config, "output_dir": output, "compare": compare}))
+    for config in args.config:
+        folders = [args.output_dir, *args.compare]
+        if len(args.config) > 1:
+            folders = [str(Path(folder, Path(config).stem)) for folder in folders]
+        own = {"config": config, "output_dir": folders[0], "compare": folders[1:]}
+        found.append(argparse.Namespace(**vars(args) | own))
     return found
 
 
@@ -165,10 +158,9 @@ def find_checkpoints(checkpoint: str | Path) -> dict[str, Path]:
         raise EvaluationError(f"--checkpoint {checkpoint}: no such file or folder")
     found: dict[str, Path] = {}
     for file in sorted(path.glob("*.pth")):
-        if file.name.startswith(".") or not file.is_file():  # such as macOS's ._checkpoint_00.pth
-            continue
+        hidden = file.name.startswith(".")  # such as macOS's ._checkpoint_00.pth
         again = file.is_symlink() and file.resolve().parent == path.resolve()  # best.pth
-        if again or is_within_epoch(file):
+        if hidden or again or not file.is_file() or is_within_epoch(file):
             continue
         epoch = file.stem[-2:]
         if epoch in found:
@@ -182,20 +174,6 @@ def find_checkpoints(checkpoint: str | Path) -> dict[str, Path]:
             f"--checkpoint {checkpoint}: the folder holds no *.pth, and no {' and no '.join(lacking(path))}"
         )
     return found
-
-
-def on_rank_0(function: Callable[[], T]) -> T:
-    """Call a function on rank 0 and return its result on all ranks; a `UserError` is raised on all of them too."""
-    found: T | utils.UserError | None = None
-    if utils.rank() == 0:
-        try:
-            found = function()
-        except utils.UserError as error:
-            found = error
-    found = utils.gather_objects(found)[0]
-    if isinstance(found, utils.UserError):
-        raise found
-    return found  # type: ignore[return-value]
 
 
 class Evaluation(Questions):
@@ -232,7 +210,8 @@ class Evaluation(Questions):
         Raises:
             ResultError: there are results of something else than what is asked for, or none to compare with.
         """
-        results, config, args, names = self.results, self.config, self.args, list(self.benchmark.metrics)
+        results, config, args = self.results, self.config, self.args
+        names, own = list(self.benchmark.metrics), self.benchmark.own_metrics
         stored = [results.origin(epoch) for epoch in results.epochs()]
         self.origin = {
             "benchmark": self.benchmark.name,
@@ -243,8 +222,11 @@ class Evaluation(Questions):
             **self.made_of,
             **identity.of_data(self.expressions, self.pairs, config.image_root, stored),
         }
-        for source in sources_of([Path(folder) for folder in args.compare], len(names)):
+        for source in sources_of([Path(folder) for folder in args.compare], own):
             source.folder.check_data(source.epoch, self.origin)
+            if (others := source.folder.metrics(source.epoch, own)) != names:
+                path = source.folder.path(source.epoch)
+                print(f"{path} was measured by {', '.join(others)}; the report measures its maps by {', '.join(names)}")
         kept = [epoch for epoch in checkpoints if results.path(epoch).exists()]
         deleted = checkpoints.keys() - kept
         origins = {epoch: self.origin for epoch in results.epochs() if epoch not in deleted}
@@ -252,7 +234,7 @@ class Evaluation(Questions):
             origins[epoch] = {**identity.of_checkpoint(checkpoints[epoch], stored), **self.origin}
         results.check_origins(origins, args.skip_broken)
         for epoch in results.epochs():
-            if epoch in deleted or results.origin(epoch).get("metrics", names) != self.origin["metrics"]:
+            if epoch in deleted or results.origin(epoch).get("metrics", [*own]) != self.origin["metrics"]:
                 results.write_lines(epoch, [])  # of a deleted result, or of other metrics of the same maps
         for epoch in kept:
             results.renew_origin(epoch, origins[epoch])
@@ -274,20 +256,21 @@ class Evaluation(Questions):
             return
         matching: list[Line] = []
         # What rank 0 has read from a file, it scores alone.
-        scores = metrics.score(stored, self.expressions, self.benchmark.metrics) if stored is not None else np.empty(0)
+        scores = None if stored is None else metrics.score(stored, self.expressions, self.benchmark.metrics)
         if not has_maps or self.pairs:
-            origin = on_rank_0(lambda: identity.of_checkpoint(path, [self.results.origin(epoch)]))
+            origin = utils.on_rank_0(lambda: identity.of_checkpoint(path, [self.results.origin(epoch)]))
             explainer = self.load(path, origin, loaded)
             if not has_maps:
                 own = self.ask(explainer.maps, self.asked, self.benchmark.resize)
                 maps = own.gathered()
-                on_rank_0(lambda: identity.check_unchanged(path, origin))
+                utils.on_rank_0(lambda: identity.check_unchanged(path, origin))
                 if utils.rank() == 0:
                     self.write(epoch, maps, {**origin, **self.origin})
                 scores = self.scores(own)
             matching = [self.matching(explainer, name) for name in self.pairs]
-            on_rank_0(lambda: identity.check_unchanged(path, origin))
+            utils.on_rank_0(lambda: identity.check_unchanged(path, origin))
         if utils.rank() == 0:
+            assert scores is not None
             lines = [*self.accuracies(scores), *matching]
             self.results.write_lines(epoch, lines)
             for name, line in zip(self.line_names, lines, strict=True):
@@ -317,10 +300,11 @@ class Evaluation(Questions):
             scores: as `metrics.score` returns them.
         """
         splits, lines = [expression.split for expression in self.expressions], []
-        for name, one in metrics.settle(scores, splits, self.benchmark.metrics).items():
-            keys = self.benchmark.log_keys(name)
-            line = metrics.split_accuracies(one.values.tolist(), splits, keys, one.weights)
-            lines.append(line if one.share is None else {**line, f"{name}_threshold": one.share})
+        columns, shares = metrics.settle(scores, splits)
+        for name in self.benchmark.metrics:
+            keys, weights = self.benchmark.log_keys(name), columns.get(metrics.weight_of(name))
+            line = metrics.split_accuracies(columns[name], splits, keys, weights)
+            lines.append({**line, f"{name}_threshold": shares[name]} if name in shares else line)
         return lines
 
     def matching(self, explainer: Explainer, name: str) -> Line:

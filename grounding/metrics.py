@@ -34,64 +34,71 @@ from grounding.maps import (
 from utils import UserError
 
 IOU_THRESHOLD = 0.5
-
-# How right the map is, 0 to 1; most are True or False. One of `SWEPT` tells it for each of `SHARES`: float64
-# (len(SHARES), 1), or (len(SHARES), 2) with its weight in a mean.
-Metric = Callable[[ResizedMap, Expression], float | np.ndarray]
-# Each with the attributes of `Expression` that it reads and that may be None.
-METRICS: dict[str, tuple[Metric, tuple[str, ...]]] = {}
-# Those of the map's pixels of at least a share of its maximum, which `settle` chooses: how many numbers at each share.
-SWEPT: dict[str, int] = {}
+# Of a map's maximum. Where a metric has a value for each, `settle` takes the share that is best on the split `CHOOSES`.
 SHARES = tuple(number / 20 for number in range(1, 20))
-CHOOSES = "val"  # the split on which a share is chosen
+CHOOSES = "val"
+
+Measure = Callable[[ResizedMap, Expression], float | np.ndarray]
+
+
+class Metric(NamedTuple):
+    """A metric.
+
+    Args:
+        measure: how right a map is, 0 to 1; most say True or False.
+        needs: the attributes of `Expression` that it reads and that may be None.
+        shape: of what `measure` returns. (): one number; (len(SHARES),): one for each of `SHARES`; (len(SHARES), 2):
+            each with its weight in a mean over expressions.
+    """
+
+    measure: Measure
+    needs: tuple[str, ...] = ()
+    shape: tuple[int, ...] = ()
+
+
+METRICS: dict[str, Metric] = {}
 
 
 class MetricError(UserError):
     """A metric that does not exist, or that the benchmark's data cannot be measured by."""
 
 
-def metric(*needs: str, swept: int = 0) -> Callable[[Metric], Metric]:
-    """Add a function to `METRICS` under its own name, with what it needs, and to `SWEPT` where `swept` is not 0."""
+def metric(*needs: str, shape: tuple[int, ...] = ()) -> Callable[[Measure], Measure]:
+    """Add a function to `METRICS` under its own name."""
 
-    def add(function: Metric) -> Metric:
-        METRICS[function.__name__] = function, needs
-        if swept:
-            SWEPT[function.__name__] = swept
+    def add(function: Measure) -> Measure:
+        METRICS[function.__name__] = Metric(function, needs, shape)
         return function
 
     return add
 
 
-def find_metric(name: str) -> tuple[Metric, tuple[str, ...]]:
-    """The metric of a name in `METRICS`, or of a form in `NUMBERED`, with what it needs; raises `MetricError`."""
+def find_metric(name: str) -> Metric:
+    """The metric of a name in `METRICS`, or of a form in `NUMBERED`; raises `MetricError`."""
     if name in METRICS:
         return METRICS[name]
     for form, function in NUMBERED.items():
         if match := re.fullmatch(form.replace("N", "([1-9][0-9]{0,3})"), name):
-            return partial(function, number=int(match[1])), ()
+            return Metric(partial(function, number=int(match[1])))
     known = ", ".join([*METRICS, *NUMBERED])
     raise MetricError(f"there is no metric {name!r} in grounding/metrics.py; there are {known} (N: a number from 1 on)")
 
 
 def check_metrics(names: Sequence[str], expressions: Sequence[Expression]) -> None:
-    """Raise `MetricError` for a metric that is unknown, or that needs what some of the expressions lack."""
-    for name in names:
-        for key in find_metric(name)[1]:
+    """Raise `MetricError` for a metric that is unknown, or that the expressions cannot be measured by."""
+    for name, (_, needs, shape) in zip(names, map(find_metric, names), strict=True):
+        for key in needs:
             lacking = [expression for expression in expressions if getattr(expression, key) is None]
             if lacking:
                 raise MetricError(
                     f"metric {name!r} needs {key}, which {len(lacking)} of {len(expressions)} expressions do not have "
                     f"(the first: {lacking[0].text!r:.60}); leave the metric out"
                 )
-
-
-def check_masks(names: Sequence[str], expressions: Sequence[Expression]) -> None:
-    """Raise `MetricError` where no share can be chosen, or an image file is of another size than its region."""
-    if (chosen := SWEPT.keys() & names) and all(one.split != CHOOSES for one in expressions):
-        raise MetricError(
-            f"the threshold of {' and '.join(sorted(chosen))} is chosen on {CHOOSES}, and no expression is of that "
-            "split; add its file to the config's data"
-        )
+        if shape and all(one.split != CHOOSES for one in expressions):
+            raise MetricError(
+                f"the threshold of {name} is chosen on {CHOOSES}, and no expression is of that split; add its file to "
+                "the config's data"
+            )
     for one in expressions:
         with contextlib.suppress(DataError):  # a missing image is reported, or left out, by whoever reads it
             if one.region is not None and one.region["size"] != [*one.size]:
@@ -103,57 +110,50 @@ def check_masks(names: Sequence[str], expressions: Sequence[Expression]) -> None
 
 
 def score(found: Iterable[Tensor | None], expressions: Sequence[Expression], names: Sequence[str]) -> np.ndarray:
-    """How right the map (h, w) of each expression is by each metric, for `settle`: float64 (n, m), NaN without a map.
+    """How right the map (h, w) of each expression is by each metric, for `settle`: a record array (n,).
 
-    A metric has one column, in 0..1; one of `SWEPT` has one or two for each of `SHARES`.
-
-    Raises:
-        MetricError: as `check_metrics`.
+    A record has a field a metric, float64 of its `shape`, NaN without a map. Raises `MetricError` as `find_metric`.
     """
-    check_metrics(names, expressions)
-    functions = [find_metric(name)[0] for name in names]
-    scores = np.full((len(expressions), sum(map(_width, names))), np.nan)
-    for row, pred, expression in zip(scores, found, expressions, strict=True):
+    asked = [find_metric(name) for name in names]
+    fields = [(name, np.float64, one.shape) for name, one in zip(names, asked, strict=True)]
+    scores = np.full(len(expressions), np.nan, np.dtype(fields))
+    for index, (pred, expression) in enumerate(zip(found, expressions, strict=True)):
         if pred is not None:
             cam = ResizedMap(pred, *expression.size)
-            row[:] = np.concatenate([np.ravel(function(cam, expression)) for function in functions])
+            scores[index] = tuple(one.measure(cam, expression) for one in asked)
     return scores
 
 
-def _width(name: str) -> int:
-    return SWEPT[name] * len(SHARES) if name in SWEPT else 1
-
-
-class Scores(NamedTuple):
-    """A metric of many expressions: its values, in 0..1, and their weights in a mean, both (n,), NaN without a map.
+def settle(scores: np.ndarray, splits: Sequence[str]) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """Choose a share for each metric that has a value for each of `SHARES`: the best by its mean over `CHOOSES`.
 
     Args:
-        weights: None: they are equal.
-        share: of `SHARES`, the chosen one; None where there is none to choose.
+        scores: as `score` returns them.
+
+    Returns:
+        float64 (n,) by metric, its values, and by `weight_of` a metric, where it has any, their weights; and the chosen
+        shares by metric, of equals the smallest. Without a map of that split none is chosen, and values are NaN.
     """
+    found, weights, shares = {}, {}, {}
+    for name in scores.dtype.names or ():
+        columns = scores[name]
+        if columns.ndim > 1:
+            values = columns.reshape(*columns.shape[:2], -1)[:, :, 0]
+            chooses = values[(np.array(splits) == CHOOSES) & ~np.isnan(values[:, 0])]
+            if len(chooses):
+                best = int(chooses.mean(axis=0).argmax())
+                shares[name], columns = SHARES[best], columns[:, best]
+            else:
+                columns = np.full_like(columns[:, 0], np.nan)
+        found[name], *more = np.atleast_2d(columns.T)
+        for each in more:
+            weights[weight_of(name)] = each
+    return found | weights, shares
 
-    values: np.ndarray
-    weights: np.ndarray | None = None
-    share: float | None = None
 
-
-def settle(scores: np.ndarray, splits: Sequence[str], names: Sequence[str]) -> dict[str, Scores]:
-    """The columns of `score` by metric. Those of `SWEPT` are at the share with the best mean value on `CHOOSES`.
-
-    Of equal means, the smallest share. Without a map of that split there is no share, and values are NaN.
-    """
-    found = {}
-    ends = np.cumsum([_width(name) for name in names])
-    for name, columns in zip(names, np.split(scores, ends[:-1], axis=1), strict=True):
-        if name not in SWEPT:
-            found[name] = Scores(columns[:, 0])
-            continue
-        values, *weights = np.moveaxis(columns.reshape(len(columns), len(SHARES), SWEPT[name]), 2, 0)
-        chooses = values[(np.array(splits) == CHOOSES) & ~np.isnan(values[:, 0])]
-        best = int(chooses.mean(axis=0).argmax()) if len(chooses) else 0
-        share, known = (SHARES[best], values[:, best]) if len(chooses) else (None, np.full(len(values), np.nan))
-        found[name] = Scores(known, weights[0][:, best] if weights else None, share)
-    return found
+def weight_of(metric: str) -> str:
+    """The name of a metric's weights, beside the metric in a table."""
+    return f"{metric} weight"
 
 
 # ---- the metrics
@@ -179,14 +179,14 @@ def map_box(cam: ResizedMap, expression: Expression) -> bool:
     return map_box_correct(cam, hot(cam.product().numpy(), THRESHOLD), expression.boxes)
 
 
-@metric("region", swept=1)
+@metric("region", shape=(len(SHARES),))
 def mask_iou(cam: ResizedMap, expression: Expression) -> np.ndarray:
     """mIoU: the mean of the IoU of the map's pixels of at least a share of its maximum with the true region."""
     both, either = _overlaps(cam, expression)
-    return (both / either)[:, None]
+    return both / either
 
 
-@metric("region", swept=2)
+@metric("region", shape=(len(SHARES), 2))
 def mask_oiou(cam: ResizedMap, expression: Expression) -> np.ndarray:
     """oIoU: the sum of the intersections over the sum of the unions, so that large regions weigh more than in mIoU."""
     both, either = _overlaps(cam, expression)
@@ -301,15 +301,19 @@ def box_chance(detections: np.ndarray, box: np.ndarray) -> float:
 # ---- accuracy
 
 
-def accuracy(correct: Sequence[float], weights: Sequence[float] | None = None) -> float | None:
-    """The mean, weighted or plain, of values in 0..1 without those that are NaN; None when there are no others."""
-    pairs = zip(correct, weights or [1] * len(correct), strict=True)
-    known = [(value, weight) for value, weight in pairs if not math.isnan(value)]
-    return sum(value * weight for value, weight in known) / sum(weight for _, weight in known) if known else None
+def accuracy(correct: Sequence[float] | np.ndarray, weights: np.ndarray | None = None) -> float | None:
+    """The mean, weighted or plain, of values (n,) in 0..1 without those that are NaN; None when there are no others."""
+    values = np.asarray(correct, np.float64)
+    weights = np.ones_like(values) if weights is None else weights
+    known = ~np.isnan(values)
+    return sum((values * weights)[known].tolist()) / sum(weights[known].tolist()) if known.any() else None
 
 
 def split_accuracies(
-    correct: Sequence[float], splits: Sequence[str], names: dict[str, str], weights: np.ndarray | None = None
+    correct: Sequence[float] | np.ndarray,
+    splits: Sequence[str],
+    names: dict[str, str],
+    weights: np.ndarray | None = None,
 ) -> dict[str, float | None]:
     """Accuracy of each split that is reported.
 
@@ -318,6 +322,5 @@ def split_accuracies(
         names: split -> the name it is reported under, in the order of the report; e.g. {"val": "val_d"}.
         weights: of the values in the mean, (n,); None: equal ones.
     """
-    rows = list(zip(correct, splits, [1] * len(correct) if weights is None else weights.tolist(), strict=True))
-    chosen = {name: [(right, weight) for right, of, weight in rows if of == split] for split, name in names.items()}
-    return {name: accuracy([right for right, _ in of], [weight for _, weight in of]) for name, of in chosen.items()}
+    of = np.array(splits, str)
+    return {name: accuracy(np.where(of == split, correct, np.nan), weights) for split, name in names.items()}

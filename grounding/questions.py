@@ -78,7 +78,6 @@ class Questions:
         benchmark = benchmark_of(config, benchmark)
         self.expressions = benchmark.load(config, asking.skip_broken)
         metrics.check_metrics(benchmark.metrics, self.expressions)
-        metrics.check_masks(benchmark.metrics, self.expressions)
         self.benchmark = with_splits(benchmark, self.expressions)
         self.asked: list[Pair] = [(expression.image, expression.text) for expression in self.expressions]
         self.tokenizer = load_tokenizer(asking.text_encoder)
@@ -144,7 +143,8 @@ class Questions:
         """
         expressions = [self.expressions[position] for position in maps.positions.tolist()]
         own = metrics.score(maps.values, expressions, self.benchmark.metrics)
-        found = PairAnswers(maps.positions, torch.from_numpy(own)).gathered()
-        scores = np.full((len(self.expressions), own.shape[1]), np.nan)
-        scores[found.positions.numpy()] = found.values.numpy()
+        numbers = torch.from_numpy(own.view(np.float64).reshape(len(own), own.itemsize // 8))
+        found = PairAnswers(maps.positions, numbers).gathered()
+        scores = np.full(len(self.expressions), np.nan, own.dtype)
+        scores[found.positions.numpy()] = found.values.numpy().view(own.dtype)[:, 0]
         return scores

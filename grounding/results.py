@@ -144,6 +144,10 @@ class ResultFolder:
 
     # ---- log
 
+    def metrics(self, epoch: str, own: Sequence[str]) -> list[str]:
+        """The metrics of an epoch's first log lines; `own`, of the benchmark, where it has no record of them."""
+        return [name for name in self.origin(epoch).get("metrics", own) if " " not in name]  # without `of_regions`
+
     def lines(self, epoch: str) -> list[Row]:
         """The log lines of an epoch, in the order of the metrics."""
         return [row for row in read_log(self.log) if row.get("epoch") == epoch]
@@ -191,8 +195,11 @@ class Source(NamedTuple):
     epoch: str
 
 
-def sources_of(folders: Sequence[Path], metrics_count: int) -> list[Source]:
+def sources_of(folders: Sequence[Path], own: Sequence[str]) -> list[Source]:
     """Every complete checkpoint in --output_dir folders, in their order, by the checkpoint's own name.
+
+    Args:
+        own: the benchmark's own metrics.
 
     Raises:
         ResultError: a folder has no complete results.
@@ -201,7 +208,9 @@ def sources_of(folders: Sequence[Path], metrics_count: int) -> list[Source]:
     for folder in folders:
         results = ResultFolder(folder / "result")
         epochs = list(dict.fromkeys(row.get("epoch") for row in read_log(results.log)))
-        complete = [epoch for epoch in epochs if epoch and len(results.lines(epoch)) >= metrics_count]
+        complete = [
+            epoch for epoch in epochs if epoch and len(results.lines(epoch)) >= len(results.metrics(epoch, own))
+        ]
         if not complete:
             raise ResultError(f"{folder}: no complete results in {results.log}; is it an --output_dir of this script?")
         for epoch in complete:

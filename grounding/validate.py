@@ -109,12 +109,13 @@ def _accuracies(questions: Questions, names: dict[str, str], explainer: Explaine
     images = {one.image for one in expressions}
     maps = questions.answers(explainer.maps, questions.asked, benchmark.resize, images)
     scores = questions.scores(maps)[chosen]
-    if missing := int(np.isnan(scores[:, 0]).sum()):
+    splits, found = [one.split for one in expressions], {}
+    columns, _ = metrics.settle(scores, splits)
+    if missing := int(np.isnan(columns[benchmark.decisive]).sum()):
         utils.log(f"{missing} expressions of unreadable images are left out of the validation")
-    splits = [one.split for one in expressions]
-    found = {}
-    for metric, one in metrics.settle(scores, splits, benchmark.metrics).items():
-        for name, value in metrics.split_accuracies(one.values.tolist(), splits, names, one.weights).items():
+    for metric in benchmark.metrics:
+        weights = columns.get(metrics.weight_of(metric))
+        for name, value in metrics.split_accuracies(columns[metric], splits, names, weights).items():
             if value is not None:
                 found[f"{name}_{metric}"] = value
     return utils.gather_objects(found)[0]  # rank 0 has the scores of all

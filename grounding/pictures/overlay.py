@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import cv2
+import numpy as np
 import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -38,6 +39,7 @@ def overlay(
     truth: Sequence[Sequence[float]] = (),
     colormap: str = COLORMAP,
     side: float = SIDE,
+    region: np.ndarray | None = None,
 ) -> Figure:
     """The map over its image, its point and best box, a colour bar, and the phrase with its match probability.
 
@@ -46,6 +48,7 @@ def overlay(
         truth: boxes [x, y, w, h] in pixels of the image, drawn dashed.
         colormap: a name of matplotlib's; "viridis" is perceptually uniform, "jet" is what many papers show.
         side: inches of the image's longer side; with fewer, text and lines are larger beside the image.
+        region: more of the truth, bool (height, width) of the image; its outline is drawn dashed.
     """
     colours = see_through(colormap)
     width, height = (side * length / max(found.map.shape) for length in found.map.shape[::-1])
@@ -62,12 +65,17 @@ def overlay(
     shown = cv2.resize(found.map, (columns, rows), interpolation=cv2.INTER_AREA)
     heat = draw(axes, image, found.map.shape, shown, colours, [*best, *map(DrawnBox, truth)], found.point)
     assert heat is not None
+    if region is not None:
+        axes.autoscale(False)
+        reach = (-1, region.shape[1], -1, region.shape[0])  # one pixel around, so that outlines end at the border
+        outline = axes.contour(np.pad(region, 1), [0.5], extent=reach, colors=TRUTH, linestyles="--", linewidths=2)
+        outline.set(path_effects=[withStroke(linewidth=4, foreground="black")])
     bar = _axes(figure, left + width + GAP, foot, 0.16, body)
     figure.colorbar(heat, cax=bar, ticks=[0, 0.5, 1]).set_label("share of the maximum", fontsize=9)
     bar.tick_params(labelsize=9)
     handles = [point_marker(0, 0)]
     handles += [_line(BEST, "-", "best box")] if best else []
-    handles += [_line(TRUTH, "--", "ground truth")] if len(truth) else []
+    handles += [_line(TRUTH, "--", "ground truth")] if len(truth) or region is not None else []
     legend: dict[str, Any] = {"frameon": False, "fontsize": 9, "borderaxespad": 0.3}
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), **legend)
     return figure

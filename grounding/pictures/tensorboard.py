@@ -23,7 +23,7 @@ from dataset.loader.entries import TrainingEntry
 from dataset.photos import read_photo
 from dataset.reading import DataError, read_image
 from dataset.text import has_content
-from dataset.vg import clip_box
+from dataset.vg import clip_box, covering_masks
 from grounding.explain import Explainer, clean_phrase, encode, ground
 from grounding.pictures.overlay import overlay
 from grounding.pictures.render import pixels
@@ -35,11 +35,15 @@ LONGEST_TAG = 60  # characters
 
 
 class Watched(NamedTuple):
-    """A phrase whose map is drawn periodically; truth: boxes [x, y, w, h] in pixels of the image."""
+    """A phrase whose map is drawn periodically.
+
+    truth: boxes [x, y, w, h] in pixels of the image; region: the pixels of segmentations, bool (height, width).
+    """
 
     image: Image.Image
     phrase: str
     truth: tuple[tuple[int, int, int, int], ...] = ()
+    region: np.ndarray | None = None
 
 
 class Board:
@@ -111,7 +115,8 @@ class Board:
                 except UserError as error:  # weights that are not numbers; the next check of the losses stops the run
                     log(f"step {step}: no map of {one.phrase!r}: {error}")
                     continue
-                self.writer.add_image(tag, pixels(overlay(image, found, one.truth)), step, dataformats="HWC")
+                drawn = overlay(image, found, one.truth, region=one.region)
+                self.writer.add_image(tag, pixels(drawn), step, dataformats="HWC")
         self.writer.flush()
         self.drawn_at = step
 
@@ -128,7 +133,7 @@ def watched_entries(
     skip_broken: bool = False,
     count: int = SHOWN_ENTRIES,
 ) -> list[Watched]:
-    """The first captions of entries at equal distances through the training data, of those with boxes if any has.
+    """The first captions of entries at equal distances through the training data, of those with a region if any has.
 
     `boxed` tells which have. Entries without words are passed over. An image that cannot be read raises `DataError`,
     or with `skip_broken` is passed over as well.
@@ -150,7 +155,8 @@ def watched_entries(
                 continue
             clipped = (clip_box(box, image.height, image.width) for box in entry.boxes)
             truth = tuple((x1, y1, x2 - x1, y2 - y1) for x1, y1, x2, y2 in filter(None, clipped))
-            watched.append(Watched(image, phrase, truth))
+            masks = covering_masks(entry, image.height, image.width)
+            watched.append(Watched(image, phrase, truth, np.any(masks, axis=0) if masks else None))
             break
     return watched
 

@@ -11,7 +11,7 @@ import utils
 from dataset.expressions import Expression
 from grounding.benchmarks import Benchmark
 from grounding.maps import ResizedMap, hot, inside, share_inside
-from grounding.metrics import map_box_correct, score, settle
+from grounding.metrics import map_box_correct, score, settle, weight_of
 from grounding.report.statistics import Interval, intervals
 from grounding.results import Source
 from runs import shortest_ends
@@ -128,10 +128,7 @@ def collect(
     """
     scores, splits = [], [expression.split for expression in expressions]
     for source in sources:
-        raw = score(read_maps(source, expressions), expressions, benchmark.metrics)
-        found = settle(raw, splits, benchmark.metrics)
-        columns = {metric: one.values for metric, one in found.items()}
-        columns |= {weight_of(metric): one.weights for metric, one in found.items() if one.weights is not None}
+        columns, _ = settle(score(read_maps(source, expressions), expressions, benchmark.metrics), splits)
         scores.append(_columns(np.stack([*columns.values()], axis=1), columns, source.name))
     table = pd.concat(scores, axis=1)
     facts = facts_of(expressions, readable=table.notna().any(axis=1))
@@ -151,11 +148,6 @@ def collect(
     table = pd.concat([facts, *scores], axis=1)
     baseline = None if baseline == subject else baseline
     return Results(benchmark, expressions, sources, table, maps_of, best, subject, baseline)
-
-
-def weight_of(metric: str) -> str:
-    """The name of the columns of a metric's weights."""
-    return f"{metric} weight"
 
 
 def _columns(values: Sequence[Sequence[float]] | np.ndarray, measures: Iterable[str], name: str) -> pd.DataFrame:

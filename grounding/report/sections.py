@@ -91,8 +91,10 @@ def accuracies(found: Results) -> Part:
 
 def _logged(found: Results) -> list[Block]:
     """A table of the log lines beyond the metrics' (matching), where there are any."""
-    more = [source.folder.lines(source.epoch)[len(found.benchmark.metrics) :] for source in found.sources]
-    values = [{key: value for line in lines for key, value in line.items() if key != "epoch"} for lines in more]
+    values = []
+    for _, folder, epoch in found.sources:
+        more = folder.lines(epoch)[len(folder.metrics(epoch, found.benchmark.own_metrics)) :]
+        values.append({key: value for line in more for key, value in line.items() if key != "epoch"})
     table = pd.DataFrame(values, [source.name for source in found.sources], dtype=float)
     table = table.map(lambda value: percent(None if math.isnan(value) else value))
     table = table.rename(columns=lambda key: key.replace("_", " "))

@@ -53,23 +53,18 @@ def intervals(
         weights: (n, m) of the values in their mean; None: equal ones.
     """
     used = ~np.isnan(values).all(axis=1)
-    by_image = pd.DataFrame((values if weights is None else values * weights)[used]).groupby(images[used])
-    sums, counts = by_image.sum().to_numpy(), by_image.count().to_numpy()
-    means = pd.DataFrame(values).mean().to_numpy()
-    if weights is not None:
-        counts = pd.DataFrame(np.where(np.isnan(values), 0, weights)[used]).groupby(images[used]).sum().to_numpy()
-        with np.errstate(invalid="ignore"):
-            means = sums.sum(axis=0) / counts.sum(axis=0)
-    ends = np.full((2, values.shape[1]), np.nan)
-    usable = (counts > 0).sum(axis=0) > 1
-    if usable.any():
-        rng, count = np.random.default_rng(seed), len(sums)
-        drawn = np.empty((resamples, values.shape[1]))
-        for row in drawn:
-            times = np.bincount(rng.integers(count, size=count), minlength=count).astype(np.float64)
-            with np.errstate(invalid="ignore"):  # NaN where no drawn image has a value
-                row[:] = (times @ sums) / (times @ counts)
-        ends[:, usable] = np.nanquantile(drawn[:, usable], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
+    known = np.where(np.isnan(values), 0, np.ones_like(values) if weights is None else weights)
+    both = np.hstack([np.nan_to_num(values) * known, known])[used]  # what is summed, and what that is divided by
+    by_image = pd.DataFrame(both).groupby(images[used]).sum().to_numpy()
+    with np.errstate(invalid="ignore"):  # NaN where there is no value
+        means = np.divide(*np.hsplit(both.sum(axis=0), 2))
+        ends = np.full((2, len(means)), np.nan)
+        usable = (by_image[:, len(means) :] > 0).sum(axis=0) > 1
+        if usable.any():
+            rng, count = np.random.default_rng(seed), len(by_image)
+            times = (np.bincount(rng.integers(count, size=count), minlength=count) for _ in range(resamples))
+            drawn = np.divide(*np.hsplit(np.array([each @ by_image for each in times]), 2))
+            ends[:, usable] = np.nanquantile(drawn[:, usable], [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0)
     return [Interval(*row) for row in np.stack([means, *ends], axis=1).tolist()]
 
 

@@ -38,8 +38,8 @@ def report_folders(benchmark: Benchmark, expressions: Sequence[Expression], fold
     """
     output = folders[-1]
     before = {folder.resolve(): folder for folder in folders if folder.resolve() != output.resolve()}
-    others = sources_of(list(before.values()), len(benchmark.metrics))
-    sources = named_apart([*others, *sources_of([output], len(benchmark.metrics))])
+    others = sources_of(list(before.values()), benchmark.own_metrics)
+    sources = named_apart([*others, *sources_of([output], benchmark.own_metrics)])
     origins = [source.folder.origin(source.epoch) for source in sources]
     training = [Path(origin["checkpoint"]).parent for origin in origins if "checkpoint" in origin]
     path = output / "report.html"

@@ -92,7 +92,7 @@ def test_own_data_has_the_numbers_of_the_same_data_in_another_format(
         assert torch.equal(one["pred"], other["pred"])
         assert one.keys() == {"ref_id", "pred", "image_path", "split"}
     expressions = BENCHMARKS["own"].load(load_config(config, GroundingConfig))
-    found = metrics.score([row["pred"] for row in results(tmp_path / "own")], expressions, ["map_box"])[:, 0]
+    found = metrics.score([row["pred"] for row in results(tmp_path / "own")], expressions, ["map_box"])["map_box"]
     val = np.array([one.split == "my val" for one in expressions])
     assert list(map_box.values())[:2] == [found[val].mean(), found[~val].mean()]
     assert "Own data: " in capsys.readouterr().out

@@ -116,7 +116,7 @@ def test_the_published_command_line_is_accepted() -> None:
     words = "--checkpoint x --gradcam_mode itm --block_num 8 --text_encoder bert-base-uncased --evaluate --device cuda"
     words += " --seed 42 --world_size 1 --dist_url env:// --distributed True"
     args = program.parse_args(REFCOCO_PLUS, words.split())
-    assert (args.config, args.block_num, args.distributed) == ("./configs/Grounding_refcoco.yaml", 8, True)
+    assert (args.config, args.block_num, args.distributed) == (["./configs/Grounding_refcoco.yaml"], 8, True)
 
 
 def test_hidden_files_are_no_checkpoints(tmp_path: Path) -> None:

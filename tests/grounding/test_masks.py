@@ -6,10 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco
 
+import export
 from config import GroundingConfig, load_config
 from dataset.expressions import Expression
 from dataset.reading import DataError
@@ -18,6 +21,7 @@ from grounding import metrics
 from grounding.benchmarks import REFCLEF, REFCOCO_PLUS, benchmark_of
 from grounding.maps import ResizedMap, hot
 from grounding.metrics import SHARES, MetricError
+from grounding.report import sections
 from grounding.report.rows import collect
 from grounding.results import sources_of
 from tests.grounding import test_evaluate as base
@@ -45,17 +49,17 @@ def at(share: float) -> int:
 
 
 def test_one_map_by_hand() -> None:
-    row = metrics.score([7 * CAM], [expression_of(MASK)], MASKS)[0]
-    ious, weighted = row[: len(SHARES)], row[len(SHARES) : -2].reshape(-1, 2)
+    ious, weighted, energy, right = metrics.score([7 * CAM], [expression_of(MASK)], MASKS)[0]
     # Pixels of at least a share of the maximum; both of the mask's are among them until the share is above 0.6.
     hand = {0.05: 2 / 5, 0.2: 2 / 5, 0.25: 2 / 4, 0.3: 2 / 4, 0.35: 2 / 3, 0.5: 2 / 3, 0.55: 1, 0.6: 1, 0.65: 1 / 2}
     for share, iou in hand.items():
         assert ious[at(share)] == weighted[at(share), 0] == iou
         assert weighted[at(share), 1] == 2 if share > 0.5 else weighted[at(share), 1] == 2 / iou  # the union
-    assert row[-2] == pytest.approx(1.6 / 2.6)
-    assert row[-1] == 1
-    flat = metrics.score([0 * CAM], [expression_of(MASK)], MASKS)[0]
-    assert flat[:-1].tolist() == [*[0] * len(SHARES), *[0, 2] * len(SHARES), 0]  # no pixel is hot
+    assert (energy, right) == (pytest.approx(1.6 / 2.6), 1)
+    ious, weighted, energy, _ = metrics.score([0 * CAM], [expression_of(MASK)], MASKS)[0]
+    assert (ious == 0).all()  # no pixel is hot
+    assert (weighted == [0, 2]).all()
+    assert energy == 0
 
 
 def test_the_point_is_of_the_mask_and_not_of_its_box() -> None:
@@ -63,9 +67,9 @@ def test_the_point_is_of_the_mask_and_not_of_its_box() -> None:
     ring[2, 2] = 0
     cam = torch.zeros(5, 5)
     cam[2, 2] = 1.0
-    assert metrics.score([cam], [expression_of(ring)], ["mask_point"]) == [[0]]
+    assert metrics.score([cam], [expression_of(ring)], ["mask_point"])["mask_point"] == [0]
     cam[0, 4] = 2.0
-    assert metrics.score([cam], [expression_of(ring)], ["mask_point"]) == [[1]]
+    assert metrics.score([cam], [expression_of(ring)], ["mask_point"])["mask_point"] == [1]
 
 
 def test_the_threshold_is_the_best_on_val_and_serves_all_splits() -> None:
@@ -79,23 +83,21 @@ def test_the_threshold_is_the_best_on_val_and_serves_all_splits() -> None:
     maps, expressions = [cam for cam, _ in cases], [one for _, one in cases]
     splits, names = [one.split for one in expressions], ["mask_point", "mask_iou", "mask_oiou"]
     raw = metrics.score(maps, expressions, names)
-    found = metrics.settle(raw, splits, names)
-    assert list(found) == names
-    assert (found["mask_point"].share, found["mask_point"].weights) == (None, None)
-    assert found["mask_iou"].share == found["mask_oiou"].share == 0.55  # the first of 0.55 and 0.6
-    assert found["mask_iou"].values[:3].tolist() == [1, 6 / 8, 1 / 2]
-    assert np.isnan(found["mask_iou"].values[3])
+    found, shares = metrics.settle(raw, splits)
+    assert list(found) == [*names, "mask_oiou weight"]
+    assert shares == {"mask_iou": 0.55, "mask_oiou": 0.55}  # the first of 0.55 and 0.6
+    assert found["mask_iou"][:3].tolist() == [1, 6 / 8, 1 / 2]
+    assert np.isnan(found["mask_iou"][3])
     reported = {"val": "val_d", "test": "test"}
 
     def line(name: str) -> dict[str, float | None]:
-        one = found[name]
-        return metrics.split_accuracies(one.values.tolist(), splits, reported, one.weights)
+        return metrics.split_accuracies(found[name], splits, reported, found.get(f"{name} weight"))
 
     assert line("mask_iou") == {"val_d": (1 + 6 / 8) / 2, "test": 1 / 2}
     assert line("mask_oiou") == pytest.approx({"val_d": (2 + 6) / (2 + 8), "test": 1 / 2})
-    unread = metrics.settle(np.where(np.array(splits)[:, None] == "val", np.nan, raw), splits, names)
-    assert unread["mask_iou"].share is None
-    assert np.isnan(unread["mask_oiou"].values).all()
+    unread, shares = metrics.settle(metrics.score([None, None, CAM, None], expressions, names), splits)
+    assert shares == {}
+    assert np.isnan(unread["mask_oiou"]).all()
 
 
 def test_it_agrees_with_pycocotools() -> None:
@@ -106,7 +108,7 @@ def test_it_agrees_with_pycocotools() -> None:
         mask = np.zeros((height, width), np.uint8)
         y, x = int(rng.integers(height - 3)), int(rng.integers(width - 3))
         mask[y : y + int(rng.integers(3, 30)), x : x + int(rng.integers(3, 30))] = rng.random() < 2
-        row = metrics.score([pred], [expression_of(mask)], ["mask_iou"])[0]
+        row = metrics.score([pred], [expression_of(mask)], ["mask_iou"])["mask_iou"][0]
         cam = ResizedMap(pred, height, width).product().numpy()
         regions = [coco.encode(np.asfortranarray(hot(cam, share), np.uint8)) for share in SHARES]
         assert row == pytest.approx(coco.iou(regions, [coco.encode(np.asfortranarray(mask))], [0])[:, 0])
@@ -148,7 +150,7 @@ def test_the_log_is_that_of_the_maps_and_masks(place: Path, tmp_path: Path) -> N
         plain = {key.removeprefix(f"{metric}_").removesuffix("_d"): value for key, value in line.items()}
         del plain["epoch"]
         assert plain == pytest.approx(expected[metric]) if metric in expected else "threshold" not in plain
-    (source,) = sources_of([tmp_path / "with"], 2 + len(MASKS))
+    (source,) = sources_of([tmp_path / "with"], REFCOCO_PLUS.metrics)
     config = load_config(place / "refcoco.yaml", GroundingConfig, [masks, f"metrics=[{','.join(MASKS)}]"])
     report = collect(benchmark_of(config, REFCOCO_PLUS), REFCOCO_PLUS.load(config), [source])
     for metric in MASKS:
@@ -178,6 +180,40 @@ def test_other_segmentations_of_the_same_maps_are_measured_anew(
     assert all(one != other for one, other in zip(log(tmp_path)[1:4], outlines[1:4], strict=True))
 
 
+def test_results_of_other_metrics_are_compared_by_those_of_this_run(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their maps are stored: they are measured again, and the folder stays as it is."""
+    monkeypatch.setattr(sections, "chart", lambda *_, **__: "data:,")  # drawing takes most of the time
+    monkeypatch.setattr(sections, "panel", lambda *_: Image.new("RGB", (1, 1)))
+    masks = "--set", f"refcoco_data={place / 'data' / 'masks' / 'refer'}"
+    evaluate(REFCLEF, place, tmp_path / "plain", checkpoint=ONE)
+    before = log(tmp_path / "plain")
+    other = "ckpt/checkpoint_02.pth"
+    evaluate(REFCLEF, place, tmp_path / "out", *masks, *ASKED, "--compare", str(tmp_path / "plain"), checkpoint=other)
+    said = f"plain/result/epoch00.pth was measured by point; the report measures its maps by point, {', '.join(MASKS)}"
+    assert said in capsys.readouterr().out
+    assert log(tmp_path / "plain") == before
+    table = pd.read_csv(tmp_path / "out" / "expressions.csv")
+    evaluate(REFCLEF, place, tmp_path / "masks", *masks, *ASKED, checkpoint=ONE)
+    for metric, line in zip(MASKS, log(tmp_path / "masks")[1:], strict=True):
+        weights = table["mask_oiou weight: checkpoint_01"] if metric == "mask_oiou" else np.ones(len(table))
+        val = table["split"] == "val"
+        mean = np.average(table.loc[val, f"{metric}: checkpoint_01"], weights=weights[val])
+        assert mean == pytest.approx(line[f"{metric}_val_d"], abs=1e-6)
+    evaluate(REFCLEF, place, tmp_path / "plain", "--compare", str(tmp_path / "masks"), checkpoint=ONE)
+    said = f"masks/result/epoch00.pth was measured by point, {', '.join(MASKS)}; the report measures its maps by point"
+    assert f"{said}\n" in capsys.readouterr().out
+    html = (tmp_path / "plain" / "report.html").read_text()
+    assert "Image-text matching" not in html  # whose lines follow those of all metrics
+
+
+def test_the_card_of_an_exported_model_has_them(place: Path, tmp_path: Path) -> None:
+    evaluate(REFCLEF, place, tmp_path, *ASKED, checkpoint=ONE)
+    names = [row[1] for row in export.accuracy_rows(tmp_path, place / ONE)]
+    assert list(dict.fromkeys(names)) == ["point", *MASKS]
+
+
 # ---- errors
 
 
@@ -186,7 +222,7 @@ def test_metrics_that_the_data_cannot_be_measured_by(place: Path, tmp_path: Path
         evaluate(base.FLICKR, place, tmp_path / "a", *ASKED, checkpoint=ONE)
     config = json.loads((place / "refclef.yaml").read_text())
     files = json.dumps(config["test_file"][1:])
-    with pytest.raises(MetricError, match=r"threshold of mask_iou and mask_oiou is chosen on val, and no expr"):
+    with pytest.raises(MetricError, match=r"threshold of mask_iou is chosen on val, and no expr"):
         evaluate(REFCLEF, place, tmp_path / "b", *ASKED, "--set", f"test_file={files}", checkpoint=ONE)
 
 

@@ -103,15 +103,15 @@ def words(place: Path, output: Path) -> list[str]:
 def watched(line: list[str], folder: Path, fails: str | None) -> None:
     """Evaluate; write down what this process scores. The metric point fails on an expression of one process."""
     scored: list[Any] = []
-    point, needs = metrics.METRICS["point"]
+    point = metrics.METRICS["point"]
 
     def watch(cam: ResizedMap, expression: Expression) -> float:
         scored.append(expression.ref_id)
         if expression.image.name == fails:
             raise metrics.MetricError(f"no point in {fails}")
-        return point(cam, expression) + float(cam.pixels.sum()) * 1e-7  # counts every bit of the map
+        return point.measure(cam, expression) + float(cam.pixels.sum()) * 1e-7  # counts every bit of the map
 
-    metrics.METRICS["point"] = watch, needs
+    metrics.METRICS["point"] = point._replace(measure=watch)
     evaluate(REFCOCO_PLUS, parse_args(REFCOCO_PLUS, line))
     (folder / f"scored_{utils.rank()}.json").write_text(json.dumps(scored))
 

@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def measured(cam: torch.Tensor, boxes: list[list[float]], *names: str) -> list[float]:
     """Metrics of a map of its image's own size."""
     one = Expression(Path("x"), "x", 0, "val", np.array(boxes, float), annotated_size=(cam.shape[0], cam.shape[1]))
-    return metrics.score([cam], [one], names)[0].tolist()
+    return list(metrics.score([cam], [one], names)[0])
 
 
 # ---- recall

@@ -19,7 +19,6 @@ from config import GroundingConfig, load_config
 from grounding import evaluate as program
 from grounding import identity, questions
 from grounding.benchmarks import FLICKR, REFCLEF, REFCOCO_PLUS
-from grounding.evaluate import on_rank_0
 from grounding.report.rows import ReportError, Source, read_maps
 from grounding.results import ResultError, ResultFolder
 from models.checkpoint import CheckpointError
@@ -385,11 +384,11 @@ def test_rank_0_raises_on_all_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     sent: list[Any] = []
     monkeypatch.setattr(utils, "gather_objects", lambda item: [sent.append(item), item][1:])
     with pytest.raises(ResultError, match="in the way"):
-        on_rank_0(fails)
+        utils.on_rank_0(fails)
     monkeypatch.setattr(utils, "rank", lambda: 1)
     monkeypatch.setattr(utils, "gather_objects", lambda item: [sent[0], item])
     with pytest.raises(ResultError, match="in the way"):
-        on_rank_0(lambda: pytest.fail("is rank 0's alone"))
+        utils.on_rank_0(lambda: pytest.fail("is rank 0's alone"))
 
 
 # ---- not a number

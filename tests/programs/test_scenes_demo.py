@@ -60,7 +60,7 @@ def test_the_short_demo(commands: Commands, tmp_path: Path, capsys: pytest.Captu
         args = evaluate.parse_args(None, commands[f"{name}_refcoco"][1:])
         own = tmp_path / checkpoint / "checkpoint_00.pth" if isinstance(checkpoint, str) else checkpoint
         assert (args.checkpoint, args.output_dir) == (str(own), str(tmp_path / name / "refcoco"))
-        assert load_config(args.config, GroundingConfig, args.set).matching_file == []
+        assert load_config(*args.config, GroundingConfig, args.set).matching_file == []
     shown = capsys.readouterr().out
     assert set(commands) & set(scenes_demo.TITLES) == {"first_look", "scenes", "control", "amc"}
     assert "| the table |" in shown
@@ -86,7 +86,7 @@ def test_the_whole_table(full: bool, commands: Commands, tmp_path: Path) -> None
     for name in ("refcoco", "refclef", "flickr"):
         program, *words = commands[f"amc_{name}"]
         args = evaluate.parse_args(None, words)
-        assert (program, args.config) == ("grounding_eval.py", f"configs/scenes/Grounding_{name}.yaml")
+        assert (program, args.config) == ("grounding_eval.py", [f"configs/scenes/Grounding_{name}.yaml"])
         assert args.set == []
 
 

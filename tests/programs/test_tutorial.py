@@ -106,7 +106,7 @@ def read_by_its_program(words: list[str]) -> str:
     elif program.startswith("grounding_eval"):
         script = REFCOCO_PLUS if program == "grounding_eval_singlegpu.py" else None
         args = evaluate.parse_args(script, options)
-        benchmark_of(load_config(args.config, GroundingConfig, args.set), script)
+        benchmark_of(load_config(*args.config, GroundingConfig, args.set), script)
     elif program == "prepare.py":
         args = prepare.parse_args(options)
         for config in args.configs:

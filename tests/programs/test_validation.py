@@ -111,7 +111,7 @@ def test_the_maps_are_those_of_the_evaluation(
         x, y, w, h = (int(value) for value in expression.boxes[0])
         return float(cam.pixels[y : y + h, x : x + w].sum() / cam.pixels.sum())
 
-    monkeypatch.setitem(metrics.METRICS, "point", (share_inside, ()))
+    monkeypatch.setitem(metrics.METRICS, "point", metrics.Metric(share_inside))
     checkpoint = validated / "checkpoint_02.pth"
     words = ["--validate", *map(str, configs.values()), "--checkpoint", str(checkpoint)]
     run = ready(place, tmp_path / "run", *words)

@@ -100,7 +100,7 @@ def test_what_cannot_be_used(root: Path) -> None:
     lines = str(refused.value).splitlines()
     where = f"{folder / 'instances.json'}: 'segmentation' of the ref's annotation"
     assert [line.removeprefix(where) for line in lines[::2]] == [
-        ": a polygon must have 3 points or more, two numbers each - 1 found:",
+        ": a polygon must be finite numbers [x1, y1, x2, y2, ...], of 3 points or more - 1 found:",
         " must be a list of polygons, or an RLE {size, counts} - 1 found:",
         " covers no pixel of the image - 1 found:",
     ]

@@ -247,6 +247,12 @@ def test_entries_to_watch(tmp_path: Path) -> None:
     assert [one.phrase for one in watched_entries(entries, count=4)] == [f"phrase {n}" for n in (0, 2, 5, 7)]
     assert watched_entries(entries)[0].truth == ()
     assert [one.phrase for one in watched_entries(boxed[:2])] == ["phrase 1", "phrase 3"]  # none twice
+    regions = [[[1, 1, 4, 1, 4, 3, 1, 3]], {"size": [10, 20], "counts": [0, 2, 198]}, [[90, 1, 99, 1, 99, 9]]]
+    (one,) = watched_entries([entries[0]._replace(segmentations=regions)], count=1)
+    assert one.region is not None
+    assert one.region.nonzero()[0].tolist() == [0, 1, 1, 1, 1, 2, 2, 2]  # all regions, as far as they are in the image
+    with pytest.raises(DataError, match="entry 1: the size of an RLE is not that of its image"):
+        watched_entries([entries[1]._replace(segmentations=regions)])
     blank = [entry._replace(captions=["", "\u200b"]) for entry in entries]
     some = [blank[0], entries[1]._replace(captions=["", "second"]), *blank[2:]]
     assert [one.phrase for one in watched_entries(some)] == ["second"]
@@ -260,9 +266,12 @@ def test_entries_to_watch(tmp_path: Path) -> None:
 def test_the_truth_is_drawn(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = Mock(wraps=overlay)
     monkeypatch.setattr(tensorboard, "overlay", draw)
-    shown = [tensorboard.Watched(Image.new("RGB", (9, 9)), "red", ((1, 2, 3, 4),))]
+    mask = np.eye(9, dtype=bool)
+    shown = [tensorboard.Watched(Image.new("RGB", (9, 9)), "red", ((1, 2, 3, 4),), mask)]
     tensorboard.Board(explainer(place), shown, 1).start(tmp_path / "new", 0, "")
-    assert [call.args[2] for call in draw.call_args_list] == [((1, 2, 3, 4),)]
+    (call,) = draw.call_args_list
+    assert call.args[2] == ((1, 2, 3, 4),)
+    assert call.kwargs["region"] is mask
 
 
 # ---- what is asked of the model

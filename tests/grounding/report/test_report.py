@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from dataset.expressions import Expression
+from grounding import metrics
 from grounding.benchmarks import FLICKR, REFCOCO_PLUS, Benchmark
 from grounding.report import rows, sections
 from grounding.report.rows import (
@@ -90,7 +91,7 @@ def two(expressions: list[Expression], tmp_path: Path) -> tuple[Path, Path]:
 
 
 def collected(expressions: list[Expression], folders: tuple[Path, ...], benchmark: Benchmark = REFCOCO_PLUS) -> Results:
-    return collect(benchmark, expressions, sources_of(folders, 2), others=len(folders) - 1)
+    return collect(benchmark, expressions, sources_of(folders, benchmark.metrics), others=len(folders) - 1)
 
 
 def words(block: Block) -> list[list[str]]:
@@ -131,13 +132,13 @@ def test_sources_are_the_complete_checkpoints_of_the_folders(expressions: list[E
     other = store(tmp_path / "other", expressions, {"01": maps})
     with (one / "result" / "log.txt").open("a") as log:
         log.write(json.dumps({"val_d": 0.5, "epoch": "02"}) + "\n")  # of two lines
-    found = sources_of([other, one], 2)
+    found = sources_of([other, one], REFCOCO_PLUS.metrics)
     assert [(source.name, source.epoch) for source in found] == [("ck_01", "01"), ("ck_00", "00"), ("ck_01", "01")]
     assert [source.name for source in named_apart(found)] == ["other/epoch 01", "ck_00", "one/epoch 01"]
-    again = sources_of([one, one], 2)  # alike in all: the whole path, at least
+    again = sources_of([one, one], REFCOCO_PLUS.metrics)  # alike in all: the whole path, at least
     assert {source.name for source in named_apart(again)} == {f"{one}/epoch 00", f"{one}/epoch 01"}
     with pytest.raises(ResultError, match="nowhere: no complete results"):
-        sources_of([tmp_path / "nowhere"], 2)
+        sources_of([tmp_path / "nowhere"], REFCOCO_PLUS.metrics)
 
 
 def test_what_is_compared_and_shown(expressions: list[Expression], tmp_path: Path) -> None:
@@ -147,7 +148,7 @@ def test_what_is_compared_and_shown(expressions: list[Expression], tmp_path: Pat
     every = {"a/00", "a/01", "a/02"}
 
     def chosen(folders: list[Path], others: int) -> tuple[str, str | None, str, set[str]]:
-        sources = sources_of(folders, 2)
+        sources = sources_of(folders, REFCOCO_PLUS.metrics)
         names = [f"{source.folder.folder.parent.name}/{source.epoch}" for source in sources]
         named = [source._replace(name=name) for source, name in zip(sources, names, strict=True)]
         found = collect(REFCOCO_PLUS, expressions, named, others)
@@ -355,11 +356,8 @@ def test_any_metric_is_reported(
 ) -> None:
     """One that the report has never heard of, with values between 0 and 1, as the benchmark's only metric."""
 
-    def overlap(maps: list[Tensor], expressions: list[Expression], names: tuple[str, ...]) -> np.ndarray:
-        assert names == ("overlap",)
-        return np.array([[0.75 if cam.equal(RIGHT) else 0.25] for cam in maps])
-
-    monkeypatch.setattr(rows, "score", overlap)
+    overlap = metrics.Metric(lambda cam, _: 0.75 if cam.pred.equal(RIGHT) else 0.25)
+    monkeypatch.setitem(metrics.METRICS, "overlap", overlap)
     benchmark = REFCOCO_PLUS._replace(metrics=("overlap",))
     path = report_folders(benchmark, expressions, two)
     page = Page(path.read_text(encoding="utf-8"))
