@@ -105,6 +105,8 @@ def to_rle(segmentation: Segmentation, height: int, width: int) -> RLE:
         if isinstance(part, dict) and part["size"] != [height, width]:
             sizes = "{1}x{0}".format(*part["size"]), f"{width}x{height}"
             raise EntryProblem("the size of an RLE is not that of its image", "RLE {}, image {}".format(*sizes))
+    # Without keys of their own: pycocotools tells what a part is by its length.
+    parts = [{key: part[key] for key in ("size", "counts")} if isinstance(part, dict) else part for part in parts]
     texts = [part for part in parts if isinstance(part, dict) and isinstance(part["counts"], str)]
     others = [part for part in parts if not isinstance(part, dict) or not isinstance(part["counts"], str)]
     return coco.merge([*texts, *(coco.frPyObjects(others, height, width) if others else [])])

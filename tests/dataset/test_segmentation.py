@@ -38,6 +38,8 @@ def test_polygons_run_lengths_and_their_text_by_hand() -> None:
     assert masks_of([CORNER, {"size": [4, 6], "counts": [22, 2]}]) == np.add(corner, np.flip(corner)).tolist()
     assert masks_of([[-3, 1, 4, 1, 4, 3, -3, 3]])[1] == [1, 1, 1, 1, 0, 0]  # what lies outside is cut off
     assert area(to_rle(SQUARE, 4, 6)) == 6
+    for more in ({"area": 2, "id": 7}, {"area": 2, "id": 7, "bbox": [0, 0, 1, 2]}):  # keys of one's own are passed over
+        assert masks_of(CORNER | more) == masks_of([CORNER | more, CORNER_TEXT | more]) == corner
     assert area(to_rle([[7, 1, 9, 1, 9, 3]], 4, 6)) == 0
 
 
