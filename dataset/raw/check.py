@@ -115,7 +115,7 @@ class Checker:
         if config.add_gcam and boxes and None not in boxes and not any(boxes):
             row.remarks.add(row.name, vg.NO_BOXES)
         named = config.relation_file or config.train_file
-        related = [entries.related.any() for file, entries in self.training if file.name in named]
+        related = [entries.related.any() for file, entries in self.training if file.name in named and len(entries)]
         if config.paraphrases and related and not any(related):
             row.fail(vg.NO_SYNONYMS)
 
