@@ -276,6 +276,7 @@ def _entries(
 ) -> Iterator[RawEntry]:
     remedy = {"keep": "they stay, and the model reads [CLS] alone", "drop": "they are left out"}[empty_captions]
     empty = f"{file}: captions of which nothing is left once cleaned; as empty_captions says, {remedy}"
+    same = f"{file}: the relation's group is in no caption, or is its only synonym; SelfEQ's two maps are then equal"
     rows = found = 0
     for index, row in enumerate(read_list(file)):
         rows += 1
@@ -287,6 +288,8 @@ def _entries(
             for text, cleaned in zip(_texts(row), entry.captions, strict=True):
                 if not has_content(cleaned):
                     problems.warnings.add(source, empty, shown(text))
+            if entry.relation and not _has_paraphrase(entry):
+                problems.warnings.add(source, same, shown(entry.relation[0]))
             if empty_captions == "drop":
                 entry = entry._replace(captions=list(filter(has_content, entry.captions)))
         if entry and entry.captions:
@@ -337,6 +340,12 @@ def _relation(relation: Any, max_words: int) -> list[str]:
     words = [clean_caption(text, max_words) for text in (group, *synonyms)]
     synonyms = list(filter(has_content, words[1:]))
     return [words[0], *synonyms] if has_content(words[0]) and synonyms else []
+
+
+def _has_paraphrase(entry: RawEntry) -> bool:
+    """Whether any of its synonyms changes any of its captions."""
+    group, *synonyms = entry.relation
+    return any(group in caption for caption in entry.captions) and any(synonym != group for synonym in synonyms)
 
 
 def _caption_key(row: dict[str, Any]) -> str:
