@@ -187,11 +187,16 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
 
 
 def _covering_regions(entry: TrainingEntry, height: int, width: int) -> list[RLE]:
-    """The segmentations that cover a pixel of the image; raises `DataError` for an RLE of another size."""
+    """The segmentations that cover a pixel of the image.
+
+    Raises:
+        UserError: an RLE is of another size; no `DataError`, which --skip_broken would take for an unreadable image.
+    """
     try:
         regions = [to_rle(one, height, width) for one in entry.segmentations]
     except EntryProblem as problem:
-        raise DataError(f"{entry.source}: {problem.kind} ({problem.detail})") from None
+        lists = "prepare.py check lists all such entries"
+        raise UserError(f"{entry.source}: {problem.kind} ({problem.detail}); {lists}") from None
     return [region for region in regions if area(region)]
 
 
