@@ -116,8 +116,7 @@ def evaluating(name: str, benchmark: Benchmark) -> Callable[[Path, Path], None]:
             assert one.annotated_size is None or min(one.annotated_size) > 0, one
         assert found
         names = [*benchmark.metrics, *config.metrics]
-        scores = score([torch.rand(3, 3)] * len(found), found, names)
-        assert ((scores >= 0) & (scores <= 48 * 48)).all()
+        assert len(score([torch.rand(3, 3)] * len(found), found, names)) == len(found)
 
     return read
 
