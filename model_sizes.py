@@ -11,6 +11,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from config import AMCConfig, ConfigError, ModelConfig, ModelSizes, PretrainConfig, parse_config, read_json
 
 BLIP_LAYER = 6  # whose cross-attention LAVIS explains
+MOST_LAYERS = 1000
+# What BLIP's config.json must have between 1 and these, for transformers takes any value.
+MOST = {"num_hidden_layers": MOST_LAYERS, "image_text_hidden_size": 1 << 20} | dict.fromkeys(
+    ("hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings"), 1 << 20
+)
+MOST |= dict.fromkeys(("image_size", "patch_size"), 1 << 16)
 
 
 class BertConfig(BaseModel):
@@ -26,7 +32,7 @@ class BertConfig(BaseModel):
     encoder_width: int = Field(ge=1)
     vocab_size: int = Field(30522, ge=1)
     hidden_size: int = Field(768, ge=1)
-    num_hidden_layers: int = Field(12, ge=1)
+    num_hidden_layers: int = Field(12, ge=1, le=MOST_LAYERS)
     num_attention_heads: int = Field(12, ge=1)
     intermediate_size: int = Field(3072, ge=1)
     hidden_act: Literal["gelu"] = "gelu"
@@ -81,9 +87,16 @@ def load_blip_config(path: str | Path) -> Any:
     from transformers import BlipConfig  # takes a second
 
     try:
-        return BlipConfig.from_dict(values)
+        found = BlipConfig.from_dict(values)
     except Exception as error:  # of many kinds, by key and version
         raise ConfigError(f"{path}: not a config.json of transformers' BLIP ({error})") from error
+    for part in (found, found.text_config, found.vision_config):
+        for key, value in part.to_dict().items():
+            if key in MOST and not (type(value) is int and 1 <= value <= MOST[key]):
+                raise ConfigError(f"{path}: {key} must be an integer from 1 to {MOST[key]}, found {value!r:.40}")
+    if found.text_config.sep_token_id not in range(found.text_config.vocab_size):
+        raise ConfigError(f"{path}: sep_token_id is {found.text_config.sep_token_id!r:.40}, no id of the vocabulary")
+    return found
 
 
 def check_same_blip(path: str | Path, other: str | Path) -> None:

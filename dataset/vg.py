@@ -183,16 +183,25 @@ def clip_box(box: Sequence[float], height: int, width: int) -> tuple[int, int, i
 
 
 def covering_masks(entry: TrainingEntry, height: int, width: int) -> list[np.ndarray]:
-    """The segmentations that cover a pixel of the image, bool (h, w); raises `DataError` for an RLE of another size."""
+    """The segmentations that cover a pixel of the image, bool (h, w).
+
+    Raises:
+        UserError: an RLE is of another size; no `DataError`, which --skip_broken would take for an unreadable image.
+    """
     try:
         masks = [to_mask(to_rle(one, height, width)) for one in entry.segmentations]
     except EntryProblem as problem:
-        raise DataError(f"{entry.source}: {problem.kind} ({problem.detail})") from None
+        lists = "prepare.py check lists all such entries"
+        raise UserError(f"{entry.source}: {problem.kind} ({problem.detail}); {lists}") from None
     return [mask for mask in masks if mask.any()]
 
 
-def load_entries(file: str | Path, config: PretrainConfig) -> PackedEntries:
+def load_entries(file: str | Path, config: PretrainConfig) -> list[TrainingEntry]:
     """Read and check one training JSON; captions come back cleaned. Raises `DataError` with all problems."""
+    return list(_checked_entries(file, config))
+
+
+def _checked_entries(file: str | Path, config: PretrainConfig) -> PackedEntries:
     with Problems() as problems:
         return read_entries(file, config.image_root, config.max_words, problems, config.empty_captions)
 
@@ -212,7 +221,7 @@ def packed_entries(file: str, config: PretrainConfig, cache_dir: str | None = No
         if path and makes:
             _make_packed(file, config, path)
         barrier()
-    return PackedEntries(path, file, config.image_root) if path else load_entries(file, config)
+    return PackedEntries(path, file, config.image_root) if path else _checked_entries(file, config)
 
 
 def _content_digest(file: str) -> str:
@@ -268,6 +277,7 @@ def _entries(
 ) -> Iterator[RawEntry]:
     remedy = {"keep": "they stay, and the model reads [CLS] alone", "drop": "they are left out"}[empty_captions]
     empty = f"{file}: captions of which nothing is left once cleaned; as empty_captions says, {remedy}"
+    same = f"{file}: the relation's group is in no caption, or is its only synonym; SelfEQ's two maps are then equal"
     rows = found = 0
     for index, row in enumerate(read_list(file)):
         rows += 1
@@ -279,6 +289,8 @@ def _entries(
             for text, cleaned in zip(_texts(row), entry.captions, strict=True):
                 if not has_content(cleaned):
                     problems.warnings.add(source, empty, shown(text))
+            if entry.relation and not _has_paraphrase(entry):
+                problems.warnings.add(source, same, shown(entry.relation[0]))
             if empty_captions == "drop":
                 entry = entry._replace(captions=list(filter(has_content, entry.captions)))
         if entry and entry.captions:
@@ -329,6 +341,12 @@ def _relation(relation: Any, max_words: int) -> list[str]:
     words = [clean_caption(text, max_words) for text in (group, *synonyms)]
     synonyms = list(filter(has_content, words[1:]))
     return [words[0], *synonyms] if has_content(words[0]) and synonyms else []
+
+
+def _has_paraphrase(entry: RawEntry) -> bool:
+    """Whether any of its synonyms changes any of its captions."""
+    group, *synonyms = entry.relation
+    return any(group in caption for caption in entry.captions) and any(synonym != group for synonym in synonyms)
 
 
 def _caption_key(row: dict[str, Any]) -> str:

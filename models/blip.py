@@ -200,10 +200,14 @@ def _parts(config: ModelConfig) -> tuple[BlipImages, BlipTexts, int]:
     sizes.vision_config.image_size = config.image_res
     if config.image_res % sizes.vision_config.patch_size:
         raise ConfigError(
-            f"image_res is {config.image_res}, which patches of {sizes.vision_config.patch_size} do not divide"
+            f"image_res is {config.image_res}, which patches of {sizes.vision_config.patch_size} do not divide; "
+            f"they are those of {config.bert_config}"
         )
-    vision = transformers.BlipVisionModel(sizes.vision_config)
-    text = transformers.BlipTextModel(sizes.text_config, add_pooling_layer=False)
+    try:
+        vision = transformers.BlipVisionModel(sizes.vision_config)
+        text = transformers.BlipTextModel(sizes.text_config, add_pooling_layer=False)
+    except Exception as error:  # of many kinds, by key and version
+        raise ConfigError(f"{config.bert_config}: transformers cannot build its BLIP of it ({error})") from error
     try:
         found = BlipImages(vision), BlipTexts(text, bert)
         pairs = zip(found, (vision, text), strict=True)

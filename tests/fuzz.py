@@ -13,7 +13,6 @@ import io
 import json
 import pickle
 import random
-import shutil
 import signal
 import sys
 import tempfile
@@ -25,12 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, features
 from ruamel.yaml import YAML
-from safetensors.torch import save_file
 
-from config import ConfigError, GroundingConfig, PretrainConfig, load_any_config, load_config
-from dataset.expressions import Expression
+from config import ConfigError, GroundingConfig, PretrainConfig, load_any_config, load_config, naming
 from dataset.own import load_pairs
 from dataset.photos import read_photo
 from dataset.raw import flickr_entities, visual_genome
@@ -39,30 +35,25 @@ from dataset.raw.check import check
 from dataset.raw.check_images import inspect_image
 from dataset.raw.evaluation_images import read_evaluation_images
 from dataset.raw.vg_phrases import Rules
-from dataset.reading import image_size, read_image
-from dataset.scenes import files as scenes_files
+from dataset.reading import DataError, image_size, read_image
 from dataset.text import load_tokenizer
 from dataset.vg import Collate, TrainingData
 from grounding.benchmarks import BENCHMARKS, FLICKR, OWN, REFCLEF, REFCOCO_PLUS, Benchmark, benchmark_of
-from grounding.load import config_of
+from grounding.load import check_config as check_model
+from grounding.load import config_of, own_sizes
+from grounding.metrics import score
 from grounding.results import ResultFolder
 from model_sizes import load_bert_config, size_problems
 from models.albef import build_albef
 from models.checkpoint import check_resumable, load_weights, read_checkpoint
 from models.pretrain import PretrainModel
 from runs import read_runs
-from tests.data_keys import data_keys
-from tests.dataset.raw.raw_layouts import mattnet_detections, write_entities
 from tests.dataset.raw.test_vg_files import FILES as VG_FILES
+from tests.fuzz_world import PICTURES, VG_KEYS, asked, dump_yaml, make_world
 from tests.mutations import mutate_bytes, mutate_value
-from tests.small_model import BERT, SIZES
 from utils import UserError
 
 SECONDS = 60  # that a try may take
-VG_KEYS = {"image_data_file": "image_data", "region_file": "region_descriptions"}
-PICTURES = ["a.jpg", "a.png", "a.gif", "a.bmp", "a.webp", "a.tif", "packbits.tif", "tiff_lzw.tif", "jpeg.tif", "a.ppm"]
-PICTURES += ["a.jp2"] if features.check("jpg_2000") else []
-PICTURES += ["a.avif"] if features.check("avif") else []
 
 
 class Kind(NamedTuple):
@@ -77,94 +68,6 @@ class Kind(NamedTuple):
     read: Callable[[Path, Path], object]
     parse: Callable[[bytes], Any] | None = None
     write: Callable[[Any], bytes] | None = None
-
-
-# ---- the world
-
-
-def make_world(folder: Path) -> None:
-    """Write all files; equal for every call."""
-    scenes_files.generate(folder / "s", seed=3, train=4, annotated=4, evaluation=2, size=48)
-    (folder / "bert.json").write_text(json.dumps(BERT))
-    sizes = {**SIZES, "bert_config": str(folder / "bert.json"), "image_root": str(folder / "s/images")}
-    train = {**sizes, "train_file": [str(folder / "s/train_phrases.json")], "batch_size": 2, "queue_size": 8}
-    configs: dict[str, dict[str, Any]] = {"train": train | {"mask_size": 48, "amc": {"layer": 1}}}
-    for name in ("refcoco", "refclef", "flickr"):
-        configs[name] = {**sizes, "block_num": 1, **data_keys(name, folder / "s")}
-    own = [str(folder / f"s/own.{end}") for end in ("json", "jsonl")]
-    configs["own"] = {**sizes, "benchmark": "own", "test_file": own}
-    files = {key: str(folder / f"vg/{of}.json") for key, of in VG_KEYS.items()}
-    more = {"image_ids_file": [str(folder / "vg/test.txt")], "image_root": str(folder / "vg")}
-    configs["regions"] = {**sizes, "benchmark": "vg", **files, **more}
-    for name, values in configs.items():
-        (folder / f"{name}.yaml").write_bytes(dump_yaml(values))
-    rows = [{"image": "000000.jpg", "phrase": "a star", "box": [1, 2, 3, 4], "category": "star"}]
-    rows.append({"image": "000001.jpg", "phrases": ["it", "that"], "boxes": [[9, 9, 9, 9.5]], "split": "val"})
-    (folder / "s/own.json").write_text(json.dumps(rows))
-    _write_lines(folder / "s/own.jsonl", rows)
-    _write_raw(folder)
-    _write_pictures(folder / "images")
-    _write_weights(folder)
-    (folder / "json_tokenizer").mkdir()
-    load_tokenizer(str(folder / "s/text_encoder")).pieces.save(str(folder / "json_tokenizer/tokenizer.json"))
-    losses = [{"epoch": n, "train_loss_mlm": 1.0 / (n + 1), "train_lr": 1e-5, "steps": 20} for n in range(3)]
-    _write_lines(folder / "run/log.txt", losses)
-    _write_lines(folder / "run/steps.jsonl", [{"epoch": 0, "step": n, "loss_mlm": 1.0 / (n + 1)} for n in range(3)])
-    _write_lines(folder / "result/log.txt", [{"val_d": 0.5, "epoch": "00"}])
-    ResultFolder(folder / "result").write("00", [asked()], [torch.rand(3, 3)], {"gradcam_mode": "itm"})
-
-
-def _write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.parent.mkdir(exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-
-def _write_pictures(folder: Path) -> None:
-    folder.mkdir()
-    picture = Image.effect_noise((40, 30), 60).convert("RGB")
-    for name in PICTURES:
-        stem, _, suffix = name.partition(".")
-        picture.save(folder / name, **({"compression": stem} if suffix == "tif" and stem != "a" else {}))
-    Image.fromarray(np.arange(1200, dtype=np.uint16).reshape(30, 40) * 50).save(folder / "deep.png")
-    picture.convert("F").save(folder / "a.pfm")
-
-
-def _write_weights(folder: Path) -> None:
-    torch.manual_seed(0)
-    config = load_config(folder / "train.yaml", PretrainConfig)
-    model = PretrainModel(config)
-    content = {
-        "model": model.state_dict(),
-        "optimizer": torch.optim.AdamW([model.temp], lr=1e-4).state_dict(),
-        "lr_scheduler": {},
-        "config": config.model_dump(mode="json"),
-        "epoch": 0,
-    }
-    torch.save(content, folder / "w.pth")
-    torch.save(content, folder / "old.pth", _use_new_zipfile_serialization=False)
-    save_file({key: value.clone() for key, value in model.state_dict().items()}, folder / "w.safetensors")
-
-
-def asked() -> Expression:
-    """What the result file of the seeds is about."""
-    return Expression(Path("x.jpg"), "x", 0, "val", np.ones((1, 4)), {"image_path": "x.jpg"})
-
-
-def _write_raw(folder: Path) -> None:
-    """Downloads in their owners' forms."""
-    boxes, sentences = (
-        json.loads((folder / f"s/flickr/{name}_val.json").read_text()) for name in ("bounding_boxes", "sentences")
-    )
-    write_entities(folder / "entities", boxes, sentences)
-    shutil.copy(folder / "s/flickr/val.txt", folder / "entities/val.txt")
-    detections = json.loads((folder / "s/refer/refcoco+/dets.json").read_text())
-    (folder / "mattnet.json").write_text(json.dumps(mattnet_detections(detections)))
-    (folder / "vg").mkdir()
-    for name, rows in VG_FILES.items():
-        (folder / f"vg/{name}.json").write_text(json.dumps(rows))
-    (folder / "vg/test.txt").write_text("7\n")
-    (folder / "vg/VG_100K_2").mkdir()
-    shutil.copy(folder / "s/images/000000.jpg", folder / "vg/VG_100K_2/7.jpg")
 
 
 # ---- reading as the programs do
@@ -183,13 +86,19 @@ def check_config(folder: Path, name: str) -> None:
     json.loads(report.json())
 
 
-def read_training(folder: Path, path: Path) -> None:
-    check_config(folder, "train")
-    config = load_config(folder / "train.yaml", PretrainConfig)
-    data = TrainingData(config, seed=0)
-    samples = [data[index] for index in range(min(2, len(data)))]
-    batch = Collate(load_tokenizer(str(folder / "s/text_encoder")), config)(samples)
-    assert all(torch.isfinite(part).all() for part in batch)
+def training(name: str) -> Callable[[Path, Path], None]:
+    """What reads the entries of a config of a name: in its first epoch, with `relation_file`."""
+
+    def read(folder: Path, path: Path) -> None:
+        check_config(folder, name)
+        config = load_config(folder / f"{name}.yaml", PretrainConfig)
+        config = config.relation_epoch() if config.relation_file else config
+        data = TrainingData(config, seed=0)
+        samples = [data[index] for index in range(min(4, len(data)))]
+        batch = Collate(load_tokenizer(str(folder / "s/text_encoder")), config)(samples)
+        assert all(torch.isfinite(part).all() for part in batch)
+
+    return read
 
 
 def evaluating(name: str, benchmark: Benchmark) -> Callable[[Path, Path], None]:
@@ -197,7 +106,8 @@ def evaluating(name: str, benchmark: Benchmark) -> Callable[[Path, Path], None]:
 
     def read(folder: Path, path: Path) -> None:
         check_config(folder, name)
-        found = benchmark.load(load_config(folder / f"{name}.yaml", GroundingConfig))
+        config = load_config(folder / f"{name}.yaml", GroundingConfig)
+        found = benchmark.load(config)
         for one in found:
             assert one.boxes.shape[1] == 4, one
             assert len(one.boxes), one
@@ -205,6 +115,8 @@ def evaluating(name: str, benchmark: Benchmark) -> Callable[[Path, Path], None]:
             assert one.text.encode() is not None, one
             assert one.annotated_size is None or min(one.annotated_size) > 0, one
         assert found
+        names = [*benchmark.metrics, *config.metrics]
+        assert len(score([torch.rand(3, 3)] * len(found), found, names)) == len(found)
 
     return read
 
@@ -212,6 +124,22 @@ def evaluating(name: str, benchmark: Benchmark) -> Callable[[Path, Path], None]:
 read_refcoco, read_flickr = evaluating("refcoco", REFCOCO_PLUS), evaluating("flickr", FLICKR)
 read_refclef, read_own = evaluating("refclef", REFCLEF), evaluating("own", OWN)
 read_regions = evaluating("regions", BENCHMARKS["vg"])
+read_metrics = evaluating("masks", REFCOCO_PLUS)
+
+
+def read_masks(folder: Path, path: Path) -> None:
+    read_metrics(folder, path)
+    lists = raw_refer.make_lists(folder / "s/masks/refer", "refcoco+", "unc")
+    with contextlib.suppress(DataError):  # scenes of val and testA alone are here: no ref is left
+        raw_refer.training_entries(lists, "refcoco+", [], masks=True)
+
+
+def read_blip(folder: Path, path: Path) -> None:
+    """The sizes, as evaluation takes them from a config or from a folder of transformers, and the model."""
+    check_config(folder, "blip")
+    with naming(folder / "blip.yaml"):
+        check_model(load_config(folder / "blip.yaml", GroundingConfig), "itm", 1)
+        check_model(load_config(folder / "blip.yaml", GroundingConfig, own_sizes(path.parent)), "itm", 1)
 
 
 def read_refs(folder: Path, path: Path) -> None:
@@ -277,12 +205,6 @@ def load_yaml(data: bytes) -> Any:
     return YAML(typ="safe", pure=True).load(data.decode())
 
 
-def dump_yaml(value: Any) -> bytes:
-    buffer = io.BytesIO()
-    YAML(typ="safe", pure=True).dump(value, buffer)
-    return buffer.getvalue()
-
-
 def load_pth(data: bytes) -> Any:
     return torch.load(io.BytesIO(data), weights_only=True)
 
@@ -297,14 +219,18 @@ JSON, YAML_FORM = (json.loads, dump_json), (load_yaml, dump_yaml)
 PICKLE, PTH = (pickle.loads, pickle.dumps), (load_pth, dump_pth)
 FLICKR_FILES = ["s/flickr/bounding_boxes_val.json", "s/flickr/sentences_val.json"]
 KINDS = {
-    "config": Kind([f"{name}.yaml" for name in ("train", "refcoco", "flickr")], read_config, *YAML_FORM),
+    "config": Kind([f"{name}.yaml" for name in ("train", "relations", "refcoco", "masks")], read_config, *YAML_FORM),
     "bert": Kind(["bert.json"], lambda _, path: load_bert_config(path), *JSON),
-    "training": Kind(["s/train_phrases.json"], read_training, *JSON),
+    "blip": Kind(["blip/config.json"], read_blip, *JSON),
+    "training": Kind(["s/train_phrases.json"], training("train"), *JSON),
+    "relations": Kind(["s/train_relations.json"], training("relations"), *JSON),
+    "segmentations": Kind(["s/segmentations.json"], training("segmentations"), *JSON),
     "refcoco": Kind(
         [f"s/refer/refcoco+/{name}.json" for name in ("refcoco+_val", "instances", "dets")], read_refcoco, *JSON
     ),
     "refclef": Kind(["s/refer/refclef/refclef_test.json", "s/refer/refclef/instances.json"], read_refclef, *JSON),
     "refs": Kind(["s/refer/refcoco+/refs(unc).p"], read_refs, *PICKLE),
+    "masks": Kind(["s/masks/refer/refcoco+/instances.json"], read_masks, *JSON),
     "flickr": Kind(FLICKR_FILES, read_flickr, *JSON),
     "ids": Kind(["s/flickr/val.txt"], read_flickr),
     "own": Kind(["s/own.json"], read_own, *JSON),

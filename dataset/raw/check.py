@@ -114,7 +114,8 @@ class Checker:
             boxes = [self.reading.once(self.read_training_file, key, file, *options) for file in own.train_file]
             if own.add_gcam and boxes and None not in boxes and not any(boxes):
                 row.remarks.add(row.name, vg.NO_BOXES)
-            related = [entries.related.any() for file, entries in self.training if file.name in own.train_file]
+            named = [entries for file, entries in self.training if file.name in own.train_file]
+            related = [entries.related.any() for entries in named if len(entries)]
             if own.paraphrases and related and not any(related):
                 row.fail(vg.NO_SYNONYMS)
 

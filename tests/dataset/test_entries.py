@@ -114,7 +114,7 @@ def test_every_damage_is_found() -> None:
 def test_a_large_file_is_packed_once(
     file: Path, config: PretrainConfig, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    expected = list(load_entries(file, config))
+    expected = load_entries(file, config)
     assert [entry.captions for entry in expected] == [["a dog"], ["ein hündchen", "犬", "a cat"], ["two"]]
     assert list(packed_entries(str(file), config)) == expected
     (path,) = packed_files(file.parent)
@@ -128,7 +128,7 @@ def test_a_large_file_is_packed_once(
 
 def test_a_small_file_is_not_packed_unless_a_folder_is_named(file: Path, tmp_path: Path) -> None:
     config = PretrainConfig(train_file=[str(file)], image_root="images")
-    assert list(packed_entries(str(file), config)) == list(load_entries(file, config))
+    assert list(packed_entries(str(file), config)) == load_entries(file, config)
     assert os.listdir(file.parent) == ["train.json"]
     packed_entries(str(file), config, str(tmp_path / "new" / "cache"))
     assert len(packed_files(tmp_path / "new" / "cache")) == 1

@@ -90,6 +90,14 @@ def test_malformed_chunks_are_named(images: Path, bad: Any) -> None:
         load_entries(images / "r.json", configure(images, [{**COCO, "phrase_chunks": bad}]))
 
 
+def test_synonyms_that_change_nothing_are_counted(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    own = RELATION | {"synonym": ["puppy!", "Puppy"]}
+    load_entries(images / "r.json", configure(images, [VG, {**VG, "relation": own}, {**VG, "relation": None}]))
+    assert re.search(
+        r"or is its only synonym; .* - 1 found:\n.*: entry 1 \(0.png\) \('puppy'\)", capsys.readouterr().out
+    )
+
+
 # ---- samples
 
 
@@ -111,7 +119,9 @@ def test_without_a_loss_on_maps_paraphrases_are_trained_still(images: Path) -> N
 def test_the_relation_epoch_trains_paraphrases(images: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other = {"image": "2.png", "caption": "one big puppy", "bbox": []}
     data = relation_epoch(images, [other, VG, COCO, {**other, "relation": RELATION | {"group": "cat"}}])
-    assert "3 of 4 entries have synonyms; the others take no part" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "3 of 4 entries have synonyms; the others take no part" in said
+    assert re.search(r"the relation's group is in no caption.* - 1 found:\n.*: entry 3 \(2.png\) \('cat'\)", said)
     assert len(data) == len(data.broken) == 3
     assert drawn(data) == {
         *(("a dog", "a puppy"), ("a little dog", "a puppy")),
@@ -229,6 +239,7 @@ def test_check_reads_relation_files(images: Path, capsys: pytest.CaptureFixture[
     for rows, message in (
         ([VG, {**COCO, "relation": "puppy"}], "key 'relation' must be"),
         ([COCO | {"relation": {}}], NO_SYNONYMS),
+        ([COCO | {"image": 3}], "1 error and"),  # and none about synonyms
     ):
         with pytest.raises(SystemExit):
             check(rows)

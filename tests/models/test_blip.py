@@ -205,6 +205,25 @@ def test_what_it_cannot_do_is_an_error(tmp_path: Path, own: Any) -> None:
         PretrainBlip(training_config(tmp_path, selfeq={"weight_similarity": 1.0}))
 
 
+@pytest.mark.parametrize(
+    ("part", "key", "value"),
+    [
+        ("vision_config", "num_hidden_layers", 2**31),  # would be built for hours
+        ("vision_config", "patch_size", 0),
+        ("vision_config", "image_size", 10**20),
+        ("text_config", "num_hidden_layers", 2**31),
+        ("text_config", "vocab_size", 10**20),
+        ("text_config", "sep_token_id", 10**20),
+        ("vision_config", "hidden_act", "nonsense"),
+    ],
+)
+def test_sizes_that_no_model_has(tmp_path: Path, part: str, key: str, value: Any) -> None:
+    config = training_config(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({**SIZES, part: SIZES[part] | {key: value}}))
+    with pytest.raises(ConfigError, match=rf"config\.json: .*{'BLIP' if key == 'hidden_act' else key}"):
+        build_blip(config)
+
+
 # ---- weights
 
 
