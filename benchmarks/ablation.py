@@ -2,12 +2,12 @@
 
     python benchmarks/ablation.py                                       all variants, seeds 42, 43 and 44
     python benchmarks/ablation.py --variants "both terms" control --seeds 45 46
-    python benchmarks/ablation.py --variants control SelfEQ "both terms" "AMC and SelfEQ"
+    python benchmarks/ablation.py --variants control SelfEQ "both terms" "AMC and SelfEQ" --short
 
-Every run is `make demo`'s stage 2 with another seed or other weights and margins: two processes, from the stage 1 that
-ships, as many steps on the same phrases; then RefCOCO+. The seed draws batches, augmentation, masked words and hard
-negatives; stage 1 is the same for all. What is complete is not done again, so that an interrupted ablation goes on
-where it stopped. OUTPUT/table.md has mean and standard deviation over the seeds.
+Every run is stage 2 of `scenes_demo.py --all`, or with `--short` of `make demo`, with another seed or other weights and
+margins: two processes, from the stage 1 that ships, as many steps on the same phrases; then RefCOCO+. The seed draws
+batches, augmentation, masked words and hard negatives; stage 1 is the same for all. What is complete is not done again,
+so that an interrupted ablation goes on where it stopped. OUTPUT/table.md has means and standard deviations.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from config import GroundingConfig, load_config
 from dataset.scenes.paths import CONFIGS, SCENES, SHIPPED
 from grounding.benchmarks import REFCOCO_PLUS
 from grounding.results import ResultFolder
-from scenes_demo import accuracies, evaluation, run_step, train
+from scenes_demo import SHORT_EVALUATION, SHORT_TRAINING, accuracies, evaluation, run_step, train
 
 AMC, CONTROL = CONFIGS / "Pretrain.yaml", CONFIGS / "Pretrain_control.yaml"
 # The same entries, and synonyms of their words.
@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[Path, list[str]]] = {  # a config, and what is changed
     "control": (CONTROL, []),
     "SelfEQ": (CONTROL, SELFEQ),
     "AMC and SelfEQ": (AMC, SELFEQ),
+    "both terms, on masks": (AMC, ["train_file=[data/scenes/masks/train_phrases.json]"]),
 }
 COLUMNS = ["RefCOCO+ point val_d", "RefCOCO+ point testA_d", "RefCOCO+ point testB_d", "RefCOCO+ box val_d"]
 COLUMNS += ["matching val"]
@@ -51,21 +52,23 @@ def main(args: argparse.Namespace) -> None:
     for seed in args.seeds:
         for variant in args.variants:
             folder: Path = args.output_dir / variant.replace(",", "").replace(" ", "_") / f"seed_{seed}"
-            rows.setdefault(variant, []).append(train_and_evaluate(variant, seed, folder))
+            rows.setdefault(variant, []).append(train_and_evaluate(variant, seed, folder, args.short))
             utils.write_text(args.output_dir / "table.md", results_table(rows))
     print(f"\n{results_table(rows)}\nAccuracies in %, mean ± standard deviation over the runs. {describe_machine()}")
     print(f"Done in {(time.monotonic() - started) / 60:.0f} minutes; runs and table.md are in {args.output_dir}")
 
 
-def train_and_evaluate(variant: str, seed: int, folder: Path) -> dict[str, float | None]:
+def train_and_evaluate(variant: str, seed: int, folder: Path, short: bool) -> dict[str, float | None]:
     """Train and evaluate one run; returns its accuracies by column."""
     config, changes = VARIANTS[variant]
-    options = ["--seed", str(seed)]
+    training, overrides = (SHORT_TRAINING, SHORT_EVALUATION) if short else ([], [])
+    options = ["--seed", str(seed), *training]
     for change in changes:
         options += ["--set", change]
     checkpoint = train(folder, config, ["--checkpoint", str(SHIPPED)], 2, options)
-    run_step(f"{folder.name}_evaluated", evaluation(checkpoint, "refcoco", folder / "refcoco"), folder.parent / "logs")
-    grounding = load_config(CONFIGS / "Grounding_refcoco.yaml", GroundingConfig)
+    words = evaluation(checkpoint, "refcoco", folder / "refcoco", overrides)
+    run_step(f"{folder.name}_evaluated", words, folder.parent / "logs")
+    grounding = load_config(CONFIGS / "Grounding_refcoco.yaml", GroundingConfig, overrides)
     result = ResultFolder(folder / "refcoco" / "result")
     return accuracies(REFCOCO_PLUS, grounding, {variant: result})[variant]
 
@@ -76,7 +79,7 @@ def results_table(rows: Accuracies) -> str:
         [
             variant,
             str(len(runs)),
-            *(spread([100 * value for run in runs if (value := run[key]) is not None]) for key in COLUMNS),
+            *(spread([100 * value for run in runs if (value := run.get(key)) is not None]) for key in COLUMNS),
         ]
         for variant, runs in rows.items()
     )
@@ -95,5 +98,6 @@ if __name__ == "__main__":
     options = parser(__doc__)
     options.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), metavar="NAME")
     options.add_argument("--seeds", nargs="+", type=int, default=[42, 43, 44])
+    options.add_argument("--short", action="store_true", help="150 steps a run, as in make demo, and no matching")
     options.add_argument("--output_dir", type=Path, default=Path("output/ablation"))
     utils.run(main, options.parse_args())

@@ -34,7 +34,8 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, Sequence[str]]]:
         point = {key: 5 * number for key, number in accuracies.items()}
         results = ResultFolder(folder / "result")
         results.folder.mkdir(parents=True)
-        results.write_lines("00", [accuracies, point, {"matching_val": 0.5}, {"matching_testB": 0.5}])
+        matching = [] if "matching_file=[]" in words else [{"matching_val": 0.5}, {"matching_testB": 0.5}]
+        results.write_lines("00", [accuracies, point, *matching])
 
     monkeypatch.setattr(ablation, "train", train)
     monkeypatch.setattr(ablation, "run_step", run_step)
@@ -45,7 +46,7 @@ def test_variants_and_seeds(
     runs: list[tuple[str, Sequence[str]]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     variants = ["both terms, published margins", "control"]
-    ablation.main(argparse.Namespace(variants=variants, seeds=[7, 8], output_dir=tmp_path))
+    ablation.main(argparse.Namespace(variants=variants, seeds=[7, 8], short=False, output_dir=tmp_path))
     margins = ["--set", "amc.margin_mean=0.1", "--set", "amc.margin_max=0.5"]
     assert runs == [
         ("Pretrain.yaml", ["--seed", "7", *margins]),
@@ -59,6 +60,13 @@ def test_variants_and_seeds(
         "| control | 2 | 15.0 ± 7.1 | 30.0 ± 14.1 | 45.0 ± 21.2 | 3.0 ± 1.4 | 50.0 ± 0.0 |",
     ]
     assert "\n".join(table) in capsys.readouterr().out
+
+
+def test_short_runs(runs: list[tuple[str, Sequence[str]]], tmp_path: Path) -> None:
+    ablation.main(argparse.Namespace(variants=["mean term only"], seeds=[7], short=True, output_dir=tmp_path))
+    assert runs == [("Pretrain.yaml", ["--seed", "7", *scenes_demo.SHORT_TRAINING, "--set", "amc.weight_max=0"])]
+    table = (tmp_path / "table.md").read_text(encoding="utf-8").splitlines()
+    assert table[2:] == ["| mean term only | 1 | 5.0 | 10.0 | 15.0 | 1.0 | - |"]
 
 
 def test_variants_change_what_they_say() -> None:
@@ -76,7 +84,10 @@ def test_variants_change_what_they_say() -> None:
         assert (loaded.add_gcam, loaded.amc.layer) == (amc_too, 3)
         assert size_problems(loaded, load_bert_config(loaded.bert_config)) == []
         del found[name]
+    masks = ablation.VARIANTS["both terms, on masks"]
+    assert load_config(masks[0], PretrainConfig, masks[1]).train_file == ["data/scenes/masks/train_phrases.json"]
     assert {name: values for name, values in found.items() if name != "control"} == {
+        "both terms, on masks": (True, True, True, shipped),
         "both terms": (True, True, True, shipped),
         "mean term only": (True, True, False, shipped),
         "max term only": (True, False, True, shipped),
