@@ -217,7 +217,8 @@ class Run:
         step_samples = config.batch_size * args.accum_steps * utils.world_size()
         utils.seed_everything(args.seed)  # it decides the random weights
         self.model = build_model(config)
-        check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
+        bert = self.model.text_encoder.config
+        check_vocabulary(tokenizer, bert.vocab_size, bert.special_ids)
         path, goes_on = choose_start(args)
         checkpoint = load_start(self.model, config, args, path)
         self.start, self.progress = runs.BEGINNING, dict[str, Any]()
@@ -484,6 +485,8 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
     use_onednn(model)
     if args.compile and model.config.paraphrases:
         raise utils.UserError("--compile: SelfEQ's losses cannot be compiled; leave it out, or train without selfeq")
+    if args.compile and model.config.model == "blip":
+        raise utils.UserError("--compile: is for ALBEF alone; train BLIP without it")
     if args.compile:
         model.compile_step()
         sizes = ", ".join(map(str, token_sizes(model.config.max_tokens)))
