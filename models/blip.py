@@ -87,7 +87,7 @@ class BlipTexts(FusionEncoder):
     def __init__(self, text: Any, config: BertConfig) -> None:
         super().__init__()
         self.config = config
-        self.sep_id, self.enc_id = text.config.sep_token_id, config.special_ids["[ENC]"]
+        self.sep_id, self.enc_id = text.config.sep_token_id, text.config.vocab_size - 1
         self.embeddings = text.embeddings
         layers = nn.ModuleList(_around(layer, config) for layer in text.encoder.layer)
         self.encoder: Any = nn.ModuleDict({"layer": layers})
