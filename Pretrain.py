@@ -203,7 +203,8 @@ class Run:
         step_samples = config.batch_size * args.accum_steps * utils.world_size()
         utils.seed_everything(args.seed)  # it decides the random weights
         self.model = create_model(config)
-        check_vocabulary(tokenizer, self.model.text_encoder.config.vocab_size)
+        bert = self.model.text_encoder.config
+        check_vocabulary(tokenizer, bert.vocab_size, bert.special_ids)
         path, goes_on = start or choose_start(args)
         checkpoint = load_start(self.model, config, args, path)
         self.start, self.progress = runs.BEGINNING, dict[str, Any]()

@@ -18,13 +18,12 @@ import torch
 import utils
 from config import ConfigError, GroundingConfig, ModelConfig, load_any_config, load_config, parse_config
 from grounding import identity
-from grounding.load import choose_text_encoder, vocabulary_for
+from grounding.load import build_model, choose_text_encoder, vocabulary_for
 from grounding.results import ResultError, ResultFolder, percent
-from model_sizes import StudentConfig, load_bert_config
-from models.albef import build_albef
+from model_sizes import StudentConfig, load_bert_config, student_json
 from models.checkpoint import load_weights, read_checkpoint, student_of
 from models.interface import check_layer
-from models.student import check_free, local_checkpoint, write_student
+from models.student import check_free, is_student, local_checkpoint, write_student
 from system.errors import megabytes
 
 CARD = """---
@@ -32,13 +31,12 @@ tags: [visual-grounding, vision-language]
 ---
 # {name}
 
-Finds the place of a phrase in an image. A vision-language model, ALBEF
-([arXiv 2107.07651](https://arxiv.org/abs/2107.07651)), {tuned} Attention Mask Consistency, AMC
+Finds the place of a phrase in an image. A vision-language model, {model}, {tuned} Attention Mask Consistency, AMC
 (Yang et al., CVPR 2023, [arXiv 2206.15462](https://arxiv.org/abs/2206.15462)). The place is read off the GradCAM map
 of layer {layer}'s cross-attention.
 
 This folder holds the student alone: {count:,} weights in {precision} ({size}), their sizes (config.json) and the
-vocabulary. It holds no code: it needs the code of AMC.
+vocabulary. It holds no code: {needs}.
 
 ## Use
 
@@ -67,7 +65,17 @@ A local folder does in place of OWNER/{name}.
 
 {accuracies}
 """
-TUNED = {True: "tuned by", False: "not yet tuned by", None: "made for"}
+# Name and paper; what maps and model need.
+MODELS = {
+    "albef": ("ALBEF\n([arXiv 2107.07651](https://arxiv.org/abs/2107.07651))", "it needs the code of AMC"),
+    "blip": (
+        "BLIP\n([arXiv 2201.12086](https://arxiv.org/abs/2201.12086))",
+        """maps need the code of AMC. The weights are also those of
+transformers' BlipForImageTextRetrieval, which leaves out `temp`, the temperature of contrast; a text to match begins
+with [ENC], the last id of BLIP's vocabulary, in place of [CLS]""",
+    ),
+}
+TUNED = {True: "tuned by", False: "not yet tuned by", None: "for use with"}
 ROUNDED = "Measured on the checkpoint itself, before its weights were rounded to half precision."
 # Of the training config, what the card tells: no paths, for they are of a private machine.
 TOLD = (
@@ -107,15 +115,19 @@ def main(args: argparse.Namespace) -> None:
     vocabulary = Path(vocabulary_for(bert_config, text_encoder).source)
     state = student_of(content["model"], checkpoint, torch.float16 if args.half else torch.float32)
     own = config.model_dump(exclude={"bert_config", "amc"})
-    model = build_albef(ModelConfig(bert_config=bert_config, **own))
+    model = build_model(ModelConfig(bert_config=bert_config, **own))
     load_weights(model, state, checkpoint)  # what does not fit is said here, not where the folder is opened
+    if (key := "vision_model.embeddings.position_embedding") in state:  # transformers resizes none
+        state[key] = model.visual_encoder.embeddings.position_embedding.detach().to(state[key].dtype)
     check_layer(model, "itm", config.amc.layer)
     rows = [row for folder in args.results for row in accuracy_rows(folder, checkpoint)]
     size, precision = sum(tensor.nbytes for tensor in state.values()), "half precision" if args.half else "float32"
     trained = content.get("config")
     card = CARD.format(
         name=args.out.resolve().name,
-        tuned=TUNED[trained.get("add_gcam", True) if isinstance(trained, dict) else None],
+        model=MODELS[config.model][0],
+        needs=MODELS[config.model][1],
+        tuned=TUNED[trained.get("add_gcam", not is_student(checkpoint) or None) if isinstance(trained, dict) else None],
         layer=config.amc.layer,
         count=sum(tensor.numel() for tensor in state.values()),
         precision=precision,
@@ -123,7 +135,7 @@ def main(args: argparse.Namespace) -> None:
         facts=facts(content),
         accuracies=table(rows) + ("\n\n" + ROUNDED if args.half and rows else ""),
     )
-    write_student(args.out, state, config, vocabulary, card, args.force)
+    write_student(args.out, state, student_json(config, bert_config), vocabulary, card, args.force)
     print(f"{args.out}: {len(state)} tensors in {precision}, {megabytes(size)}; vocabulary: {vocabulary}")
     print(f"README.md is its model card, with {len(rows)} accuracies; read it through before you give it away")
 
@@ -132,8 +144,6 @@ def student_config(values: Any, source: str | Path) -> tuple[StudentConfig, str]
     """The config of a student, and the file of its bert_config, from a training or evaluation config."""
     if not isinstance(values, dict) or not isinstance(values.get("bert_config"), str):
         raise ConfigError(f"{source}: does not say the sizes of its model; pass --config, for instance a Pretrain.yaml")
-    if values.get("model") == "blip":
-        raise ConfigError(f"{source}: of BLIP, which export.py cannot write; give the checkpoint away as it is")
     keys = {key: values[key] for key in StudentConfig.model_fields if key in values}
     if "block_num" in values:  # of evaluation
         keys["amc"] = {"layer": values["block_num"]}

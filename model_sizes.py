@@ -3,6 +3,7 @@
 `size_problems` says what of them would keep the model of a config from being built.
 """
 
+import json
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,11 +44,28 @@ class BertConfig(BaseModel):
     initializer_range: float = Field(0.02, ge=0)
     layer_norm_eps: float = Field(1e-12, gt=0)
     pad_token_id: int = Field(0, ge=0)
+    sep_token_id: int | None = Field(None, exclude=True)  # BLIP's alone
 
     @property
     def fusion_layers(self) -> range:
         """Indices of the layers with cross-attention."""
         return range(self.fusion_layer, self.num_hidden_layers)
+
+    @property
+    def explained_layers(self) -> range:
+        """Those with a map. In BLIP's last, the match depends on [ENC] alone, which its maps leave out."""
+        return self.fusion_layers[:-1] if self.is_blip else self.fusion_layers
+
+    @property
+    def is_blip(self) -> bool:
+        return self.model_type == "blip_text_model"
+
+    @property
+    def special_ids(self) -> dict[str, int | None]:
+        """Ids that the vocabulary must share, by token: none of ALBEF. [ENC] comes last, after [DEC]."""
+        if not self.is_blip:
+            return {}
+        return {"[PAD]": self.pad_token_id, "[SEP]": self.sep_token_id, "[ENC]": self.vocab_size + 1}
 
 
 class StudentConfig(ModelSizes):
@@ -69,6 +87,10 @@ def load_bert_config(path: str | Path) -> BertConfig:
     if is_blip(values):
         blip = load_blip_config(path)
         text = blip.text_config.to_dict()
+        if text["bos_token_id"] == text["vocab_size"] - 1:
+            raise ConfigError(
+                f"{path}: text_config's bos_token_id is the last of the vocabulary, which is [ENC] in BLIP"
+            )
         sizes = {key: text[key] - less for key, less in (("vocab_size", 2), ("max_position_embeddings", 1))}
         values = text | sizes | {"fusion_layer": 0, "encoder_width": blip.vision_config.hidden_size}
     return parse_config(path, BertConfig, values.get("bert_config", values) if isinstance(values, dict) else values)
@@ -111,10 +133,22 @@ def check_same_blip(path: str | Path, other: str | Path) -> None:
 
 def student_sizes(path: str | Path) -> dict[str, Any]:
     """What the config.json of a folder with a model says, by the keys of a training config; raises `ConfigError`."""
-    if is_blip(read_json(path, "the sizes of the model")):
-        size, layer = load_blip_config(path).vision_config.image_size, {"layer": BLIP_LAYER}
-        return {"model": "blip", "bert_config": str(path), "image_res": size, "amc": layer}
+    values = read_json(path, "the sizes of the model")
+    if is_blip(values):
+        size = load_blip_config(path).vision_config.image_size
+        amc = parse_config(path, AMCConfig, values.get("amc", {"layer": BLIP_LAYER})).model_dump(mode="json")
+        return {"model": "blip", "bert_config": str(path), "image_res": size, "amc": amc}
     return load_student_config(path).model_dump(mode="json") | {"bert_config": str(path)}
+
+
+def student_json(config: StudentConfig, bert_config: str) -> str:
+    """The config.json that `student_sizes` reads: of BLIP, transformers' own with this image size, and `amc` beside."""
+    if config.model != "blip":
+        return config.model_dump_json(indent=2) + "\n"
+    values = read_json(bert_config, "the sizes of BLIP")
+    values["vision_config"] = (values.get("vision_config") or {}) | {"image_size": config.image_res}
+    values |= {"architectures": ["BlipForImageTextRetrieval"], "amc": config.amc.model_dump(mode="json")}
+    return json.dumps(values, indent=2) + "\n"
 
 
 def load_student_config(path: str | Path) -> StudentConfig:
@@ -134,16 +168,19 @@ def width_problems(what: str, width: int, bert: BertConfig) -> list[str]:
 
 def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
     """What of the sizes would keep the model from being built, each with the keys to change; empty if nothing."""
+    if (config.model == "blip") != bert.is_blip:
+        return [f"model is {config.model}, and {config.bert_config} is another model's: change one of the two"]
     problems = []
     parts = [("bert_config's hidden_size", bert.hidden_size, "num_attention_heads", bert.num_attention_heads)]
-    if (config.model == "blip") != (bert.model_type == "blip_text_model"):
-        problems.append(f"model is {config.model}, and {config.bert_config} is another model's: change one of the two")
-    if config.model == "blip" and isinstance(config, PretrainConfig) and config.vit_init:
-        problems.append("vit_init is for ALBEF; BLIP starts from a --checkpoint, a folder of transformers")
-    if config.model == "blip" and isinstance(config, PretrainConfig) and config.paraphrases:
-        problems.append("selfeq and relation_file are for ALBEF; train BLIP without them")
-    # another's sizes are known when it is built: models/vit.py, models/blip.py
-    plain = config.vision_model is None and config.model == "albef"
+    if bert.is_blip:
+        vision = load_blip_config(config.bert_config).vision_config
+        heads = "num_attention_heads", vision.num_attention_heads
+        parts.append(("vision_config's hidden_size", vision.hidden_size, *heads))
+        parts.append(("image_res", config.image_res, "patch_size", vision.patch_size))
+        if isinstance(config, PretrainConfig) and config.vit_init:
+            problems.append("vit_init is for ALBEF; BLIP starts from a --checkpoint, a folder of transformers")
+    # another's sizes are known when it is built: models/vit.py
+    plain = config.vision_model is None and not bert.is_blip
     if plain:
         problems += width_problems("vision_width", config.vision_width, bert)
         parts.insert(0, ("vision_width", config.vision_width, "vision_heads", config.vision_heads))
@@ -157,9 +194,7 @@ def size_problems(config: ModelConfig, bert: BertConfig) -> list[str]:
         )
     if bert.pad_token_id >= bert.vocab_size:
         problems.append(f"bert_config has pad_token_id {bert.pad_token_id}, and vocab_size is {bert.vocab_size}")
-    fusion = bert.fusion_layers
-    if config.model == "blip":
-        fusion = fusion[:-1]  # in the last, the match depends on [ENC] alone, which is left out of BLIP's maps
+    fusion = bert.explained_layers
     if not fusion:
         layers = bert.num_hidden_layers
         problems.append(f"bert_config has fusion_layer {bert.fusion_layer} of {layers} layers: none sees the image")

@@ -3,6 +3,7 @@
 import os
 import re
 import unicodedata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ DELETED = ",.'!?\"()*#:;~"
 CHARACTERS = str.maketrans("-/", "  ", DELETED)
 MIRRORED = {"left": "right", "right": "left", "leftmost": "rightmost", "rightmost": "leftmost"}
 NORMALIZER = BertNormalizer(lowercase=True)
+ADDED_BY_BLIP = ("[DEC]", "[ENC]")  # a tokenizer.json of BLIP may have them after its word pieces
 VOCABULARY_FILES = ("vocab.txt", "tokenizer.json")  # in order of preference
 
 
@@ -80,7 +82,8 @@ class Tokenizer:
         self.pieces = pieces
         self.source = source
         # one more than the last id: a tokenizer.json may leave ids out
-        self.vocab_size = max(pieces.get_vocab().values(), default=-1) + 1
+        words = (index for word, index in pieces.get_vocab().items() if word not in ADDED_BY_BLIP)
+        self.vocab_size = max(words, default=-1) + 1
         self.pad_id = self._special("[PAD]")
         self.cls_id = self._special("[CLS]")
         self.mask_id = self._special("[MASK]")
@@ -140,12 +143,19 @@ class Tokenizer:
             )
 
 
-def check_vocabulary(tokenizer: Tokenizer, vocab_size: int) -> None:
+def check_vocabulary(tokenizer: Tokenizer, vocab_size: int, special: Mapping[str, int | None] = {}) -> None:
     """Compare a vocabulary with bert_config's `vocab_size`; warns if it is smaller: it may be another model's.
 
+    Args:
+        special: ids of special tokens by the model's config, which the vocabulary must share; it may lack [ENC].
+
     Raises:
-        UserError: it is larger, so that the model has no embeddings for some of its word pieces.
+        UserError: it has other ids; or it is larger, so that the model has no embeddings for some of its word pieces.
     """
+    for token, index in special.items():
+        own = tokenizer.pieces.token_to_id(token)
+        if own != index and (own, token) != (None, "[ENC]"):
+            raise UserError(f"{tokenizer.source}: {token} has the id {own}, and by the model's config.json {index}")
     found = f"{tokenizer.source}: {tokenizer.vocab_size} word pieces, and bert_config's vocab_size is {vocab_size}"
     if tokenizer.vocab_size > vocab_size:
         raise UserError(f"{found}; pass the --text_encoder that the model was trained with")

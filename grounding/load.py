@@ -11,7 +11,7 @@ import torch
 import utils
 from config import VISION_SIZES, ConfigError, GroundingConfig, ModelConfig, load_config, parse_config
 from dataset.scenes.paths import BERT_CONFIG, TEXT_ENCODER
-from dataset.text import Tokenizer, load_tokenizer
+from dataset.text import Tokenizer, check_vocabulary, load_tokenizer
 from grounding.benchmarks import REFCOCO_PLUS, Benchmark
 from grounding.explain import Explainer
 from model_sizes import BertConfig, load_bert_config, student_sizes
@@ -92,13 +92,14 @@ def choose_text_encoder(checkpoint: str | Path, bert_config: str) -> str:
 
 
 def vocabulary_for(bert_config: str, text_encoder: str) -> Tokenizer:
-    """The tokenizer of a --text_encoder; raises `ConfigError` unless it has as many word pieces as bert_config says."""
-    tokenizer, known = load_tokenizer(text_encoder), load_bert_config(bert_config).vocab_size
-    if tokenizer.vocab_size != known:
+    """The tokenizer of a --text_encoder; raises `UserError` unless it has the word pieces that bert_config says."""
+    tokenizer, bert = load_tokenizer(text_encoder), load_bert_config(bert_config)
+    if tokenizer.vocab_size != bert.vocab_size:
         raise ConfigError(
-            f"{tokenizer.source}: {tokenizer.vocab_size} word pieces, and {bert_config} says {known}; pass the "
-            "--text_encoder that the model was trained with"
+            f"{tokenizer.source}: {tokenizer.vocab_size} word pieces, and {bert_config} says {bert.vocab_size}; pass "
+            "the --text_encoder that the model was trained with"
         )
+    check_vocabulary(tokenizer, bert.vocab_size, bert.special_ids)
     return tokenizer
 
 

@@ -87,7 +87,7 @@ class Questions:
     def check_readable(self, texts: Iterable[str]) -> None:
         """Raise `UserError` for a vocabulary or a text that the model has no embeddings for."""
         bert = load_bert_config(self.config.bert_config)
-        check_vocabulary(self.tokenizer, bert.vocab_size)
+        check_vocabulary(self.tokenizer, bert.vocab_size, bert.special_ids)
         longest = bert.max_position_embeddings
         for text in dict.fromkeys(texts):
             if len(text) * 4 < longest:  # no character is more than 3 pieces: spares tokenising nearly all

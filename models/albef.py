@@ -84,7 +84,7 @@ class ALBEF(nn.Module):
 
     def layers(self, mode: str) -> range:
         """The BERT layers with cross-attention ("itm"), or the image encoder's blocks ("itc")."""
-        return self.text_encoder.fusion_layers if mode == "itm" else range(len(self.visual_encoder.blocks))
+        return self.text_encoder.config.explained_layers if mode == "itm" else range(len(self.visual_encoder.blocks))
 
     @torch.no_grad()
     def encode(

@@ -16,7 +16,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from config import ConfigError, ModelConfig, PretrainConfig
+from config import ConfigError, ModelConfig
 from dataset.text import Tokens
 from model_sizes import BertConfig, load_bert_config, load_blip_config, size_problems
 from models.albef import ALBEF, EncodedImages
@@ -55,12 +55,12 @@ class BlipImages(nn.Module):
         """Blocks `begin` up to `end`: tokens (N, S, W), and with `see` the attention (N, H, S, S) of the first."""
         attention = torch.empty(0)
         for index, block in enumerate(self.blocks[begin:end]):
-            explicit = see and index == 0
-            if self.recompute and torch.is_grad_enabled() and not explicit:
+            if see and index == 0:
+                tokens, attention = _block(block, tokens, True)
+            elif self.recompute and torch.is_grad_enabled():
                 tokens, _ = checkpoint(_block, block, tokens, False, use_reentrant=False)
-                continue
-            tokens, found = _block(block, tokens, explicit)
-            attention = found if explicit else attention
+            else:
+                tokens, _ = _block(block, tokens, False)
         return tokens, attention
 
 
@@ -131,12 +131,26 @@ def _around(layer: Any, config: BertConfig) -> Layer:
     return Layer(self_attention, crossattention, layer.intermediate, layer.output)
 
 
+def _parts(config: ModelConfig) -> tuple[BlipImages, BlipTexts, int]:
+    """Image encoder, text encoder, size of embeddings."""
+    bert = load_bert_config(config.bert_config)
+    if problems := size_problems(config, bert):
+        raise ConfigError("\n".join(problems))
+    sizes = load_blip_config(config.bert_config)
+    sizes.vision_config.image_size = config.image_res
+    try:
+        vision = transformers.BlipVisionModel(sizes.vision_config)
+        text = transformers.BlipTextModel(sizes.text_config, add_pooling_layer=False)
+    except Exception as error:  # of many kinds, by key and version
+        raise ConfigError(f"{config.bert_config}: transformers cannot build its BLIP of it ({error})") from error
+    try:
+        return BlipImages(vision), BlipTexts(text, bert), sizes.image_text_hidden_size
+    except AttributeError as error:
+        raise ConfigError(f"transformers {transformers.__version__}: its BLIP has other modules ({error})") from error
+
+
 class Blip(ALBEF):
     """BLIP as evaluation sees it: a `models.interface.ExplainableModel`, with ALBEF's heads."""
-
-    def layers(self, mode: str) -> range:
-        """As in `ALBEF.layers`, but for the last layer's cross-attention: there the match depends on [ENC] alone."""
-        return super().layers(mode)[:-1] if mode == "itm" else super().layers(mode)
 
     @staticmethod
     def contrast_tokens(encoder: FusionEncoder, tokens: Tokens) -> Tensor:
@@ -170,10 +184,7 @@ class PretrainBlip(PretrainModel, Blip):
     """BLIP with its teacher and queues: `PretrainModel` without language modelling, the loss named `loss_mlm`."""
 
     plain_losses = ("loss_ita", "loss_itm")
-
-    @staticmethod
-    def _build(config: PretrainConfig) -> tuple[BlipImages, FusionEncoder, int]:
-        return _parts(config)
+    _build = staticmethod(_parts)
 
     @staticmethod
     def _read(encoder: FusionEncoder, batch: Batch) -> TextsRead:
@@ -181,39 +192,7 @@ class PretrainBlip(PretrainModel, Blip):
         texts = batch.input_ids, batch.attention_mask
         return TextsRead(encoder.alone(*texts), encoder(*texts), None)
 
-    def compile_step(self, *_: Any) -> None:
-        """Raises `ConfigError`: transformers' modules are not made for it."""
-        raise ConfigError("--compile: is for ALBEF alone; train BLIP without it")
-
 
 def build_blip(config: ModelConfig) -> Blip:
     """BLIP for evaluation, with random weights; raises `ConfigError` for sizes that do not fit."""
     return Blip(*_parts(config), config.temp)
-
-
-def _parts(config: ModelConfig) -> tuple[BlipImages, BlipTexts, int]:
-    """Image encoder, text encoder, size of embeddings."""
-    bert = load_bert_config(config.bert_config)
-    if problems := size_problems(config, bert):
-        raise ConfigError("\n".join(problems))
-    sizes = load_blip_config(config.bert_config)
-    sizes.vision_config.image_size = config.image_res
-    if config.image_res % sizes.vision_config.patch_size:
-        raise ConfigError(
-            f"image_res is {config.image_res}, which patches of {sizes.vision_config.patch_size} do not divide; "
-            f"they are those of {config.bert_config}"
-        )
-    try:
-        vision = transformers.BlipVisionModel(sizes.vision_config)
-        text = transformers.BlipTextModel(sizes.text_config, add_pooling_layer=False)
-    except Exception as error:  # of many kinds, by key and version
-        raise ConfigError(f"{config.bert_config}: transformers cannot build its BLIP of it ({error})") from error
-    try:
-        found = BlipImages(vision), BlipTexts(text, bert)
-        pairs = zip(found, (vision, text), strict=True)
-        same = all(ours.state_dict().keys() == own.state_dict().keys() for ours, own in pairs)
-    except AttributeError as error:
-        raise ConfigError(f"transformers {transformers.__version__}: its BLIP has other modules ({error})") from error
-    if not same:
-        raise ConfigError(f"transformers {transformers.__version__}: its BLIP has parameters that are unknown here")
-    return *found, sizes.image_text_hidden_size

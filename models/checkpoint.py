@@ -234,7 +234,8 @@ def diverged(tensors: Mapping[str, Tensor], largest: float = LARGEST_WEIGHT) -> 
 def student_of(state: State, path: str | Path, dtype: torch.dtype) -> State:
     """The student's weights out of a state dict, as `dtype` (float32 or float16), each in its own memory.
 
-    Without teacher, queues and position ids, and without the second name of a tied parameter.
+    Without teacher, queues and position ids, and without the second name of a tied parameter. BLIP's are named as
+    transformers has it.
 
     Raises:
         CheckpointError: weights are not sound, or too large for `dtype`.
@@ -245,6 +246,8 @@ def student_of(state: State, path: str | Path, dtype: torch.dtype) -> State:
     for name, other in TIED.items():
         if name in kept and other in kept and torch.equal(kept[name], kept[other]):
             del kept[name]
+    if any(map(BLIP.search, kept)):
+        kept = {re.sub(r"^visual_encoder\.", "vision_model.", key): value for key, value in kept.items()}
     student = {key: value.to(dtype, copy=True, memory_format=torch.contiguous_format) for key, value in kept.items()}
     if problem := diverged(student):
         raise CheckpointError(f"{path}: not to be given away, {problem} in {str(dtype).removeprefix('torch.')}")

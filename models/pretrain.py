@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from config import PretrainConfig
+from dataset.text import Tokens
 from dataset.transforms import normalise_batch
 from dataset.vg import mlm_targets
 from models import amc, losses, selfeq
@@ -279,7 +280,9 @@ class PretrainModel(ALBEF):
     @torch.no_grad()
     def _teacher_captions(self, batch: Batch, parts: Encoders) -> Tensor:
         """The teacher's features (B, E) of the captions, in a batch that trains on their paraphrases."""
-        tokens = parts.text_encoder(batch.other_ids, batch.other_mask)
+        assert batch.other_ids is not None
+        assert batch.other_mask is not None
+        tokens = self.contrast_tokens(parts.text_encoder, Tokens(batch.other_ids, batch.other_mask))
         return F.normalize(parts.text_proj(tokens[:, 0]), dim=-1)
 
     @staticmethod

@@ -16,7 +16,6 @@ from torch import Tensor
 
 import utils
 from dataset.text import VOCABULARY_FILES
-from model_sizes import StudentConfig
 from system.errors import describe_os_error
 
 WEIGHTS, CONFIG, CARD = "model.safetensors", "config.json", "README.md"
@@ -111,11 +110,12 @@ def check_free(out: Path, force: bool) -> None:
 
 
 def write_student(
-    out: Path, state: dict[str, Tensor], config: StudentConfig, vocabulary: Path, card: str, force: bool = False
+    out: Path, state: dict[str, Tensor], config: str, vocabulary: Path, card: str, force: bool = False
 ) -> None:
     """Write a student's folder: beside `out` first, then renamed, so that no one sees half of it.
 
     Args:
+        config: the text of config.json, of `model_sizes.student_json`.
         vocabulary: vocab.txt or tokenizer.json, which is copied.
         card: the text of README.md.
         force: replace a folder that is there.
@@ -131,7 +131,7 @@ def write_student(
             made = Path(place, "made")
             made.mkdir()
             _save_weights(made / WEIGHTS, state)
-            utils.write_text(made / CONFIG, config.model_dump_json(indent=2) + "\n")
+            utils.write_text(made / CONFIG, config)
             utils.write_text(made / CARD, card)
             shutil.copyfile(vocabulary, made / vocabulary.name)
             shutil.copymode(made / CARD, made / WEIGHTS)  # safetensors lets no one else read it

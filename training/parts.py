@@ -76,6 +76,8 @@ def prepare_model(model: PretrainModel, args: argparse.Namespace, device: torch.
     use_onednn(model)
     if args.compile and model.config.paraphrases:
         raise utils.UserError("--compile: SelfEQ's losses cannot be compiled; leave it out, or train without selfeq")
+    if args.compile and model.config.model == "blip":
+        raise utils.UserError("--compile: is for ALBEF alone; train BLIP without it")
     if args.compile:
         model.compile_step()
         sizes = ", ".join(map(str, token_sizes(model.config.max_tokens)))

@@ -135,8 +135,8 @@ class Checker:
 
     def check_evaluation(self, config: GroundingConfig, bert: BertConfig | None, row: DataFile) -> None:
         row.holds = "evaluation config"
-        if bert and bert.fusion_layers and config.block_num not in bert.fusion_layers:
-            known = f"{bert.fusion_layers[0]} to {bert.fusion_layers[-1]}"
+        if bert and bert.explained_layers and config.block_num not in bert.explained_layers:
+            known = f"{bert.explained_layers[0]} to {bert.explained_layers[-1]}"
             row.fail(f"block_num is {config.block_num}; the fusion layers are {known}")
         names = benchmarks_of(row.name, config)
         if not names and not config.matching_file:

@@ -60,24 +60,25 @@ def row(
     read = next((answer.words for answer in answers.values() if isinstance(answer, Answer)), ())
     names = ["whole phrase", *(each.word for each in read)]
     choice = word if isinstance(word, int) and word in range(len(names)) else 0
-    look = choice, names[choice], threshold, colormap
+    # A word is counted from the end: the map of one model is of [CLS] too, of another it is not.
+    look = choice and choice - len(names), names[choice], threshold, colormap
     figures = [_figure(picture, model, answer, *look) for model, answer in answers.items()]
     return choice, HTML.row(picture, phrase, names, choice, figures)
 
 
 def _figure(
-    picture: Picture, model: str, answer: Answer | str, choice: int, word: str, threshold: float, colormap: str
+    picture: Picture, model: str, answer: Answer | str, index: int, word: str, threshold: float, colormap: str
 ) -> dict[str, Any]:
     """What a row's figure is filled with: a map, or the message why there is none."""
     try:
         if not isinstance(answer, Answer):
             raise UserError(answer)
         parts, shown = [Path(picture.name).stem, answer.text, model], answer
-        if choice:
-            if [each.word for each in answer.words[choice - 1 : choice]] != [word]:
+        if index:
+            if [each.word for each in answer.words[index:][:1]] != [word]:
                 raise UserError(f"this model has no map of {word!r} in {answer.text!r}")
             parts.insert(2, word)
-            shown = of_word(answer, choice - 1)
+            shown = of_word(answer, index)
         found = place(shown, picture.image.height, picture.image.width, threshold)
         content = png(overlay(picture.reduced, found, colormap=colormap, side=SIDE), FAST)
     except UserError as error:

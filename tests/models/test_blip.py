@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from config import ConfigError, PretrainConfig
-from dataset.text import Tokens
-from grounding.load import OpenedModel, open_model
-from models import amc, losses
+from dataset.text import Tokens, load_tokenizer
+from grounding.load import OpenedModel, open_model, vocabulary_for
+from model_sizes import load_bert_config
+from models import amc, losses, selfeq
 from models.albef import build_albef
 from models.blip import Blip, PretrainBlip, build_blip
 from models.checkpoint import CheckpointError, load_weights
@@ -21,10 +22,12 @@ from models.interface import LayerError
 from models.pretrain import Batch
 from tests.models.plain import close
 from tests.small_blip import SIZES, WORDS, transformers_blip, write_folder
+from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 IDS = torch.tensor([[2, 7, 8, 9, 10], [2, 11, 12, 0, 0], [2, 5, 6, 7, 0]])
 TOKENS = Tokens(IDS, (IDS > 0).long())
+SELFEQ = {"weight_similarity": 1.0, "weight_consistency": 0.5}
 LAYERS, SEP, ENC = -1 + SIZES["text_config"]["num_hidden_layers"], 3, WORDS + 1
 # What transformers' BLIP reads: for contrast with [CLS] first, for matching with [ENC].
 TEXT = torch.tensor([[2, 7, 8, 9, 10, SEP], [2, 11, 12, SEP, 0, 0], [2, 5, 6, 7, SEP, 0]])
@@ -144,7 +147,7 @@ def test_a_steps_gradients_equal_plain_autograd(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layer: int, recompute: bool
 ) -> None:
     margins = {"layer": layer, "margin_mean": 2.0, "margin_max": 2.0}  # so large that every hinge is open
-    model = PretrainBlip(training_config(tmp_path, amc=margins))
+    model = PretrainBlip(training_config(tmp_path, amc=margins, selfeq=SELFEQ))
     own = transformers_blip().requires_grad_(True)
     load_weights(model, own.state_dict(), "own")
     model.checkpoint_activations(recompute)
@@ -156,8 +159,12 @@ def test_a_steps_gradients_equal_plain_autograd(
     draws = iter(drawn)
     monkeypatch.setattr("models.losses.hard_negatives", lambda *_: next(draws))
     queues = model.image_queue.clone(), model.text_queue.clone()
-    found = model(Batch(images, *TOKENS, IDS, labels, box_mask, has_box), alpha=0.4, update_teacher=False)
-    assert list(found) == ["loss_ita", "loss_itm", "loss_cam1", "loss_cam2"]
+    order, has_other = [2, 0, 1], torch.tensor([True, True, False])  # each text's paraphrase is another's text
+    other = {"other_ids": IDS[order], "other_mask": TOKENS.attention_mask[order], "has_other": has_other}
+    batch = Batch(images, *TOKENS, IDS, labels, box_mask, has_box, **other)
+    found = model(batch, alpha=0.4, update_teacher=False)
+    maps = ["loss_cam1", "loss_cam2", "loss_similarity", "loss_consistency"]
+    assert list(found) == ["loss_ita", "loss_itm", *maps]
     assert list(model.loss_weights) == list(found)
     model.total(found).backward()
 
@@ -167,12 +174,16 @@ def test_a_steps_gradients_equal_plain_autograd(
 
     teacher = [feature.detach() for feature in features(own)]  # a copy of the student, as no file had one
     contrast = losses.contrastive_loss(*features(own), *teacher, *queues, torch.tensor(0.07), 0.4)
-    logits, attention, gradient = match_of(own, images, MATCH, layer, create_graph=True)
-    words = SEEN.clone()
-    words[:, 0] = words[torch.arange(3), SEEN.sum(dim=1) - 1] = 0
-    cam = (attention * gradient.clamp(min=0)).mean(dim=1) * words[..., None]
-    cam = (cam.sum(dim=1) / words.sum(dim=1, keepdim=True)).view(3, 3, 3)
-    cam = amc.resize(amc.normalise_map(cam), 12)
+
+    def explained(text: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        logits, attention, gradient = match_of(own, images, text, layer, create_graph=True)
+        words = mask.clone()
+        words[:, 0] = words[torch.arange(3), mask.sum(dim=1) - 1] = 0
+        cam = (attention * gradient.clamp(min=0)).mean(dim=1) * words[..., None]
+        return logits, (cam.sum(dim=1) / words.sum(dim=1, keepdim=True)).view(3, 3, 3)
+
+    (logits, raw), (_, paraphrase) = explained(MATCH, SEEN), explained(MATCH[order], SEEN[order])
+    cam = amc.resize(amc.normalise_map(raw), 12)
     pairs = [(drawn[0], torch.arange(3)), (torch.arange(3), drawn[1])]
     negatives = [own(MATCH[t], images[i], attention_mask=SEEN[t]).itm_score for i, t in pairs]
     expected = {
@@ -180,7 +191,9 @@ def test_a_steps_gradients_equal_plain_autograd(
         "loss_itm": losses.matching_loss(torch.cat([logits, *negatives]), 3),
         "loss_cam1": amc.mean_margin_loss(cam, box_mask, has_box, 2.0),
         "loss_cam2": amc.max_margin_loss(cam, box_mask, has_box, 2.0),
+        **selfeq.named_losses(raw, paraphrase, has_other, model.config.selfeq),
     }
+    assert all(value > 0 for value in expected.values())
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-5, msg=name)
     torch.stack([model.loss_weights[name] * value for name, value in expected.items()]).sum().backward()
@@ -192,17 +205,25 @@ def test_a_steps_gradients_equal_plain_autograd(
         torch.testing.assert_close(trained[name], gradient, rtol=1e-3, atol=1e-5 * largest, msg=name)
 
 
+def test_the_relation_epoch_enqueues_captions(tmp_path: Path, own: Any) -> None:
+    """SelfEQ's: the batch trains on paraphrases, and the captions are the other texts."""
+    model = PretrainBlip(training_config(tmp_path, relation_file=["x.json"], add_gcam=False, amc={"layer": 1}))
+    load_weights(model, own.state_dict(), "own")
+    paraphrases, labels = TOKENS.input_ids[[1, 2, 0]], torch.full_like(IDS, -100)
+    texts = Tokens(paraphrases, (paraphrases > 0).long())
+    rest = torch.zeros(3, 12, 12), torch.zeros(3, dtype=torch.bool)
+    model(Batch(pictures(), *texts, paraphrases, labels, *rest, None, *TOKENS, torch.ones(3)), 0.4, False)
+    captions = F.normalize(own.text_proj(own.text_encoder(TEXT, attention_mask=SEEN)[0][:, 0]), dim=-1)
+    close(model.text_queue[:, :3].T, captions)
+
+
 def test_what_it_cannot_do_is_an_error(tmp_path: Path, own: Any) -> None:
-    with pytest.raises(ConfigError, match="--compile"):
-        PretrainBlip(training_config(tmp_path)).compile_step()
     with pytest.raises(ConfigError, match=r"amc\.layer is 2; the fusion layers are 0 to 1"):
         PretrainBlip(training_config(tmp_path, amc={"layer": 2}))
-    with pytest.raises(ConfigError, match="image_res is 40, which patches of 16 do not divide"):
+    with pytest.raises(ConfigError, match="image_res is 40, which its patch_size of 16 does not divide"):
         PretrainBlip(training_config(tmp_path, image_res=40))
     with pytest.raises(ConfigError, match="vit_init"):
         PretrainBlip(training_config(tmp_path, vit_init="deit.pth"))
-    with pytest.raises(ConfigError, match="selfeq and relation_file are for ALBEF"):
-        PretrainBlip(training_config(tmp_path, selfeq={"weight_similarity": 1.0}))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +266,60 @@ def test_weights_of_torch_and_of_other_positions(tmp_path: Path, own: Any, model
     (folder / "preprocessor_config.json").write_text('{"image_std": [0.5, 0.5, 0.5]}')
     with pytest.raises(CheckpointError, match=r"image_std is \[0.5, 0.5, 0.5\]"):
         open_model(folder, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("part", "key", "value", "message"),
+    [
+        (
+            "text_config",
+            "sep_token_id",
+            None,
+            r"vocab\.txt: \[SEP\] has the id 3, and by the model's config\.json None",
+        ),
+        ("text_config", "sep_token_id", 102, r"\[SEP\] has the id 3, and by the model's config\.json 102"),  # BERT's
+        ("text_config", "pad_token_id", 1, r"\[PAD\] has the id 0, and by the model's config\.json 1"),
+        ("text_config", "bos_token_id", ENC, r"bos_token_id is the last of the vocabulary, which is \[ENC\] in BLIP"),
+        ("text_config", "vocab_size", WORDS, rf"{WORDS} word pieces, and .*config\.json says {WORDS - 2}"),
+        ("text_config", "hidden_act", "relu", "key 'hidden_act'"),
+        ("vision_config", "num_attention_heads", 5, "vision_config's hidden_size is 12, which its num_attention_heads"),
+    ],
+)
+def test_a_config_that_contradicts(own: Any, tmp_path: Path, part: str, key: str, value: Any, message: str) -> None:
+    folder = write_folder(tmp_path, own)
+    config = json.loads(json.dumps(SIZES))
+    config[part][key] = value
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match=message):
+        open_model(folder, device="cpu")
+
+
+def test_ids_of_a_tokenizer_json(own: Any, model: Blip, tmp_path: Path) -> None:
+    """It may have BLIP's two words after its own; then [ENC] must be the last."""
+    folder = write_folder(tmp_path, own)
+    for added in (["[DEC]", "[ENC]"], ["[ENC]", "[DEC]"]):
+        pieces = load_tokenizer(str(folder)).pieces
+        pieces.add_special_tokens(added)
+        (folder / "other").mkdir(exist_ok=True)
+        pieces.save(str(folder / "other" / "tokenizer.json"))
+        if added[1] == "[ENC]":
+            again = open_model(folder, text_encoder=str(folder / "other"), device="cpu")
+            assert again.tokenizer.vocab_size == WORDS
+        else:
+            with pytest.raises(UserError, match=rf"json: \[ENC\] has the id {WORDS}, and by the .* {WORDS + 1}"):
+                open_model(folder, text_encoder=str(folder / "other"), device="cpu")
+
+
+@pytest.mark.parametrize("stated", [True, False], ids=["as released", "defaults"])
+def test_ids_of_the_released_config(bert_vocab: Path, tmp_path: Path, stated: bool) -> None:
+    text = {"vocab_size": 30524, "bos_token_id": 30522, "eos_token_id": 2, "pad_token_id": 0, "sep_token_id": 102}
+    text |= {"num_attention_heads": 12, "is_decoder": True, "model_type": "blip_text_model", "torch_dtype": None}
+    released = {"model_type": "blip", "text_config": text if stated else {}, "vision_config": {}}
+    (tmp_path / "config.json").write_text(json.dumps(released))
+    bert = load_bert_config(tmp_path / "config.json")
+    assert bert.special_ids == {"[PAD]": 0, "[SEP]": 102, "[ENC]": 30523}
+    assert bert.explained_layers == range(11)
+    assert vocabulary_for(str(tmp_path / "config.json"), str(bert_vocab.parent)).vocab_size == 30522
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected", "shape"])
