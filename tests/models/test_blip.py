@@ -271,12 +271,7 @@ def test_weights_of_torch_and_of_other_positions(tmp_path: Path, own: Any, model
 @pytest.mark.parametrize(
     ("part", "key", "value", "message"),
     [
-        (
-            "text_config",
-            "sep_token_id",
-            None,
-            r"vocab\.txt: \[SEP\] has the id 3, and by the model's config\.json None",
-        ),
+        ("text_config", "sep_token_id", None, "sep_token_id is None, no id of the vocabulary"),
         ("text_config", "sep_token_id", 102, r"\[SEP\] has the id 3, and by the model's config\.json 102"),  # BERT's
         ("text_config", "pad_token_id", 1, r"\[PAD\] has the id 0, and by the model's config\.json 1"),
         ("text_config", "bos_token_id", ENC, r"bos_token_id is the last of the vocabulary, which is \[ENC\] in BLIP"),
