@@ -84,6 +84,7 @@ def test_an_interrupted_run_equals_a_whole_one(
             train(place, tmp_path, *words(place), "--resume", "auto")
     train(place, tmp_path, *words(place), "--resume", "auto")
     assert_equal_runs(tmp_path, whole)
+    assert not (by_signal and list(tmp_path.glob("earlier_*")))  # it went on from the step, and repeated none
     if call <= 2:
         name = "checkpoint_relation_00.pth"
         assert (tmp_path / name).read_bytes() == (whole / name).read_bytes()
