@@ -262,10 +262,7 @@ class Evaluation(Questions):
             explainer = self.load(path, origin, loaded)
             if not has_maps:
                 own = self.ask(explainer.maps, self.asked, self.benchmark.resize)
-                maps = own.gathered()
-                utils.on_rank_0(lambda: identity.check_unchanged(path, origin))
-                if utils.rank() == 0:
-                    self.write(epoch, maps, {**origin, **self.origin})
+                utils.on_rank_0(partial(self.write, epoch, path, own.gathered(), origin))
                 scores = self.scores(own)
             matching = [self.matching(explainer, name) for name in self.pairs]
             utils.on_rank_0(lambda: identity.check_unchanged(path, origin))
@@ -284,14 +281,15 @@ class Evaluation(Questions):
             utils.log(str(report))
         return loaded[key]
 
-    def write(self, epoch: str, found: PairAnswers, origin: Origin) -> None:
-        """Write the maps of all processes; for rank 0."""
+    def write(self, epoch: str, path: Path, found: PairAnswers, origin: Origin) -> None:
+        """Write the maps of all processes, if the checkpoint is still the file of that origin; for rank 0."""
+        identity.check_unchanged(path, origin)
         if missing := len(self.expressions) - len(found.positions):
             print(f"{missing} expressions of unreadable images are left out of results and metrics")
         maps: list[Tensor | None] = [None] * len(self.expressions)
         for position, cam in zip(found.positions.tolist(), found.values, strict=True):
             maps[position] = cam
-        self.results.write(epoch, self.expressions, maps, origin)
+        self.results.write(epoch, self.expressions, maps, {**origin, **self.origin})
 
     def accuracies(self, scores: np.ndarray) -> list[Line]:
         """A log line for each metric of the benchmark: reported split -> accuracy; and the threshold if one is chosen.
