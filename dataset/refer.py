@@ -80,7 +80,11 @@ class Refer(NamedTuple):
         if size is None:
             kind = f"{self.instances_file}: the ref's image lacks 'height' or 'width', which its segmentation needs"
             raise EntryProblem(kind, f"image_id {ref['image_id']}")
-        found = to_rle(check_segmentation(self.annotations[ref["ann_id"]].get("segmentation"), what), *size)
+        segmentation = check_segmentation(self.annotations[ref["ann_id"]].get("segmentation"), what)
+        try:
+            found = to_rle(segmentation, *size)
+        except EntryProblem as problem:
+            raise EntryProblem(f"{self.instances_file}: {problem.kind} there", problem.detail) from None
         if not area(found):
             raise EntryProblem(f"{what} covers no pixel of the image", f"ann_id {ref['ann_id']}")
         return found
