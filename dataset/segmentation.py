@@ -77,11 +77,11 @@ def to_rle(segmentation: Any, height: int, width: int, what: str = "segmentation
     """
     parts = check_segmentation(segmentation, what)
     if height * width > MOST_PIXELS:
-        raise EntryProblem("the image has too many pixels for a segmentation", f"{width}x{height}")
+        raise EntryProblem(f"{what}: the image has too many pixels for it", f"{width}x{height}")
     for size in (part["size"] for part in parts if isinstance(part, dict)):
         if size != [height, width]:
             sizes = f"RLE {size[1]}x{size[0]}, image {width}x{height}"
-            raise EntryProblem("the size of an RLE is not that of its image", sizes)
+            raise EntryProblem(f"{what}: the size of an RLE is not that of its image", sizes)
     return coco.merge(coco.frPyObjects(parts, height, width))
 
 

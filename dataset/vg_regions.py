@@ -110,4 +110,6 @@ def _regions(
             boxes = np.array([[*box, read_side(region, "w", "width"), read_side(region, "h", "height")]], np.float64)
             file.says(place, path, text=text, boxes=boxes, size=size)
             found.append(Expression(path, text, 0, "", boxes, {"image_path": image.name}, annotated_size=size))
+    if found:
+        file.says(where, path, size=size)
     return found

@@ -289,7 +289,8 @@ def iou(a: Sequence[float], b: Sequence[float]) -> float:
     x1, y1 = max(ax, bx), max(ay, by)
     x2, y2 = min(ax + aw - 1, bx + bw - 1), min(ay + ah - 1, by + bh - 1)
     intersection = (x2 - x1 + 1) * (y2 - y1 + 1) if x1 < x2 and y1 < y2 else 0.0
-    return float(intersection / (aw * ah + bw * bh - intersection))
+    # Where they do not intersect, the sum may be 0: files hold boxes of negative sides.
+    return float(intersection / (aw * ah + bw * bh - intersection)) if intersection else 0.0
 
 
 def box_chance(detections: np.ndarray, box: np.ndarray) -> float:

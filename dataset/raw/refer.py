@@ -5,7 +5,6 @@ holds {"image", "text", "ref_id", "split"}, in the order of the refs and their s
 MAttNet (Yu et al., CVPR 2018): a list of {"det_id", "box": [x, y, w, h], "image_id", "category_name", "score", ...}.
 """
 
-import itertools
 import json
 import re
 from collections import Counter
@@ -208,11 +207,15 @@ def training_entries(
     others = {ref["image_id"] for ref in refer.refs.values() if part_of(ref["split"]) != "train"}
     held = {f"left out, in val or test of {refer.refs_file}": others}
     held |= {f"left out, of {each.path}": set(_ids_of(each, dataset)) for each in exclude}
+    held |= {"left out, not under --image-root": set(lists.missing)} if lists.missing else {}
     empty = "left out, without a text"
     counts = Counter(dict.fromkeys(("refs", *held, empty, "entries"), 0))
+    rows: dict[int, list[dict[str, Any]]] = {}
+    for row in lists.parts["train"]:
+        rows.setdefault(row["ref_id"], []).append(row)
     with Problems() as problems:
-        for ref_id, rows in itertools.groupby(lists.parts["train"], lambda row: row["ref_id"]):
-            ref, sentences = refer.refs[ref_id], list(rows)
+        for ref_id, ref in ((key, ref) for key, ref in refer.refs.items() if part_of(ref["split"]) == "train"):
+            sentences = rows.get(ref_id, [])
             texts = dict.fromkeys(row["text"] for row in sentences)
             captions = [text for text in texts if has_content(clean_caption(text, MAX_WORDS))]
             reasons = [reason for reason, ids in held.items() if ref["image_id"] in ids] + [empty] * (not captions)

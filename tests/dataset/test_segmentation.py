@@ -169,7 +169,9 @@ def test_the_mask_is_a_drawn_region_or_all_of_them() -> None:
 def test_an_rle_that_does_not_fit_stops_training() -> None:
     data = data_of({"segmentation": [{"size": [6, 4], "counts": [0, 2, 22]}]}, {"bbox": []})
     data.skip_broken = True  # its image is not what is broken
-    with pytest.raises(UserError, match=r"^train.json: entry 0 \(a.png\): the size of an RLE .*RLE 4x6, image 6x4"):
+    with pytest.raises(
+        UserError, match=r"^train.json: entry 0 \(a.png\): segmentation: the size of an RLE .*RLE 4x6, image 6x4"
+    ):
         data[0]
 
 

@@ -12,8 +12,9 @@ from PIL import Image
 import prepare
 from config import GroundingConfig
 from dataset.expressions import Expression, Reading
+from dataset.raw.check import check
 from dataset.reading import DataError
-from grounding.benchmarks import BENCHMARKS
+from grounding.benchmarks import BENCHMARKS, benchmark_of
 
 Row = dict[str, Any]
 
@@ -149,6 +150,15 @@ def test_check_goes_on_and_does_not_blame_the_list_for_a_broken_file(root: Path)
         (True, {}),
         (False, {}),
     ]
+
+
+def test_check_compares_the_stated_size_with_the_image(root: Path) -> None:
+    """Maps are resized to it: turned, each would be of another shape than its image."""
+    write(root, "image_data", [{**row, "width": 40, "height": 60} for row in IMAGES])
+    (root / "vg.yaml").write_text(json.dumps(config_of(root).model_dump(mode="json", exclude_unset=True)))
+    text = check([str(root / "vg.yaml")], [], sample=0, workers=1, shown=1, find=benchmark_of).text()
+    assert "the annotated size is not that of the image file - 2 found:" in text
+    assert "region_descriptions.json: entry 1 (annotated 40x60, " in text
 
 
 def test_held_out_images_are_not_trained_on(root: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,7 +232,11 @@ def test_metrics_that_the_data_cannot_be_measured_by(place: Path, tmp_path: Path
         ({"segmentation": [[1, 1, 5, 1, float("nan"), 5]]}, {}, "'segmentation' of the ref's annotation: a polygon"),
         ({"segmentation": None}, {}, "'segmentation' of the ref's annotation must be a list of polygons"),
         ({"segmentation": [[900, 1, 905, 1, 905, 5]]}, {}, "'segmentation' of the ref's annotation covers no pixel"),
-        ({"segmentation": {"size": [2, 2], "counts": [0, 4]}}, {}, "the size of an RLE is not that of its image"),
+        (
+            {"segmentation": {"size": [2, 2], "counts": [0, 4]}},
+            {},
+            r"instances\.json: .segmentation. of the ref.s annotation: the size of an RLE is not that of its image",
+        ),
         ({}, {"width": None}, "the ref's image lacks 'height' or 'width'"),
         ({}, {"width": 57}, "by instances.json, whose segmentations metrics ask for, 57x"),
     ],

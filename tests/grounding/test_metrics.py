@@ -191,6 +191,7 @@ def test_box_is_correct_from_half_overlap_on() -> None:
         ([0, 0, 4, 4], [3, 0, 4, 4], 0.0),  # one shared column of pixels: x1 < x2 fails
         ([0, 0, 4, 4], [4, 4, 4, 4], 0.0),
         ([0, 0, 10, 10], [2, 3, 4, 5], 20 / 100),
+        ([0, 0, 3, 20], [0, 0, -3, 20], 0.0),  # of a broken file: the areas are 60 and -60
     ],
 )
 def test_iou(a: list[float], b: list[float], expected: float) -> None:

@@ -116,3 +116,17 @@ def test_the_name_of_an_image_is_that_of_the_lists(root: Path) -> None:
         (root / "images" / "train2014" / name).touch()
     rows = made(root, "refcoco+", "--image-root", root / "images")
     assert {row["image"] for row in rows} == {f"train2014/{NAMES[key]}" for key in (10, 13)}
+
+
+def test_refs_without_an_image_or_a_sentence_are_counted(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_refer(root / "refer" / "refcoco+", "unc", [*REFS, {**REFS[0], "ref_id": 8, "sentences": []}], instances())
+    (root / "images").mkdir()
+    (root / "images" / NAMES[10]).touch()
+    assert len(made(root, "refcoco+", "--image-root", root / "images", "--skip-missing")) == 2
+    said = capsys.readouterr().out
+    assert said.startswith("refs: 6\n")
+    assert said.splitlines()[2:5] == [
+        "left out, not under --image-root: 2",
+        "left out, without a text: 1",
+        "entries: 2",
+    ]

@@ -251,7 +251,7 @@ def test_entries_to_watch(tmp_path: Path) -> None:
     (one,) = watched_entries([entries[0]._replace(segmentations=regions)], count=1)
     assert one.region is not None
     assert one.region.nonzero()[0].tolist() == [0, 1, 1, 1, 1, 2, 2, 2]  # all regions, as far as they are in the image
-    with pytest.raises(UserError, match="entry 1: the size of an RLE is not that of its image"):
+    with pytest.raises(UserError, match="entry 1: segmentation: the size of an RLE is not that of its image"):
         watched_entries([entries[1]._replace(segmentations=regions)])
     blank = [entry._replace(captions=["", "\u200b"]) for entry in entries]
     some = [blank[0], entries[1]._replace(captions=["", "second"]), *blank[2:]]
