@@ -38,6 +38,7 @@ VARIANTS: dict[str, tuple[Path, list[str]]] = {  # a config, and what is changed
     "both terms, published margins": (AMC, ["amc.margin_mean=0.1", "amc.margin_max=0.5"]),
     "control": (CONTROL, []),
     "SelfEQ": (CONTROL, SELFEQ),
+    "SelfEQ, a tenth": (CONTROL, [*SELFEQ, "selfeq.weight_similarity=0.1", "selfeq.weight_consistency=0.05"]),
     "AMC and SelfEQ": (AMC, SELFEQ),
     "both terms, on masks": (AMC, ["train_file=[data/scenes/masks/train_phrases.json]"]),
 }
