@@ -18,10 +18,7 @@ def test_check_names_regions_that_do_not_fit(small: Path, check: Check) -> None:
     edit("train.json", add)
     status, out = check("some.yaml")
     assert status == 1
-    assert (
-        "segmentation: the size of an RLE is not that of its image - 1 found:\n    train.json: entry 4 (a.png) (RLE 6x4,"
-        in out
-    )
+    assert "an RLE is not that of its image - 1 found:\n    train.json: entry 4 (a.png) (RLE 6x4," in out
     assert (
         "a segmentation covers no pixel of its image; training passes over it - 1 found:\n    train.json: entry 5"
         in out
