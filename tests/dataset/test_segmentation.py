@@ -81,6 +81,7 @@ REFUSED = [
     ([[]], POLYGON),
     ([[0, 0, FAR, 0, 0, 1]], "it: the polygons lie or reach too far"),
     ([[FAR, FAR + 1] * 3], "it: the polygons lie or reach too far"),
+    ([[0, 0, 0.6 * FAR, 0, 0.6 * FAR, 1]], "it: the polygons lie or reach too far"),  # and back to the first point
     ([[0, 0, FAR / 4, 0, 0, 1]] * 3, "it: the polygons lie or reach too far"),
     ({"counts": [0, 2, 22]}, "it: 'size' of an RLE must be"),
     *(({**CORNER, "size": size}, "it: 'size' of an RLE must be") for size in ([24], [4, -6], [4.0, 6], [True, 24], 4)),

@@ -75,7 +75,8 @@ def test_the_outline_of_a_region_is_drawn_around_its_pixels() -> None:
     assert (axes.get_xlim(), axes.get_ylim()) == ((-0.5, 7.5), (3.5, -0.5))
     lower = [at(axes, drawn, x, 2.5) for x in np.linspace(4.1, 6.9, 200)]
     assert 20 < lower.count(WHITE) < 180  # dashes
-    assert [at(axes, drawn, 3.5, y) for y in np.linspace(1.1, 1.9, 200)].count(WHITE) > 20
+    for x in (3.5, 7.49):  # at the image's border, too
+        assert [at(axes, drawn, x, y) for y in np.linspace(1.1, 1.9, 200)].count(WHITE) > 20
     elsewhere = [at(axes, drawn, x, y) for x in np.linspace(3.7, 6.9, 50) for y in (0, 0.3, 1, 2, 2.8, 3)]
     assert WHITE not in elsewhere
     assert [text.get_text() for text in figure.legends[0].get_texts()][-1] == "ground truth"
