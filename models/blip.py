@@ -200,8 +200,7 @@ def _parts(config: ModelConfig) -> tuple[BlipImages, BlipTexts, int]:
     sizes.vision_config.image_size = config.image_res
     if config.image_res % sizes.vision_config.patch_size:
         raise ConfigError(
-            f"image_res is {config.image_res}, which patches of {sizes.vision_config.patch_size} do not divide; "
-            f"they are those of {config.bert_config}"
+            f"image_res is {config.image_res}, which patches of {sizes.vision_config.patch_size} do not divide"
         )
     try:
         vision = transformers.BlipVisionModel(sizes.vision_config)
