@@ -112,8 +112,8 @@ def lacks_parts(before: Origin, now: Origin) -> bool:
 
 
 def changed_parts(before: Origin, now: Origin) -> list[str]:
-    """What two origins differ in, each as "part BEFORE (asked for now: NOW)"; only the parts of `now` count."""
-    changed = [key for key in now if key not in NOT_COMPARED and before[key] != now[key]]
+    """What two origins differ in, each as "part BEFORE (asked for now: NOW)"; only the parts of both count."""
+    changed = [key for key in now if key in before and key not in NOT_COMPARED and before[key] != now[key]]
     return [
         f"{key.removesuffix(' content')} {_shown(before, key)} (asked for now: {_shown(now, key)})" for key in changed
     ]

@@ -56,10 +56,10 @@ class ResultFolder:
         problems = {}
         for epoch, now in origins.items():
             before = self.origin(epoch)
-            if identity.lacks_parts(before, now):
+            changed = identity.changed_parts(before, now)
+            if identity.lacks_parts(before, now) and not changed:
                 problems[epoch] = "of an unknown origin: no record beside it says what it was computed from"
                 continue
-            changed = identity.changed_parts(before, now)
             if (left_out := len(before.get("skipped", []))) and not skip_broken:
                 changed.append(f"--skip_broken, {left_out} expressions left out (asked for now: without)")
             if changed:

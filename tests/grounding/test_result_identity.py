@@ -300,6 +300,9 @@ def test_a_result_of_unknown_origin_is_refused(record: str | None, place: Path, 
         evaluate(REFCLEF, place, tmp_path, checkpoint=ONE)
     (tmp_path / "result" / "epoch00.pth").unlink()
     evaluate(REFCLEF, place, tmp_path, checkpoint=ONE)  # as the message says
+    results = ResultFolder(tmp_path / "result")
+    with pytest.raises(ResultError, match=r"is the result of block_num \d+ \(asked for now: 7\)"):  # of ALBEF, not BLIP
+        results.check_origins({"00": {**results.origin("00"), "model": "blip", "block_num": 7}}, False)
     assert len(log(tmp_path)) == 1
 
 
