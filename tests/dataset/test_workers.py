@@ -123,7 +123,7 @@ def test_what_is_checked_is_what_batches_take(
     files = {"train_file": [str(tmp_path / "train.json")], "image_root": str(tmp_path)}
     config = tiny_config(batch_size=4, image_res=256, mask_size=256, **files)
     checked: list[int] = []
-    monkeypatch.setattr(Pretrain, "check_shared_memory", lambda _workers, _batches, size: checked.append(size))
+    monkeypatch.setattr("training.parts.check_shared_memory", lambda _workers, _batches, size: checked.append(size))
     args = Pretrain.parse_args(["--num_workers", "0"])
     data = TrainingData(config, seed=0)
     loader = Pretrain.build_loader(data, EpochOrder(8, 1, 0, 0), load_tokenizer(str(tmp_path)), config, args)
