@@ -55,6 +55,7 @@ def read_evaluation_images(path: Path) -> EvaluationImages:
 
 def read_held_out(path: Path) -> EvaluationImages:
     """Read a list of Visual Genome's image ids, all of which count; raises `DataError`."""
+    require_file(path, "--hold-out takes lists of Visual Genome's image ids")
     with Problems() as problems:
         return EvaluationImages(path, visual_genome=frozenset(read_image_ids(str(path), problems)))
 
