@@ -87,7 +87,7 @@ def load_blip_config(path: str | Path) -> Any:
     from transformers import BlipConfig  # takes a second
 
     try:
-        found = BlipConfig.from_dict(values)
+        found: Any = BlipConfig.from_dict(values)
     except Exception as error:  # of many kinds, by key and version
         raise ConfigError(f"{path}: not a config.json of transformers' BLIP ({error})") from error
     for part in (found, found.text_config, found.vision_config):
