@@ -223,6 +223,9 @@ class Run:
         self.state = TrainingState(config, settings_of(args, len(self.data)), step_samples, *parts)
         if self.start > Position(self.phase.epochs.start):  # a phase begins with an optimizer and a schedule of its own
             self.state.restore(checkpoint, path)
+        for ended in self.given.phases() if goes_on else []:
+            if ended.epochs.stop == self.start.epoch and ended != self.phase:
+                self.state.say_changes(checkpoint, path, ended.config)
         self.requests = requests or Requests()
         self.decisive = self.validation.decisive if self.validation else ""
         self.saver = Saver(self.output, args.keep_last, args.keep_epochs, args.save_every, self.decisive)

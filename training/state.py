@@ -99,11 +99,16 @@ class TrainingState:
                 self.scaler.load_state_dict(scale)
             except (KeyError, TypeError) as error:
                 raise CheckpointError(f"{path}: its 'scaler' is no loss scale of fp16") from error
-        if changed := runs.changes_since(checkpoint, self.config, self.settings):
-            utils.log("\n  ".join([f"{path}: this run differs from the one that it goes on with", *changed]))
+        self.say_changes(checkpoint, path, self.config)
         known, broken = checkpoint.get("run"), progress_of(checkpoint, path)["broken"]
         if isinstance(known, dict) and known.get("entries") == len(self.data) > max(broken, default=0):
             self.data.broken[broken] = True
+
+    def say_changes(self, checkpoint: Content, path: str | Path, config: PretrainConfig) -> None:
+        """Print in what this run differs from that of a checkpoint, whose phase has `config` now."""
+        settings = {key: value for key, value in self.settings.items() if key != "entries" or config is self.config}
+        if changed := runs.changes_since(checkpoint, config, settings):
+            utils.log("\n  ".join([f"{path}: this run differs from the one that it goes on with", *changed]))
 
     def restore_processes(self, progress: Content, start: Position, log: TrainingLog) -> None:
         """Go on with the random numbers and the counts of the log, in the epoch that the run goes on in.

@@ -101,6 +101,17 @@ def test_the_last_step_and_what_follows_it(
     assert step_rows(tmp_path)[0] == step_rows(whole)[0]
 
 
+def test_what_changed_between_the_phases_is_told(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train(place, tmp_path, *words(place), "--max_steps", "2")
+    assert "this run differs" not in capsys.readouterr().out
+    train(place, tmp_path, *words(place), "alpha=0.3", "--seed", "7", "--max_steps", "3", "--resume")
+    said = capsys.readouterr().out.partition("this run differs from the one that it goes on with\n")[2].splitlines()
+    assert said[:2] == ["  alpha: 0.4 -> 0.3", "  seed: 42 -> 7"]
+    assert not any(line.startswith("  train_file") for line in said)
+
+
 def test_the_rate_may_follow_its_schedule(place: Path, tmp_path: Path) -> None:
     (row,) = train(place, tmp_path, *words(place), "selfeq.rate=schedule", "--max_steps", "2")
     assert row["train_lr"] == pytest.approx((3e-4 + 3e-4) / 2)  # the time is 0 at the first two
