@@ -91,8 +91,7 @@ def training(name: str) -> Callable[[Path, Path], None]:
 
     def read(folder: Path, path: Path) -> None:
         check_config(folder, name)
-        config = load_config(folder / f"{name}.yaml", PretrainConfig)
-        config = config.relation_epoch() if config.relation_file else config
+        config = load_config(folder / f"{name}.yaml", PretrainConfig).phases()[0].config
         data = TrainingData(config, seed=0)
         samples = [data[index] for index in range(min(4, len(data)))]
         batch = Collate(load_tokenizer(str(folder / "s/text_encoder")), config)(samples)
