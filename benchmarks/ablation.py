@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[Path, list[str]]] = {  # a config, and what is changed
     "control": (CONTROL, []),
     "SelfEQ": (CONTROL, SELFEQ),
     "SelfEQ, a tenth": (CONTROL, [*SELFEQ, "selfeq.weight_similarity=0.1", "selfeq.weight_consistency=0.05"]),
+    "SelfEQ, std_over region": (CONTROL, [*SELFEQ, "selfeq.std_over=region"]),
     "AMC and SelfEQ": (AMC, SELFEQ),
     "both terms, on masks": (AMC, ["train_file=[data/scenes/masks/train_phrases.json]"]),
 }

@@ -77,7 +77,8 @@ def test_variants_change_what_they_say() -> None:
         found[name] = (loaded.add_gcam, amc.weight_mean > 0, amc.weight_max > 0, (amc.margin_mean, amc.margin_max))
     assert found["control"][0] is False
     shipped, published = (0.5, 0.3), (0.1, 0.5)
-    for name, amc_too in (("SelfEQ", False), ("SelfEQ, a tenth", False), ("AMC and SelfEQ", True)):
+    selfeq = ("SelfEQ", "SelfEQ, a tenth", "SelfEQ, std_over region", "AMC and SelfEQ")
+    for name, amc_too in zip(selfeq, (False, False, False, True), strict=True):
         config, changes = ablation.VARIANTS[name]
         loaded = load_config(config, PretrainConfig, changes)
         assert loaded.paraphrases
