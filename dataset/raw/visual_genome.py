@@ -115,6 +115,9 @@ def read_images(source: RawFile, evaluation: Sequence[EvaluationImages], image_r
     if not table:
         raise DataError(f"{source}: holds no images")
     held = [{i for i, image in table.items() if file.holds(i, image.coco_id, image.flickr_id)} for file in evaluation]
+    for file, ids in zip(evaluation, held, strict=True):
+        if file.visual_genome and not ids:
+            raise DataError(f"{file.path}: {source} has none of its {len(file)} ids; are they Visual Genome's?")
     rest = {i: image for i, image in table.items() if not any(i in ids for ids in held)}
     missing = {i for i, image in rest.items() if image_root is not None and not (image_root / image.name).is_file()}
     used = {i: image for i, image in rest.items() if i not in missing}

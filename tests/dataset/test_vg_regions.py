@@ -173,6 +173,11 @@ def test_held_out_images_are_not_trained_on(root: Path, capsys: pytest.CaptureFi
     (root / "test.txt").write_text("30\n7.jpg\n")
     with pytest.raises(DataError, match=r"must hold Visual Genome's image ids.*\n.*'7\.jpg'"):
         args.run(args)
+    (root / "test.txt").write_text("2407890\n2407891\n")
+    with pytest.raises(
+        DataError, match=r"test\.txt: .*image_data\.json has none of its 2 ids; are they Visual Genome's"
+    ):
+        args.run(args)
     (root / "test.txt").unlink()
     with pytest.raises(DataError, match=r"test\.txt: does not exist; --hold-out takes"):
         args.run(args)
