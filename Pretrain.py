@@ -41,7 +41,7 @@ from models.student import local_checkpoint, own_text_encoder
 from optim import create_optimizer, moments
 from runs import Position
 from scheduler import create_scheduler, epoch_time, iteration_time
-from system.signals import Requests, Stopped
+from signals import Requests, Stopped
 from terminal import boolean, integer, positive
 from training.log import TrainingLog, WandbRun, is_loss
 from training.parts import build_loader, create_model, prepare_model

@@ -13,7 +13,7 @@ from dataset.loader.workers import check_shared_memory
 from dataset.reading import DataError, read_image
 from dataset.transforms import normalise
 from grounding.explain import Resize
-from system.signals import ignore_in_worker
+from signals import ignore_in_worker
 from utils import rank, world_size
 
 Pair = tuple[Path, str]

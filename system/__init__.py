@@ -1,1 +1,1 @@
-"""What a program has to do with the system: signals, failures of processes, and errors in plain words."""
+"""What a program has to do with the system: failures of processes, and errors in plain words."""

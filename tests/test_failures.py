@@ -18,8 +18,8 @@ import pytest
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]  # public, and not declared so
 
+import signals
 import utils
-from system import signals
 
 ROOT = Path(__file__).parents[1]
 
@@ -110,7 +110,7 @@ def test_a_start_has_a_name_that_no_earlier_one_had() -> None:
 def test_a_second_interrupt_ends_at_once(before: int, between: int) -> None:
     code = f"""
 import os, signal
-from system import signals
+import signals
 with signals.Requests() as requests:
     requests.begin()
     os.kill(os.getpid(), {before})

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[1]
 
 # From the ground up; a module belongs to the longest name that its own begins with, and programs are above all.
 FLOORS = (
-    ("utils", "files", "precision", "system", "terminal"),
+    ("utils", "files", "precision", "signals", "system", "terminal"),
     ("config", "model_sizes", "runs"),
     ("dataset", "optim", "scheduler"),
     ("models",),

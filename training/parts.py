@@ -18,7 +18,7 @@ from dataset.vg import Collate, TrainingData
 from models.kernels.compiling import token_sizes
 from models.kernels.onednn import use_onednn
 from models.pretrain import PretrainModel
-from system.signals import ignore_in_worker
+from signals import ignore_in_worker
 
 
 def create_model(config: PretrainConfig) -> PretrainModel:

@@ -12,7 +12,7 @@ import torch
 
 import Pretrain
 from config import PretrainConfig
-from system.signals import Stopped
+from signals import Stopped
 from tests.programs.test_interrupted import assert_equal_runs
 from tests.training_runs import Interruption, log_rows, saved, step_rows, train
 from training.state import earlier_steps
